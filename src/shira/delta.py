@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SparseDelta` and `Adapter`: adapters as plain values.
+
+A `SparseDelta` is a `Support` with a value for each of its entries; an `Adapter` maps the base
+model's own parameter names to one each, and carries metadata. Neither knows of ``nn.Module`` or
+PEFT; files are read and written by ``shira.store``, which `Adapter.load`, `Adapter.save` and
+`Adapter.from_model` call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
+from shira.support import Support
+
+
+class SparseDelta:
+    """What an adapter adds to one weight.
+
+    Args:
+        support: Which entries.
+        values: ``(k,)`` floating point, one for each index, on the support's device.
+
+    Raises:
+        AdapterError: If the values are not 1-D floating point of the support's length.
+    """
+
+    __slots__ = ("support", "values")
+
+    def __init__(self, support: Support, values: Tensor) -> None:
+        if not values.is_floating_point():
+            raise AdapterError(f"values are floating point, not {values.dtype}")
+        if values.dim() != 1 or values.numel() != support.nnz:
+            raise AdapterError(
+                f"{support.nnz} positions need values of shape ({support.nnz},), "
+                f"not {tuple(values.shape)}"
+            )
+        self.support = support
+        self.values = values
+
+    @property
+    def nnz(self) -> int:
+        """How many entries."""
+        return self.support.nnz
+
+    def replacement(self, base: Tensor, scale: float = 1.0) -> Tensor:
+        """The values that take the place of the base's: ``round(base + scale * values)``.
+
+        The sum is made in float32 (float64 for a float64 base) and rounded once, to the base's dtype.
+
+        Args:
+            base: ``(k,)`` values of the base weight at the support.
+            scale: Factor on the delta.
+
+        Returns:
+            ``(k,)`` in the dtype of ``base``.
+        """
+        if scale == 1.0:
+            return replacement(base, self.values)
+        wide = accumulation_dtype(base.dtype, self.values.dtype)
+        return replacement(base, self.values.to(wide) * scale)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        return (
+            self.support == other.support
+            and self.values.dtype == other.values.dtype
+            and torch.equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    def __repr__(self) -> str:
+        return f"SparseDelta({self.support!r}, {self.values.dtype})"
+
+
+class Adapter(Mapping[str, SparseDelta]):
+    """`{parameter name: SparseDelta}` with metadata.
+
+    Args:
+        deltas: By the base model's own parameter name, e.g. ``model.layers.0.mlp.up_proj.weight``.
+        metadata: Anything that JSON can hold: mask, seed, base model, fingerprint.
+    """
+
+    __slots__ = ("_deltas", "metadata")
+
+    def __init__(
+        self, deltas: Mapping[str, SparseDelta], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        for name, delta in deltas.items():
+            if not isinstance(name, str) or not isinstance(delta, SparseDelta):
+                raise AdapterError(
+                    f"an adapter maps parameter names to SparseDelta, not {name!r} to "
+                    f"{type(delta).__name__}"
+                )
+        self._deltas = dict(deltas)
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        try:
+            return self._deltas[name]
+        except KeyError:
+            raise UnknownAdapterError(
+                f"the adapter has no parameter {name!r}.{did_you_mean(name, self._deltas)}"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._deltas
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @property
+    def nnz(self) -> int:
+        """Entries in all."""
+        return sum(delta.nnz for delta in self._deltas.values())
+
+    @property
+    def density(self) -> float:
+        """Entries over the entries of the weights they stand in."""
+        numel = sum(delta.support.numel for delta in self._deltas.values())
+        return self.nnz / numel if numel else 0.0
+
+    def __eq__(self, other: object) -> bool:
+        """Equal deltas, bit for bit; metadata does not count."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return self._deltas == other._deltas
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self)} parameters, nnz={self.nnz}, density={self.density:.4g})"
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
+        """The named adapter of a PEFT model (or of a model with injected SHiRA layers), as a value.
+
+        The values are copies; training on changes nothing of the result.
+
+        Raises:
+            UnknownAdapterError: If no layer of the model has an adapter of this name.
+        """
+        from shira.store.extract import adapter_of_model
+
+        return adapter_of_model(model, adapter_name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Adapter:
+        """Read an adapter: a folder in PEFT's format, or its ``adapter_model.safetensors``.
+
+        Everything is validated before it is returned.
+
+        Raises:
+            FileNotFoundError: If there is nothing at ``path``.
+            FileFormatError: If the file is damaged, hostile or no adapter.
+        """
+        from shira.store import load
+
+        return load(path)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["peft"] = "peft",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write the adapter, atomically: the old file or the new one is there, never half.
+
+        Args:
+            path: A folder, made if absent.
+            format: ``"peft"``: ``adapter_config.json`` and ``adapter_model.safetensors``, which
+                stock PEFT loads.
+            dtype: Dtype of the stored values; ``None`` keeps theirs.
+
+        Raises:
+            ConfigError: If the format is unknown.
+        """
+        from shira.store import save
+
+        save(self, path, format=format, dtype=dtype)
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which deltas are added to a weight: float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def replacement(base: Tensor, delta: Tensor) -> Tensor:
+    """``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
+
+    Args:
+        base: ``(k,)`` values of the base weight.
+        delta: ``(k,)`` what is added, of any floating dtype.
+
+    Returns:
+        ``(k,)`` in the dtype of ``base``, on its device.
+    """
+    wide = accumulation_dtype(base.dtype, delta.dtype)
+    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+
+
+def fingerprint(values: Tensor) -> str:
+    """A short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
+
+    Args:
+        values: ``(k,)`` values of the base weight at an adapter's positions, in their own dtype.
+    """
+    raw = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return f"{str(values.dtype).removeprefix('torch.')}:{digest}"

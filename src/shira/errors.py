@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything shira raises on a caller's mistake; the bottom of the tree, imports nothing of shira.
+
+Each error is also the built-in type one would expect, so that code which knows nothing of shira
+catches it as usual::
+
+    ShiraError
+    |-- ConfigError            (ValueError)   a configuration that cannot be meant
+    |-- SupportError           (ValueError)   positions out of range, unsorted, repeated
+    |-- MaskError              (ValueError)   a mask that does not fit the weight or the budget
+    |-- TargetError            (ValueError)   target modules that match nothing or cannot be adapted
+    |-- AdapterError           (ValueError)   adapters that do not fit one another or the model
+    |   |-- UnknownAdapterError (KeyError)    a name that is not loaded
+    |   `-- WrongBaseError                    an adapter of another base model
+    |-- FileFormatError        (ValueError)   a file that is damaged, hostile or not an adapter
+    |-- MergeError             (RuntimeError) a merge that is not possible now
+    `-- MissingDependencyError (ImportError)  an optional package that is not installed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShiraError(Exception):
+    """Base of every error that shira raises on purpose."""
+
+
+class ConfigError(ShiraError, ValueError):
+    """A configuration value that is not possible."""
+
+
+class SupportError(ShiraError, ValueError):
+    """Positions that are out of range, unsorted, repeated or of the wrong type."""
+
+
+class MaskError(ShiraError, ValueError):
+    """A mask that does not fit its weight or its budget."""
+
+
+class TargetError(ShiraError, ValueError):
+    """Target modules that match nothing, or a module that cannot be adapted."""
+
+
+class AdapterError(ShiraError, ValueError):
+    """An adapter that does not fit another adapter or the model."""
+
+
+class UnknownAdapterError(AdapterError, KeyError):
+    """The name of an adapter that is not there."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class WrongBaseError(AdapterError):
+    """An adapter that was trained on another base model."""
+
+
+class FileFormatError(ShiraError, ValueError):
+    """A file that is damaged, hostile, or no adapter at all."""
+
+
+class MergeError(ShiraError, RuntimeError):
+    """A merge that cannot be done in the present state."""
+
+
+class MissingDependencyError(ShiraError, ImportError):
+    """An optional package that the call needs is not installed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint to append to an error message.
+
+    Args:
+        name: What the caller wrote.
+        known: What would have been right.
+
+    Returns:
+        ``" Did you mean 'x' or 'y'?"`` for near names, else an empty string.
+    """
+    near = difflib.get_close_matches(str(name), sorted(map(str, known)), n=3, cutoff=0.6)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(map(repr, near))}?"
