@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""shira: Sparse High Rank Adapters (SHiRA, arXiv 2406.13175) for PyTorch, transformers and PEFT.
+
+An adapter is a set of positions in a model's own weights and a value at each. Everything costs
+what those k entries cost, and the base model comes back bit for bit.
+
+Names load on first use: the core needs torch alone; PEFT and transformers are imported only when
+a name of the tuner is asked for.
+
+The tree, each part importing only from its left::
+
+    errors -> support -> delta -> masks, ops, store -> tuner -> cli
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shira._version import __version__
+
+if TYPE_CHECKING:
+    from shira import masks, ops, store
+    from shira.delta import Adapter, SparseDelta
+    from shira.errors import ShiraError
+    from shira.support import Support
+    from shira.tuner import (
+        PeftModel,
+        ShiraConfig,
+        ShiraLayer,
+        ShiraModel,
+        calibrate,
+        get_peft_model,
+    )
+
+_WHERE = {
+    "Adapter": "shira.delta",
+    "PeftModel": "shira.tuner",
+    "ShiraConfig": "shira.tuner",
+    "ShiraError": "shira.errors",
+    "ShiraLayer": "shira.tuner",
+    "ShiraModel": "shira.tuner",
+    "SparseDelta": "shira.delta",
+    "Support": "shira.support",
+    "calibrate": "shira.tuner",
+    "get_peft_model": "shira.tuner",
+}
+_MODULES = ("cli", "errors", "masks", "ops", "store", "tuner")
+
+__all__ = [
+    "Adapter",
+    "PeftModel",
+    "ShiraConfig",
+    "ShiraError",
+    "ShiraLayer",
+    "ShiraModel",
+    "SparseDelta",
+    "Support",
+    "__version__",
+    "calibrate",
+    "get_peft_model",
+    "masks",
+    "ops",
+    "store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"shira.{name}")
+    if name not in _WHERE:
+        from shira.errors import did_you_mean
+
+        raise AttributeError(
+            f"module 'shira' has no attribute {name!r}.{did_you_mean(name, __all__)}"
+        )
+    module = _import(_WHERE[name])
+    value = getattr(module, name)
+    globals()[name] = value  # the next look-up is a plain one
+    return value
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if module != "shira.tuner" or error.name not in ("peft", "transformers", "accelerate"):
+            raise
+        from shira.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"training needs {error.name}, which is not installed: pip install 'shira[peft]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which entries of a weight an adapter trains: one mask, one file, one pure function, one row here.
+
+Each returns a `shira.Support` of exactly k entries. This package sits on `shira.support` and
+`shira.delta`; the tuner calls `choose`, once for each target weight.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shira.errors import ConfigError, MaskError, did_you_mean
+from shira.masks.budget import budget, budget_from_density
+from shira.masks.custom import custom_support
+from shira.masks.gradient import grad_support, snip_support
+from shira.masks.magnitude import magnitude_support
+from shira.masks.random import random_support
+from shira.masks.struct import struct_support
+from shira.support import Support
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """One kind of mask.
+
+    Attributes:
+        name: The ``mask_type`` that selects it.
+        source: Where it is described: section or equation of the SHiRA paper (arXiv 2406.13175).
+        needs: What it looks at beyond the weight's shape: ``"weight"``, ``"gradient"``.
+        options: The keyword options it takes.
+        select: The function.
+    """
+
+    name: str
+    source: str
+    needs: frozenset[str]
+    options: tuple[str, ...]
+    select: Callable[..., Support]
+
+
+def _table(*rows: tuple[str, str, str, str, Callable[..., Support]]) -> dict[str, MaskSpec]:
+    return {
+        name: MaskSpec(name, source, frozenset(needs.split()), tuple(options.split()), select)
+        for name, source, needs, options, select in rows
+    }
+
+
+MASKS: dict[str, MaskSpec] = _table(
+    # mask_type    source        needs              options        function
+    ("random", "B.2", "", "slot", random_support),
+    ("struct", "B.1", "", "axis offset", struct_support),
+    ("magnitude", "B.3", "weight", "largest", magnitude_support),
+    ("grad", "sec. 3.1", "gradient", "", grad_support),
+    ("snip", "eq. 2", "weight gradient", "", snip_support),
+)
+
+
+def mask_spec(mask_type: str) -> MaskSpec:
+    """The row of the table for a ``mask_type``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        return MASKS[mask_type]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"unknown mask_type {mask_type!r}; known are {', '.join(map(repr, MASKS))}."
+            f"{did_you_mean(str(mask_type), MASKS)}"
+        ) from None
+
+
+def choose(
+    mask_type: str,
+    shape: Sequence[int],
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    gradient: Tensor | None = None,
+    seed: int | None = None,
+    name: str = "",
+    slot: int = 0,
+    **options: Any,
+) -> Support:
+    """The mask of one weight, by the name of its kind.
+
+    Args:
+        mask_type: A key of `MASKS`.
+        shape: Shape of the weight as stored.
+        k: How many entries.
+        weight: The weight, for kinds that look at it.
+        gradient: Its accumulated gradient, for kinds that look at it.
+        seed: For the random kinds.
+        name: The parameter's name: part of the key of random kinds, and of every error message.
+        slot: For `random`: which of the disjoint masks.
+        **options: Those of the kind (``MaskSpec.options``).
+
+    Returns:
+        A support of exactly k entries.
+
+    Raises:
+        ConfigError: If the kind or an option is unknown, or a random kind has no seed.
+        MaskError: If the mask does not fit the weight, or what the kind needs is missing.
+    """
+    spec = mask_spec(mask_type)
+    if slot:
+        options["slot"] = slot
+    for option in options:
+        if option not in spec.options:
+            takes = f"takes {', '.join(spec.options)}" if spec.options else "takes no options"
+            raise ConfigError(
+                f"mask_type {mask_type!r} has no option {option!r}; it {takes}."
+                f"{did_you_mean(option, spec.options)}"
+            )
+    where = f"{name}: " if name else ""
+    given = {"weight": weight, "gradient": gradient}
+    for need in sorted(spec.needs):
+        tensor = given[need]
+        if tensor is None:
+            how = (
+                "; run `config = shira.calibrate(model, config, batches)` first and pass the "
+                "config it returns to get_peft_model"
+                if need == "gradient"
+                else ""
+            )
+            raise MaskError(
+                f"{where}mask_type {mask_type!r} is chosen by the {need}, not given{how}"
+            )
+        if tuple(tensor.shape) != tuple(shape):
+            raise MaskError(
+                f"{where}the {need} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}"
+            )
+    parameters = inspect.signature(spec.select).parameters
+    if "seed" in parameters and seed is None:
+        raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
+    values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
+    try:
+        return spec.select(**{key: values[key] for key in parameters if key in values})
+    except MaskError as error:
+        raise MaskError(f"{where}{error}") from error
+
+
+__all__ = [
+    "MASKS",
+    "MaskSpec",
+    "budget",
+    "budget_from_density",
+    "choose",
+    "custom_support",
+    "grad_support",
+    "magnitude_support",
+    "mask_spec",
+    "random_support",
+    "snip_support",
+    "struct_support",
+]

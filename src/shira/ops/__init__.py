@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arithmetic at a support: products with the adapters inside the weight, and their gradients.
+
+`reference` says what each op means in plain torch; the others are tested against it. Above
+``delta``, below ``tuner``.
+"""
+
+from __future__ import annotations
+
+from shira.ops.conv2d import conv2d
+from shira.ops.embedding import embedding
+from shira.ops.linear import linear
+from shira.ops.plan import Plan, make_plan, plan_for
+from shira.ops.resident import resident
+from shira.ops.weight_gradient import Choice, choose, weight_gradient
+
+__all__ = [
+    "Choice",
+    "Plan",
+    "choose",
+    "conv2d",
+    "embedding",
+    "linear",
+    "make_plan",
+    "plan_for",
+    "resident",
+    "weight_gradient",
+]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op must know of the active supports, made once and kept: a `Plan`.
+
+Ops get indices as PEFT keeps them, ``(2, k)`` int32 rows and columns, one tensor for each active
+adapter. The plan turns them into offsets into the weight's memory, compressed rows for the
+sampled product, and, for several adapters, their union with the place of each one's entries in it.
+
+Plans are kept as long as the index tensors live, and are made anew when one of them was written
+to. Only positions are kept, never values: those are read at each use.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from shira.errors import SupportError
+from shira.support import Support, matrix_shape
+
+_KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the entries of the active supports are, in the order of the weight's rows."""
+
+    shape: tuple[int, int]
+    """Rows and columns of the weight seen as a matrix."""
+    offsets: Tensor
+    """int64 ``(k,)``: place of each entry in the weight's memory."""
+    crow: Tensor
+    """int32 ``(rows + 1,)``: where each row's entries begin."""
+    col: Tensor
+    """int32 ``(k,)``: column of each entry."""
+    members: tuple[Tensor, ...] | None
+    """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union."""
+    host_crow: list[int] = field(default_factory=list)
+    """``crow`` as Python integers, filled on first need by what loops over rows."""
+
+    @property
+    def nnz(self) -> int:
+        """Entries in the union."""
+        return self.offsets.numel()
+
+    @property
+    def density(self) -> float:
+        """Entries over the entries of the weight."""
+        numel = self.shape[0] * self.shape[1]
+        return self.nnz / numel if numel else 0.0
+
+    def combine(self, deltas: Sequence[Tensor]) -> Tensor:
+        """One delta on the union from one for each adapter: ``(k,)``; overlapping entries add."""
+        if self.members is None:
+            return deltas[0]
+        wide = torch.float64 if any(d.dtype == torch.float64 for d in deltas) else torch.float32
+        total = torch.zeros(self.nnz, dtype=wide, device=self.offsets.device)
+        for delta, place in zip(deltas, self.members, strict=True):
+            total.index_add_(0, place, delta.to(wide))
+        return total
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The reverse for gradients: the ``(k_i,)`` values at each adapter's entries."""
+        if self.members is None:
+            return [values]
+        return [values.index_select(0, place) for place in self.members]
+
+
+def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
+    """A plan for these supports on a weight of this shape and memory layout.
+
+    Args:
+        indices: ``(2, k_i)`` integers each: rows and columns, sorted by row, then column.
+        shape: Shape of the weight.
+        stride: Strides of the weight, in entries.
+
+    Raises:
+        SupportError: If coordinates are out of range, unsorted or repeated.
+    """
+    supports = [_support(coordinates, shape) for coordinates in indices]
+    union = supports[0]
+    for other in supports[1:]:
+        union = union.union(other)
+    members = None
+    if len(supports) > 1:
+        members = tuple(union.positions_of(support) for support in supports)
+    rows, cols = matrix_shape(shape)
+    flat = union.indices.long()
+    row, col = flat // max(cols, 1), flat % max(cols, 1)
+    crow = torch.zeros(rows + 1, dtype=torch.int32, device=flat.device)
+    crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
+    col = indices[0][1] if members is None else col.to(torch.int32)
+    return Plan((rows, cols), _offsets(flat, shape, stride), crow, col, members)
+
+
+def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
+    try:
+        return Support.from_coordinates(shape, coordinates)
+    except SupportError as error:
+        raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
+
+
+def _offsets(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Flat row-major indices -> places in memory, for any strides."""
+    expected, contiguous = 1, True
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        contiguous &= size <= 1 or step == expected
+        expected *= size
+    if contiguous:
+        return flat
+    offsets = torch.zeros_like(flat)
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        offsets += flat % size * step
+        flat = flat // size
+    return offsets
+
+
+class _Cache:
+    """Plans by the index tensors they were made from."""
+
+    def __init__(self) -> None:
+        self._by_first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
+        versions = _versions(indices)
+        if versions is None:
+            return make_plan(indices, shape, stride)
+        key = (tuple(map(id, indices)), tuple(shape), tuple(stride))
+        first = indices[0]
+        with self._lock:
+            kept = self._by_first.get(first)
+            if kept is None:
+                kept = self._by_first[first] = {}
+            entry = kept.get(key)
+            if entry is not None:
+                seen, others, plan = entry
+                same = all(ref() is t for ref, t in zip(others, indices[1:], strict=True))
+                if seen == versions and same:
+                    return plan  # type: ignore[no-any-return]
+            plan = make_plan(indices, shape, stride)
+            if len(kept) >= _KEPT_PER_TENSOR:
+                kept.pop(next(iter(kept)))
+            kept[key] = (versions, [weakref.ref(t) for t in indices[1:]], plan)
+            return plan
+
+
+def _versions(indices: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Write counters of the tensors and their memory, or None where torch keeps none."""
+    if any(t.is_inference() for t in indices):
+        return None
+    return tuple(number for t in indices for number in (t._version, t.data_ptr()))
+
+
+plan_for = _Cache().get

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight holds the adapter only while it is multiplied: `resident`.
+
+On entry the k originals are read and the replacement values written in their place; on exit, also
+by an exception, the originals are written back. So the base weight is pristine between calls, no
+copy of it is made, and putting back is exact.
+
+Two threads must not interleave on one weight: a lock per memory block keeps them apart. On an
+accelerator the lock orders the launches, which is enough as long as both use one stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shira.delta import replacement
+from shira.ops.plan import Plan
+
+# A fixed set of locks, chosen by address: nothing to register and nothing to leak. No code holds
+# two of them at once.
+_LOCKS = tuple(threading.Lock() for _ in range(61))
+
+
+def lock_of(weight: Tensor) -> threading.Lock:
+    """The lock that guards a weight's memory (shared by views and tied weights)."""
+    return _LOCKS[(weight.untyped_storage().data_ptr() >> 6) % len(_LOCKS)]
+
+
+@contextmanager
+def resident(
+    weight: Tensor, plan: Plan, deltas: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The weight with the deltas inside, for as long as the context lasts.
+
+    Args:
+        weight: The base weight; the same bits as before once the context is left.
+        plan: Of the active supports on this weight.
+        deltas: ``(k_i,)`` for each active adapter, scale included.
+        dtype: What the product wants. Another dtype than the weight's (autocast) means a cast
+            copy, as torch itself makes one; the replacement values are rounded to the weight's
+            dtype first, so that what is multiplied is the merged weight, cast.
+
+    Yields:
+        A tensor of the weight's shape and of ``dtype``; not to be kept.
+    """
+    delta = plan.combine(deltas)
+    if weight.dtype != dtype or _overlaps_itself(weight):
+        yield _cast_copy(weight, plan, delta, dtype)
+        return
+    # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
+    data = weight.data
+    memory = memory_of(data)
+    with lock_of(data):
+        originals = memory.index_select(0, plan.offsets)
+        new = replacement(originals, delta)
+        try:
+            memory.index_copy_(0, plan.offsets, new)
+            yield data
+        finally:
+            memory.index_copy_(0, plan.offsets, originals)
+
+
+def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = flat_positions(plan)
+    with lock_of(weight):
+        copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        copy.copy_(weight.detach())
+        originals = weight.detach()[_unravel(flat, weight.shape)]
+    copy.view(-1).index_copy_(0, flat, replacement(originals, delta).to(dtype))
+    return copy
+
+
+def flat_positions(plan: Plan) -> Tensor:
+    """int64 ``(k,)`` flat, row-major indices of the plan's entries, made from rows and columns."""
+    counts = (plan.crow[1:] - plan.crow[:-1]).long()
+    row = torch.repeat_interleave(counts, output_size=plan.nnz)
+    return row * plan.shape[1] + plan.col
+
+
+def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    index: list[Tensor] = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(index))
+
+
+def memory_of(data: Tensor) -> Tensor:
+    """The entries of a tensor in the order of memory, as a 1-D view."""
+    if data.is_contiguous():
+        return data.view(-1)
+    extent = 1 + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))
+    return data.as_strided((extent,), (1,))
+
+
+def _overlaps_itself(weight: Tensor) -> bool:
+    """Whether several entries share memory (an expanded tensor): then nothing may be overwritten."""
+    return any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True))

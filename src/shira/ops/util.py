@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things that several ops share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves the dtypes alone: inside an op they are as wanted."""
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def shape_like(tensor: Tensor, needed: bool) -> Tensor:
+    """For fake kernels: an empty tensor of this shape, or of none."""
+    return tensor.new_empty(tensor.shape if needed else 0)

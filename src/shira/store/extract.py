@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a live model with SHiRA layers to an `Adapter`.
+
+Layers are known by what they have, not by their class, so that this works for shira's layers and
+for PEFT's own without importing either: dictionaries ``shira_weight`` (``(k,)`` each) and
+``shira_indices`` (``(2, k)`` each) keyed by adapter name, and ``get_base_layer()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shira.delta import Adapter, SparseDelta
+from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
+from shira.store.entries import EntryError, check_coordinates, sort_entries
+from shira.store.names import base_module_name, full_shape, unwrapped, weight_name
+from shira.store.peft_config import SHAPES_FIELD
+from shira.support import Support
+
+
+def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
+    """The named adapter of a model, copied to the CPU.
+
+    The values are those that are saved: what `set_scale` set is a setting of the model, not of the
+    adapter. Under FSDP2 every rank has to call this, as values are gathered.
+
+    Args:
+        model: A `PeftModel`, a model with injected layers, or either inside the wrappers of
+            compilation or data parallelism.
+        adapter_name: The adapter's name.
+
+    Returns:
+        Deltas by the base model's own parameter names; metadata from the adapter's config.
+
+    Raises:
+        UnknownAdapterError: If no layer has an adapter of this name.
+        AdapterError: If a layer's entries are not possible.
+    """
+    root = unwrapped(model)
+    deltas: dict[str, SparseDelta] = {}
+    known: set[str] = set()
+    for path, layer in _shira_layers(root):
+        known.update(layer.shira_weight.keys())
+        if adapter_name not in layer.shira_weight:
+            continue
+        name = weight_name(base_module_name(path))
+        deltas[name] = _delta_of_layer(layer, name, adapter_name)
+    if not deltas:
+        there = (
+            f"it has {', '.join(map(repr, sorted(known)))}" if known else "it has no SHiRA layers"
+        )
+        raise UnknownAdapterError(
+            f"the model has no SHiRA adapter {adapter_name!r}; {there}."
+            f"{did_you_mean(adapter_name, known)}"
+        )
+    return Adapter(deltas, _metadata(root, adapter_name))
+
+
+def _shira_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in root.named_modules():
+        if hasattr(module, "shira_weight") and hasattr(module, "shira_indices"):
+            yield path, module
+
+
+def _delta_of_layer(layer: Any, name: str, adapter_name: str) -> SparseDelta:
+    shape = full_shape(layer.get_base_layer().weight)
+    if adapter_name not in layer.shira_indices:
+        raise AdapterError(f"{name!r}: adapter {adapter_name!r} has values but no indices")
+    values = _copied(layer.shira_weight[adapter_name])
+    try:
+        coordinates = check_coordinates(_copied(layer.shira_indices[adapter_name]))
+        coordinates, values = sort_entries(coordinates, values)
+        return SparseDelta(Support.from_coordinates(shape, coordinates), values)
+    except (EntryError, ValueError) as error:
+        raise AdapterError(f"{name!r}: adapter {adapter_name!r}: {error}") from error
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    whole = tensor.detach()
+    if hasattr(whole, "full_tensor"):  # a DTensor: gathered from all ranks
+        whole = whole.full_tensor()
+    return whole.to("cpu", copy=True)
+
+
+def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:
+    configs: Any = getattr(root, "peft_config", None)
+    if not isinstance(configs, Mapping) or adapter_name not in configs:
+        return {}
+    fields = _plain(configs[adapter_name].to_dict())
+    return {field: value for field, value in fields.items() if field != SHAPES_FIELD}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in what JSON can hold."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, PathLike):
+        return fspath(value)
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)

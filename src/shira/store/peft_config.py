@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adapter_config.json``: reading what is there, composing what is written.
+
+Beside PEFT's own fields shira writes ``shira_shapes`` (``{parameter name: [sizes]}``, so that the
+file can be read without the base) and keeps ``base_fingerprint`` (``{parameter name:
+"<dtype>:<16 hex digits>"}``). Stock PEFT names the fields that it does not know and ignores them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shira.errors import ConfigError, FileFormatError
+from shira.store.entries import COORDINATE_LIMIT
+from shira.store.json_text import parse_object
+from shira.store.safetensors_header import open_regular
+from shira.support import matrix_shape
+
+CONFIG_NAME = "adapter_config.json"
+SHAPES_FIELD = "shira_shapes"
+FINGERPRINT_FIELD = "base_fingerprint"
+
+_CONFIG_LIMIT = 50_000_000  # bytes; shapes and fingerprints of 100,000 weights take about 20 MB
+_FINGERPRINT = re.compile(r"[a-z0-9_]+:[0-9a-f]{16}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked config of a SHiRA adapter.
+
+    Raises:
+        FileFormatError: If it is not JSON, of another PEFT method, or shira's own fields in it are
+            malformed.
+    """
+    with open_regular(path) as file:
+        raw = file.read(_CONFIG_LIMIT + 1)
+    if len(raw) > _CONFIG_LIMIT:
+        raise FileFormatError(f"{path}: too large for a config (limit {_CONFIG_LIMIT} bytes)")
+    config = parse_object(raw, path, "config")
+    peft_type = config.get("peft_type")
+    if peft_type != "SHIRA":
+        raise FileFormatError(
+            f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter"
+        )
+    _check_shapes(path, config.get(SHAPES_FIELD))
+    _check_fingerprints(path, config.get(FINGERPRINT_FIELD))
+    return config
+
+
+def recorded_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of the base weights that the config records, by parameter name."""
+    shapes = config.get(SHAPES_FIELD)
+    return None if shapes is None else {name: tuple(sizes) for name, sizes in shapes.items()}
+
+
+def compose_config(
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, int],
+    given: Mapping[str, Any],
+) -> str:
+    """The text of a config that fits an adapter.
+
+    Args:
+        shapes: Of the base weights, by parameter name.
+        counts: Entries in each, by the same names.
+        given: What is known already; kept where it is true of the adapter. ``r`` is corrected if
+            all weights agree on another, ``target_modules`` if it does not match every weight, and
+            ``modules_to_save`` is emptied, since an adapter holds none.
+
+    Raises:
+        ConfigError: If a given field cannot stand in JSON, or contradicts the adapter.
+    """
+    config = dict(given)
+    if config.get("peft_type", "SHIRA") != "SHIRA":
+        raise ConfigError(f"peft_type is 'SHIRA' in a SHiRA adapter, not {config['peft_type']!r}")
+    config["peft_type"] = "SHIRA"
+    config.setdefault("base_model_name_or_path", None)
+    config.setdefault("task_type", None)
+    config.setdefault("inference_mode", True)
+    config["modules_to_save"] = None
+    config["r"] = _rank(shapes, counts, config.get("r"))
+    modules = [name.removesuffix(".weight") for name in shapes]
+    if not _matches_all(config.get("target_modules"), modules):
+        config["target_modules"] = sorted(modules)
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if config.get(field) is not None:
+                config[field] = None
+    config[SHAPES_FIELD] = {name: list(shape) for name, shape in shapes.items()}
+    for field, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
+            ) from error
+    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _rank(shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], given: Any) -> int:
+    """The r with k = r (m + n) in every weight, else the given one, else the nearest on average."""
+    spans = [sum(matrix_shape(shape)) for shape in shapes.values()]
+    ranks = {k / span for k, span in zip(counts.values(), spans, strict=True) if span}
+    if len(ranks) == 1 and (rank := ranks.pop()).is_integer() and rank >= 1:
+        return int(rank)
+    if isinstance(given, int):
+        return given
+    return max(1, round(sum(counts.values()) / max(1, sum(spans))))
+
+
+def _matches_all(targets: Any, modules: Sequence[str]) -> bool:
+    """Whether PEFT's way of matching ``target_modules`` finds each of ``modules``."""
+    if isinstance(targets, str):
+        try:
+            return all(re.fullmatch(targets, module) for module in modules)
+        except re.error:
+            return False  # "all-linear" and the like: not a pattern, and not ours to judge
+    if not isinstance(targets, (list, tuple, set, frozenset)):
+        return False
+    return all(
+        any(module == target or module.endswith(f".{target}") for target in targets)
+        for module in modules
+    )
+
+
+def _check_shapes(path: Path, shapes: Any) -> None:
+    if shapes is None:
+        return
+    if not isinstance(shapes, dict):
+        raise FileFormatError(f"{path}: {SHAPES_FIELD} maps parameter names to shapes")
+    for name, sizes in shapes.items():
+        if not isinstance(sizes, list) or not all(type(n) is int and n >= 0 for n in sizes):
+            raise FileFormatError(
+                f"{path}: {SHAPES_FIELD} of {name!r} is a list of sizes, not {str(sizes)[:80]}"
+            )
+        if max(matrix_shape(sizes)) > COORDINATE_LIMIT:
+            raise FileFormatError(
+                f"{path}: {SHAPES_FIELD} of {name!r} overflows int32 coordinates: {str(sizes)[:80]}"
+            )
+
+
+def _check_fingerprints(path: Path, fingerprints: Any) -> None:
+    if fingerprints is None:
+        return
+    if not isinstance(fingerprints, dict):
+        raise FileFormatError(f"{path}: {FINGERPRINT_FIELD} maps parameter names to fingerprints")
+    for name, text in fingerprints.items():
+        if not isinstance(text, str) or not _FINGERPRINT.fullmatch(text):
+            raise FileFormatError(
+                f"{path}: {FINGERPRINT_FIELD} of {name!r} is '<dtype>:<16 hex digits>', "
+                f"not {str(text)[:80]!r}"
+            )

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's format: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Each adapted module has two tensors, named ``<prefix><module>.shira_weight`` ``(k,)`` and
+``<prefix><module>.shira_indices`` ``(2, k)``, row and column in the weight as it is stored; weights
+of more than two dimensions count as matrices of ``shape[0]`` rows. The prefix is
+``base_model.model.`` or nothing. Further tensors (``modules_to_save``, saved embeddings) may stand
+beside them.
+
+Here it is read, in two steps, since stock PEFT does not record the shapes of the weights:
+`read_peft` checks all that can be known without them, `validate_against` and `to_adapter` the rest.
+``peft_write`` writes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from shira.delta import Adapter, SparseDelta
+from shira.errors import FileFormatError, WrongBaseError, did_you_mean
+from shira.store.entries import EntryError, check_coordinates, check_values, sort_entries
+from shira.store.names import base_module_name, weight_name
+from shira.store.peft_config import (
+    CONFIG_NAME,
+    SHAPES_FIELD,
+    read_config,
+    recorded_shapes,
+)
+from shira.store.safetensors_header import (
+    Header,
+    TensorInfo,
+    open_regular,
+    read_header,
+    read_tensor,
+)
+from shira.support import Support, matrix_shape
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+VALUES = "shira_weight"
+INDICES = "shira_indices"
+
+_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+_INDEX_DTYPES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F32")
+
+
+@dataclass(frozen=True)
+class RawDelta:
+    """What a file holds for one module; all is checked but what needs the weight's shape.
+
+    Attributes:
+        values: ``(k,)`` floating point, finite, in the stored dtype.
+        coordinates: int32 ``(2, k)``, row and column, unique, in row-major order.
+        weight_name: The base model's own name of the weight.
+        key: The module's name in the file, prefix included.
+        index_dtype: Dtype of the indices in the file, such as ``"I32"``.
+    """
+
+    values: Tensor
+    coordinates: Tensor
+    weight_name: str
+    key: str
+    index_dtype: str
+
+    @property
+    def nnz(self) -> int:
+        """How many entries (k)."""
+        return self.values.numel()
+
+
+@dataclass(frozen=True)
+class PeftFile:
+    """A file in PEFT's format, read and checked as far as it can be without the base.
+
+    Attributes:
+        path: The safetensors file.
+        config: What ``adapter_config.json`` says; empty where there is none.
+        tensors: By the base model's own name of each module.
+        other: Shape and dtype (``"F32"``) of tensors that are not SHiRA's, by their key.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, RawDelta]
+    other: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the base weights by parameter name, if the config records them."""
+        return recorded_shapes(self.config)
+
+
+def read_peft(path: str | os.PathLike[str]) -> PeftFile:
+    """Read an adapter in PEFT's format; the shapes of the base weights need not be known.
+
+    Args:
+        path: The folder, or the safetensors file (whose config is read if it stands beside it under
+            PEFT's names).
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        FileFormatError: If something in it cannot be meant; names file, tensor and cause.
+    """
+    weights, config_path = _locate(Path(path))
+    config = read_config(config_path) if config_path else {}
+    with open_regular(weights) as file:
+        header = read_header(file, weights)
+        pairs, other = _sort_out(header)
+        tensors = {module: _read_delta(file, header, key) for module, key in pairs.items()}
+    if not tensors and recorded_shapes(config) != {}:
+        raise FileFormatError(
+            f"{weights}: not a SHiRA adapter: none of its {len(other)} tensors is a {VALUES}"
+        )
+    read = PeftFile(weights, config, tensors, other)
+    _check_complete(read)
+    return read
+
+
+def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check a file against the shapes of the weights it is for.
+
+    Args:
+        file: From `read_peft`.
+        shapes: By parameter name; may have more parameters than the file.
+
+    Raises:
+        FileFormatError: If a target is not among them or a row or column is out of range.
+        WrongBaseError: If the file records other shapes.
+    """
+    recorded = file.shapes or {}
+    for raw in file.tensors.values():
+        name = raw.weight_name
+        if name not in shapes:
+            raise FileFormatError(
+                f"{file.path}: tensor '{raw.key}.{VALUES}': unknown target: the base model has no "
+                f"parameter {name!r}.{did_you_mean(name, shapes)}"
+            )
+        shape = tuple(shapes[name])
+        if name in recorded and recorded[name] != shape:
+            raise WrongBaseError(
+                f"{file.path}: tensor '{raw.key}.{VALUES}': wrong base: made for a {name!r} of "
+                f"shape {recorded[name]}, but here it has {shape}"
+            )
+        for label, index, size in zip(
+            ("row", "column"), raw.coordinates, matrix_shape(shape), strict=True
+        ):
+            if index.numel() and int(index.max()) >= size:
+                raise FileFormatError(
+                    f"{file.path}: tensor '{raw.key}.{INDICES}': {label} {int(index.max())} is out "
+                    f"of range: {name!r} of shape {shape} has {size} {label}s"
+                )
+
+
+def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None) -> Adapter:
+    """The adapter in a file; what its config says becomes metadata.
+
+    Args:
+        file: From `read_peft`.
+        shapes: Of the base weights, by parameter name; may be left out if the file records them.
+
+    Raises:
+        FileFormatError: As `validate_against`, and if the shapes are not known.
+        WrongBaseError: If the file records other shapes.
+    """
+    if shapes is None:
+        shapes = file.shapes
+    if shapes is None:
+        raise FileFormatError(
+            f"{file.path}: does not record the shapes of the base model's weights (stock PEFT's "
+            "files never do). Pass the base: Adapter.load(path, base=model), or base= the path of "
+            "its safetensors checkpoint, or {parameter name: shape}"
+        )
+    validate_against(file, shapes)
+    deltas = {}
+    for raw in file.tensors.values():
+        support = Support.from_coordinates(shapes[raw.weight_name], raw.coordinates)
+        deltas[raw.weight_name] = SparseDelta(support, raw.values)
+    metadata = {name: value for name, value in file.config.items() if name != SHAPES_FIELD}
+    return Adapter(deltas, metadata)
+
+
+def _locate(path: Path) -> tuple[Path, Path | None]:
+    """The safetensors file and the config at ``path``."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        config = path.with_name(CONFIG_NAME)
+        return path, config if path.name == WEIGHTS_NAME and config.exists() else None
+    weights, config = path / WEIGHTS_NAME, path / CONFIG_NAME
+    if not weights.exists():
+        pickled = " (its adapter_model.bin is a pickle, which can run code and is not read)"
+        raise FileFormatError(
+            f"{path}: not an adapter: there is no {WEIGHTS_NAME}"
+            f"{pickled if (path / 'adapter_model.bin').exists() else ''}"
+        )
+    if not config.exists():
+        raise FileFormatError(f"{path}: not an adapter: there is no {CONFIG_NAME}")
+    return weights, config
+
+
+def _sort_out(
+    header: Header,
+) -> tuple[dict[str, str], dict[str, tuple[tuple[int, ...], str]]]:
+    """The key of each adapted module, and what is not SHiRA's."""
+    keys: dict[str, str] = {}
+    other = {}
+    for name, info in header.tensors.items():
+        key, _, kind = name.rpartition(".")
+        if kind not in (VALUES, INDICES):
+            other[name] = (info.shape, info.dtype)
+            continue
+        twin = f"{key}.{INDICES if kind == VALUES else VALUES}"
+        if twin not in header.tensors:
+            raise _refuse(header, name, f"missing {twin!r}: values and indices come in pairs")
+        module = base_module_name(key)
+        if not all(module.split(".")):
+            raise _refuse(header, name, "an empty module name")
+        if keys.setdefault(module, key) != key:
+            raise _refuse(header, name, f"duplicate: {keys[module]!r} is for the same module")
+    return keys, other
+
+
+def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
+    values_name, indices_name = f"{key}.{VALUES}", f"{key}.{INDICES}"
+    of_values, of_indices = header.tensors[values_name], header.tensors[indices_name]
+    _check_info(header, values_name, of_values, _VALUE_DTYPES, "floating point")
+    _check_info(header, indices_name, of_indices, _INDEX_DTYPES, "integers")
+    if len(of_values.shape) != 1:
+        raise _refuse(header, values_name, f"shape {of_values.shape} is not (k,)")
+    k = of_values.shape[0]
+    if of_indices.shape != (2, k):
+        raise _refuse(
+            header, indices_name, f"shape {of_indices.shape} is not (2, {k}), as {k} values need"
+        )
+    values = read_tensor(file, header, values_name)
+    try:
+        check_values(values)
+        coordinates = check_coordinates(read_tensor(file, header, indices_name))
+        coordinates, values = sort_entries(coordinates, values)
+    except EntryError as error:
+        raise _refuse(header, f"{key}.{error.tensor}", str(error)) from error
+    weight = weight_name(base_module_name(key))
+    return RawDelta(values, coordinates, weight, key, of_indices.dtype)
+
+
+def _check_info(
+    header: Header, name: str, info: TensorInfo, dtypes: tuple[str, ...], what: str
+) -> None:
+    if info.dtype not in dtypes:
+        raise _refuse(
+            header, name, f"dtype {info.dtype} is not one of {', '.join(dtypes)} ({what})"
+        )
+
+
+def _check_complete(file: PeftFile) -> None:
+    """The modules are those that the config lists in ``shira_shapes``, if it does."""
+    recorded = file.shapes
+    if recorded is None:
+        return
+    present = {raw.weight_name: raw.key for raw in file.tensors.values()}
+    for name in recorded:
+        if name not in present:
+            raise FileFormatError(
+                f"{file.path}: missing tensor: {CONFIG_NAME} lists {name!r}, but there is no "
+                f"{VALUES} for it.{did_you_mean(name, present)}"
+            )
+    for name, key in present.items():
+        if name not in recorded:
+            raise FileFormatError(
+                f"{file.path}: tensor '{key}.{VALUES}': unknown target: {CONFIG_NAME} does not "
+                f"list {name!r}.{did_you_mean(name, recorded)}"
+            )
+
+
+def _refuse(header: Header, tensor: str, cause: str) -> FileFormatError:
+    return FileFormatError(f"{header.path}: tensor {tensor!r}: {cause}")

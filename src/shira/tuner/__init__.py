@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PEFT plugin: importing it makes PEFT use shira's classes for SHiRA.
+
+Above ``masks``, ``ops`` and ``store``; the only part of shira, beside ``serve`` and ``cli``, that
+imports PEFT and transformers.
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel, get_peft_model
+
+from shira.tuner.calibrate import calibrate
+from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.model import ShiraModel
+from shira.tuner.register import register
+
+register()
+
+__all__ = [
+    "PeftModel",
+    "ShiraConfig",
+    "ShiraLayer",
+    "ShiraModel",
+    "calibrate",
+    "get_peft_model",
+]

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`calibrate`: choose masks from gradients on a few batches (``mask_type`` ``grad`` and ``snip``).
+
+The gradient of each target weight is needed densely, for an instant: it is added to one float32
+buffer of the weight's size and freed before the next layer's is made. With ``group_size`` only so
+many layers have a buffer at a time, for as many passes over the batches as that takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from shira.errors import ConfigError, MaskError, TargetError
+from shira.masks import MASKS, choose
+from shira.store.names import base_module_name, weight_name
+from shira.support import Support
+from shira.tuner.config import ShiraConfig
+from shira.tuner.masking import SupportTable, entries
+from shira.tuner.model import ShiraModel, layer_class_of
+from shira.tuner.stock import as_ours
+from shira.tuner.targets import nothing_matched, refuse_shared_weights
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def calibrate(
+    model: nn.Module,
+    config: ShiraConfig,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    group_size: int | None = None,
+    progress: bool = True,
+) -> ShiraConfig:
+    """A configuration whose masks are chosen from gradients (paper sec. 3.1 and eq. 2).
+
+    The score of an entry is the sum over the batches of the magnitude of its gradient, for
+    ``snip`` times the magnitude of the weight. The model runs in eval mode, so the result depends
+    on model and batches alone; weights, modes and ``requires_grad`` are afterwards as before.
+
+    Args:
+        model: The base model, not yet adapted.
+        config: With ``mask_type`` ``"grad"`` or ``"snip"``, and targets and budget as for training.
+        batches: Mappings (called as ``model(**batch)``), sequences (``model(*batch)``) or tensors.
+        loss_fn: ``loss_fn(model, batch)``, a scalar; default the ``loss`` of the model's output.
+        group_size: How many layers to score at a time; default all of them. Fewer take less memory
+            and more passes, so the batches must then be a list or the like.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        A copy of the configuration, ready for ``get_peft_model`` on this model.
+
+    Raises:
+        ConfigError: If the mask needs no gradients, or there are no batches.
+        TargetError: If a target does not exist or has no weight to differentiate.
+        MaskError: If the budget does not fit a weight, or a gradient is not finite.
+    """
+    config = copy.deepcopy(as_ours(config))
+    needs = MASKS[config.mask_type].needs if config.mask_type in MASKS else frozenset()
+    if "gradient" not in needs:
+        known = [name for name, spec in MASKS.items() if "gradient" in spec.needs]
+        raise ConfigError(
+            f"mask_type={config.mask_type!r} is not chosen from gradients and needs no "
+            f"calibration; those that are: {', '.join(known)}"
+        )
+    layers = _target_layers(model, config)
+    group_size = len(layers) if group_size is None else group_size
+    if group_size < 1:
+        raise ConfigError(f"group_size is at least 1, not {group_size}")
+    groups = [layers[at : at + group_size] for at in range(0, len(layers), group_size)]
+    if len(groups) > 1 and iter(batches) is batches:
+        raise ConfigError(
+            f"{len(layers)} layers in groups of {group_size} take {len(groups)} passes over the "
+            "batches, but they are an iterator that can be read once; pass a list"
+        )
+    supports: dict[str, Support] = {}
+    with _frozen_in_eval_mode(model):
+        for number, group in enumerate(groups, start=1):
+            title = f"Calibrating {number}/{len(groups)}" if len(groups) > 1 else "Calibrating"
+            shown = tqdm(batches, desc=title, disable=None if progress else True)
+            scores = _gradient_magnitudes(model, group, shown, loss_fn or _loss_of_output)
+            for name, layer in group:
+                supports[name] = _choose(config, name, layer, scores.pop(name))
+    config.mask_fn = SupportTable(supports)
+    return config
+
+
+def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.Module]]:
+    names = [name for name, _ in model.named_modules()]
+    if config.target_modules is None:
+        model_type = ShiraModel.get_model_config(model).get("model_type")
+        targets = ShiraModel.target_module_mapping.get(model_type)
+        if targets is None:
+            raise TargetError(f"there are no default targets for {model_type!r}; set target_modules")
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
+    _maybe_include_all_linear_layers(config, model)
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(config, name)
+    ]
+    if not layers:
+        raise nothing_matched(
+            config, names, f"Target modules {config.target_modules} not found in the base model."
+        )
+    for name, layer in layers:
+        weight = getattr(layer, "weight", None)
+        if layer_class_of(layer) is None or not isinstance(weight, Tensor):
+            raise TargetError(f"{name} ({type(layer).__name__}) cannot be adapted")
+        if not weight.is_floating_point():
+            raise TargetError(f"{name}: a quantized weight ({weight.dtype}) has no gradient")
+    refuse_shared_weights(layers, lambda module: True)
+    return [(weight_name(base_module_name(name)), layer) for name, layer in layers]
+
+
+def _gradient_magnitudes(
+    model: nn.Module,
+    group: Sequence[tuple[str, nn.Module]],
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+) -> dict[str, Tensor]:
+    """Sum over the batches of the magnitude of each weight's gradient, in float32."""
+    totals: dict[str, Tensor] = {}
+    handles = []
+
+    def collector(name: str) -> Callable[[Tensor], None]:
+        def collect(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                return
+            if name not in totals:
+                totals[name] = torch.zeros(
+                    weight.shape, dtype=torch.float32, device=weight.device
+                )
+            totals[name] += gradient.abs_()
+
+        return collect
+
+    try:
+        for name, layer in group:
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
+            handles.append(layer.weight.register_post_accumulate_grad_hook(collector(name)))  # type: ignore[union-attr,operator]
+        count = 0
+        for batch in batches:
+            loss = loss_fn(model, _to_device(batch, next(model.parameters()).device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for _, layer in group:
+            layer.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+    if not count:
+        raise ConfigError("there are no batches to calibrate on")
+    for name, layer in group:
+        if name not in totals:
+            warnings.warn(
+                f"{name}: no gradient reached it on the calibration batches; its mask falls on the "
+                "first entries",
+                stacklevel=3,
+            )
+            totals[name] = torch.zeros_like(layer.weight, dtype=torch.float32)  # type: ignore[arg-type]
+    return totals
+
+
+def _choose(config: ShiraConfig, name: str, layer: nn.Module, score: Tensor) -> Support:
+    shape = tuple(score.shape)
+    key = get_pattern_key(list(config.rank_pattern), name.removesuffix(".weight"))
+    k = entries(config, shape, config.rank_pattern.get(key, config.r), name)
+    if not torch.isfinite(score).all():
+        raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]
+    options = config.mask_options or {}
+    support = choose(
+        config.mask_type, shape, k, weight=weight, gradient=score, name=name, **options
+    )
+    return support.to("cpu")
+
+
+@contextmanager
+def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient and every module is in eval mode, until the end."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter, _ in required]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False).eval()
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, mode in training:
+            module.training = mode
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, (list, tuple)):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            "the model's output has no loss; put labels into the batches, or pass "
+            "loss_fn=lambda model, batch: ..."
+        )
+    return loss
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_to_device(value, device) for value in batch]
+    return batch

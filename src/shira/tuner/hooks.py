@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks of a base layer whose own forward is not called: they run all the same.
+
+An adapted layer multiplies with the base layer's weight itself. Users, Accelerate's offloading and
+FSDP hang hooks on the base layer and expect them to fire, with the base layer as the module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+_swapping = threading.RLock()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would run more than its forward."""
+    return any(getattr(module, name) for name in _HOOKS) or hasattr(module, "_hf_hook")
+
+
+def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """``module(x)``, hooks and all, with ``forward`` in the place of the module's own.
+
+    Accelerate wraps a module's forward and keeps the original as ``_old_forward``; its wrapper
+    then counts among the hooks.
+    """
+    attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    with _swapping:
+        kept = module.__dict__.get(attribute)
+        setattr(module, attribute, forward)
+        try:
+            return module(x)
+        finally:
+            if kept is None:
+                delattr(module, attribute)
+            else:
+                setattr(module, attribute, kept)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ShiraLayer`: what the layer types share: adapters, merging with exact undo, the forward's frame.
+
+A layer type says only how its product is computed (`_product`). The base weight is pristine whenever
+no product is under way and no adapter is merged; merging keeps the originals and puts them back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from shira.errors import AdapterError, MergeError, TargetError
+from shira.support import Support, matrix_shape
+from shira.tuner.config import ShiraConfig
+from shira.tuner.hooks import call_with_hooks, has_hooks
+from shira.tuner.indices import IndexDict
+from shira.tuner.masking import shape_of
+from shira.tuner.merging import Undo, overwrite, prepare
+
+BASE = "__base__"
+"""In ``adapter_names``: this sample goes through the base model."""
+
+
+class ShiraLayer(BaseTunerLayer):
+    """Mixin of the adapted layers.
+
+    Attributes:
+        shira_weight: ``{adapter name: (k,) parameter}``, the trained deltas.
+        shira_indices: ``{adapter name: int32 (2, k)}``, row and column of each in the weight as
+            stored (of more than two dimensions: the first, and all others together).
+        scaling: Factor on each adapter's deltas; 1.0 in training.
+    """
+
+    adapter_layer_names = ("shira_weight",)
+    other_param_names = ("r", "scaling", "shira_indices")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.shira_weight = nn.ParameterDict({})
+        self.shira_indices = IndexDict()
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._undo: Undo | None = None
+        self._warned_about_hooks = False
+        if self.base_layer is not self.get_base_layer():
+            raise TargetError(
+                f"SHiRA does not support nested base layers: {type(base_layer).__name__} is "
+                "itself an adapter's layer; apply SHiRA first"
+            )
+        self.weight_shape = shape_of(self.weight)
+        self.out_features, self.in_features = matrix_shape(self.weight_shape)
+
+    # ---------------------------------------------------------------- adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        support: Support,
+        r: int,
+        config: ShiraConfig,
+        inference_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to the layer, or put a new one in its place.
+
+        Args:
+            adapter_name: Its name.
+            support: Which entries it trains.
+            r: The rank it is said to have.
+            config: ``init_weights``.
+            inference_mode: Leave it frozen.
+        """
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = 1.0
+        # config.init_weights=False is for tests: deltas that do something before any training
+        make = torch.zeros if config.init_weights else torch.randn
+        self.shira_weight[adapter_name] = nn.Parameter(make(support.nnz), requires_grad=True)
+        self.shira_indices[adapter_name] = support.coordinates()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_shira_parameters(self, adapter_name: str) -> None:
+        """Set an adapter's deltas to zero."""
+        nn.init.zeros_(self.shira_weight[adapter_name])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor on an adapter's deltas; an adapter that is not here is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def support(self, adapter_name: str) -> Support:
+        """The entries that an adapter trains."""
+        return Support.from_coordinates(self.weight_shape, self.shira_indices[adapter_name])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The delta of an adapter, scaled, as a sparse COO tensor of the weight's matrix shape."""
+        return torch.sparse_coo_tensor(
+            self.shira_indices[adapter],
+            self._delta(adapter),
+            matrix_shape(self.weight_shape),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it is merged, the originals come back first."""
+        if adapter_name in self.merged_adapters:
+            others = [name for name in self.merged_adapters if name != adapter_name]
+            self.unmerge()
+            if others:
+                self.merge(adapter_names=others)
+        super().delete_adapter(adapter_name)
+
+    def _delta(self, adapter: str) -> Tensor:
+        values, scale = self.shira_weight[adapter], self.scaling[adapter]
+        return values if scale == 1.0 else values * scale
+
+    def _present(self, adapter_names: Sequence[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.shira_weight]
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # Indices follow the values, and never change their dtype; see IndexDict.
+        indices = self.shira_indices.pop(adapter_name) if adapter_name in self.shira_indices else None
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if indices is not None:
+            values = self.shira_weight[adapter_name]
+            target = indices.device if values.is_meta else values.device
+            self.shira_indices[adapter_name] = indices.to(target)
+
+    # ----------------------------------------------------------------- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters into the base weight, keeping the originals.
+
+        Args:
+            safe_merge: Check first that all results are finite.
+            adapter_names: Which; default the active ones.
+
+        Raises:
+            AdapterError: If ``safe_merge`` finds NaN or infinity; nothing was changed.
+            MergeError: If the base weight is quantized.
+        """
+        adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not adapter_names:
+            return
+        if self.quantization_backend is not None:
+            raise MergeError(
+                f"adapters {adapter_names} cannot be merged into a quantized weight without loss; "
+                "load the base model unquantized to merge"
+            )
+        together = [*self.merged_adapters, *adapter_names]
+        weight = self.get_base_layer().weight
+        with torch.no_grad():
+            # Several adapters are summed before the one rounding, so always from the originals.
+            plan, originals, new = prepare(
+                weight,
+                [self._delta(name) for name in together],
+                [self.shira_indices[name] for name in together],
+                self._undo,
+            )
+            if safe_merge and not torch.isfinite(new).all():
+                raise AdapterError(
+                    f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems "
+                    f"to be broken: {int((~torch.isfinite(new)).sum())} of its "
+                    f"{new.numel()} results are not finite. Nothing was merged"
+                )
+            if self._undo is not None:
+                self._undo.restore(weight)
+            self._undo = Undo(plan, originals)
+            overwrite(weight, plan, new)
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Put the originals back, bit for bit."""
+        if self._undo is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with torch.no_grad():
+            self._undo.restore(self.get_base_layer().weight)
+        self._undo = None
+        self.merged_adapters = []
+
+    # ----------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's forward with the active adapters inside its weight.
+
+        Args:
+            x: The base layer's input.
+            *args: Further arguments of the base layer, while no adapter is in effect.
+            **kwargs: The same; ``adapter_names``: one adapter name for each sample of ``x``.
+        """
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters:
+            return self._base_forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
+        active = self._present(self.active_adapters)
+        if self.merged or not active:
+            return self._base_forward(x, *args, **kwargs)
+        return self._adapted_forward(x, active)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result
+
+    def _adapted_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        deltas = [self._delta(name) for name in adapter_names]
+        indices = [self.shira_indices[name] for name in adapter_names]
+        if not has_hooks(self.base_layer):
+            return self._product(x, deltas, indices)
+        self._warn_once_about_module_hooks()
+        return call_with_hooks(self.base_layer, lambda x: self._product(x, deltas, indices), x)
+
+    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+        """The layer's product with these deltas in its weight."""
+        raise NotImplementedError
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Each sample through its own adapter: one product for each distinct name."""
+        if len(x) != len(adapter_names):
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise MergeError(
+                f"Cannot pass `adapter_names` when there are merged adapters "
+                f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
+            )
+        groups: dict[str, list[int]] = {}
+        for sample, name in enumerate(adapter_names):
+            here = name if name in self.shira_weight else BASE
+            groups.setdefault(here, []).append(sample)
+        result: Tensor | None = None
+        for name, samples in groups.items():
+            part = x[samples]
+            out = self._base_forward(part) if name == BASE else self._adapted_forward(part, [name])
+            if len(groups) == 1:
+                return out
+            if result is None:
+                result = out.new_empty((len(x), *out.shape[1:]))
+            result[samples] = out
+        return self._base_forward(x) if result is None else result
+
+    def _warn_once_about_module_hooks(self) -> None:
+        if not self._warned_about_hooks:
+            self._warned_about_hooks = True
+            warnings.warn(
+                "One of the base layers adapted with ShiRA has backward/forward (pre) hooks set. "
+                "They run, and see the input and output of the adapted product.",
+                stacklevel=2,
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a sparse delta has no short singular value decomposition."""
+        return False
+
+    def __repr__(self) -> str:
+        return "shira." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """What PEFT's layers say of a quantized base."""
+        return str(quantization_extra_repr(self))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading an adapter into a model: everything about the file is checked before the model changes.
+
+PEFT first puts layers into the model and then reads the weights. `read_incoming` runs before the
+first and reads the file that belongs to the configuration, so that a bad file leaves the model as
+it was; `check_state_dict` looks at what reaches the layers by any other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from shira.delta import fingerprint
+from shira.errors import FileFormatError, SupportError, WrongBaseError
+from shira.store import PeftFile, read_peft, shapes_of, validate_against
+from shira.store.names import base_module_name, weight_name
+from shira.support import Support, matrix_shape
+from shira.tuner.base_values import base_values
+from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+
+Incoming = Mapping[str, Support]
+"""Supports in a file, by parameter name."""
+
+
+def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
+    """The supports of the adapter whose config this is, checked against the model.
+
+    Args:
+        config: If it was read by ``from_pretrained``, it knows the file beside it.
+        model: The model that the adapter is about to be put into.
+
+    Returns:
+        Supports by parameter name, or None if the config does not come from a file.
+
+    Raises:
+        FileFormatError: If the file is damaged, or its targets are not those of config and model.
+        WrongBaseError: If it was made for other weights.
+    """
+    if config._source is None:
+        return None
+    file = read_peft(config._source)
+    shapes = shapes_of(model)
+    validate_against(file, shapes)
+    _check_targets(file, config, model)
+    supports = {
+        raw.weight_name: Support.from_coordinates(shapes[raw.weight_name], raw.coordinates)
+        for raw in file.tensors.values()
+    }
+    _check_base(file, config, model, supports)
+    return supports
+
+
+def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> None:
+    wanted = {
+        weight_name(base_module_name(name))
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(config, name) and hasattr(module, "weight")
+    }
+    present = {raw.weight_name for raw in file.tensors.values()}
+    for name in sorted(wanted - present):
+        raise FileFormatError(
+            f"{file.path}: missing target: the config's target_modules name {name!r}, but the file "
+            "has no tensors for it"
+        )
+    for name in sorted(present - wanted):
+        raise FileFormatError(
+            f"{file.path}: unknown target: the file has tensors for {name!r}, which the config's "
+            "target_modules do not name"
+        )
+
+
+def _check_base(
+    file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming
+) -> None:
+    recorded = config.base_fingerprint or {}
+    parameters = {
+        weight_name(base_module_name(name)): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+    for name, support in supports.items():
+        expected = recorded.get(name)
+        values = base_values(parameters[name], support) if expected else None
+        if expected is None or values is None:
+            continue
+        found = fingerprint(values)
+        # A base of another dtype rounds differently, so its hash says nothing.
+        if found != expected and found.split(":")[0] == expected.split(":")[0]:
+            raise WrongBaseError(
+                f"{file.path}: wrong base: the model's {name!r} does not hold the values that the "
+                f"adapter was trained on (fingerprint {found}, recorded {expected}). Load the base "
+                f"model {config.base_model_name_or_path!r}, or, to use the adapter all the same, "
+                "pass a config whose base_fingerprint is None"
+            )
+
+
+def check_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check what is about to be loaded into the layers, and make room where the size differs.
+
+    Args:
+        model: With the adapter's layers in place.
+        adapter_name: Of the adapter.
+        state_dict: By the names of the model's own state dict.
+
+    Returns:
+        The state dict, positions sorted.
+
+    Raises:
+        FileFormatError: If values or positions of a layer are unusable; nothing was loaded.
+    """
+    checked = dict(state_dict)
+    pairs: list[tuple[ShiraLayer, Tensor]] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ShiraLayer) or adapter_name not in layer.shira_weight:
+            continue
+        value_key = f"{name}.shira_weight.{adapter_name}"
+        index_key = f"{name}.shira_indices.{adapter_name}"
+        present = [key for key in (value_key, index_key) if key in state_dict]
+        if len(present) == 1:
+            raise FileFormatError(f"of {value_key} and {index_key} only {present[0]!r} is there")
+        if present:
+            values, indices = _sorted_pair(
+                value_key, state_dict[value_key], index_key, state_dict[index_key], layer
+            )
+            checked[value_key], checked[index_key] = values, indices
+            pairs.append((layer, indices))
+    for layer, indices in pairs:
+        if layer.shira_weight[adapter_name].shape[0] != indices.shape[1]:
+            _resize(layer, adapter_name, indices.shape[1])
+    return checked
+
+
+def _sorted_pair(
+    value_key: str, values: Tensor, index_key: str, indices: Tensor, layer: ShiraLayer
+) -> tuple[Tensor, Tensor]:
+    if values.dim() != 1 or not values.is_floating_point():
+        raise FileFormatError(
+            f"{value_key}: values are (k,) floating point, not {tuple(values.shape)} {values.dtype}"
+        )
+    if not torch.isfinite(values).all():
+        raise FileFormatError(f"{value_key}: holds NaN or infinity")
+    if indices.shape != (2, values.shape[0]):
+        raise FileFormatError(
+            f"{index_key}: shape {tuple(indices.shape)} does not fit {values.shape[0]} values"
+        )
+    whole = indices.to(torch.int64)
+    if indices.is_floating_point() and not torch.equal(whole.to(indices.dtype), indices):
+        raise FileFormatError(f"{index_key}: indices are not whole numbers")
+    order = torch.argsort(whole[0] * matrix_shape(layer.weight_shape)[1] + whole[1], stable=True)
+    try:
+        support = Support.from_coordinates(layer.weight_shape, whole[:, order])
+    except SupportError as error:
+        raise FileFormatError(f"{index_key}: {error}") from error
+    return values[order], support.coordinates()
+
+
+def _resize(layer: ShiraLayer, adapter_name: str, k: int) -> None:
+    """Make room for k entries in the place of those that the config led to."""
+    old = layer.shira_weight[adapter_name]
+    layer.shira_weight[adapter_name] = nn.Parameter(
+        old.new_zeros(k), requires_grad=old.requires_grad
+    )
+    layer.shira_indices[adapter_name] = layer.shira_indices[adapter_name].new_zeros(2, k)

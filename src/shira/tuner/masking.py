@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to the support of one layer: `support_of_layer`.
+
+Built-in masks are rows of ``shira.masks``; masks chosen on data come as a `SupportTable` from
+`shira.calibrate`; a user's own ``mask_fn`` is called as PEFT documents it. All of them are
+``config.mask_fn``, called with the base layer and r.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shira.errors import MaskError, did_you_mean
+from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
+from shira.support import Support, matrix_shape
+
+if TYPE_CHECKING:
+    from shira.tuner.config import ShiraConfig
+
+
+class BuiltinMask:
+    """``config.mask_fn`` of the built-in masks: ``mask_fn(base_layer, r, *, name)``."""
+
+    def __init__(self, config: ShiraConfig) -> None:
+        self.config = config
+
+    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        config, weight = self.config, weight_of(base_layer)
+        shape = shape_of(weight)
+        needs = MASKS[config.mask_type].needs
+        return choose(
+            config.mask_type,
+            shape,
+            entries(config, shape, r, name),
+            weight=weight.detach() if "weight" in needs else None,
+            seed=config.draw_seed(),
+            name=name,
+            slot=config.mask_slot,
+            **(config.mask_options or {}),
+        )
+
+
+class SupportTable:
+    """``config.mask_fn`` of a calibrated configuration: supports by parameter name."""
+
+    def __init__(self, supports: Mapping[str, Support]) -> None:
+        self.supports = dict(supports)
+
+    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        try:
+            return self.supports[name]
+        except KeyError:
+            raise MaskError(
+                f"{name}: this configuration was calibrated for other parameters."
+                f"{did_you_mean(name, self.supports)} Run shira.calibrate with the target_modules "
+                "that you mean to train"
+            ) from None
+
+
+def support_of_layer(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
+    """The entries to train in one layer.
+
+    Args:
+        config: Its mask function, budget, seed and options.
+        base_layer: The layer to adapt.
+        name: The weight's parameter name in the base model: part of the key of random masks.
+        r: The layer's rank (``rank_pattern`` may give layers their own).
+
+    Returns:
+        A support on the CPU.
+
+    Raises:
+        MaskError: If there is no mask function, or what it returns does not fit.
+    """
+    shape = shape_of(weight_of(base_layer))
+    mask_fn = config.mask_fn
+    if mask_fn is None:
+        raise MaskError(
+            f"{name}: mask_type={config.mask_type!r} is not built in and config.mask_fn is not "
+            f"set; built in are {', '.join(MASKS)}.{did_you_mean(config.mask_type, MASKS)}"
+        )
+    if isinstance(mask_fn, (BuiltinMask, SupportTable)):
+        support = mask_fn(base_layer, r, name=name)
+    else:
+        given = {"name": name, "random_seed": config.random_seed}
+        mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
+        support = custom_support(
+            mask, shape, entries(config, shape, r, name), what=f"mask_fn for {name}"
+        )
+    return support.to("cpu")
+
+
+def needs_placeholder(config: ShiraConfig) -> bool:
+    """Whether the mask cannot be made again, for an adapter that is about to be read from a file."""
+    if not config.inference_mode:
+        return False
+    mask_fn = config.mask_fn
+    if isinstance(mask_fn, BuiltinMask):
+        return "gradient" in MASKS[config.mask_type].needs
+    return mask_fn is None
+
+
+def placeholder(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
+    """A support of the right size for a layer whose entries are about to be read from a file."""
+    shape = shape_of(weight_of(base_layer))
+    k = entries(config, shape, r, name)
+    return Support(shape, torch.arange(k))
+
+
+def entries(config: ShiraConfig, shape: tuple[int, ...], r: int, name: str) -> int:
+    """The budget k of a weight: from ``density`` if given, else r * (m + n)."""
+    rows, cols = matrix_shape(shape)
+    if config.density is not None:
+        return budget_from_density(rows * cols, config.density, name=name)
+    return budget(rows, cols, r, name=name)
+
+
+def weight_of(base_layer: nn.Module) -> Tensor:
+    """The layer's weight tensor (for a quantized layer the packed one)."""
+    weight: Tensor = base_layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def shape_of(weight: Tensor) -> tuple[int, ...]:
+    """The full shape of a weight, also where DeepSpeed ZeRO-3 keeps it partitioned."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keyword arguments that the function takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(given)
+    names = {parameter.name for parameter in parameters}
+    return {key: value for key, value in given.items() if key in names}

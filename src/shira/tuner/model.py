@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ShiraModel`: PEFT's tuner for SHiRA, which puts adapted layers in the place of the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from shira.delta import fingerprint
+from shira.errors import MergeError, TargetError
+from shira.store.names import base_module_name, weight_name
+from shira.support import Support
+from shira.tuner.base_values import base_values
+from shira.tuner.config import ShiraConfig
+from shira.tuner.conv2d import Conv2d
+from shira.tuner.embedding import Embedding
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.linear import Linear, is_conv1d
+from shira.tuner.loading import Incoming, check_state_dict, read_incoming
+from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
+from shira.tuner.mixed_batch import adapter_names_in_effect
+from shira.tuner.private_memory import MemoryMap, own_memory
+from shira.tuner.stock import as_ours
+from shira.tuner.targets import nothing_matched, refuse_shared_weights, warn_of_idle_names
+
+
+def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
+    """The adapted layer type for a base layer, or None if SHiRA has none for it."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return Linear
+    if isinstance(module, nn.Conv2d):
+        return Conv2d
+    if isinstance(module, nn.Embedding):
+        return Embedding
+    backend = resolve_quantization_backend(module)
+    return Linear if backend is not None and backend.layer_type == "linear" else None
+
+
+class ShiraModel(BaseTuner):
+    """A model with Sparse High Rank Adapters; made by ``get_peft_model(model, ShiraConfig(...))``.
+
+    Args:
+        model: The model to adapt. Its weights keep their bits and their place in memory.
+        peft_config: The configuration, or ``{adapter name: configuration}``.
+        adapter_name: Name of the first adapter.
+
+    Raises:
+        TargetError: If no module is matched, or a matched one cannot be adapted.
+        MaskError: If a mask does not fit.
+        FileFormatError, WrongBaseError: If a file is being loaded and does not fit; the model is
+            then as it was.
+    """
+
+    prefix: str = "shira_"
+    tuner_layer_cls = ShiraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Check everything that can be checked, then let PEFT put the layers in."""
+        config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
+        names = [name for name, _ in model.named_modules()]
+        self._incoming: Incoming | None = None
+        self._memory_map: MemoryMap | None = MemoryMap()
+        try:
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            warn_of_idle_names(config, names)
+            _maybe_include_all_linear_layers(config, model)
+            targets = [
+                (name, module)
+                for name, module in model.named_modules()
+                if name and check_target_module_exists(config, name)
+            ]
+            refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
+            self._incoming = read_incoming(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise nothing_matched(config, names, str(error)) from error
+        finally:
+            config._source = None
+            self._incoming = self._memory_map = None
+
+    def _create_and_replace(
+        self,
+        shira_config: ShiraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str | None,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        config = as_ours(shira_config)
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        name = weight_name(base_module_name(current_key))
+        pattern = get_pattern_key(list(config.rank_pattern), current_key)
+        r = config.rank_pattern.get(pattern, config.r)
+        layer_class = layer_class_of(base_layer)
+        if layer_class is None:
+            raise TargetError(
+                f"Target module {current_key} ({type(base_layer).__name__}) is not supported. "
+                "SHiRA adapts torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and "
+                "torch.nn.Embedding"
+            )
+        support = _support(config, base_layer, name, r, getattr(self, "_incoming", None))
+        kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
+        if isinstance(target, ShiraLayer):
+            target.update_layer(adapter_name, support, r, config=config, **kwargs)
+        else:
+            own_memory(base_layer, getattr(self, "_memory_map", None) or MemoryMap())
+            new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)  # type: ignore[call-arg]
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)  # type: ignore[attr-defined]
+            self._replace_module(parent, target_name, new_module, target)
+        _record(config, base_layer, name, support)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with adapter_names_in_effect(
+            self, kwargs.pop("adapter_names", None), kwargs.get("num_beams")
+        ):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into a weight that an unadapted module shares.
+
+        Raises:
+            MergeError: If there is one.
+        """
+        super()._check_merge_allowed()
+        adapted = {
+            layer.weight.data_ptr(): name
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, ShiraLayer) and not layer.weight.is_meta
+        }
+        inside = {
+            id(module)
+            for layer in self.model.modules()
+            if isinstance(layer, ShiraLayer)
+            for module in layer.modules()
+        }
+        for name, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if id(module) in inside or not isinstance(weight, Tensor) or weight.is_meta:
+                continue
+            owner = adapted.get(weight.data_ptr()) if weight.numel() else None
+            if owner is not None:
+                raise MergeError(
+                    f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
+                    "adapted: merging would change both. Untie them first (load the model with "
+                    "tie_word_embeddings=False), or keep the adapter unmerged"
+                )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: ShiraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return check_state_dict(model, adapter_name, remapped)
+
+
+def _support(
+    config: ShiraConfig, base_layer: nn.Module, name: str, r: int, incoming: Incoming | None
+) -> Support:
+    if incoming is not None and name in incoming:
+        return incoming[name]
+    if needs_placeholder(config):
+        return placeholder(config, base_layer, name, r)
+    return support_of_layer(config, base_layer, name, r)
+
+
+def _record(config: ShiraConfig, base_layer: nn.Module, name: str, support: Support) -> None:
+    """Write into the config what a reader of the saved file needs to know of the base."""
+    config.shira_shapes = {**(config.shira_shapes or {}), name: list(support.shape)}
+    values = base_values(base_layer, support)
+    if values is not None:
+        known = config.base_fingerprint or {}
+        config.base_fingerprint = {**known, name: fingerprint(values)}
+

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts shira's classes in the place of PEFT's own for the method SHIRA.
+
+PEFT has no way to replace a method, so this names every place in which it keeps one: three
+mappings, the names on its packages, and the tuples of the mixed model. The modules that define
+PEFT's classes (``peft.tuners.shira.config`` and so on) keep them.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Union
+
+import peft
+import peft.mapping
+import peft.tuners
+import peft.tuners.mixed.model as mixed
+import peft.tuners.shira
+from peft.tuners.shira.config import ShiraConfig as StockConfig
+from peft.tuners.shira.layer import ShiraLayer as StockLayer
+from peft.utils import PeftType
+
+from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.linear import Linear
+from shira.tuner.model import ShiraModel
+
+
+def register() -> None:
+    """Make PEFT use shira's classes; doing it again changes nothing."""
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SHIRA] = ShiraConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SHIRA] = ShiraModel
+    peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.SHIRA] = ShiraModel
+    for package in (peft, peft.tuners, peft.tuners.shira):
+        package.ShiraConfig = ShiraConfig
+        package.ShiraModel = ShiraModel
+    peft.tuners.shira.ShiraLayer = ShiraLayer
+    peft.tuners.shira.Linear = Linear
+    _register_mixed()
+
+
+def _register_mixed() -> None:
+    """The mixed model asks by isinstance, and calls the model class by its module's name."""
+    if ShiraConfig in mixed.Configs.__args__:
+        return
+    mixed.Configs = Union[(*mixed.Configs.__args__, ShiraConfig)]  # noqa: UP007
+    mixed.Layers = (*(kind for kind in mixed.Layers if kind is not StockLayer), ShiraLayer)
+    mixed.shira = SimpleNamespace(
+        ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
+    )
