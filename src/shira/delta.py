@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,7 +53,8 @@ class SparseDelta:
     def replacement(self, base: Tensor, scale: float = 1.0) -> Tensor:
         """The values that take the place of the base's: ``round(base + scale * values)``.
 
-        The sum is made in float32 (float64 for a float64 base) and rounded once, to the base's dtype.
+        The sum is made in float32 (float64 if base or values are) and rounded once, to the base's
+        dtype.
 
         Args:
             base: ``(k,)`` values of the base weight at the support.
@@ -157,18 +158,30 @@ class Adapter(Mapping[str, SparseDelta]):
         return adapter_of_model(model, adapter_name)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Adapter:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        base: torch.nn.Module | str | os.PathLike[str] | Mapping[str, Sequence[int]] | None = None,
+    ) -> Adapter:
         """Read an adapter: a folder in PEFT's format, or its ``adapter_model.safetensors``.
 
         Everything is validated before it is returned.
 
+        Args:
+            path: The folder or file.
+            base: Where the shapes of the base's weights are known from, if the file does not record
+                them (stock PEFT's do not): the ``nn.Module``, the path of a safetensors checkpoint
+                (only headers are read), or ``{parameter name: shape}``.
+
         Raises:
             FileNotFoundError: If there is nothing at ``path``.
-            FileFormatError: If the file is damaged, hostile or no adapter.
+            FileFormatError: If the file is damaged, hostile or no adapter, or needs ``base``.
+            WrongBaseError: If the file records other shapes than ``base`` has.
         """
         from shira.store import load
 
-        return load(path)
+        return load(path, base=base)
 
     def save(
         self,

@@ -36,7 +36,8 @@ class Support:
             each in ``[0, numel)``. Kept as int32 where ``numel`` allows, else as int64.
 
     Raises:
-        SupportError: If the indices are not 1-D integers, or are out of range, unsorted or repeated.
+        SupportError: If the indices are not 1-D integers, or are out of range, unsorted or
+            repeated.
     """
 
     __slots__ = ("indices", "shape")
@@ -63,22 +64,24 @@ class Support:
         Raises:
             SupportError: If an index is out of range or occurs twice.
         """
-        return cls(shape, indices.sort().values)
+        return cls(shape, _signed(indices, "indices").sort().values)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Support:
         """A support from a dense 0/1 or boolean mask of the weight's shape.
 
         Raises:
-            SupportError: If an entry is neither 0 nor 1.
+            SupportError: If an entry is neither 0 nor 1, or the mask is no tensor.
         """
+        if not isinstance(mask, Tensor):
+            raise SupportError(f"a mask is a tensor, not {type(mask).__name__}")
         chosen = mask if mask.dtype == torch.bool else mask != 0
         if mask.dtype != torch.bool:
             odd = mask.masked_select(chosen & (mask != 1))
             if odd.numel():
                 raise SupportError(
-                    f"a mask holds only zeros and ones, but {odd.numel()} of its entries are others, "
-                    f"the first of them {odd[0].item()}"
+                    f"a mask holds only zeros and ones, but {odd.numel()} of its entries are "
+                    f"others, the first of them {odd[0].item()}"
                 )
         return cls._trusted(mask.shape, chosen.reshape(-1).nonzero().squeeze(1))
 
@@ -94,7 +97,7 @@ class Support:
         """
         shape = tuple(shape)
         rows, cols = matrix_shape(shape)
-        _check_integers(coordinates, "coordinates")
+        coordinates = _signed(coordinates, "coordinates")
         if coordinates.dim() != 2 or coordinates.shape[0] != 2:
             raise SupportError(
                 f"coordinates have shape (2, k), row and column, not {tuple(coordinates.shape)}"
@@ -124,8 +127,18 @@ class Support:
         return self.nnz / self.numel if self.numel else 0.0
 
     def coordinates(self) -> Tensor:
-        """Row and column of each entry, int32 ``(2, k)``, as PEFT's ``shira_indices``."""
-        cols = max(matrix_shape(self.shape)[1], 1)
+        """Row and column of each entry, int32 ``(2, k)``, as PEFT's ``shira_indices``.
+
+        Raises:
+            SupportError: If the weight has more rows or columns than int32 can count.
+        """
+        rows, cols = matrix_shape(self.shape)
+        if max(rows, cols) > _INT32_LIMIT:
+            raise SupportError(
+                f"int32 coordinates cannot address a weight of shape {self.shape}, "
+                f"a matrix of {rows} rows and {cols} columns"
+            )
+        cols = max(cols, 1)
         return torch.stack((self.indices // cols, self.indices % cols)).to(torch.int32)
 
     def to(self, device: torch.device | str) -> Support:
@@ -186,23 +199,25 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return int(shape[0]), math.prod(shape[1:])
 
 
-def _check_integers(indices: Tensor, what: str) -> None:
+def _signed(indices: Tensor, what: str) -> Tensor:
+    """The integers in a dtype that torch can sort and compare; the unsigned ones become int64."""
     if not isinstance(indices, Tensor):
         raise SupportError(f"{what} are an integer tensor, not {type(indices).__name__}")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise SupportError(f"{what} are integers, not {indices.dtype}")
+    return indices if indices.dtype.is_signed else indices.long()
 
 
 def _checked(shape: tuple[int, ...], indices: Tensor) -> Tensor:
     if any(size < 0 for size in shape):
         raise SupportError(f"a shape has no negative sizes: {shape}")
-    _check_integers(indices, "indices")
+    indices = _signed(indices, "indices")
     if indices.dim() != 1:
         raise SupportError(f"indices are one-dimensional, not of shape {tuple(indices.shape)}")
     numel = math.prod(shape)
     if not indices.numel():
         return indices.to(index_dtype(numel))
-    if indices.dtype != torch.uint8 and int(indices.min()) < 0:
+    if int(indices.min()) < 0:
         raise SupportError(f"index {int(indices.min())} is negative")
     if int(indices.max()) >= numel:
         raise SupportError(

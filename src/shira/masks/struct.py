@@ -3,14 +3,13 @@
 
 ::
 
-    axis="row", f = 3            axis="column"
-    1 1 1 1 1 1 1 1              1 . . 1 . . 1 .
-    . 1 . . . . . .              1 1 . 1 . . 1 .
-    . . 1 . . . . .              1 . 1 1 . . 1 .
-    1 1 1 1 1 1 1 1              1 . . 1 . . 1 .
-    . . . . 1 . . .              1 . . 1 1 . 1 .
-    . . . . . 1 . .              1 . . 1 . 1 1 .
-    1 1 1 1 1 . 1 .  <- cut where the budget ends
+    axis="row", 19 entries       axis="column", 20 entries
+    1 1 1 1 1 1 1 1 1            1 . . 1 . . 1 . .
+    . 1 . . . . . . .            1 1 . 1 . . 1 . .
+    . . 1 . . . . . .            1 . 1 1 . . 1 . .
+    1 1 1 1 1 1 . . .  <- cut    1 . . 1 . . 1 . .
+    . . . . 1 . . . .            1 . . 1 1 . . . .
+    . . . . . 1 . . .            1 . . 1 . 1 . . .  <- cut
 
 The lines alone would be an adapter of low rank; the diagonal makes its rank high.
 """
@@ -37,9 +36,10 @@ def struct_support(
     """The diagonal and evenly spaced lines, k entries in all (paper B.1, SHiRA-Struct).
 
     The diagonal comes first (its first k entries, should the budget be shorter). What is left is
-    spent on as few lines as hold it, f apart, f the largest spacing at which so many lines fit; an
-    entry of the diagonal that a line crosses counts once, and the last line is cut where the
-    budget ends. Weights of more than two dimensions count as matrices of ``shape[0]`` rows. O(k).
+    spent on as few lines as hold it, spread evenly: every f-th, f the number of rows (or columns)
+    over that of lines, rounded line by line. An entry of the diagonal that a line crosses counts
+    once, and the last line is cut where the budget ends. Weights of more than two dimensions count
+    as matrices of ``shape[0]`` rows. O(k).
 
     Args:
         shape: Shape of the weight as stored.
@@ -77,7 +77,7 @@ def _lines(count: int, length: int, rest: int, offset: int) -> NDArray[np.int64]
     """The fewest evenly spaced lines, of ``count``, that hold ``rest`` entries off the diagonal."""
     needed = -(-rest // length)
     while True:  # twice at most: the lines together cross the diagonal min(count, length) times
-        lines = (offset + np.arange(needed, dtype=np.int64) * (count // needed)) % count
+        lines = (offset + np.arange(needed, dtype=np.int64) * count // needed) % count
         if needed * length - int((lines < length).sum()) >= rest:
             return lines
         needed += 1

@@ -56,18 +56,18 @@ def check_coordinates(coordinates: Tensor) -> Tensor:
         if bool(inexact.any()):
             bad = coordinates[inexact][0].item()
             raise EntryError("shira_indices", f"index {bad} is no whole number below 2^24")
-    if coordinates.dtype == torch.uint64:  # torch compares none of these; as int64 they wrap
+    if coordinates.dtype == torch.uint64:  # as int64 the largest wrap
         coordinates = coordinates.view(torch.int64)
-        least = int(coordinates.min())
-        if least < 0:
+        if (least := int(coordinates.min())) < 0:
             raise EntryError("shira_indices", f"index {least + 2**64} overflows int32")
-    wide = coordinates if coordinates.dtype == torch.int32 else coordinates.to(torch.int64)
-    least, most = int(wide.min()), int(wide.max())
+    elif coordinates.dtype in (torch.uint16, torch.uint32):  # torch compares none of these
+        coordinates = coordinates.to(torch.int64)
+    least, most = int(coordinates.min()), int(coordinates.max())
     if least < 0:
         raise EntryError("shira_indices", f"index {least} is negative")
     if most >= COORDINATE_LIMIT:
         raise EntryError("shira_indices", f"index {most} overflows int32")
-    return wide.to(torch.int32)
+    return coordinates.to(torch.int32)
 
 
 def sort_entries(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

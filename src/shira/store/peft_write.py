@@ -119,4 +119,4 @@ def _stored_indices(name: str, delta: SparseDelta, dtype: torch.dtype | None) ->
         raise AdapterError(
             f"{name!r} of shape {delta.support.shape} has rows or columns beyond {dtype}"
         )
-    return delta.support.coordinates().to("cpu", dtype, copy=True).contiguous()
+    return delta.support.coordinates().to("cpu", dtype)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -28,7 +28,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.masking import SupportTable, entries
 from shira.tuner.model import ShiraModel, layer_class_of
 from shira.tuner.stock import as_ours
-from shira.tuner.targets import nothing_matched, refuse_shared_weights
+from shira.tuner.targets import matched_modules, nothing_matched, refuse_shared_weights
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -96,7 +96,6 @@ def calibrate(
 
 
 def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.Module]]:
-    names = [name for name, _ in model.named_modules()]
     if config.target_modules is None:
         model_type = ShiraModel.get_model_config(model).get("model_type")
         targets = ShiraModel.target_module_mapping.get(model_type)
@@ -104,15 +103,9 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
             raise TargetError(f"there are no default targets for {model_type!r}; set target_modules")
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     _maybe_include_all_linear_layers(config, model)
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name)
-    ]
+    layers = matched_modules(config, model)
     if not layers:
-        raise nothing_matched(
-            config, names, f"Target modules {config.target_modules} not found in the base model."
-        )
+        raise nothing_matched(config, model)
     for name, layer in layers:
         weight = getattr(layer, "weight", None)
         if layer_class_of(layer) is None or not isinstance(weight, Tensor):

@@ -8,7 +8,11 @@ indices do not fit.
 
 from __future__ import annotations
 
+from typing import Any
+
+import peft
 import torch
+from packaging.version import Version
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
@@ -25,3 +29,11 @@ class IndexDict(BufferDict):
         if indices.is_floating_point() and not torch.equal(indices, indices.float().round()):
             raise SupportError(f"indices of adapter {adapter_name!r} are not whole numbers")
         super().__setitem__(adapter_name, indices.to(torch.int32))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # PEFT before 0.21 takes the indices out of the state dict and sets them here itself.
+        missing_keys: list[str] = args[4]
+        known = len(missing_keys)
+        super()._load_from_state_dict(*args)
+        if Version(peft.__version__) < Version("0.21"):
+            del missing_keys[known:]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from shira.delta import fingerprint
@@ -22,6 +21,7 @@ from shira.support import Support, matrix_shape
 from shira.tuner.base_values import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.targets import matched_modules
 
 Incoming = Mapping[str, Support]
 """Supports in a file, by parameter name."""
@@ -58,8 +58,8 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
 def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> None:
     wanted = {
         weight_name(base_module_name(name))
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name) and hasattr(module, "weight")
+        for name, module in matched_modules(config, model)
+        if hasattr(module, "weight")
     }
     present = {raw.weight_name for raw in file.tensors.values()}
     for name in sorted(wanted - present):
@@ -83,10 +83,13 @@ def _check_base(
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
-    for name, support in supports.items():
+    for raw in file.tensors.values():
+        name = raw.weight_name
         expected = recorded.get(name)
-        values = base_values(parameters[name], support) if expected else None
-        if expected is None or values is None:
+        if expected is None or not raw.values.any():
+            continue  # an untrained adapter changes nothing, so it fits every base
+        values = base_values(parameters[name], supports[name])
+        if values is None:
             continue
         found = fingerprint(values)
         # A base of another dtype rounds differently, so its hash says nothing.

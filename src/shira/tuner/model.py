@@ -11,14 +11,13 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -37,7 +36,12 @@ from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.private_memory import MemoryMap, own_memory
 from shira.tuner.stock import as_ours
-from shira.tuner.targets import nothing_matched, refuse_shared_weights, warn_of_idle_names
+from shira.tuner.targets import (
+    matched_modules,
+    nothing_matched,
+    refuse_shared_weights,
+    warn_of_idle_names,
+)
 
 
 def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
@@ -76,26 +80,28 @@ class ShiraModel(BaseTuner):
     ) -> None:
         """Check everything that can be checked, then let PEFT put the layers in."""
         config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
-        names = [name for name, _ in model.named_modules()]
         self._incoming: Incoming | None = None
         self._memory_map: MemoryMap | None = MemoryMap()
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
-            warn_of_idle_names(config, names)
-            _maybe_include_all_linear_layers(config, model)
-            targets = [
-                (name, module)
-                for name, module in model.named_modules()
-                if name and check_target_module_exists(config, name)
-            ]
-            refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
-            self._incoming = read_incoming(config, model)
+            if config.target_modules != DUMMY_TARGET_MODULES:
+                self._check_targets(config, model, by_name=kwargs.get("state_dict") is None)
+                self._incoming = read_incoming(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
-            raise nothing_matched(config, names, str(error)) from error
         finally:
             config._source = None
             self._incoming = self._memory_map = None
+
+    def _check_targets(self, config: ShiraConfig, model: nn.Module, by_name: bool) -> None:
+        warn_of_idle_names(config, model)
+        _maybe_include_all_linear_layers(config, model)
+        targets = matched_modules(config, model)
+        # A further adapter that trains whole modules alone is for PEFT to judge: some versions of it
+        # accept that.
+        leave_to_peft = bool(config.modules_to_save and self.targeted_module_names)
+        if by_name and not targets and not leave_to_peft:
+            raise nothing_matched(config, model)
+        refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
 
     def _create_and_replace(
         self,

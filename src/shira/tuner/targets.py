@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from shira.errors import TargetError, did_you_mean
@@ -14,29 +15,54 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.masking import weight_of
 
 
-def warn_of_idle_names(config: ShiraConfig, module_names: Iterable[str]) -> None:
+def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a configuration names, as PEFT matches them."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and check_target_module_exists(config, name)
+    ]
+
+
+def warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
     """Warn of each name in a list of target modules that matches no module."""
     if isinstance(config.target_modules, str) or not config.target_modules:
         return
-    names = list(module_names)
-    parts = {part for name in names for part in name.split(".")} | set(names)
+    names = _module_names(model)
     for target in sorted(config.target_modules):
         if not any(name == target or name.endswith(f".{target}") for name in names):
             warnings.warn(
                 f"target_modules: {target!r} matches no module of the model."
-                f"{did_you_mean(target, parts)}",
+                f"{did_you_mean(target, _tails(names) | set(names))}",
                 stacklevel=2,
             )
 
 
-def nothing_matched(config: ShiraConfig, module_names: Iterable[str], cause: str) -> TargetError:
+def nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
     """The error for a configuration that matches nothing at all, naming near modules."""
     targets = config.target_modules
-    names = [name for name in module_names if name]
-    tails = {name.rpartition(".")[2] for name in names}
+    names = _module_names(model)
     wanted = re.findall(r"\w+", targets) if isinstance(targets, str) else sorted(targets or ())
-    hints = {hint for target in wanted if (hint := did_you_mean(target, tails | set(names)))}
-    return TargetError(f"{cause}{''.join(sorted(hints))}")
+    hints = {hint for word in wanted if (hint := did_you_mean(word, _tails(names) | set(names)))}
+    narrowed = {
+        field: value
+        for field in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, field)) is not None
+    }
+    besides = "".join(f", with {field}={value!r}" for field, value in narrowed.items())
+    return TargetError(
+        f"Target modules {targets!r} not found in the base model{besides}. Please check the target "
+        f"modules and try again.{''.join(sorted(hints))}"
+    )
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name]
+
+
+def _tails(names: list[str]) -> set[str]:
+    """Last parts of the names that are words rather than numbers."""
+    return {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
 
 
 def refuse_shared_weights(
