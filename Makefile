@@ -1,0 +1,77 @@
+# The same few commands for people and for CI. Each makes .venv when there is none, and
+# installs again when pyproject.toml or the constraints have changed.
+#
+#   make demo      adapt a real model, save, reload, switch and restore it
+#   make test      the test suite
+#   make check     formatting, lint, types and tests: what CI runs
+#   make bench     the benchmarks; results go to benchmarks/results/
+#
+# PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
+# (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOWEST := $(VENV)/lowest-peft
+LOWEST_STAMP := $(LOWEST)/.installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test test-lowest-peft check bench format format-check lint types clean
+
+help:
+	@sed -n 's/^#  //p' Makefile
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "shira needs Python 3.10 or newer; say which one: make PYTHON=python3.12"; exit 1; }
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/shira demo
+
+test: $(STAMP)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# The lowest PEFT that is supported, laid over the environment: PEFT alone differs.
+$(LOWEST_STAMP): $(STAMP) constraints-lowest.txt
+	rm -rf $(LOWEST)
+	$(BIN)/python -m pip install -qq --no-deps --target $(LOWEST) -c constraints-lowest.txt peft
+	@touch $@
+
+test-lowest-peft: $(LOWEST_STAMP)
+	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import peft; print("PEFT", peft.__version__, "from", peft.__path__[0])'
+	PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTEST) -x -q $(PYTEST_ARGS) tests/tuner
+
+# The main test run comes last, so that its summary is the last line.
+check: format-check lint types test-lowest-peft test
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

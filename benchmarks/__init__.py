@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks: shira beside PEFT's SHiRA, PEFT's LoRA and the frozen floor.
+
+Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``. A suite is a file::
+
+    training.py     one training step: seconds and peak memory
+    masks.py        making the masks: seconds for a layer and for a model
+
+    contenders.py   the models that the training suite compares
+    memory.py       peak memory of a step, each contender in a process of its own
+    timing.py       interleaved timing and the statistics of its ratios
+    environment.py  hardware and versions
+    report.py       JSON files and tables
+
+Rules that all suites keep: the answers are compared before anything is timed; contenders take
+turns inside one run, so that a slow minute of the machine hits them all; what is reported is the
+ratio with its spread, and all samples are in the file; what was not run is null, never a guess.
+"""

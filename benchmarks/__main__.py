@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks [SUITE] [options]``: run one suite, or all of them with their defaults."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks import masks, report, training
+
+SUITES: dict[str, Any] = {suite.NAME: suite for suite in (training, masks)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(_parser().parse_args(arguments))
+    chosen, output = options.pop("suite"), options.pop("output", None)
+    for name in [chosen] if chosen else SUITES:
+        suite = SUITES[name]
+        result = suite.run(suite.Settings(**options), report.say)
+        report.say("")
+        path = output or report.RESULTS / f"{name}.json"
+        report.write(result, path)
+        for table in suite.tables(result):
+            table.print()
+        print(f"written to {path}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=sys.modules["benchmarks"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites = parser.add_subparsers(
+        dest="suite", metavar="SUITE", help="one suite; all when left out"
+    )
+    for name, suite in SUITES.items():
+        summary = (suite.__doc__ or "").partition("\n\n")[0]
+        sub = suites.add_parser(
+            name,
+            help=summary,
+            description=suite.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for option in fields(suite.Settings):
+            _add(sub, option)
+        sub.add_argument(
+            "--output", type=Path, help=f"the JSON file (default: {report.RESULTS / name}.json)"
+        )
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, option: Any) -> None:
+    """One command-line option for one field of a suite's Settings."""
+    if option.default is MISSING:
+        raise TypeError(f"the setting {option.name} needs a default")
+    kind: dict[str, Any] = {"type": type(option.default)}
+    if isinstance(option.default, bool):
+        kind = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument(
+        f"--{option.name.replace('_', '-')}",
+        default=option.default,
+        help=f"{option.metadata['help']} (default: {option.default})",
+        **kind,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

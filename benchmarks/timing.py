@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing: contenders take turns, and ratios are formed within each round.
+
+A machine that is shared, or that changes its clock, is slow for seconds at a time. Timing one
+contender after the other turns that into a difference between them. Here every round runs each
+contender once, starting with another one each time, and the ratio to the reference is taken
+inside the round, where both saw the same machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Seconds between two marks of one run: by the clock, and of all threads' processor time."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Lap) -> Lap:
+        return Lap(self.wall + other.wall, self.cpu + other.cpu)
+
+
+class Laps:
+    """Collects the phases of one run: call ``mark(name)`` at the end of each."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Lap] = {}
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def mark(self, name: str) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.phases[name] = Lap(wall - self._wall, cpu - self._cpu)
+        self._wall, self._cpu = wall, cpu
+
+    @property
+    def total(self) -> Lap:
+        return sum(self.phases.values(), Lap(0.0, 0.0))
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Laps]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[Laps]]:
+    """Run every contender ``warmup + repeats`` times, round by round; keep the last ``repeats``."""
+    names = list(runs)
+    kept: dict[str, list[Laps]] = {name: [] for name in names}
+    for turn in range(-warmup, repeats):
+        progress(f"round {turn + 1} of {repeats}" if turn >= 0 else "warming up")
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            laps = runs[name]()
+            if turn >= 0:
+                kept[name].append(laps)
+    return kept
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Minimum, median and quartiles of some samples, in their own unit."""
+    low, middle, high = quartiles(samples)
+    return {"min": min(samples), "median": middle, "q1": low, "q3": high}
+
+
+def ratios(samples: list[float], reference: list[float]) -> dict[str, float]:
+    """How many times the reference: of the minima, and within each round with its quartiles."""
+    paired = [a / b for a, b in zip(samples, reference, strict=True)]
+    low, middle, high = quartiles(paired)
+    return {"of_min": min(samples) / min(reference), "median": middle, "q1": low, "q3": high}
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high

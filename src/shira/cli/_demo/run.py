@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo from beginning to end: text, tasks, training, proofs in a new process, tables."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shira.cli import quiet
+from shira.cli._demo.settings import MODEL_NAME, Files, Settings, model_path
+from shira.cli._demo.tasks import Task, build_tasks, collect
+from shira.cli.console import console
+from shira.cli.progress import say, track
+from shira.errors import MissingDependencyError, ShiraError
+
+
+def run_demo(root: Path, settings: Settings) -> bool:
+    """Run the demo, writing into `root` alone.
+
+    Returns:
+        Whether every proof holds.
+
+    Raises:
+        MissingDependencyError: If a package is missing that ``shira[demo]`` brings.
+    """
+    started = time.perf_counter()
+    quiet.offline()
+    model_path()  # the first thing to be missing
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the demo needs {error.name}: pip install 'shira[demo]'"
+        ) from error
+    quiet.quiet(warnings_too=True)
+    root.mkdir(parents=True, exist_ok=True)
+    files = Files(root)
+    out = console()
+
+    tasks = make_tasks(settings)
+    for task in tasks:
+        _write_examples(task, files)
+    say(
+        f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
+        f"{settings.batch_size} texts, seed {settings.seed}"
+    )
+    runs = _train(tasks, settings, files)
+    from shira.cli._demo.report import proofs, switch_line, task_table
+
+    for task in tasks:
+        out.print(task_table(task, *runs[task.name]))
+        out.print()
+
+    say("reloading both adapters in a new process")
+    found = _verify(files)
+    out.print("Proofs, in a new process that knows the saved files alone:")
+    results = proofs(found)
+    for proof in results:
+        out.print(f"  {'holds ' if proof.holds else 'FAILS '} {proof.statement}", soft_wrap=True)
+    out.print(f"  {switch_line(found)}", soft_wrap=True)
+    seconds = time.perf_counter() - started
+    out.print(f"Files in {root}, {seconds:.0f} seconds in all.", soft_wrap=True)
+    _add_to_results(
+        files,
+        runs={
+            name: {"frozen": asdict(frozen), "shira": asdict(shira)}
+            for name, (frozen, shira) in runs.items()
+        },
+        verified=found,
+        proofs=[asdict(proof) for proof in results],
+        seconds=seconds,
+    )
+    return all(proof.holds for proof in results)
+
+
+def make_tasks(settings: Settings) -> list[Task]:
+    """The demo's two tasks, with progress shown."""
+    docstrings = collect(
+        seed=settings.seed,
+        files_per_library=settings.files_per_library,
+        track=lambda todo: track(todo, "reading docstrings"),
+    )
+    return build_tasks(
+        docstrings,
+        seed=settings.seed,
+        train_per_label=settings.train_per_label,
+        test_per_label=settings.test_per_label,
+    )
+
+
+def _train(tasks: Sequence[Task], settings: Settings, files: Files) -> dict[str, Any]:
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from shira.cli._demo.training import train_frozen, train_shira
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    outputs = max(len(task.labels) for task in tasks)  # two heads of one width fit one base
+    runs = {}
+    logits = {}
+    for slot, task in enumerate(tasks):
+        frozen = train_frozen(task, tokenizer, settings, outputs=outputs)
+        adapted, logits[task.name] = train_shira(
+            task, tokenizer, settings, outputs=outputs, slot=slot, files=files
+        )
+        runs[task.name] = (frozen, adapted)
+    save_file(logits, files.predictions)
+    _write_json(
+        files.results,
+        {
+            "settings": asdict(settings),
+            "tasks": [task.name for task in tasks],
+            "labels": {task.name: task.labels for task in tasks},
+            "outputs": outputs,
+            "versions": _versions(),
+        },
+    )
+    return runs
+
+
+def _verify(files: Files) -> dict[str, Any]:
+    process = subprocess.run(
+        [sys.executable, "-m", "shira.cli._demo.verify", str(files.root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        raise ShiraError(
+            f"the second process ended with status {process.returncode}; what it said is above"
+        )
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found
+
+
+def _write_examples(task: Task, files: Files) -> None:
+    lines = [
+        json.dumps(
+            {
+                "text": example.text,
+                "label": task.labels[example.label],
+                "split": split,
+                "source": example.source,
+            }
+        )
+        for split, examples in (("train", task.train), ("test", task.test))
+        for example in examples
+    ]
+    files.examples(task.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _add_to_results(files: Files, **found: Any) -> None:
+    _write_json(
+        files.results, {**json.loads(files.results.read_text(encoding="utf-8")), **found}
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from shira._version import __version__
+
+    packages = ("torch", "transformers", "peft", "safetensors")
+    return {
+        "shira": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of an adapter's values, made weight by weight and added up.
+
+Sums are kept instead of the values, so that an adapter of any size is described in the memory of
+its largest weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shira.delta import replacement
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Count, extremes and sums of some values; adding two gives those of both together."""
+
+    count: int = 0
+    zeros: int = 0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    total: float = 0.0
+    total_absolute: float = 0.0
+    total_squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: Tensor) -> Figures:
+        """The figures of a 1-D floating-point tensor, summed in float64."""
+        if not values.numel():
+            return cls()
+        wide = values.detach().double()
+        return cls(
+            count=wide.numel(),
+            zeros=int((wide == 0).sum()),
+            minimum=float(wide.min()),
+            maximum=float(wide.max()),
+            total=float(wide.sum()),
+            total_absolute=float(wide.abs().sum()),
+            total_squares=float(wide.square().sum()),
+        )
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            count=self.count + other.count,
+            zeros=self.zeros + other.zeros,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            total=self.total + other.total,
+            total_absolute=self.total_absolute + other.total_absolute,
+            total_squares=self.total_squares + other.total_squares,
+        )
+
+    def summary(self) -> dict[str, float | int | None]:
+        """What is printed: min, max, mean absolute value, (population) standard deviation, zeros.
+
+        ``None`` stands where there is no value to have any.
+        """
+        if not self.count:
+            return {"min": None, "max": None, "mean_abs": None, "std": None, "zeros": 0}
+        mean = self.total / self.count
+        variance = max(self.total_squares / self.count - mean * mean, 0.0)
+        return {
+            "min": self.minimum,
+            "max": self.maximum,
+            "mean_abs": self.total_absolute / self.count,
+            "std": math.sqrt(variance),
+            "zeros": self.zeros,
+        }
+
+
+def vanishing(base: Tensor, delta: Tensor) -> int:
+    """How many deltas other than zero change nothing in a bfloat16 copy of the base.
+
+    The base is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a delta
+    vanishes if ``round(base + delta)`` is that same number.
+
+    Args:
+        base: ``(k,)`` values of the base weight at the adapter's positions.
+        delta: ``(k,)`` the adapter's values.
+    """
+    held = base.to(torch.bfloat16)
+    unchanged = replacement(held, delta) == held
+    return int((unchanged & (delta != 0)).sum())

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter holds, as plain values that `tables` prints and ``--json`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.cli._inspect.checkpoint import Checkpoint
+from shira.cli._inspect.figures import Figures, vanishing
+from shira.delta import Adapter, fingerprint
+from shira.store import FORMATS, PeftFile, read_peft, to_adapter
+
+MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
+BASE_FIELD = "base_model_name_or_path"
+FINGERPRINT_FIELD = "base_fingerprint"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted weight.
+
+    Attributes:
+        name: the base model's own parameter name.
+        shape: of the weight; None where the file does not say and no base was given.
+        nnz: how many of its entries the adapter changes (k).
+        dtype: of the values, as ``"float32"``.
+        figures: of the values.
+        fingerprint: what the file says of the base values at the entries.
+        vanishing: deltas that a bfloat16 base swallows; None without the base.
+        same_base: whether the base given has that fingerprint; None if either is missing.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    nnz: int
+    dtype: str
+    figures: Figures
+    fingerprint: str | None
+    vanishing: int | None
+    same_base: bool | None
+
+    @property
+    def numel(self) -> int | None:
+        """Entries of the weight."""
+        return None if self.shape is None else prod(self.shape)
+
+    @property
+    def density(self) -> float | None:
+        """nnz / numel."""
+        return self.nnz / self.numel if self.numel else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An adapter: where it lies, its targets, its other tensors, and what its config says."""
+
+    path: Path
+    format: str
+    file_bytes: int
+    targets: tuple[Target, ...]
+    metadata: Mapping[str, Any]
+    base: str | None
+    other: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+
+    @property
+    def nnz(self) -> int:
+        """Entries in all."""
+        return sum(target.nnz for target in self.targets)
+
+    @property
+    def density(self) -> float | None:
+        """Entries over the entries of the weights; None where a shape is not known."""
+        sizes = [target.numel for target in self.targets]
+        if not sizes or None in sizes:
+            return None
+        return self.nnz / max(sum(size for size in sizes if size is not None), 1)
+
+    @property
+    def vanishing(self) -> int | None:
+        """Deltas in all that a bfloat16 base swallows; None without the base."""
+        return _sum_or_none(target.vanishing for target in self.targets)
+
+    @property
+    def figures(self) -> Figures:
+        """Of all values together."""
+        return sum((target.figures for target in self.targets), Figures())
+
+    @property
+    def unlike_base(self) -> list[str] | None:
+        """Targets whose base values are not those of the base given; None if none could be told."""
+        told = [target for target in self.targets if target.same_base is not None]
+        return [target.name for target in told if not target.same_base] if told else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold; unknown figures are null."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "file_bytes": self.file_bytes,
+            "parameters": len(self.targets),
+            "nnz": self.nnz,
+            "density": self.density,
+            "dtypes": sorted({target.dtype for target in self.targets}),
+            "mask": {name: self.metadata.get(name) for name in MASK_FIELDS},
+            "values": self.figures.summary(),
+            "vanishing_in_bfloat16": self.vanishing,
+            "base": {
+                "recorded": self.metadata.get(BASE_FIELD),
+                "compared_with": self.base,
+                "targets_unlike": self.unlike_base,
+            },
+            "targets": [
+                {
+                    "name": target.name,
+                    "shape": target.shape,
+                    "nnz": target.nnz,
+                    "density": target.density,
+                    "dtype": target.dtype,
+                    "values": target.figures.summary(),
+                    "vanishing_in_bfloat16": target.vanishing,
+                    "base_fingerprint": target.fingerprint,
+                    "same_base": target.same_base,
+                }
+                for target in self.targets
+            ],
+            "other_tensors": {
+                name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in self.other.items()
+            },
+            "config": {
+                name: value for name, value in self.metadata.items() if name != FINGERPRINT_FIELD
+            },
+        }
+
+
+def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
+    """Read an adapter and describe it.
+
+    Args:
+        path: a folder or file in any format that shira reads.
+        base: the base model's checkpoint, for what cannot be known without it.
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        FileFormatError: If it is damaged or no adapter.
+        WrongBaseError: If ``base`` lacks a weight that the adapter changes.
+    """
+    if not path.exists():
+        raise FileNotFoundError(2, "no such file or folder", str(path))
+    kind = next(name for name, known in FORMATS.items() if known.claims(path))
+    if kind != "peft":
+        adapter = Adapter.load(path)
+        targets = tuple(_targets(adapter, adapter.metadata, base))
+        return Summary(path, kind, _size(path), targets, adapter.metadata, _name(base))
+    file = read_peft(path)
+    shapes = file.shapes
+    if shapes is None and base is not None:
+        shapes = base.shapes({raw.weight_name: None for raw in file.tensors.values()})
+    if shapes is None:
+        targets = tuple(_without_shapes(file))
+    else:
+        targets = tuple(_targets(to_adapter(file, shapes), file.config, base))
+    metadata = {name: value for name, value in file.config.items() if name != "shira_shapes"}
+    size = _size(file.path)
+    return Summary(path, "PEFT", size, targets, metadata, _name(base), file.other)
+
+
+def _targets(
+    adapter: Adapter, metadata: Mapping[str, Any], base: Checkpoint | None
+) -> Iterator[Target]:
+    recorded = metadata.get(FINGERPRINT_FIELD) or {}
+    for name, delta in adapter.items():
+        swallowed = same = None
+        if base is not None:
+            held = base.values(name, delta.support.indices)
+            swallowed = vanishing(held, delta.values)
+            same = _same_base(held, recorded.get(name))
+        yield Target(
+            name=name,
+            shape=tuple(delta.support.shape),
+            nnz=delta.nnz,
+            dtype=_dtype(delta.values),
+            figures=Figures.of(delta.values),
+            fingerprint=recorded.get(name),
+            vanishing=swallowed,
+            same_base=same,
+        )
+
+
+def _without_shapes(file: PeftFile) -> Iterator[Target]:
+    """Targets of a file that does not record shapes, as stock PEFT's never do."""
+    for raw in file.tensors.values():
+        yield Target(
+            name=raw.weight_name,
+            shape=None,
+            nnz=raw.nnz,
+            dtype=_dtype(raw.values),
+            figures=Figures.of(raw.values),
+            fingerprint=None,
+            vanishing=None,
+            same_base=None,
+        )
+
+
+def _same_base(held: Tensor, recorded: str | None) -> bool | None:
+    """Whether base values are those of a fingerprint, in the dtype that the fingerprint is of."""
+    if recorded is None:
+        return None
+    dtype = getattr(torch, recorded.partition(":")[0], None)
+    return isinstance(dtype, torch.dtype) and fingerprint(held.to(dtype)) == recorded
+
+
+def _dtype(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
+
+
+def _name(base: Checkpoint | None) -> str | None:
+    return None if base is None else str(base.path)
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def _sum_or_none(counts: Iterator[int | None]) -> int | None:
+    known = list(counts)
+    if not known or None in known:
+        return None
+    return sum(count for count in known if count is not None)

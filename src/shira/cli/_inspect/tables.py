@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter's summary as two tables: the whole, and its targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from shira.cli._inspect.figures import Figures
+from shira.cli._inspect.summary import BASE_FIELD, MASK_FIELDS, Summary, Target
+from shira.cli.console import megabytes, table
+
+_NEEDS_BASE = "needs --base"
+_FEW = 12  # targets that are listed one by one even when grouping is asked for
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def whole(summary: Summary) -> Table:
+    """One line for each thing to know of the adapter."""
+    result = table(str(summary.path), "what", "", show_header=False)
+    for name, value in _lines(summary):
+        result.add_row(name, value)
+    return result
+
+
+def targets(summary: Summary, *, each: bool) -> Table:
+    """The adapted weights; like ones of different layers share a row unless `each`."""
+    rows = summary.targets
+    grouped = not each and len(rows) > _FEW
+    listed = _grouped(rows) if grouped else [(target, 1) for target in rows]
+    numbers = ("weights", "k", "density", "min", "max", "mean abs", "std", "zeros", "lost in bf16")
+    result = table(
+        "Targets" + (" (* is a layer's number; --all lists each weight)" if grouped else ""),
+        *("weight", "weights", "shape", "k", "density", "dtype"),
+        *("min", "max", "mean abs", "std", "zeros", "lost in bf16"),
+        right=numbers,
+    )
+    for target, count in listed:
+        figures = target.figures.summary()
+        result.add_row(
+            target.name,
+            str(count),
+            "?" if target.shape is None else " x ".join(map(str, target.shape)),
+            f"{target.nnz:,}",
+            _percent(target.density and target.density / count),
+            target.dtype,
+            *(_number(figures[name]) for name in ("min", "max", "mean_abs", "std")),
+            f"{target.figures.zeros:,}",
+            "?" if target.vanishing is None else f"{target.vanishing:,}",
+        )
+    return result
+
+
+def _lines(summary: Summary) -> list[tuple[str, str]]:
+    figures = summary.figures.summary()
+    given = {name: summary.metadata.get(name) for name in MASK_FIELDS}
+    lost, unlike = summary.vanishing, summary.unlike_base
+    fingerprints = sum(target.fingerprint is not None for target in summary.targets)
+    lines = [
+        ("format", f"{summary.format}, {megabytes(summary.file_bytes)}"),
+        (
+            "entries",
+            f"{summary.nnz:,} in {len(summary.targets)} weights, density "
+            f"{_percent(summary.density, _NEEDS_BASE)}",
+        ),
+        ("values", ", ".join(sorted({target.dtype for target in summary.targets}))),
+        (
+            "",
+            f"min {_number(figures['min'])}, max {_number(figures['max'])}, mean absolute "
+            f"{_number(figures['mean_abs'])}, std {_number(figures['std'])}, "
+            f"{figures['zeros']:,} zeros",
+        ),
+        (
+            "lost in bfloat16",
+            _NEEDS_BASE
+            if lost is None
+            else f"{lost:,} of {summary.nnz - summary.figures.zeros:,} deltas other than zero "
+            f"({lost / max(summary.nnz - summary.figures.zeros, 1):.1%})",
+        ),
+        ("mask", ", ".join(f"{k} {v}" for k, v in given.items() if v is not None) or "not recorded"),
+        ("base", str(summary.metadata.get(BASE_FIELD) or "not recorded")),
+        ("base fingerprint", f"of {fingerprints} weights" if fingerprints else "not recorded"),
+    ]
+    if unlike is not None:
+        lines.append(
+            (
+                "",
+                f"{summary.base} is the same base"
+                if not unlike
+                else f"{summary.base} is ANOTHER base: {len(unlike)} weights differ, "
+                f"such as {unlike[0]}",
+            )
+        )
+    if summary.other:
+        names = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in summary.other.items())
+        lines.append(("other tensors", names))
+    return lines
+
+
+def _grouped(rows: Sequence[Target]) -> list[tuple[Target, int]]:
+    """Targets of one name but for the layer, one shape and one dtype, as one with a count."""
+    groups: dict[tuple[str, tuple[int, ...] | None, str], list[Target]] = {}
+    for target in rows:
+        name = _NUMBER.sub("*", target.name)
+        groups.setdefault((name, target.shape, target.dtype), []).append(target)
+    return [(_together(name, members), len(members)) for (name, _, _), members in groups.items()]
+
+
+def _together(name: str, members: Sequence[Target]) -> Target:
+    """Like weights as one; k and the other counts are those of all of them."""
+    lost = [target.vanishing for target in members]
+    return replace(
+        members[0],
+        name=name,
+        nnz=sum(target.nnz for target in members),
+        figures=sum((target.figures for target in members), Figures()),
+        vanishing=None if None in lost else sum(count for count in lost if count is not None),
+    )
+
+
+def _number(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _percent(share: float | None, unknown: str = "?") -> str:
+    return unknown if share is None else f"{share:.2%}"

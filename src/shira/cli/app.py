@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of subcommands, and the typer application made of them.
+
+A subcommand is a module with a function `command`, whose signature and docstring are its options
+and its help, and `EXAMPLES`, lines to try that are shown below the help. Only the module that is
+called is imported; all are for ``shira --help``, and so none may import torch at its head.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
+
+import typer
+
+from shira._version import __version__
+
+COMMANDS = {
+    "demo": "shira.cli.demo",
+    "train": "shira.cli.train",
+    "inspect": "shira.cli.inspect",
+}
+"""Subcommands in the order in which ``shira --help`` lists them, and their modules."""
+
+ABOUT = "Sparse High Rank Adapters: train, look at, switch and restore them, exactly."
+EXAMPLES = (
+    "shira demo",
+    "shira train --model MODEL --task text-classification --train-file train.csv --output adapter",
+    "shira inspect adapter",
+    "shira COMMAND --help",
+)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse `arguments`, run the subcommand they name, and exit."""
+    named = next((a for a in arguments if not a.startswith("-")), None)
+    app = build_app([named] if named in COMMANDS else COMMANDS)
+    app(args=list(arguments), prog_name="shira")
+
+
+def build_app(names: Iterable[str]) -> typer.Typer:
+    """The application with the named subcommands; help is plain text unless a person reads it."""
+    markup: Literal["rich"] | None = "rich" if sys.stdout.isatty() else None
+    app = typer.Typer(
+        help=ABOUT,
+        epilog=_epilog(EXAMPLES, markup),
+        rich_markup_mode=markup,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_global_options)
+    for name in names:
+        module = importlib.import_module(COMMANDS[name])
+        app.command(name, epilog=_epilog(module.EXAMPLES, markup))(module.command)
+    return app
+
+
+def _global_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[  # taken out of the arguments by `main`; declared here to be in the help
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
+) -> None:
+    if version:
+        print(f"shira {__version__}")
+        raise typer.Exit
+
+
+def _epilog(examples: Sequence[str], markup: str | None) -> str:
+    """`examples` so that each keeps its line: typer's two styles of help reflow text differently."""
+    if markup is None:
+        return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+    return "\n\n".join(["Examples:", *(line.replace("[", r"\[") for line in examples)])

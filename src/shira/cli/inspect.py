@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira inspect`: what is in an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = (
+    "shira inspect adapter",
+    "shira inspect adapter/adapter_model.safetensors --all",
+    "shira inspect adapter --json | jq .density",
+    "shira inspect adapter --base sentence-transformers/all-MiniLM-L6-v2",
+    "shira inspect adapter --base ./my-model/model.safetensors",
+)
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="The adapter: a folder, or its file.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Its base model: a safetensors file, a folder with some, or a name on the hub. "
+            "Tells whether it is the right one, and how many deltas bfloat16 loses."
+        ),
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--all", help="List each weight, not like ones together.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
+    ] = False,
+) -> None:
+    """Show what is in an adapter.
+
+    Targets, shapes, entries, density, value statistics, mask and seed, fingerprint of the base.
+    A delta is lost in bfloat16 when adding it changes nothing in a bfloat16 copy of the base, so
+    that count needs the base.
+    """
+    from shira.cli._inspect.checkpoint import find_checkpoint
+    from shira.cli._inspect.summary import summarize
+
+    checkpoint = None if base is None else find_checkpoint(base)
+    summary = summarize(path, checkpoint)
+    if as_json:
+        print(json.dumps(summary.as_json(), indent=2))
+        return
+
+    from shira.cli._inspect import tables
+    from shira.cli.console import console
+
+    out = console()
+    out.print(tables.whole(summary))
+    out.print(tables.targets(summary, each=each))

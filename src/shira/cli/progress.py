@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress of what takes longer than a second: a bar on a terminal, a few plain lines elsewhere.
+
+It goes to standard error, so that standard output holds results alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from shira.cli.console import console
+
+T = TypeVar("T")
+_LINES = 4  # a plain run of many steps prints so many lines
+
+
+class Steps:
+    """Progress over a known number of steps; a context manager.
+
+    Args:
+        what: What is being done, e.g. ``"training"``.
+        total: How many steps it takes.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what = what
+        self.total = max(total, 1)
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Steps:
+        self._started = time.perf_counter()
+        self._done = 0
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console(sys.stderr),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, note="")
+        return self
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` steps are done; `note` stands beside it."""
+        before, self._done = self._done, done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif before * _LINES // self.total != done * _LINES // self.total:
+            elapsed = time.perf_counter() - self._started
+            text = f"{self.what}: {done}/{self.total}, {elapsed:.0f} s"
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def track(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one, showing how far it is."""
+    with Steps(what, len(items)) as steps:
+        for done, item in enumerate(items):
+            yield item
+            steps.update(done + 1)
+
+
+def track_batches(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """As `track`, for an iterable of unknown length of which `total` items are expected."""
+    with Steps(what, total) as steps:
+        for done, item in enumerate(items):
+            yield item
+            steps.update(min(done + 1, total))
+
+
+def say(message: str) -> None:
+    """A line about what happens next, on standard error."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks at their smallest: they run, check their answers and write what they promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import contenders, memory, timing, training
+from benchmarks.__main__ import main
+
+TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    path = tmp_path_factory.mktemp("bench") / "training.json"
+    size = "--layers 1 --hidden 64 --heads 2 --vocab 64 --batch 1 --tokens 16 --repeats 2"
+    assert main(["training", *size.split(), "--no-memory", "--output", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_document_has_hardware_versions_settings(written: dict) -> None:
+    assert written["suite"] == "training"
+    assert written["date"].endswith("Z")
+    assert written["environment"]["cores"] >= 1
+    assert written["environment"]["versions"]["torch"] == torch.__version__
+    assert written["settings"]["layers"] == 1
+    assert written["settings"]["intermediate"] == 176
+    assert written["settings"]["density_reached"] == pytest.approx(
+        written["results"]["shira"]["trained"] / (4 * 64 * 64 + 3 * 64 * 176), rel=1e-5
+    )
+
+
+def test_every_contender_is_timed_against_the_floor(written: dict) -> None:
+    assert set(written["results"]) == set(contenders.BUILDERS)
+    trained = {name: row["trained"] for name, row in written["results"].items()}
+    assert trained.pop("floor") == 0
+    assert len(set(trained.values())) == 1
+    for row in written["results"].values():
+        assert len(row["wall_seconds"]["samples"]) == 2
+        assert set(row["phase_wall_seconds"]) == {"forward", "backward", "optimizer"}
+        assert row["memory_bytes"] is None
+    assert written["results"]["floor"]["wall_ratio"]["median"] == 1
+
+
+def test_answers_were_compared_and_agree(written: dict) -> None:
+    answers = written["answers"]
+    for name in ("untrained_loss", "loss", "input_gradient", "value_gradients"):
+        assert answers[name] <= answers["tolerance"]
+    assert answers["filled_loss_moved_by"] > 0
+    assert answers["base_weights_equal_bit_for_bit"] is True
+
+
+@pytest.mark.parametrize("spoilt", ["shira", "peft-shira", "peft-lora"])
+def test_a_wrong_contender_is_not_timed(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = contenders.BUILDERS[spoilt]
+
+    def wrong(model: torch.nn.Module, work: contenders.Workload) -> torch.nn.Module:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+        return build(model, work)
+
+    monkeypatch.setitem(contenders.BUILDERS, spoilt, wrong)
+    work = TINY.workload()
+    with pytest.raises(RuntimeError, match="answers differ"):
+        training.check_answers(contenders.build_all(work), contenders.batch(work))
+
+
+def test_a_changed_base_is_noticed() -> None:
+    field = contenders.build_all(TINY.workload())
+    assert training.check_base(field)
+    with torch.no_grad():
+        contenders.base_weights(field["shira"])[3].view(-1)[0] += 1
+    with pytest.raises(RuntimeError, match="changed the base weights of shira"):
+        training.check_base(field)
+
+
+def test_masks_suite(tmp_path: Path) -> None:
+    path = tmp_path / "masks.json"
+    size = "--shapes 64x48 --r 2 --repeats 2 --blocks 2 --hidden 32 --intermediate 64"
+    assert main(["masks", *size.split(), "--model-repeats", "1", "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["answers"]["entries_are_k_distinct"] is True
+    assert written["answers"]["repeatable"] is True
+    assert written["results"]["layers"]["64x48"]["k"] == 2 * (64 + 48)
+    model = written["results"]["model"]
+    assert model["parameters"] == 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert model["whole_wall_seconds"]["get_peft_model"]["min"] > 0
+    assert model["one_block"]["shira_over_peft"]["median"] > 0
+
+
+def test_allocator_peak_counts_what_is_alive_together() -> None:
+    def work() -> None:
+        first = torch.ones(1 << 20)  # 4 MiB
+        second = first + 1  # and 4 more
+        del first
+        torch.ones(1 << 18), second  # and 1, after 4 are gone
+
+    assert memory.allocator_peak(work) == pytest.approx(8 << 20, rel=0.01)
+
+
+@pytest.mark.skipif(memory.settled_rss() is None, reason="the system keeps no resettable peak")
+def test_resident_peak_sees_what_was_freed_again() -> None:
+    start = memory.settled_rss()
+    block = torch.ones(16 << 20)  # 64 MiB
+    del block
+    torch.ones(1 << 10)
+    assert 62 << 20 < memory._peak_rss() - start < 80 << 20
+
+
+def test_memory_of_a_contender_in_its_own_process() -> None:
+    figures = memory.measure_apart("floor", TINY.workload())
+    assert figures["allocator"]["step"] > 0
+    assert set(figures["rss"]) == {"resident", "step", "over_base"}
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # A machine ten times slower in the second round: the paired ratio is still 2 everywhere.
+    ratio = timing.ratios([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+    assert ratio == {"of_min": 2.0, "median": 2.0, "q1": 2.0, "q3": 2.0}
+
+
+def test_contenders_take_turns_in_a_changing_order() -> None:
+    order: list[str] = []
+
+    def runner(name: str):
+        def run() -> timing.Laps:
+            order.append(name)
+            return timing.Laps()
+
+        return run
+
+    kept = timing.interleave({name: runner(name) for name in "abc"}, 3, warmup=1)
+    assert order == list("cab" + "abc" + "bca" + "cab")
+    assert [len(kept[name]) for name in "abc"] == [3, 3, 3]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from shira.errors import ConfigError, MaskError
+from shira.masks import (
+    MASKS,
+    choose,
+    grad_support,
+    magnitude_support,
+    random_support,
+    snip_support,
+    struct_support,
+)
+
+WEIGHT = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+GRADIENT = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_table_says_what_the_functions_take(name):
+    spec = MASKS[name]
+    parameters = set(inspect.signature(spec.select).parameters)
+    assert spec.name == name
+    assert spec.source
+    assert spec.needs == parameters & {"weight", "gradient"}
+    assert set(spec.options) == parameters - {"shape", "k", "weight", "gradient", "seed", "name"}
+    with pytest.raises(AttributeError):
+        spec.name = "other"
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("k", [0, 1, 14, 48])
+def test_every_mask_has_exactly_k_sorted_unique_entries(name, k):
+    def run():
+        return choose(name, (6, 8), k, weight=WEIGHT, gradient=GRADIENT, seed=0, name="w")
+
+    support = run()
+    entries = support.indices.tolist()
+    assert len(entries) == k
+    assert entries == sorted(set(entries))
+    assert all(0 <= entry < 48 for entry in entries)
+    assert support.shape == (6, 8)
+    assert support == run()
+
+
+def test_arguments_and_options_arrive():
+    shape, k = (6, 8), 14
+    given = {"weight": WEIGHT, "gradient": GRADIENT, "seed": 5, "name": "w"}
+    for slot in (0, 2):
+        expected = random_support(shape, k, seed=5, name="w", slot=slot)
+        assert choose("random", shape, k, slot=slot, **given) == expected
+    assert choose("struct", shape, k, axis="column", offset=1, **given) == struct_support(
+        shape, k, axis="column", offset=1
+    )
+    assert choose("magnitude", shape, k, largest=False, **given) == magnitude_support(
+        WEIGHT, k, largest=False
+    )
+    assert choose("grad", shape, k, **given) == grad_support(GRADIENT, k)
+    assert choose("snip", shape, k, **given) == snip_support(WEIGHT, GRADIENT, k)
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "message"),
+    [
+        ("magnitud", "'magnitud'; known are 'random', .* Did you mean 'magnitude'"),
+        ("xyz", "unknown mask_type 'xyz'"),
+        (None, "unknown mask_type None"),
+        (["random"], "unknown mask_type"),
+    ],
+)
+def test_unknown_kind(mask_type, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(mask_type, (6, 8), 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "options", "message"),
+    [
+        ("magnitude", {"largst": False}, "no option 'largst'.* Did you mean 'largest'"),
+        ("random", {"axis": "row"}, "'random' has no option 'axis'; it takes slot"),
+        ("grad", {"largest": True}, "it takes no options"),
+        ("struct", {"slot": 1}, "'struct' has no option 'slot'"),
+    ],
+)
+def test_unknown_option(mask_type, options, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(mask_type, (6, 8), 3, weight=WEIGHT, gradient=GRADIENT, seed=0, **options)
+
+
+def test_what_is_missing():
+    for mask_type in ("grad", "snip"):
+        with pytest.raises(MaskError, match=r"layer.w: .*gradient.*shira.calibrate") as caught:
+            choose(mask_type, (6, 8), 3, weight=WEIGHT, name="layer.w")
+        assert mask_type in str(caught.value)
+    with pytest.raises(MaskError, match="by the weight, not given"):
+        choose("magnitude", (6, 8), 3)
+    with pytest.raises(ConfigError, match="w: mask_type 'random' needs a seed"):
+        choose("random", (6, 8), 3, name="w")
+
+
+def test_shapes_that_disagree():
+    with pytest.raises(MaskError, match=r"w: the gradient has shape \(8, 6\), the mask \(6, 8\)"):
+        choose("grad", (6, 8), 3, gradient=GRADIENT.t(), name="w")
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_errors_name_the_parameter(name):
+    with pytest.raises(MaskError, match=r"^layer\.w: .*49 entries"):
+        choose(name, (6, 8), 49, weight=WEIGHT, gradient=GRADIENT, seed=0, name="layer.w")

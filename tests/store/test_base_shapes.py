@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from shira.errors import FileFormatError
+from shira.store import shapes_of
+
+
+def test_from_a_module() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Embedding(5, 4))
+    assert shapes_of(model) == {"0.weight": (2, 3), "0.bias": (2,), "1.weight": (5, 4)}
+    assert shapes_of(nn.DataParallel(model)) == shapes_of(model)
+    assert shapes_of(torch.compile(model)) == shapes_of(model)  # type: ignore[arg-type]
+
+
+def test_tied_weights_have_both_names() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    assert shapes_of(model) == {"0.weight": (5, 4), "1.weight": (5, 4)}
+
+
+def test_from_a_mapping() -> None:
+    assert shapes_of({"a.weight": [2, 3], "b.weight": torch.Size((4,))}) == {
+        "a.weight": (2, 3),
+        "b.weight": (4,),
+    }
+
+
+def test_from_checkpoints_of_one_or_more_files(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(2, 3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b.weight": torch.zeros(4)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert shapes_of(tmp_path) == {"a.weight": (2, 3), "b.weight": (4,)}
+    assert shapes_of(str(tmp_path / "model-00002-of-00002.safetensors")) == {"b.weight": (4,)}
+
+
+def test_only_the_header_is_read(tmp_path: Path) -> None:
+    """A checkpoint far larger than memory: a sparse file of 1 TiB."""
+    header = (
+        b'{"a.weight":{"dtype":"F32","shape":[524288,524288],"data_offsets":[0,1099511627776]}}'
+    )
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    try:
+        with open(path, "r+b") as file:
+            file.truncate(8 + len(header) + 2**40)
+    except OSError:
+        pytest.skip("no sparse files of this size here")
+    assert shapes_of(path) == {"a.weight": (2**19, 2**19)}
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        shapes_of(tmp_path / "absent")
+    with pytest.raises(FileFormatError, match="no safetensors"):
+        shapes_of(tmp_path)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save, save_file
+
+from shira.errors import FileFormatError
+from shira.store.safetensors_header import header_of, open_regular, read_header, read_tensor
+
+from .hostile import entry, raw_file
+
+READABLE = [
+    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
+    torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", READABLE)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (2, 3)])
+def test_tensors_are_read_as_the_library_reads_them(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    raw = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape)
+    save_file({"first": torch.ones(3), "x": raw.to(dtype)}, tmp_path / "f")
+    with open_regular(tmp_path / "f") as file:
+        read = read_tensor(file, read_header(file, tmp_path / "f"), "x")
+    assert read.dtype == dtype
+    assert torch.equal(read.view(torch.uint8) if shape else read, raw.to(dtype).view(torch.uint8)
+                       if shape else raw.to(dtype))  # fmt: skip
+    read.zero_()  # memory of its own, and writable
+
+
+def test_header_says_what_is_there(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float8_e4m3fn)},
+              tmp_path / "f", metadata={"format": "pt"})  # fmt: skip
+    header = header_of(tmp_path / "f")
+    assert {name: (info.dtype, info.shape) for name, info in header.tensors.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("F8_E4M3", (4,)),
+    }
+    assert header.metadata == {"format": "pt"}
+    with open_regular(tmp_path / "f") as file, pytest.raises(FileFormatError, match="F8_E4M3"):
+        read_tensor(file, header, "b")
+
+
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50, 0x80 + 2**16])
+def test_a_length_that_looks_like_a_pickle_is_none(tmp_path: Path, length: int) -> None:
+    """The first bytes of a sound file may be 0x80 or 'PK'."""
+    text = json.dumps({"a": entry("F32", [1], 0, 4)}).encode().ljust(length)
+    (tmp_path / "f").write_bytes(raw_file(text, bytes(4)))
+    assert header_of(tmp_path / "f").tensors["a"].shape == (1,)
+    assert load((tmp_path / "f").read_bytes())["a"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_sizes_of_less_than_a_byte(tmp_path: Path, dtype: str) -> None:
+    bits = {"F4": 4, "F6_E2M3": 6}[dtype]
+    (tmp_path / "f").write_bytes(raw_file({"a": entry(dtype, [8], 0, bits)}, bytes(bits)))
+    assert header_of(tmp_path / "f").tensors["a"].dtype == dtype
+    (tmp_path / "f").write_bytes(raw_file({"a": entry(dtype, [7], 0, bits)}, bytes(bits)))
+    with pytest.raises(FileFormatError, match="size"):
+        header_of(tmp_path / "f")
+
+
+SOUND = save({"a": torch.arange(4.0), "b": torch.arange(6, dtype=torch.int32).reshape(2, 3)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), min_size=1, max_size=4
+    ),
+    st.integers(0, len(SOUND)),
+)
+def test_damage_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], keep: int
+) -> None:
+    """Whatever bytes change, the reader refuses in its own words or reads as the library does."""
+    damaged = bytearray(SOUND)
+    for at, byte in changes:
+        damaged[at] = byte
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    for content in (bytes(damaged), SOUND[:keep]):
+        path.write_bytes(content)
+        try:
+            with open_regular(path) as file:
+                header = read_header(file, path)
+                read = {
+                    name: read_tensor(file, header, name)
+                    for name, info in header.tensors.items()
+                    if info.dtype in ("F32", "I32")
+                }
+        except FileFormatError:
+            continue
+        theirs = load(content)
+        assert all(
+            torch.equal(t.view(torch.uint8), theirs[n].view(torch.uint8)) for n, t in read.items()
+        )
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    content = save({"a": torch.zeros(100_000)})  # more than Python reads ahead
+    path.write_bytes(content)
+    with open_regular(path) as file:
+        header = read_header(file, path)
+        path.write_bytes(content[:-4])
+        with pytest.raises(FileFormatError, match="'a': truncated"):
+            read_tensor(file, header, "a")
