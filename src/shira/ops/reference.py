@@ -28,7 +28,7 @@ def scatter(weight: Tensor, flat: Tensor, values: Tensor) -> Tensor:
 
 
 def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """The weight with every delta added, summed wide and rounded once; differentiable.
+    """The weight plus the sum of all deltas, summed wide and rounded once; differentiable.
 
     Args:
         weight: Any shape, floating point.
@@ -37,11 +37,11 @@ def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[T
     """
     _, cols = matrix_shape(weight.shape)
     wide = weight.to(accumulation_dtype(weight.dtype, *(delta.dtype for delta in deltas)))
-    flat_weight = wide.reshape(-1)
+    total = torch.zeros_like(wide).reshape(-1)
     for delta, coordinates in zip(deltas, indices, strict=True):
         flat = coordinates[0].long() * cols + coordinates[1].long()
-        flat_weight = flat_weight.index_add(0, flat, delta.to(wide.dtype))
-    return flat_weight.view(weight.shape).to(weight.dtype)
+        total = total.index_add(0, flat, delta.to(wide.dtype))
+    return (wide + total.view(weight.shape)).to(weight.dtype)
 
 
 def linear(

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira::linear` against the dense reference, and what it promises of the weight."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shira import ops
+from shira.errors import SupportError
+from shira.ops import reference
+
+from .cases import close, random_indices, values
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def run(function, x, weight, bias, deltas, indices, transposed, grad):
+    """Output and every gradient."""
+    leaves = [x, *([bias] if bias is not None else []), *deltas]
+    y = function(x, weight, bias, deltas, indices, transposed=transposed)
+    return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype).expand_as(y))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_equals_reference(data):
+    rows, cols = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    numel = rows * cols
+    adapters = data.draw(st.integers(1, 3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    transposed = data.draw(st.booleans())
+    strided = data.draw(st.booleans())
+    batch = data.draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3)]))
+    counts = [data.draw(st.sampled_from([0, 1, numel // 2, numel])) for _ in range(adapters)]
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    weight = torch.randn(cols, rows).t() if strided else torch.randn(rows, cols)
+    weight = weight.to(dtype)
+    before = weight.clone()
+    fan_in, fan_out = (rows, cols) if transposed else (cols, rows)
+    x = torch.randn(*batch, fan_in).to(dtype).requires_grad_()
+    bias = torch.randn(fan_out).to(dtype).requires_grad_() if data.draw(st.booleans()) else None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    deltas = [values(k, wide, seed=i) for i, k in enumerate(counts)]
+    indices = [random_indices((rows, cols), k, seed=i) for i, k in enumerate(counts)]
+    grad = torch.randn(fan_out)
+    got = run(ops.linear, x, weight, bias, deltas, indices, transposed, grad)
+    want = run(reference.linear, x, weight, bias, deltas, indices, transposed, grad)
+    assert torch.equal(weight, before)
+    if not strided and batch:  # the same kernel on the same layout: the merged weight's own product
+        assert torch.equal(got[0], want[0])
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("counts", [[7], [7, 11]])
+def test_gradcheck(transposed, counts):
+    shape = (5, 6)
+    weight = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(3, 5 if transposed else 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6 if transposed else 5, dtype=torch.float64, requires_grad=True)
+    deltas = [values(k, torch.float64, seed=k) for k in counts]
+    indices = [random_indices(shape, k, seed=k) for k in counts]
+    assert torch.autograd.gradcheck(
+        lambda x, bias, *d: ops.linear(x, weight, bias, d, indices, transposed=transposed),
+        (x, bias, *deltas),
+    )
+
+
+def test_the_op_is_pure_as_torch_sees_it():
+    weight, x = torch.randn(5, 6), torch.randn(3, 6, requires_grad=True)
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    torch.library.opcheck(torch.ops.shira.linear.default, (x, weight, None, [v], [i], False))
+    torch.library.opcheck(
+        torch.ops.shira.linear_backward.default,
+        (torch.randn(3, 5), x.detach(), weight, [v.detach()], [i], False, [True, False, True]),
+    )
+
+
+def test_a_weight_that_requires_grad_gets_its_dense_gradient():
+    weight = torch.randn(5, 6, requires_grad=True)
+    x, v, i = torch.randn(3, 6), values(4, torch.float32), random_indices((5, 6), 4)
+    got = torch.autograd.grad(ops.linear(x, weight, None, [v], [i]).square().sum(), [weight, v])
+    y = reference.linear(x, weight, None, [v], [i])
+    want = torch.autograd.grad(y.square().sum(), [weight, v])
+    assert all(close(a, b, torch.float32) for a, b in zip(got, want, strict=True))
+
+
+def test_nothing_is_written_on_failure():
+    weight, before = torch.randn(5, 6), None
+    before = weight.clone()
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    with pytest.raises(RuntimeError):
+        ops.linear(torch.randn(3, 7), weight, None, [v], [i])
+    assert torch.equal(weight, before)
+    y = ops.linear(torch.randn(3, 6, requires_grad=True), weight, None, [v], [i])
+
+    def explode(_):
+        raise KeyError("in the middle of backward")
+
+    y.register_hook(explode)
+    with pytest.raises(KeyError):
+        y.sum().backward()
+    assert torch.equal(weight, before)
+
+
+def test_two_graphs_on_one_weight_and_values_read_at_use():
+    weight, x = torch.randn(5, 6), torch.randn(3, 6, requires_grad=True)
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    one = ops.linear(x, weight, None, [v], [i]).sum()
+    two = F.linear(x, weight).sum()
+    three = ops.linear(x, weight, None, [v * 2], [i]).sum()
+    (one + two + three).backward()
+    want_x, want_v = torch.autograd.grad(
+        reference.linear(x, weight, None, [v], [i]).sum()
+        + F.linear(x, weight).sum()
+        + reference.linear(x, weight, None, [v * 2], [i]).sum(),
+        [x, v],
+    )
+    assert close(x.grad, want_x, torch.float32)
+    assert close(v.grad, want_v, torch.float32)
+    v.data.mul_(-3)  # no version bump
+    assert torch.equal(
+        ops.linear(x, weight, None, [v], [i]), reference.linear(x, weight, None, [v], [i])
+    )
+
+
+def test_indices_written_in_place_are_noticed():
+    weight, x = torch.randn(5, 6), torch.randn(3, 6)
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    ops.linear(x, weight, None, [v], [i])
+    i.copy_(random_indices((5, 6), 4, seed=1))
+    assert torch.equal(
+        ops.linear(x, weight, None, [v], [i]), reference.linear(x, weight, None, [v], [i])
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (torch.tensor([[0, 5], [0, 0]]), "outside"),
+        (torch.tensor([[-1, 0], [0, 0]]), "outside"),
+        (torch.tensor([[1, 0], [0, 0]]), "before"),
+        (torch.tensor([[1, 1], [2, 2]]), "twice"),
+    ],
+)
+def test_bad_indices_are_refused_before_anything_is_written(bad, word):
+    weight = torch.randn(5, 6)
+    before = weight.clone()
+    with pytest.raises(SupportError, match=word):
+        ops.linear(torch.randn(3, 6), weight, None, [values(2, torch.float32)], [bad.int()])
+    assert torch.equal(weight, before)
+
+
+def test_a_cast_product_is_that_of_the_merged_weight_cast():
+    weight, v, i = torch.randn(5, 6), values(9, torch.float32), random_indices((5, 6), 9)
+    x = torch.randn(3, 6).bfloat16()
+    merged = reference.adapted_weight(weight, [v], [i]).bfloat16()
+    assert torch.equal(ops.linear(x, weight, None, [v], [i]), F.linear(x, merged))
+
+
+def test_an_expanded_weight_is_not_written():
+    zeros = torch.zeros(()).expand(5, 6)
+    v, i = values(9, torch.float32), random_indices((5, 6), 9)
+    x = torch.randn(3, 6)
+    dense = reference.scatter(torch.zeros(5, 6), i[0].long() * 6 + i[1], v)
+    assert torch.equal(ops.linear(x, zeros, None, [v], [i]), F.linear(x, dense))
+    assert not zeros.any()
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        weight, x = torch.randn(5, 6), torch.randn(3, 6)
+        v, i = values(4, torch.float32).detach(), random_indices((5, 6), 4)
+        got = ops.linear(x, weight, None, [v], [i])
+    outside = torch.randn(5, 6)
+    with torch.inference_mode():
+        again = ops.linear(x, outside, None, [v], [i])
+    assert torch.equal(got, reference.linear(x, weight, None, [v], [i]))
+    assert torch.equal(again, reference.linear(x, outside, None, [v], [i]))
+
+
+def test_threads_do_not_interleave_on_one_weight():
+    weight = torch.randn(64, 64)
+    before = weight.clone()
+    x = torch.randn(8, 64)
+    adapters = [(values(500, torch.float32, s).detach(), random_indices((64, 64), 500, s)) for s in (1, 2)]
+    want = [reference.linear(x, weight, None, [v], [i]) for v, i in adapters]
+    wrong = []
+
+    def work(number):
+        v, i = adapters[number]
+        for _ in range(200):
+            if not torch.equal(ops.linear(x, weight, None, [v], [i]), want[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(weight, before)
+
+
+def test_backward_keeps_no_more_than_input_and_values():
+    """What autograd saves: the input, the values, the positions, and the weight itself."""
+    weight = torch.randn(64, 64)
+    x = torch.randn(8, 64, requires_grad=True)
+    v, i = values(100, torch.float32), random_indices((64, 64), 100)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.linear(x, weight, None, [v], [i])
+    own = {t.data_ptr() for t in (weight, x, v, i)}
+    assert all(t.data_ptr() in own for t in saved)
+
+
+def test_compiles_without_a_break():
+    weight, x = torch.randn(5, 6), torch.randn(3, 6, requires_grad=True)
+    before = weight.clone()
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    compiled = torch.compile(
+        lambda x, v: ops.linear(torch.relu(x), weight, None, [v], [i]).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    got = torch.autograd.grad(compiled(x, v), [x, v])
+    want = torch.autograd.grad(
+        reference.linear(torch.relu(x), weight, None, [v], [i]).square().sum(), [x, v]
+    )
+    assert all(close(a, b, torch.float32) for a, b in zip(got, want, strict=True))
+    assert torch.equal(weight, before)
