@@ -27,7 +27,9 @@ def test_conv2d_equals_reference(dtype, groups, layout, counts):
     before = weight.clone()
     x = torch.randn(2, 6, 7, 8).to(dtype).requires_grad_()
     bias = torch.randn(4).to(dtype).requires_grad_()
-    deltas = [values(k, torch.float64 if dtype == torch.float64 else torch.float32, k) for k in counts]
+    deltas = [
+        values(k, torch.float64 if dtype == torch.float64 else torch.float32, k) for k in counts
+    ]
     indices = [random_indices(shape, k, k) for k in counts]
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": groups}
     y = ops.conv2d(x, weight, bias, deltas, indices, **geometry)

@@ -192,7 +192,9 @@ def test_threads_do_not_interleave_on_one_weight():
     weight = torch.randn(64, 64)
     before = weight.clone()
     x = torch.randn(8, 64)
-    adapters = [(values(500, torch.float32, s).detach(), random_indices((64, 64), 500, s)) for s in (1, 2)]
+    adapters = [
+        (values(500, torch.float32, s).detach(), random_indices((64, 64), 500, s)) for s in (1, 2)
+    ]
     want = [reference.linear(x, weight, None, [v], [i]) for v, i in adapters]
     wrong = []
 

@@ -147,8 +147,8 @@ def test_merged_equals_unmerged_bit_for_bit(dtype):
 
 def test_merging_one_after_the_other_equals_merging_both_at_once():
     one, both = Story(torch.bfloat16), Story(torch.bfloat16)
+    one.model.merge_adapter(["a"])
     with pytest.warns(UserWarning, match="additionally merging"):
-        one.model.merge_adapter(["a"])
         one.model.merge_adapter(["b"])
     both.model.merge_adapter(["a", "b"])
     assert same_weights(base_weights(one.model), base_weights(both.model))

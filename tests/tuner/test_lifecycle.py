@@ -186,7 +186,9 @@ def test_an_adapter_of_equal_shape_elsewhere_gets_other_positions():
             super().__init__()
             self.one, self.two = nn.Linear(20, 20), nn.Linear(20, 20)
 
-    twins = get_peft_model(Twins(), ShiraConfig(r=2, target_modules=["one", "two"])).base_model.model
+    twins = get_peft_model(
+        Twins(), ShiraConfig(r=2, target_modules=["one", "two"])
+    ).base_model.model
     one, two = twins.one.support("default"), twins.two.support("default")
     assert one != two
     assert one.overlap(two) < one.nnz // 2

@@ -22,7 +22,9 @@ INDICES = "base_model.model.lin1.shira_indices"
 
 def saved(path, **options):
     """A trained adapter on disk, and the model it belongs to."""
-    config = ShiraConfig(**{"r": 2, "target_modules": ["lin1", "lin2"], "random_seed": 3, **options})
+    config = ShiraConfig(
+        **{"r": 2, "target_modules": ["lin1", "lin2"], "random_seed": 3, **options}
+    )
     model = get_peft_model(mlp(), config).eval()
     randomize(model)
     model.save_pretrained(path)

@@ -116,7 +116,9 @@ torch.manual_seed(0)
 base = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 6))
 x = torch.randn(5, 8)
 """
-    write = common + f"""
+    write = (
+        common
+        + f"""
 model = get_peft_model(base, ShiraConfig(r=2, target_modules=["0", "2"], random_seed=1))
 with torch.no_grad():
     [p.normal_() for n, p in model.named_parameters() if "shira_weight" in n]
@@ -124,6 +126,7 @@ model.save_pretrained({str(tmp_path / "stock")!r})
 torch.save((base[0], x, model(x)), {str(tmp_path / "stock.pt")!r})
 assert "shira" not in sys.modules
 """
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", write], check=True)
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 6))
@@ -131,12 +134,15 @@ assert "shira" not in sys.modules
     model = PeftModel.from_pretrained(base, tmp_path / "stock")
     torch.testing.assert_close(model(x), want)
     model.save_pretrained(tmp_path / "ours")
-    read = common + f"""
+    read = (
+        common
+        + f"""
 model = PeftModel.from_pretrained(base, {str(tmp_path / "ours")!r})
 assert type(model.base_model.model[0]).__module__ == "peft.tuners.shira.layer"
 _, x, want = torch.load({str(tmp_path / "stock.pt")!r}, weights_only=False)
 torch.testing.assert_close(model(x), want)
 """
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", read], check=True)
 
 

@@ -126,7 +126,8 @@ def conv2d(
         SupportError: If indices are out of range, unsorted or repeated.
     """
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return torch.ops.shira.conv2d(x, weight, bias, list(deltas), list(indices), *geometry)
+    result: Tensor = torch.ops.shira.conv2d(x, weight, bias, list(deltas), list(indices), *geometry)
+    return result
 
 
 @_conv2d.register_fake

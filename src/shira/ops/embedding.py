@@ -109,7 +109,8 @@ def embedding(
         SupportError: If indices are out of range, unsorted or repeated.
     """
     skipped = -1 if padding_idx is None else padding_idx
-    return torch.ops.shira.embedding(ids, weight, list(deltas), list(indices), skipped)
+    result: Tensor = torch.ops.shira.embedding(ids, weight, list(deltas), list(indices), skipped)
+    return result
 
 
 @_embedding.register_fake

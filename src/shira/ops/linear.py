@@ -63,12 +63,14 @@ def _linear_backward(
         if need_x:
             with resident(weight, plan, deltas, grad.dtype) as adapted:
                 dx = grad @ (adapted.t() if transposed else adapted)
+        dvalues = [delta.new_empty(0) for delta in deltas]
+        if not need_weight and not need_values:  # then x was not kept
+            return [dx, dweight, *dvalues]
         left, right = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if transposed:
             left, right = right, left
         if need_weight:
             dweight = (left.t() @ right).to(weight.dtype)
-        dvalues = [delta.new_empty(0) for delta in deltas]
         if need_values:
             total = plan.split(weight_gradient(left, right, plan))
             dvalues = [d.to(delta.dtype) for d, delta in zip(total, deltas, strict=True)]
@@ -101,13 +103,14 @@ def linear(
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
     """
-    return torch.ops.shira.linear(x, weight, bias, list(deltas), list(indices), transposed)
+    result: Tensor = torch.ops.shira.linear(
+        x, weight, bias, list(deltas), list(indices), transposed
+    )
+    return result
 
 
 @_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Any, deltas: Any, indices: Any, transposed: bool
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Any, deltas: Any, indices: Any, transposed: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
 
 
@@ -121,7 +124,8 @@ def _(
     transposed: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    dx = x.new_empty(x.shape) if needs[0] else grad.new_empty(0)
+    fan_in = weight.shape[0 if transposed else 1]
+    dx = grad.new_empty((*grad.shape[:-1], fan_in) if needs[0] else 0)
     return [dx, shape_like(weight, needs[1]), *(shape_like(d, needs[2]) for d in deltas)]
 
 

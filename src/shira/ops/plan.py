@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class _Cache:
     """Plans by the index tensors they were made from."""
 
     def __init__(self) -> None:
-        self._by_first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._by_first: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
     def get(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:

@@ -99,5 +99,5 @@ def memory_of(data: Tensor) -> Tensor:
 
 
 def _overlaps_itself(weight: Tensor) -> bool:
-    """Whether several entries share memory (an expanded tensor): then nothing may be overwritten."""
+    """Whether entries share memory (an expanded tensor): then nothing may be overwritten."""
     return any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True))

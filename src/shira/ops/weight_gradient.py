@@ -85,7 +85,7 @@ def sampled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
         plan.shape,
         check_invariants=False,
     )
-    result = torch.sparse.sampled_addmm(pattern, rows, right.to(wide), beta=0.0)
+    result: Tensor = torch.sparse.sampled_addmm(pattern, rows, right.to(wide), beta=0.0)
     return result.values()
 
 

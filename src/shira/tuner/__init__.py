@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from peft import PeftModel, get_peft_model
 
-from shira.tuner.calibrate import calibrate
+from shira.tuner.calibration import calibrate
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.model import ShiraModel

@@ -21,7 +21,11 @@ def base_values(layer: nn.Module, support: Support) -> Tensor | None:
         or partitioned over processes.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.is_meta or not weight.is_floating_point() or weight.shape != torch.Size(support.shape):
+    if (
+        weight.is_meta
+        or not weight.is_floating_point()
+        or weight.shape != torch.Size(support.shape)
+    ):
         return None
     flat = support.indices.to(weight.device).long()
     index = []

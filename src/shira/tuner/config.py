@@ -116,7 +116,10 @@ class ShiraConfig(PeftConfig):
         self._source: str | None = None
 
     def _check_budget(self) -> None:
-        for name, value in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self._ranks())]:
+        for name, value in [
+            ("r", self.r),
+            *((f"rank_pattern[{k!r}]", v) for k, v in self._ranks()),
+        ]:
             if not _is_int(value) or value <= 0:
                 raise ConfigError(f"`{name}` should be a positive integer, not {value!r}")
         if self.density is not None and not (

@@ -39,7 +39,7 @@ class Embedding(ShiraLayer, nn.Module):  # type: ignore[misc]
         self.update_layer(adapter_name, support, r, config=config)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         result = ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
-        scale = self._get_embed_scale()  # Gemma's table multiplies what it looks up
+        scale: Tensor | None = self._get_embed_scale()  # Gemma's table multiplies what it looks up
         return result if scale is None else result * scale.to(result.dtype)

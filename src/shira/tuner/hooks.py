@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS) or hasattr(module, "_hf_hook")
 
 
-def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``module(x)``, hooks and all, with ``forward`` in the place of the module's own.
 
     Accelerate wraps a module's forward and keeps the original as ``_old_forward``; its wrapper
@@ -39,7 +38,8 @@ def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: T
         kept = module.__dict__.get(attribute)
         setattr(module, attribute, forward)
         try:
-            return module(x)
+            result: Tensor = module(x)
+            return result
         finally:
             if kept is None:
                 delattr(module, attribute)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ShiraLayer`: what the layer types share: adapters, merging with exact undo, the forward's frame.
 
-A layer type says only how its product is computed (`_product`). The base weight is pristine whenever
-no product is under way and no adapter is merged; merging keeps the originals and puts them back.
+A layer type says only how its product is computed (`_product`). The base weight is pristine
+whenever no product is under way and no adapter is merged; merging keeps the originals and puts them back.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,7 +21,7 @@ from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
-from shira.tuner.masking import shape_of
+from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, overwrite, prepare
 
 BASE = "__base__"
@@ -81,6 +81,7 @@ class ShiraLayer(BaseTunerLayer):
             r: The rank it is said to have.
             config: ``init_weights``.
             inference_mode: Leave it frozen.
+            **kwargs: What PEFT hands on of the quantization; not needed here.
         """
         self.r[adapter_name] = r
         self.scaling[adapter_name] = 1.0
@@ -124,7 +125,8 @@ class ShiraLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _delta(self, adapter: str) -> Tensor:
-        values, scale = self.shira_weight[adapter], self.scaling[adapter]
+        values: Tensor = self.shira_weight[adapter]
+        scale = self.scaling[adapter]
         return values if scale == 1.0 else values * scale
 
     def _present(self, adapter_names: Sequence[str]) -> list[str]:
@@ -134,7 +136,9 @@ class ShiraLayer(BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # Indices follow the values, and never change their dtype; see IndexDict.
-        indices = self.shira_indices.pop(adapter_name) if adapter_name in self.shira_indices else None
+        indices = (
+            self.shira_indices.pop(adapter_name) if adapter_name in self.shira_indices else None
+        )
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if indices is not None:
             values = self.shira_weight[adapter_name]
@@ -163,7 +167,7 @@ class ShiraLayer(BaseTunerLayer):
                 "load the base model unquantized to merge"
             )
         together = [*self.merged_adapters, *adapter_names]
-        weight = self.get_base_layer().weight
+        weight = weight_of(self.get_base_layer())
         with torch.no_grad():
             # Several adapters are summed before the one rounding, so always from the originals.
             plan, originals, new = prepare(
@@ -190,7 +194,7 @@ class ShiraLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with torch.no_grad():
-            self._undo.restore(self.get_base_layer().weight)
+            self._undo.restore(weight_of(self.get_base_layer()))
         self._undo = None
         self.merged_adapters = []
 
@@ -277,4 +281,4 @@ class ShiraLayer(BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """What PEFT's layers say of a quantized base."""
-        return str(quantization_extra_repr(self))
+        return str(quantization_extra_repr(cast(nn.Module, self)))

@@ -36,7 +36,7 @@ class Linear(ShiraLayer, nn.Module):  # type: ignore[misc]
         self.update_layer(adapter_name, support, r, config=config)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))

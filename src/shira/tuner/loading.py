@@ -74,9 +74,7 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
         )
 
 
-def _check_base(
-    file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming
-) -> None:
+def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming) -> None:
     recorded = config.base_fingerprint or {}
     parameters = {
         weight_name(base_module_name(name)): module

@@ -30,6 +30,7 @@ class BuiltinMask:
         self.config = config
 
     def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
         config, weight = self.config, weight_of(base_layer)
         shape = shape_of(weight)
         needs = MASKS[config.mask_type].needs
@@ -52,6 +53,7 @@ class SupportTable:
         self.supports = dict(supports)
 
     def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        """The layer's support, by its parameter name; MaskError if there is none."""
         try:
             return self.supports[name]
         except KeyError:
@@ -96,7 +98,7 @@ def support_of_layer(config: ShiraConfig, base_layer: nn.Module, name: str, r: i
 
 
 def needs_placeholder(config: ShiraConfig) -> bool:
-    """Whether the mask cannot be made again, for an adapter that is about to be read from a file."""
+    """Whether the mask of an adapter that is about to be read cannot be made again."""
     if not config.inference_mode:
         return False
     mask_fn = config.mask_fn

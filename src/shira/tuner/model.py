@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -73,7 +73,7 @@ class ShiraModel(BaseTuner):
 
     prefix: str = "shira_"
     tuner_layer_cls = ShiraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -96,8 +96,8 @@ class ShiraModel(BaseTuner):
         warn_of_idle_names(config, model)
         _maybe_include_all_linear_layers(config, model)
         targets = matched_modules(config, model)
-        # A further adapter that trains whole modules alone is for PEFT to judge: some versions of it
-        # accept that.
+        # A further adapter that trains whole modules alone is for PEFT to judge: some versions
+        # accept it.
         leave_to_peft = bool(config.modules_to_save and self.targeted_module_names)
         if by_name and not targets and not leave_to_peft:
             raise nothing_matched(config, model)
@@ -105,17 +105,18 @@ class ShiraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        shira_config: ShiraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str | None,
+        parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
-        config = as_ours(shira_config)
+        config = as_ours(peft_config)
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         name = weight_name(base_module_name(current_key))
         pattern = get_pattern_key(list(config.rank_pattern), current_key)
@@ -162,7 +163,7 @@ class ShiraModel(BaseTuner):
             id(module)
             for layer in self.model.modules()
             if isinstance(layer, ShiraLayer)
-            for module in layer.modules()
+            for module in cast(nn.Module, layer).modules()
         }
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
@@ -180,7 +181,7 @@ class ShiraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: ShiraConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
@@ -207,4 +208,3 @@ def _record(config: ShiraConfig, base_layer: nn.Module, name: str, support: Supp
     if values is not None:
         known = config.base_fingerprint or {}
         config.base_fingerprint = {**known, name: fingerprint(values)}
-

@@ -8,8 +8,8 @@ PEFT's classes (``peft.tuners.shira.config`` and so on) keep them.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Union
+from types import ModuleType, SimpleNamespace
+from typing import Any, Union, get_args
 
 import peft
 import peft.mapping
@@ -32,19 +32,26 @@ def register() -> None:
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SHIRA] = ShiraModel
     peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.SHIRA] = ShiraModel
     for package in (peft, peft.tuners, peft.tuners.shira):
-        package.ShiraConfig = ShiraConfig
-        package.ShiraModel = ShiraModel
-    peft.tuners.shira.ShiraLayer = ShiraLayer
-    peft.tuners.shira.Linear = Linear
+        _replace(package, ShiraConfig=ShiraConfig, ShiraModel=ShiraModel)
+    _replace(peft.tuners.shira, ShiraLayer=ShiraLayer, Linear=Linear)
     _register_mixed()
 
 
 def _register_mixed() -> None:
     """The mixed model asks by isinstance, and calls the model class by its module's name."""
-    if ShiraConfig in mixed.Configs.__args__:
+    known = get_args(mixed.Configs)
+    if ShiraConfig in known:
         return
-    mixed.Configs = Union[(*mixed.Configs.__args__, ShiraConfig)]  # noqa: UP007
-    mixed.Layers = (*(kind for kind in mixed.Layers if kind is not StockLayer), ShiraLayer)
-    mixed.shira = SimpleNamespace(
-        ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
+    _replace(
+        mixed,
+        Configs=Union[known + (ShiraConfig,)],  # noqa: RUF005, UP007
+        Layers=(*(kind for kind in mixed.Layers if kind is not StockLayer), ShiraLayer),
+        shira=SimpleNamespace(
+            ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
+        ),
     )
+
+
+def _replace(module: ModuleType, **names: Any) -> None:
+    for name, value in names.items():
+        setattr(module, name, value)

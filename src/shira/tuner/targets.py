@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from shira.errors import TargetError, did_you_mean
@@ -75,7 +75,7 @@ def refuse_shared_weights(
     """
     seen: dict[tuple[int, int], str] = {}
     for name, module in modules:
-        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not supported(base):
             continue
         weight = weight_of(base)

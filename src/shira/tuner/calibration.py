@@ -100,7 +100,9 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
         model_type = ShiraModel.get_model_config(model).get("model_type")
         targets = ShiraModel.target_module_mapping.get(model_type)
         if targets is None:
-            raise TargetError(f"there are no default targets for {model_type!r}; set target_modules")
+            raise TargetError(
+                f"there are no default targets for {model_type!r}; set target_modules"
+            )
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     _maybe_include_all_linear_layers(config, model)
     layers = matched_modules(config, model)
@@ -132,9 +134,7 @@ def _gradient_magnitudes(
             if gradient is None:
                 return
             if name not in totals:
-                totals[name] = torch.zeros(
-                    weight.shape, dtype=torch.float32, device=weight.device
-                )
+                totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             totals[name] += gradient.abs_()
 
         return collect
