@@ -25,6 +25,7 @@ from shira.ops.plan import Plan
 SCRATCH_BYTES = 64 * 2**20
 """The most memory that the chunked way takes for a piece of the dense gradient."""
 
+_TOKENS_AT_A_TIME = 256  # of the sampled way: 1 MiB of a 1024-column operand in float32
 _SAMPLED_DENSITY = 0.1  # above it a dense product is faster than single dot products
 
 
@@ -75,18 +76,21 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
 
 
 def sampled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
-    """A dot product for each entry. Arguments and result as `weight_gradient`."""
+    """A dot product for each entry. Arguments and result as `weight_gradient`.
+
+    Some tokens at a time, so that the operands of a row stay in the cache: measured a third
+    faster than all tokens at once (1024 x 2816 weight, 1024 tokens, 2 %).
+    """
     _quiet_about_csr()
-    rows = left.t().to(wide, memory_format=torch.contiguous_format)  # (rows, tokens)
-    pattern = torch.sparse_csr_tensor(
-        plan.crow,
-        plan.col,
-        torch.zeros(plan.nnz, dtype=wide, device=left.device),
-        plan.shape,
-        check_invariants=False,
-    )
-    result: Tensor = torch.sparse.sampled_addmm(pattern, rows, right.to(wide), beta=0.0)
-    return result.values()
+    total = torch.zeros(plan.nnz, dtype=wide, device=left.device)
+    for first in range(0, left.shape[0], _TOKENS_AT_A_TIME):
+        tokens = slice(first, first + _TOKENS_AT_A_TIME)
+        rows = left[tokens].t().to(wide, memory_format=torch.contiguous_format)  # (rows, tokens)
+        pattern = torch.sparse_csr_tensor(
+            plan.crow, plan.col, total, plan.shape, check_invariants=False
+        )
+        total = torch.sparse.sampled_addmm(pattern, rows, right[tokens].to(wide)).values()
+    return total
 
 
 def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:

@@ -27,8 +27,10 @@ def base_values(layer: nn.Module, support: Support) -> Tensor | None:
         or weight.shape != torch.Size(support.shape)
     ):
         return None
-    flat = support.indices.to(weight.device).long()
-    index = []
+    flat = support.indices.to(weight.device)
+    if weight.is_contiguous():
+        return weight.detach().view(-1).index_select(0, flat)
+    flat, index = flat.long(), []
     for size in reversed(support.shape):
         index.append(flat % size)
         flat = flat // size
