@@ -27,8 +27,9 @@ module = sys.modules["shira.ops.weight_gradient"]
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     strided=st.booleans(),
     scratch=st.sampled_from([1, 200, 2**20]),
+    at_a_time=st.sampled_from([1, 2, 256]),
 )
-def test_both_ways_equal_the_dense_product(rows, cols, tokens, share, dtype, strided, scratch):
+def test_both_ways_equal_the_dense_product(rows, cols, tokens, share, dtype, strided, scratch, at_a_time):
     k = round(rows * cols * share)
     indices = random_indices((rows, cols), k)
     plan = make_plan([indices], (rows, cols), (cols, 1))
@@ -37,7 +38,8 @@ def test_both_ways_equal_the_dense_product(rows, cols, tokens, share, dtype, str
     flat = indices[0].long() * cols + indices[1].long()
     want = reference.weight_gradient(left, right, flat)
     wide = want.dtype
-    kept, module.SCRATCH_BYTES = module.SCRATCH_BYTES, scratch
+    kept = module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME
+    module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME = scratch, at_a_time
     try:
         for way in (sampled, chunked) if k else (chunked,):
             got = way(left, right, plan, wide)
@@ -46,7 +48,7 @@ def test_both_ways_equal_the_dense_product(rows, cols, tokens, share, dtype, str
             assert close(got, want, wide)
         assert close(weight_gradient(left, right, plan), want, wide)
     finally:
-        module.SCRATCH_BYTES = kept
+        module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME = kept
 
 
 def test_no_tokens_no_gradient():

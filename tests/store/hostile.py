@@ -133,6 +133,12 @@ def _config_text(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / CONFIG).write_text(text) and None
 
 
+def _sparse_config(folder: Path) -> None:
+    """A gigabyte that takes no room on the disk."""
+    with open(folder / CONFIG, "r+b") as file:
+        file.truncate(10**9)
+
+
 def _torch_save(folder: Path) -> None:
     torch.save(sound_tensors(), folder / WEIGHTS)
 
@@ -279,6 +285,7 @@ HOSTILE: tuple[Hostile, ...] = (
     Hostile("config_a_list", _config_text("[]"), None, "object", CONFIG),
     Hostile("config_with_nan", _config_text('{"peft_type": "SHIRA", "a": NaN}'), None, "NaN",
             CONFIG),
+    Hostile("config_too_large", _sparse_config, None, "too large", CONFIG),
     Hostile("config_missing", lambda folder: (folder / CONFIG).unlink(), None, CONFIG, CONFIG),
     Hostile("weights_missing", lambda folder: (folder / WEIGHTS).unlink(), None, WEIGHTS, WEIGHTS),
     Hostile("shapes_too_small", _config(shira_shapes={PARAMETER: [4, 6]}), INDICES,

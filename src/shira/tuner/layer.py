@@ -2,7 +2,8 @@
 """`ShiraLayer`: what the layer types share: adapters, merging with exact undo, the forward's frame.
 
 A layer type says only how its product is computed (`_product`). The base weight is pristine
-whenever no product is under way and no adapter is merged; merging keeps the originals and puts them back.
+whenever no product is under way and no adapter is merged; merging keeps the originals and puts
+them back.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ class ShiraLayer(BaseTunerLayer):
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
         with torch.no_grad():
-            # Several adapters are summed before the one rounding, so always from the originals.
+            # Several adapters are summed before the one rounding, so always from the originals;
+            # the union holds the entries of an earlier merge, so nothing of that one stays.
             plan, originals, new = prepare(
                 weight,
                 [self._delta(name) for name in together],
@@ -182,8 +184,6 @@ class ShiraLayer(BaseTunerLayer):
                     f"to be broken: {int((~torch.isfinite(new)).sum())} of its "
                     f"{new.numel()} results are not finite. Nothing was merged"
                 )
-            if self._undo is not None:
-                self._undo.restore(weight)
             self._undo = Undo(plan, originals)
             overwrite(weight, plan, new)
         self.merged_adapters = together
