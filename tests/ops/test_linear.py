@@ -240,3 +240,17 @@ def test_compiles_without_a_break():
     )
     assert all(close(a, b, torch.float32) for a, b in zip(got, want, strict=True))
     assert torch.equal(weight, before)
+
+
+def test_plans_die_with_their_indices():
+    import gc
+    import weakref
+
+    weight, x, v = torch.randn(5, 6), torch.randn(3, 6), values(4, torch.float32)
+    i, j = random_indices((5, 6), 4), random_indices((5, 6), 4, seed=1)
+    ops.linear(x, weight, None, [v], [i])
+    ops.linear(x, weight, None, [v, v], [i, j])
+    gone = [weakref.ref(i), weakref.ref(j)]
+    del i, j
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]

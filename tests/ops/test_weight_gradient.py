@@ -29,7 +29,9 @@ module = sys.modules["shira.ops.weight_gradient"]
     scratch=st.sampled_from([1, 200, 2**20]),
     at_a_time=st.sampled_from([1, 2, 256]),
 )
-def test_both_ways_equal_the_dense_product(rows, cols, tokens, share, dtype, strided, scratch, at_a_time):
+def test_both_ways_equal_the_dense_product(
+    rows, cols, tokens, share, dtype, strided, scratch, at_a_time
+):
     k = round(rows * cols * share)
     indices = random_indices((rows, cols), k)
     plan = make_plan([indices], (rows, cols), (cols, 1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shira.delta import accumulation_dtype
 from shira.ops.plan import Plan, plan_for
-from shira.ops.resident import flat_positions, resident
+from shira.ops.resident import resident
 from shira.ops.util import no_autocast, shape_like
 
 
@@ -90,7 +90,7 @@ def _conv2d_backward(
 
 
 def _gather(dense: Tensor, plan: Plan) -> Tensor:
-    values = dense.reshape(-1).index_select(0, flat_positions(plan))
+    values = dense.reshape(-1).index_select(0, plan.flat())
     return values.to(accumulation_dtype(dense.dtype))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shira.delta import accumulation_dtype
 from shira.ops.plan import Plan, plan_for
-from shira.ops.resident import flat_positions, resident
+from shira.ops.resident import resident
 from shira.ops.util import shape_like
 
 
@@ -80,7 +80,7 @@ def _value_gradient(grad: Tensor, ids: Tensor, plan: Plan, padding_idx: int) -> 
     summed.index_add_(0, place, grad.reshape(-1, cols).to(wide))
     if padding_idx >= 0:
         summed[looked_up == padding_idx] = 0
-    row = flat_positions(plan) // cols
+    row = plan.row.long()
     at = torch.searchsorted(looked_up, row).clamp_(max=looked_up.numel() - 1)
     return torch.where(looked_up[at] == row, summed[at, plan.col.long()], 0)
 

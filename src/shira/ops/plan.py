@@ -31,14 +31,15 @@ _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
 class Plan:
     """Where the entries of the active supports are, in the order of the weight's rows."""
 
-    shape: tuple[int, int]
-    """Rows and columns of the weight seen as a matrix."""
-    offsets: Tensor
-    """int64 ``(k,)``: place of each entry in the weight's memory."""
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """Of the weight, in entries."""
+    row: Tensor
+    """int32 ``(k,)``: row of each entry, sorted; shares its memory with the adapter's indices."""
+    col: Tensor
+    """int32 ``(k,)``: column of each entry, likewise."""
     crow: Tensor
     """int32 ``(rows + 1,)``: where each row's entries begin."""
-    col: Tensor
-    """int32 ``(k,)``: column of each entry."""
     members: tuple[Tensor, ...] | None
     """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union."""
     host_crow: list[int] = field(default_factory=list)
@@ -47,7 +48,30 @@ class Plan:
     @property
     def nnz(self) -> int:
         """Entries in the union."""
-        return self.offsets.numel()
+        return self.col.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight seen as a matrix."""
+        return matrix_shape(self.weight_shape)
+
+    def flat(self) -> Tensor:
+        """int64 ``(k,)``: flat, row-major index of each entry.
+
+        Made at each use: kept, it would take as much memory as the adapter's own indices.
+        """
+        return torch.add(self.col, self.row.long(), alpha=self.shape[1])
+
+    def offsets(self) -> Tensor:
+        """int64 ``(k,)``: place of each entry in the weight's memory; made at each use."""
+        if _is_contiguous(self.weight_shape, self.stride):
+            return self.flat()
+        flat = self.flat()
+        offsets = torch.zeros_like(flat)
+        for size, step in zip(reversed(self.weight_shape), reversed(self.stride), strict=True):
+            offsets += flat % size * step
+            flat = flat // size
+        return offsets
 
     @property
     def density(self) -> float:
@@ -60,7 +84,7 @@ class Plan:
         if self.members is None:
             return deltas[0]
         wide = torch.float64 if any(d.dtype == torch.float64 for d in deltas) else torch.float32
-        total = torch.zeros(self.nnz, dtype=wide, device=self.offsets.device)
+        total = torch.zeros(self.nnz, dtype=wide, device=self.col.device)
         for delta, place in zip(deltas, self.members, strict=True):
             total.index_add_(0, place, delta.to(wide))
         return total
@@ -90,13 +114,20 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     members = None
     if len(supports) > 1:
         members = tuple(union.positions_of(support) for support in supports)
-    rows, cols = matrix_shape(shape)
-    flat = union.indices.long()
-    row, col = flat // max(cols, 1), flat % max(cols, 1)
-    crow = torch.zeros(rows + 1, dtype=torch.int32, device=flat.device)
+    rows, _ = matrix_shape(shape)
+    coordinates = indices[0] if members is None else union.coordinates()
+    row, col = (_alias(half.to(torch.int32)) for half in coordinates)
+    crow = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
     crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
-    col = indices[0][1] if members is None else col.to(torch.int32)
-    return Plan((rows, cols), _offsets(flat, shape, stride), crow, col, members)
+    return Plan(tuple(shape), tuple(stride), row, col, crow, members)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, but no view: a view would keep the key of its own cache entry alive."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
@@ -106,19 +137,13 @@ def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
         raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
 
 
-def _offsets(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Flat row-major indices -> places in memory, for any strides."""
-    expected, contiguous = 1, True
+def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        contiguous &= size <= 1 or step == expected
+        if size > 1 and step != expected:
+            return False
         expected *= size
-    if contiguous:
-        return flat
-    offsets = torch.zeros_like(flat)
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        offsets += flat % size * step
-        flat = flat // size
-    return offsets
+    return True
 
 
 class _Cache:

@@ -55,31 +55,25 @@ def resident(
     # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
     data = weight.data
     memory = memory_of(data)
+    offsets = plan.offsets()
     with lock_of(data):
-        originals = memory.index_select(0, plan.offsets)
+        originals = memory.index_select(0, offsets)
         new = replacement(originals, delta)
         try:
-            memory.index_copy_(0, plan.offsets, new)
+            memory.index_copy_(0, offsets, new)
             yield data
         finally:
-            memory.index_copy_(0, plan.offsets, originals)
+            memory.index_copy_(0, offsets, originals)
 
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = flat_positions(plan)
+    flat = plan.flat()
     with lock_of(weight):
         copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         copy.copy_(weight.detach())
         originals = weight.detach()[_unravel(flat, weight.shape)]
     copy.view(-1).index_copy_(0, flat, replacement(originals, delta).to(dtype))
     return copy
-
-
-def flat_positions(plan: Plan) -> Tensor:
-    """int64 ``(k,)`` flat, row-major indices of the plan's entries, made from rows and columns."""
-    counts = (plan.crow[1:] - plan.crow[:-1]).long()
-    row = torch.repeat_interleave(counts, output_size=plan.nnz)
-    return row * plan.shape[1] + plan.col
 
 
 def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:

@@ -108,9 +108,7 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
         if begin == end:
             continue
         piece = left[:, first:last].t().to(product_dtype) @ right  # (last - first, cols)
-        counts = (plan.crow[first + 1 : last + 1] - plan.crow[first:last]).long()
-        place = torch.repeat_interleave(counts, output_size=end - begin) * cols
-        place += plan.col[begin:end]
+        place = (plan.row[begin:end].long() - first) * cols + plan.col[begin:end]
         out[begin:end] = piece.view(-1).index_select(0, place)
     return out
 

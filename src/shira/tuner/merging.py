@@ -42,13 +42,13 @@ def prepare(
         The plan of the union, the originals ``(k,)`` and the replacement values ``(k,)``.
     """
     plan = plan_for(indices, weight.shape, weight.stride())
-    offsets = plan.offsets.to(weight.device)
+    offsets = plan.offsets().to(weight.device)
     originals = memory_of(weight.data).index_select(0, offsets)
     if undo is not None:
         # Entries of the earlier merge hold replacements now; their originals are in its undo. All
         # of them are in the union, since adapters that were merged stay merged.
         order = torch.argsort(offsets)
-        place = order[torch.searchsorted(offsets[order], undo.plan.offsets.to(weight.device))]
+        place = order[torch.searchsorted(offsets[order], undo.plan.offsets().to(weight.device))]
         originals[place] = undo.originals.to(weight.device, weight.dtype)
     new = replacement(originals, plan.combine(deltas))
     return plan, originals, new
@@ -57,4 +57,4 @@ def prepare(
 def overwrite(weight: Tensor, plan: Plan, values: Tensor) -> None:
     """Write ``(k,)`` values at the plan's entries, in place, under the weight's lock."""
     with lock_of(weight):
-        memory_of(weight.data).index_copy_(0, plan.offsets.to(weight.device), values)
+        memory_of(weight.data).index_copy_(0, plan.offsets().to(weight.device), values)
