@@ -154,6 +154,11 @@ class Contender:
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(**inputs).loss
 
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(batch, tokens, vocab), without a graph."""
+        with torch.no_grad():
+            return self.model(inputs_embeds=inputs["inputs_embeds"]).logits
+
     def update(self) -> None:
         """The optimizer's step, and gradients dropped; nothing for the floor."""
         if self.optimizer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,37 @@ def describe() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
         },
     }
+
+
+class Neighbours:
+    """What share of the machine's processor time others took since this was made.
+
+    With every core contended, threads of one process wait for each other at each parallel region,
+    and runs with many small operations suffer most: figures of a busy machine are worth little.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """Between 0 and 1; None where the system does not tell."""
+        now = self._read()
+        if self._start is None or now is None or now[0] <= self._start[0]:
+            return None
+        total, busy, own = (after - before for after, before in zip(now, self._start, strict=True))
+        return min(1.0, max(0.0, (busy - own) / total))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds of all cores, of those busy, and of this process."""
+        try:
+            line = Path("/proc/stat").read_text().splitlines()[0]
+        except OSError:
+            return None
+        ticks = [int(field) for field in line.split()[1:9]]
+        seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
+        idle = seconds[3] + seconds[4]
+        return sum(seconds), sum(seconds) - idle, time.process_time()
 
 
 def _cpu_model() -> str:

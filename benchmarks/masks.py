@@ -6,8 +6,8 @@ taking turns. Only the choice is timed, which favours PEFT: its mask is a dense 
 has to be turned into indices afterwards; a support is the indices.
 
 *Model*: ``get_peft_model`` on about a billion bf16 parameters (16 blocks of seven linear layers,
-never initialized: random masks do not look at the values), as a whole, and the masks of the same
-layers alone. PEFT's own is run on one block of the same model, beside ours on one block.
+all zero: random masks do not look at the values), as a whole, and the masks of the same layers
+alone. PEFT's own is run on one block of the same model, beside ours on one block.
 
 Checked before timing: both choose exactly k distinct entries of the weight; the same seed and name
 give the same entries. What two layers of equal shape share under one seed is reported for both.
@@ -60,12 +60,14 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     progress("masks: comparing the answers")
     answers = check_answers(settings.r)
     layers = {}
+    neighbours = environment.Neighbours()
     for shape in settings.parsed_shapes():
         label = "x".join(map(str, shape))
         layers[label] = _time_layer(
             shape, settings, lambda text, at=label: progress(f"masks: {at}, {text}")
         )
     model = _time_model(settings, progress) if settings.blocks else None
+    surroundings["cpu_share_of_others"] = neighbours.share()
     body = {"answers": answers, "results": {"layers": layers, "model": model}}
     return report.document(NAME, asdict(settings), surroundings, body)
 
@@ -189,12 +191,15 @@ def _shapes(settings: Settings, blocks: int) -> dict[str, tuple[int, int]]:
 
 
 def _model(settings: Settings, blocks: int) -> nn.Module:
-    """Plain linear layers. Their memory is only touched where something reads it."""
+    """Plain linear layers, written to once, so that their memory is there as a loaded model's is:
+    otherwise what is timed is the first touch of each page."""
     model = nn.Module()
     model.layers = nn.ModuleList(
         nn.ModuleDict({name: _empty_linear(*shape) for name, shape in _block(settings).items()})
         for _ in range(blocks)
     )
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
     return model
 
 
@@ -241,7 +246,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             "Two layers of equal shape under one seed share "
             f"{100 * shared['shira']:.1f} % of their entries in shira, "
             f"{100 * shared['peft-shira']:.1f} % in PEFT "
-            f"(chance: {100 * result['answers']['share_chosen']:.1f} %)."
+            f"(chance: {100 * result['answers']['share_chosen']:.1f} %).",
+            *report.busy_note(result),
         ],
     )
     rows = {f"one layer, {label}": row for label, row in result["results"]["layers"].items()}

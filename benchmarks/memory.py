@@ -4,7 +4,7 @@
 **Resident set** (``rss``): what the operating system sees, scratch of BLAS and custom kernels
 included. Linux keeps the highest resident set of a process (VmHWM) and resets it when "5" is
 written to ``/proc/self/clear_refs``, so no spike falls between two looks, as it may when the size
-is sampled. The kernel's counters are right to about half a MiB. Null where that file does not exist.
+is sampled. The kernel's counters are right to about half a MiB. Null where there is no such file.
 
 **Allocator** (``allocator``): the peak of the running sum of torch's own allocations and frees,
 from ``torch.profiler`` with ``profile_memory=True``. Repeatable to the byte, but blind to memory

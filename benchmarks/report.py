@@ -89,6 +89,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+def busy_note(result: dict[str, Any]) -> list[str]:
+    """A warning below the table when other processes had more than a twentieth of the machine."""
+    share = result["environment"].get("cpu_share_of_others")
+    if share is None or share <= 0.05:
+        return []
+    return [f"Other processes took {100 * share:.0f} % of the machine meanwhile: run it again."]
+
+
 def say(text: str) -> None:
     """Progress, on standard error: one line that is rewritten on a terminal, lines elsewhere."""
     if sys.stderr.isatty():

@@ -58,22 +58,22 @@ def _linear_backward(
     """``[dx, dweight, dvalues...]``; an empty tensor for what ``needs`` says no to."""
     need_x, need_weight, need_values = needs
     plan = plan_for(indices, weight.shape, weight.stride())
+    dx, dweight = grad.new_empty(0), grad.new_empty(0)
+    dvalues = [delta.new_empty(0) for delta in deltas]
     with no_autocast(grad):
-        dx, dweight = grad.new_empty(0), grad.new_empty(0)
+        # dx last: it is not yet there while the others need room to work in
+        if need_weight or need_values:  # else x was not kept
+            left, right = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+            if transposed:
+                left, right = right, left
+            if need_weight:
+                dweight = (left.t() @ right).to(weight.dtype)
+            if need_values:
+                parts = plan.split(weight_gradient(left, right, plan))
+                dvalues = [d.to(delta.dtype) for d, delta in zip(parts, deltas, strict=True)]
         if need_x:
             with resident(weight, plan, deltas, grad.dtype) as adapted:
                 dx = grad @ (adapted.t() if transposed else adapted)
-        dvalues = [delta.new_empty(0) for delta in deltas]
-        if not need_weight and not need_values:  # then x was not kept
-            return [dx, dweight, *dvalues]
-        left, right = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        if transposed:
-            left, right = right, left
-        if need_weight:
-            dweight = (left.t() @ right).to(weight.dtype)
-        if need_values:
-            total = plan.split(weight_gradient(left, right, plan))
-            dvalues = [d.to(delta.dtype) for d, delta in zip(total, deltas, strict=True)]
     return [dx, dweight, *dvalues]
 
 
