@@ -9,6 +9,7 @@ file can be read without the base) and keeps ``base_fingerprint`` (``{parameter 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,12 @@ def read_config(path: Path) -> dict[str, Any]:
             malformed.
     """
     with open_regular(path) as file:
-        raw = file.read(_CONFIG_LIMIT + 1)
-    if len(raw) > _CONFIG_LIMIT:
-        raise FileFormatError(f"{path}: too large for a config (limit {_CONFIG_LIMIT} bytes)")
+        size = os.fstat(file.fileno()).st_size
+        if size > _CONFIG_LIMIT:
+            raise FileFormatError(
+                f"{path}: {size} bytes are too large for a config (limit {_CONFIG_LIMIT})"
+            )
+        raw = file.read(size)
     config = parse_object(raw, path, "config")
     peft_type = config.get("peft_type")
     if peft_type != "SHIRA":
