@@ -316,3 +316,71 @@ def test_weights_mapped_from_a_file_are_never_written_through(tmp_path, kind):
     moved = adapted.base_model.model.lin1.weight.data_ptr() != place
     assert moved == (kind == "shared")
     assert path.read_bytes() == before
+
+
+def test_a_reference_adapter_with_the_policys_config_is_a_copy_of_the_policy():
+    """What TRL's trainers do with a model that has an adapter already."""
+    model = get_peft_model(mlp(), ShiraConfig(r=2, target_modules=["lin1", "lin2"])).eval()
+    randomize(model)
+    want = model(X)
+    model.add_adapter("ref", model.peft_config["default"])
+    randomize_default = model.base_model.model.lin1.shira_weight["default"]
+    with torch.no_grad():
+        randomize_default.mul_(3)
+    assert not torch.equal(model(X), want)
+    model.set_adapter("ref")
+    assert torch.equal(model(X), want)
+
+
+class PackedBackend:
+    """A stand-in for a quantized base: a weight that cannot be written, a layer that can be run."""
+
+    supports_merge = False
+    layer_type = "linear"
+
+    def get_base_weight(self, layer):
+        raise AssertionError("the packed weight is not to be unpacked")
+
+
+def test_a_packed_base_gets_the_delta_beside_it():
+    model = get_peft_model(mlp(), ShiraConfig(r=2, target_modules=["lin1"]))
+    randomize(model)
+    layer = model.base_model.model.lin1
+    base, delta = layer.get_base_layer(), layer.get_delta_weight("default").to_dense()
+    x = torch.randn(3, 12, requires_grad=True)
+    layer.quantization_backend = PackedBackend()
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, base.weight + delta))
+    got = torch.autograd.grad(y.square().sum(), [x, layer.shira_weight["default"]])
+    layer.quantization_backend = None
+    want = torch.autograd.grad(layer(x).square().sum(), [x, layer.shira_weight["default"]])
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    layer.quantization_backend = PackedBackend()
+    before = base.weight.clone()
+    with pytest.raises(MergeError, match="quantized"):
+        layer.merge()
+    assert torch.equal(base.weight, before)
+
+
+def test_layers_that_accelerate_offloads(tmp_path):
+    from accelerate import cpu_offload
+
+    want_model = get_peft_model(mlp(), ShiraConfig(r=2, target_modules=["lin1"], random_seed=1))
+    randomize(want_model)
+    base = mlp()
+    model = get_peft_model(base, ShiraConfig(r=2, target_modules=["lin1"], random_seed=1))
+    randomize(model)
+    layer = model.base_model.model.lin1.get_base_layer()
+    cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert layer.weight.is_meta
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model(X)
+    assert torch.equal(out, want_model(X))
+    out.sum().backward()
+    want_model(X).sum().backward()
+    for ours, theirs in zip(model.parameters(), want_model.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    assert layer.weight.is_meta

@@ -22,9 +22,15 @@ _HOOKS = (
 _swapping = threading.RLock()
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would run more than its forward."""
-    return any(getattr(module, name) for name in _HOOKS) or hasattr(module, "_hf_hook")
+def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
+    """Whether calling the module would run more than its forward.
+
+    Args:
+        module: The base layer.
+        of_users: Count hooks alone, not what Accelerate has wrapped around the forward.
+    """
+    wrapped = hasattr(module, "_hf_hook") and not of_users
+    return wrapped or any(getattr(module, name) for name in _HOOKS)
 
 
 def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

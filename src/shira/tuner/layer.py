@@ -264,7 +264,7 @@ class ShiraLayer(BaseTunerLayer):
         return self._base_forward(x) if result is None else result
 
     def _warn_once_about_module_hooks(self) -> None:
-        if not self._warned_about_hooks:
+        if not self._warned_about_hooks and has_hooks(self.base_layer, of_users=True):
             self._warned_about_hooks = True
             warnings.warn(
                 "One of the base layers adapted with ShiRA has backward/forward (pre) hooks set. "

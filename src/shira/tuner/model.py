@@ -44,6 +44,10 @@ from shira.tuner.targets import (
 )
 
 
+REFERENCE = "ref"
+"""The name under which TRL's trainers add the reference adapter."""
+
+
 def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
     """The adapted layer type for a base layer, or None if SHiRA has none for it."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
@@ -132,6 +136,8 @@ class ShiraModel(BaseTuner):
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
         if isinstance(target, ShiraLayer):
             target.update_layer(adapter_name, support, r, config=config, **kwargs)
+            if adapter_name == REFERENCE:
+                self._copy_adapter_of_same_config(target, config)
         else:
             own_memory(base_layer, getattr(self, "_memory_map", None) or MemoryMap())
             new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)  # type: ignore[call-arg]
@@ -139,6 +145,18 @@ class ShiraModel(BaseTuner):
                 new_module.requires_grad_(False)  # type: ignore[attr-defined]
             self._replace_module(parent, target_name, new_module, target)
         _record(config, base_layer, name, support)
+
+    def _copy_adapter_of_same_config(self, layer: ShiraLayer, config: ShiraConfig) -> None:
+        """TRL adds its reference with the policy's config object and means a copy of the policy.
+
+        It copies by names that contain ".default."; those of SHiRA's values end in ".default".
+        """
+        for name in layer.shira_weight:
+            if name != REFERENCE and self.peft_config.get(name) is config:
+                layer.shira_indices[REFERENCE] = layer.shira_indices[name].clone()
+                copied = layer.shira_weight[name].detach().clone()
+                layer.shira_weight[REFERENCE] = nn.Parameter(copied, requires_grad=False)
+                return
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
