@@ -43,7 +43,6 @@ from shira.tuner.targets import (
     warn_of_idle_names,
 )
 
-
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
 
