@@ -216,8 +216,10 @@ def test_budgets():
     for layer in (net.conv, net.emb, net.conv1d):
         weight = layer.get_base_layer().weight
         assert layer.shira_weight["default"].numel() == round(0.25 * weight.numel())
-    with pytest.raises(MaskError, match=r"lin1\.weight.*largest r that fits is 6"):
-        get_peft_model(mlp(), ShiraConfig(r=7, target_modules=["lin1"]))
+    model = mlp()
+    with pytest.raises(MaskError, match=r"lin2\.weight.*largest r that fits is 4"):
+        get_peft_model(model, ShiraConfig(r=5, target_modules=["lin1", "lin2"]))
+    assert type(model.lin1) is nn.Linear, "nothing is put in unless all of it fits"
 
 
 def test_targets_that_match_nothing():

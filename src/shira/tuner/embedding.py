@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from shira import ops
-from shira.errors import TargetError
 from shira.support import Support
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
@@ -26,12 +25,6 @@ class Embedding(ShiraLayer, nn.Module):  # type: ignore[misc]
         r: int,
         **kwargs: Any,
     ) -> None:
-        if getattr(base_layer, "max_norm", None) is not None:
-            raise TargetError(
-                "an embedding with max_norm rewrites its own rows while it looks them up, so its "
-                "weight cannot be kept as it is; set max_norm=None or leave it out of "
-                "target_modules"
-            )
         nn.Module.__init__(self)
         ShiraLayer.__init__(self, base_layer, **kwargs)
         self.in_features, self.out_features = self.out_features, self.in_features

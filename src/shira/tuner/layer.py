@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from shira.errors import AdapterError, MergeError, TargetError
+from shira.errors import AdapterError, MergeError
 from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.hooks import call_with_hooks, has_hooks
@@ -55,11 +55,6 @@ class ShiraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
         self._warned_about_hooks = False
-        if self.base_layer is not self.get_base_layer():
-            raise TargetError(
-                f"SHiRA does not support nested base layers: {type(base_layer).__name__} is "
-                "itself an adapter's layer; apply SHiRA first"
-            )
         self.weight_shape = shape_of(self.weight)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
 

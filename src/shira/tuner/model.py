@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -83,19 +83,26 @@ class ShiraModel(BaseTuner):
     ) -> None:
         """Check everything that can be checked, then let PEFT put the layers in."""
         config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
-        self._incoming: Incoming | None = None
         self._memory_map: MemoryMap | None = MemoryMap()
+        self._prepared: dict[str, Prepared] = {}
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
-                self._check_targets(config, model, by_name=kwargs.get("state_dict") is None)
-                self._incoming = read_incoming(config, model)
+                by_name = kwargs.get("state_dict") is None
+                targets = self._check_targets(config, model, by_name)
+                incoming = read_incoming(config, model)
+                if by_name:
+                    self._prepared = {
+                        key: prepare(config, key, module, incoming) for key, module in targets
+                    }
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
             config._source = None
-            self._incoming = self._memory_map = None
+        finally:
+            self._memory_map, self._prepared = None, {}
 
-    def _check_targets(self, config: ShiraConfig, model: nn.Module, by_name: bool) -> None:
+    def _check_targets(
+        self, config: ShiraConfig, model: nn.Module, by_name: bool
+    ) -> list[tuple[str, nn.Module]]:
         warn_of_idle_names(config, model)
         _maybe_include_all_linear_layers(config, model)
         targets = matched_modules(config, model)
@@ -105,6 +112,7 @@ class ShiraModel(BaseTuner):
         if by_name and not targets and not leave_to_peft:
             raise nothing_matched(config, model)
         refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
+        return targets
 
     def _create_and_replace(
         self,
@@ -120,30 +128,21 @@ class ShiraModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         config = as_ours(peft_config)
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        name = weight_name(base_module_name(current_key))
-        pattern = get_pattern_key(list(config.rank_pattern), current_key)
-        r = config.rank_pattern.get(pattern, config.r)
-        layer_class = layer_class_of(base_layer)
-        if layer_class is None:
-            raise TargetError(
-                f"Target module {current_key} ({type(base_layer).__name__}) is not supported. "
-                "SHiRA adapts torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and "
-                "torch.nn.Embedding"
-            )
-        support = _support(config, base_layer, name, r, getattr(self, "_incoming", None))
+        # The mixed model, and an injection by state dict, come here without preparation.
+        prepared = getattr(self, "_prepared", {}).get(current_key)
+        layer_class, name, r, support = prepared or prepare(config, current_key, target, None)
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
         if isinstance(target, ShiraLayer):
             target.update_layer(adapter_name, support, r, config=config, **kwargs)
             if adapter_name == REFERENCE:
                 self._copy_adapter_of_same_config(target, config)
         else:
-            own_memory(base_layer, getattr(self, "_memory_map", None) or MemoryMap())
+            own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
             new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)  # type: ignore[call-arg]
             if adapter_name not in self.active_adapters:
-                new_module.requires_grad_(False)  # type: ignore[attr-defined]
+                cast(nn.Module, new_module).requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
-        _record(config, base_layer, name, support)
+        _record(config, base_layer_of(target), name, support)
 
     def _copy_adapter_of_same_config(self, layer: ShiraLayer, config: ShiraConfig) -> None:
         """TRL adds its reference with the policy's config object and means a copy of the policy.
@@ -208,14 +207,64 @@ class ShiraModel(BaseTuner):
         return check_state_dict(model, adapter_name, remapped)
 
 
-def _support(
-    config: ShiraConfig, base_layer: nn.Module, name: str, r: int, incoming: Incoming | None
-) -> Support:
+class Prepared(NamedTuple):
+    """What there is to know of a layer before it is put in."""
+
+    layer_class: type[ShiraLayer]
+    name: str
+    """Of the weight, in the base model."""
+    r: int
+    support: Support
+
+
+def prepare(
+    config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None
+) -> Prepared:
+    """Check that a target can be adapted and choose its entries; changes nothing.
+
+    Args:
+        config: Of the adapter.
+        key: The target's path in the model.
+        target: The base layer, or an adapted one that gets a further adapter.
+        incoming: Supports that come from a file.
+
+    Raises:
+        TargetError: If there is no adapted layer for it.
+        MaskError: If the mask does not fit.
+    """
+    base_layer = base_layer_of(target)
+    name = weight_name(base_module_name(key))
+    layer_class = layer_class_of(base_layer)
+    if layer_class is None:
+        raise TargetError(
+            f"Target module {key} ({type(base_layer).__name__}) is not supported. SHiRA adapts "
+            "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
+        )
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
+        raise TargetError(
+            f"{key}: SHiRA does not support nested base layers: {type(target).__name__} is itself "
+            "an adapter's layer; apply SHiRA first"
+        )
+    if getattr(base_layer, "max_norm", None) is not None:
+        raise TargetError(
+            f"{key}: an embedding with max_norm rewrites its own rows while it looks them up, so "
+            "its weight cannot be kept as it is; set max_norm=None or leave it out of "
+            "target_modules"
+        )
+    pattern = get_pattern_key(list(config.rank_pattern), key)
+    r = config.rank_pattern.get(pattern, config.r)
     if incoming is not None and name in incoming:
-        return incoming[name]
-    if needs_placeholder(config):
-        return placeholder(config, base_layer, name, r)
-    return support_of_layer(config, base_layer, name, r)
+        support = incoming[name]
+    elif needs_placeholder(config):
+        support = placeholder(config, base_layer, name, r)
+    else:
+        support = support_of_layer(config, base_layer, name, r)
+    return Prepared(layer_class, name, r, support)
+
+
+def base_layer_of(target: nn.Module) -> nn.Module:
+    """The layer that is adapted, under whatever adapts it already."""
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
 def _record(config: ShiraConfig, base_layer: nn.Module, name: str, support: Support) -> None:
