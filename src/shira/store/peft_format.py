@@ -178,8 +178,10 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
     validate_against(file, shapes)
     deltas = {}
     for raw in file.tensors.values():
-        support = Support.from_coordinates(shapes[raw.weight_name], raw.coordinates)
-        deltas[raw.weight_name] = SparseDelta(support, raw.values)
+        shape = tuple(shapes[raw.weight_name])
+        row, column = raw.coordinates
+        flat = row.long().mul_(matrix_shape(shape)[1]).add_(column)
+        deltas[raw.weight_name] = SparseDelta(Support(shape, flat), raw.values)
     metadata = {name: value for name, value in file.config.items() if name != SHAPES_FIELD}
     return Adapter(deltas, metadata)
 
