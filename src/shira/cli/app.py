@@ -59,19 +59,31 @@ def build_app(names: Iterable[str]) -> typer.Typer:
     return app
 
 
-def _global_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug: Annotated[  # taken out of the arguments by `main`; declared here to be in the help
-        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
-    ] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"shira {__version__}")
         raise typer.Exit
 
 
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+    debug: Annotated[  # taken out of the arguments by `main`; declared here to be in the help
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
+    ] = False,
+) -> None:
+    """What may stand before the subcommand."""
+
+
 def _epilog(examples: Sequence[str], markup: str | None) -> str:
-    """`examples` so that each keeps its line: typer's two styles of help reflow text differently."""
+    """`examples` so that each keeps its line; typer's two styles of help reflow text unlike."""
     if markup is None:
         return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
     return "\n\n".join(["Examples:", *(line.replace("[", r"\[") for line in examples)])

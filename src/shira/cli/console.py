@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from typing import Any, TextIO
 
@@ -12,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-_PLAIN_WIDTH = 120
+_PLAIN_WIDTH = 200  # a table takes the width that it needs; this only bounds it
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -20,14 +18,13 @@ def console(stream: TextIO | None = None) -> Console:
     stream = stream or sys.stdout
     if stream.isatty():
         return Console(file=stream, highlight=False)
-    width = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if "COLUMNS" in os.environ else 0
     return Console(
         file=stream,
         highlight=False,
         force_terminal=False,
         no_color=True,
         color_system=None,
-        width=width or _PLAIN_WIDTH,
+        width=_PLAIN_WIDTH,
         emoji=False,
     )
 

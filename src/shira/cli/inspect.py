@@ -54,4 +54,4 @@ def command(
 
     out = console()
     out.print(tables.whole(summary))
-    out.print(tables.targets(summary, each=each))
+    out.print(tables.targets(summary, each=each, width=out.width))

@@ -27,9 +27,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._steps = Steps(self._what, state.max_steps).__enter__()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the loss to stand beside the count."""
         for key in ("loss", "eval_loss"):
             if key in (logs or {}):

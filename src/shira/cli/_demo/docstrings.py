@@ -108,12 +108,12 @@ def read_docstrings(
 
 
 def clean(raw: str, *, max_words: int) -> str:
-    """`raw` as one line of plain words, without what would name the library.
+    r"""`raw` as one line of plain words, without what would name the library.
 
     Links and interactive examples go (their imports name the library); names of the libraries
     become "library"; what is left is cut to the first `max_words` words.
 
-    >>> clean("Like numpy.sum, see https://numpy.org.\\n>>> np.sum(x)", max_words=60)
+    >>> clean("Like numpy.sum, see https://numpy.org.\n>>> np.sum(x)", max_words=60)
     'Like library.sum, see'
     """
     text = _NAMES.sub("library", _LINK.sub("", _DOCTEST.sub("", raw)))
@@ -137,9 +137,7 @@ def _documented_inside(node: ast.AST, *, in_class: bool) -> Iterator[tuple[str, 
             yield from _documented_inside(child, in_class=in_class)
 
 
-def _kind(
-    node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, *, in_class: bool
-) -> str:
+def _kind(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, *, in_class: bool) -> str:
     if isinstance(node, ast.ClassDef):
         return "class"
     if not in_class:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding texts and predicting with a sequence classifier, alike in both of the demo's processes."""
+"""Encoding texts and predicting with a sequence classifier, alike in both demo processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def pad(ids: Sequence[Sequence[int]], *, pad_token_id: int) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def predict_logits(
-    model: nn.Module, ids: Sequence[Sequence[int]], *, pad_token_id: int
-) -> Tensor:
+def predict_logits(model: nn.Module, ids: Sequence[Sequence[int]], *, pad_token_id: int) -> Tensor:
     """Logits of each text, float32 (texts, labels), with the model in evaluation mode.
 
     Batches hold texts of similar length; which ones depends on the lengths alone, so that two

@@ -28,8 +28,8 @@ def task_table(task: Task, frozen: Run, shira: Run) -> Table:
     """Before and after, for one task."""
     chance = 1 / len(task.labels)
     result = table(
-        f"{task.name}: {task.question}  ({len(task.labels)} labels, {len(task.train)} training and "
-        f"{len(task.test)} test docstrings, chance {chance:.1%})",
+        f"{task.name}: {task.question}\n{len(task.labels)} labels, chance {chance:.1%}, "
+        f"{len(task.train):,} training and {len(task.test):,} test docstrings",
         "",
         "accuracy",
         "trained parameters",
@@ -65,8 +65,8 @@ def proofs(found: Mapping[str, Any]) -> list[Proof]:
         result.append(
             Proof(
                 seen["weights_changed_while_in"] > 0 and seen["merged_difference"] < 1e-4,
-                f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are overwritten "
-                "and the logits are those of the unmerged model "
+                f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are "
+                "overwritten and the logits are those of the unmerged model "
                 f"(largest difference: {seen['merged_difference']:.1e})",
             )
         )
@@ -86,8 +86,8 @@ def switch_line(found: Mapping[str, Any]) -> str:
     """How long a switch took."""
     seconds = found["switch_seconds"]
     return (
-        f"a switch (unmerge, set_adapter, merge) takes {median_milliseconds(seconds):.2f} ms in the "
-        f"median of {len(seconds)}"
+        "a switch (unmerge, set_adapter, merge) takes "
+        f"{median_milliseconds(seconds):.2f} ms in the median of {len(seconds)}"
     )
 
 

@@ -32,6 +32,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
     """
     started = time.perf_counter()
     quiet.offline()
+    quiet.share_cores()
     model_path()  # the first thing to be missing
     try:
         import peft  # noqa: F401
@@ -158,9 +159,7 @@ def _write_examples(task: Task, files: Files) -> None:
 
 
 def _add_to_results(files: Files, **found: Any) -> None:
-    _write_json(
-        files.results, {**json.loads(files.results.read_text(encoding="utf-8")), **found}
-    )
+    _write_json(files.results, {**json.loads(files.results.read_text(encoding="utf-8")), **found})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

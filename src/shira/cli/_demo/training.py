@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -87,10 +88,9 @@ def train_shira(
     base = load_base(outputs, settings.seed)
     total = _size(base)
     model = get_peft_model(base, config, adapter_name=task.name)
-    run, logits = _train(
-        model, task, tokenizer, settings, total=total, what=f"{task.name}: SHiRA"
-    )
-    model.save_pretrained(files.root)
+    run, logits = _train(model, task, tokenizer, settings, total=total, what=f"{task.name}: SHiRA")
+    model.save_pretrained(str(files.root))
+    (files.root / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
     size = (files.adapter(task.name) / "adapter_model.safetensors").stat().st_size
     return replace(run, file_bytes=size), logits
 
@@ -113,6 +113,7 @@ def _train(
             optimizers=(_optimizer(model, settings), None),
             callbacks=[progress],
         )
+        trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
         finally:
@@ -149,7 +150,16 @@ def _arguments(scratch: str | Path, settings: Settings) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        **_grouped_by_length(),
     )
+
+
+def _grouped_by_length() -> dict[str, Any]:
+    """Batches of texts of similar length, a fifth less to compute, as this transformers says it."""
+    names = {field.name for field in fields(TrainingArguments)}
+    if "train_sampling_strategy" in names:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
 
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -167,11 +177,12 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
-def _dataset(
-    tokenizer: Any, examples: Sequence[Example], max_length: int
-) -> list[tuple[list[int], int]]:
+def _dataset(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[dict[str, Any]]:
     ids = encode(tokenizer, [example.text for example in examples], max_length=max_length)
-    return [(row, example.label) for row, example in zip(ids, examples, strict=True)]
+    return [
+        {"input_ids": row, "labels": example.label}
+        for row, example in zip(ids, examples, strict=True)
+    ]
 
 
 class _Collator:
@@ -180,6 +191,6 @@ class _Collator:
     def __init__(self, pad_token_id: int) -> None:
         self._pad_token_id = pad_token_id
 
-    def __call__(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        batch = pad([ids for ids, _ in rows], pad_token_id=self._pad_token_id)
-        return {**batch, "labels": torch.tensor([label for _, label in rows])}
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = pad([row["input_ids"] for row in rows], pad_token_id=self._pad_token_id)
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

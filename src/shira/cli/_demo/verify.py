@@ -30,9 +30,10 @@ def verify(root: Path) -> dict[str, Any]:
     """Run every proof on what the demo wrote to `root`.
 
     Returns:
-        For each task how many predictions were compared, how many differ and by how much its logits
-        do; whether merged and unmerged answers are the same; the base weights compared, those that
-        differ while each adapter is in, and those that differ at the end; seconds of each switch.
+        For each task: how many predictions were compared, how many differ, the largest difference
+        of a logit, the largest one between merged and unmerged answers, and the base weights that
+        differ while the adapter is in. For the base: how much was compared at the end, and the
+        names of what differs. The seconds of each switch.
     """
     files = Files(root)
     written = json.loads(files.results.read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def switch(model: Any, task: str) -> None:
-    """Take out the adapter that is merged, put in that of `task`: PEFT's calls alone."""
+    """Take out the merged adapter and put in that of `task`: PEFT's calls alone."""
     model.unmerge_adapter()
     model.set_adapter(task)
     model.merge_adapter()
@@ -116,9 +117,7 @@ def _compare_predictions(
     model.merge_adapter()
     merged = predict_logits(model, few, pad_token_id=pad_token_id)
     inside = sum(
-        int((tensor != fresh[name]).sum())
-        for name, tensor in base_weights(model)
-        if name in fresh
+        int((tensor != fresh[name]).sum()) for name, tensor in base_weights(model) if name in fresh
     )
     model.unmerge_adapter()
     return {
@@ -132,6 +131,8 @@ def _compare_predictions(
 
 def _switch(model: Any, tasks: Sequence[str], times: int) -> list[float]:
     seconds = []
+    model.set_adapter(tasks[-1])
+    model.merge_adapter()
     with Steps("switching adapters", times) as steps:
         for turn in range(times):
             started = time.perf_counter()

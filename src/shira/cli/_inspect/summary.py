@@ -131,7 +131,8 @@ class Summary:
                 for target in self.targets
             ],
             "other_tensors": {
-                name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in self.other.items()
+                name: {"shape": shape, "dtype": dtype}
+                for name, (shape, dtype) in self.other.items()
             },
             "config": {
                 name: value for name, value in self.metadata.items() if name != FINGERPRINT_FIELD

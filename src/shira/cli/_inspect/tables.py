@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rich.table import Table
@@ -26,37 +26,53 @@ def whole(summary: Summary) -> Table:
     return result
 
 
-def targets(summary: Summary, *, each: bool) -> Table:
-    """The adapted weights; like ones of different layers share a row unless `each`."""
+def targets(summary: Summary, *, each: bool, width: int) -> Table:
+    """The adapted weights; like ones of different layers share a row unless `each`.
+
+    A terminal of fewer than some `width` columns gets fewer figures rather than broken words.
+    """
     rows = summary.targets
     grouped = not each and len(rows) > _FEW
-    listed = _grouped(rows) if grouped else [(target, 1) for target in rows]
-    numbers = ("weights", "k", "density", "min", "max", "mean abs", "std", "zeros", "lost in bf16")
+    columns = _COLUMNS if width >= _WIDE else [row for row in _COLUMNS if row[0] not in _LEFT_OUT]
     result = table(
         "Targets" + (" (* is a layer's number; --all lists each weight)" if grouped else ""),
-        *("weight", "weights", "shape", "k", "density", "dtype"),
-        *("min", "max", "mean abs", "std", "zeros", "lost in bf16"),
-        right=numbers,
+        *(name for name, _, _ in columns),
+        right=tuple(name for name, is_number, _ in columns if is_number),
     )
-    for target, count in listed:
-        figures = target.figures.summary()
-        result.add_row(
-            target.name,
-            str(count),
-            "?" if target.shape is None else " x ".join(map(str, target.shape)),
-            f"{target.nnz:,}",
-            _percent(target.density and target.density / count),
-            target.dtype,
-            *(_number(figures[name]) for name in ("min", "max", "mean_abs", "std")),
-            f"{target.figures.zeros:,}",
-            "?" if target.vanishing is None else f"{target.vanishing:,}",
-        )
+    for target, count in _grouped(rows) if grouped else [(target, 1) for target in rows]:
+        result.add_row(*(show(target, count) for _, _, show in columns))
     return result
+
+
+def _value(name: str) -> Callable[[Target, int], str]:
+    """A column of a figure of the values."""
+    return lambda target, count: _number(target.figures.summary()[name])
+
+
+# Name, whether it is a number, and how it is shown for a row that stands for `count` weights.
+_COLUMNS: list[tuple[str, bool, Callable[[Target, int], str]]] = [
+    ("weight", False, lambda target, count: target.name),
+    ("weights", True, lambda target, count: str(count)),
+    ("shape", False, lambda target, count: " x ".join(map(str, target.shape or "?"))),
+    ("k", True, lambda target, count: f"{target.nnz:,}"),
+    ("density", True, lambda target, count: _percent(target.density and target.density / count)),
+    ("dtype", False, lambda target, count: target.dtype),
+    ("min", True, _value("min")),
+    ("max", True, _value("max")),
+    ("mean abs", True, _value("mean_abs")),
+    ("std", True, _value("std")),
+    ("zeros", True, lambda target, count: f"{target.figures.zeros:,}"),
+    ("lost in bf16", True, lambda target, count: _count(target.vanishing)),
+]
+_WIDE = 150
+_LEFT_OUT = ("dtype", "min", "max", "std", "zeros")
 
 
 def _lines(summary: Summary) -> list[tuple[str, str]]:
     figures = summary.figures.summary()
     given = {name: summary.metadata.get(name) for name in MASK_FIELDS}
+    if given["density"] is not None:
+        given["r"] = None  # density takes its place
     lost, unlike = summary.vanishing, summary.unlike_base
     fingerprints = sum(target.fingerprint is not None for target in summary.targets)
     lines = [
@@ -80,7 +96,10 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
             else f"{lost:,} of {summary.nnz - summary.figures.zeros:,} deltas other than zero "
             f"({lost / max(summary.nnz - summary.figures.zeros, 1):.1%})",
         ),
-        ("mask", ", ".join(f"{k} {v}" for k, v in given.items() if v is not None) or "not recorded"),
+        (
+            "mask",
+            ", ".join(f"{k} {v}" for k, v in given.items() if v is not None) or "not recorded",
+        ),
         ("base", str(summary.metadata.get(BASE_FIELD) or "not recorded")),
         ("base fingerprint", f"of {fingerprints} weights" if fingerprints else "not recorded"),
     ]
@@ -123,6 +142,10 @@ def _together(name: str, members: Sequence[Target]) -> Target:
 
 def _number(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
 
 
 def _percent(share: float | None, unknown: str = "?") -> str:

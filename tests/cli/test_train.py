@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira train` on tiny random models: what it learns, writes, resumes, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from shira import Adapter
+
+
+@pytest.fixture
+def classify(workshop, tmp_path):
+    return [
+        *("train", "--model", workshop / "bert", "--task", "text-classification"),
+        *("--train-file", workshop / "train.csv", "--eval-file", workshop / "dev.csv"),
+        *("--density", 0.2, "--learning-rate", 3e-2, "--max-length", 16, "--batch-size", 16),
+        *("--output", tmp_path / "out"),
+    ]
+
+
+@pytest.fixture
+def write(workshop, tmp_path):
+    """Arguments to train a language model."""
+    return [
+        *("train", "--model", workshop / "gpt2", "--task", "causal-lm"),
+        *("--train-file", workshop / "train.txt", "--max-length", 16, "--batch-size", 4),
+        *("--density", 0.2, "--learning-rate", 1e-2, "--output", tmp_path / "out"),
+    ]
+
+
+def test_classification_from_end_to_end(shira, classify, workshop, tmp_path):
+    answer = shira(*classify, "--epochs", 12, "--target-modules", "query,value,dense")
+    assert answer.status == 0, answer.err
+    assert answer.out.isascii()
+    assert answer.err.isascii()
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json"),
+        *("train.yaml", "labels.json", "loss.png", "checkpoints"),
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["accuracy"] > 0.9  # the words that tell are few
+    assert metrics["rows"] == {"train": 96, "evaluation": 32}
+    assert metrics["steps"] == 72
+    assert json.loads((out / "labels.json").read_text()) == ["no", "yes"]
+    adapter = Adapter.load(out)
+    assert adapter.density == pytest.approx(0.2, rel=0.01)
+    assert any(".query." in name for name in adapter)
+    assert not any(".key." in name for name in adapter)
+
+    # the adapter on disk predicts what the figures say
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from shira import PeftModel
+
+    base = AutoModelForSequenceClassification.from_pretrained(workshop / "bert", num_labels=2)
+    model = PeftModel.from_pretrained(base, out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(workshop / "bert")
+    lines = (workshop / "dev.csv").read_text().splitlines()[1:]
+    texts, labels = zip(*(line.split(",") for line in lines), strict=True)
+    inputs = tokenizer(list(texts), padding=True, return_tensors="pt")
+    said = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    right = [("no", "yes")[i] == label for i, label in zip(said.argmax(1), labels, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(metrics["after"]["accuracy"])
+
+
+def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["shira", *map(str, classify), "--max-steps", "2"])
+    assert shira(*classify, "--max-steps", 2).status == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == str(workshop / "bert")
+    assert head["library_name"] == "peft"
+    accuracy = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["accuracy"]
+    for words in (
+        *("`train.csv`: 96 rows", "`dev.csv`: 32 rows", "2 labels: no, yes", "density 0.2"),
+        *(f"{accuracy:.4g}", f"torch {torch.__version__}", "![loss](loss.png)"),
+        f"shira train --model {workshop / 'bert'}",
+    ):
+        assert words in card
+
+
+def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path):
+    assert shira(*write, "--max-steps", 6, "--save-steps", 3).status == 0
+    out = tmp_path / "out"
+    unbroken = Adapter.load(out)
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    for path in out.glob("adapter_*"):
+        path.unlink()
+    answer = shira(*write, "--max-steps", 6, "--save-steps", 3, "--resume", "last")
+    assert answer.status == 0, answer.err
+    resumed = Adapter.load(out)
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 6
+    assert resumed == unbroken
+
+
+def test_a_job_file_with_the_command_line_over_it(shira, write, tmp_path):
+    job = tmp_path / "job.yaml"
+    job.write_text("r: 1\nmask-type: struct\nmax-steps: 9\nmask_seed: 5\n")
+    arguments = [a for i, a in enumerate(write) if "--density" not in write[max(i - 1, 0) : i + 1]]
+    answer = shira(*arguments, "--config", job, "--max-steps", 1, "--mask-type", "magnitude")
+    assert answer.status == 0, answer.err
+    out = tmp_path / "out"
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["mask_type"], config["random_seed"]) == (1, "magnitude", 5)
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 1
+    # what was resolved can be run again
+    again = yaml.safe_load((out / "train.yaml").read_text())
+    assert (again["r"], again["max_steps"], again["mask_type"]) == (1, 1, "magnitude")
+    assert shira("train", "--config", out / "train.yaml", "--overwrite").status == 0
+
+
+@pytest.mark.parametrize("mask", ["grad", "snip"])
+def test_masks_from_gradients(shira, write, tmp_path, mask):
+    options = ["--max-steps", 1, "--mask-type", mask, "--calibration-samples", 8]
+    answer = shira(*write, *options, "--bf16", "--gradient-checkpointing")
+    assert answer.status == 0, answer.err
+    chosen = Adapter.load(tmp_path / "out")
+    assert chosen.metadata["mask_type"] == mask
+    assert shira(*write, "--max-steps", 1, "--overwrite").status == 0
+    random = Adapter.load(tmp_path / "out")
+    assert any(chosen[name].support != random[name].support for name in random)
+
+
+def test_a_language_model_says_before_and_after(shira, write, workshop, tmp_path):
+    train = [*write, "--eval-file", workshop / "dev.txt", "--epochs", 3, "--logging-steps", 2]
+    answer = shira(*train)
+    assert answer.status == 0, answer.err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["after"]["perplexity"] < 0.8 * metrics["before"]["perplexity"]
+    assert "before: loss" in answer.out
+    assert "after: loss" in answer.out
+    assert [line["loss"] for line in metrics["history"] if "loss" in line]
+
+
+def test_prompts_and_completions(shira, write, workshop, tmp_path):
+    arguments = [workshop / "train.jsonl" if a == workshop / "train.txt" else a for a in write]
+    assert shira(*arguments, "--max-steps", 1).status == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]["train"] == 96
+
+
+def test_mistakes_are_one_line_and_write_nothing(shira, write, tmp_path):
+    for more, words in (
+        (["--target-modules", "q_proj"], "q_proj"),
+        (["--mask-type", "randm"], "Did you mean 'random'"),
+        (["--scheduler", "cosin"], "Did you mean 'cosine'"),
+        (["--model", tmp_path / "nowhere"], "could not load its tokenizer"),
+        (["--train-file", tmp_path / "none.txt"], "no such file"),
+        (["--resume", "last"], "no checkpoint"),
+        (["--density", 2], "density"),
+    ):
+        answer = shira(*write, *more, "--max-steps", 1)
+        assert answer.status == 2, more
+        line = answer.err.splitlines()[-1]
+        assert line.startswith("error: ")
+        assert words in line
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_adapter_is_not_written_over_unasked(shira, write, tmp_path):
+    assert shira(*write, "--max-steps", 1).status == 0
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    answer = shira(*write, "--max-steps", 2)
+    assert answer.status == 2
+    assert "--overwrite" in answer.err
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_under_torchrun_one_process_writes(write, workshop, tmp_path):
+    """Two processes on half the rows each: one adapter, one report."""
+    arguments = [*write, "--max-steps", 2, "--batch-size", 2, "--eval-file", workshop / "dev.txt"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "shira", *map(str, arguments)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workshop / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after: loss") == 1
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "torchrun --nproc-per-node 2 -m shira train" in card
+    assert any(delta.values.abs().max() > 0 for delta in Adapter.load(tmp_path / "out").values())
