@@ -63,7 +63,8 @@ def test_version(shira):
 def test_a_wrong_name_is_refused_with_a_near_one(shira):
     answer = shira("inspct")
     assert answer.status == 2
-    assert "inspect" in answer.err
+    assert answer.err.startswith("error: there is no command 'inspct'")
+    assert answer.err.endswith("Did you mean 'inspect'?\n")
 
 
 def test_python_dash_m():

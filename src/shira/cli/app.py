@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from shira._version import __version__
+from shira.errors import ConfigError, did_you_mean
 
 COMMANDS = {
     "demo": "shira.cli.demo",
@@ -34,9 +35,18 @@ EXAMPLES = (
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse `arguments`, run the subcommand they name, and exit."""
+    """Parse `arguments`, run the subcommand they name, and exit.
+
+    Raises:
+        ConfigError: If there is no such subcommand.
+    """
     named = next((a for a in arguments if not a.startswith("-")), None)
-    app = build_app([named] if named in COMMANDS else COMMANDS)
+    if named is not None and named not in COMMANDS:
+        raise ConfigError(
+            f"there is no command {named!r}; there are {', '.join(COMMANDS)}."
+            f"{did_you_mean(named, COMMANDS)}"
+        )
+    app = build_app(COMMANDS if named is None else [named])
     app(args=list(arguments), prog_name="shira")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from rich.progress import (
 from shira.cli.console import console
 
 T = TypeVar("T")
-_LINES = 4  # a plain run of many steps prints so many lines
+_LINES = 4  # so many are printed where there is no bar, and none in the first second
 
 
 class Steps:
@@ -63,8 +63,9 @@ class Steps:
         before, self._done = self._done, done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-        elif before * _LINES // self.total != done * _LINES // self.total:
-            elapsed = time.perf_counter() - self._started
+            return
+        elapsed = time.perf_counter() - self._started
+        if elapsed >= 1 and before * _LINES // self.total != done * _LINES // self.total:
             text = f"{self.what}: {done}/{self.total}, {elapsed:.0f} s"
             print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
@@ -84,14 +85,6 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         for done, item in enumerate(items):
             yield item
             steps.update(done + 1)
-
-
-def track_batches(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """As `track`, for an iterable of unknown length of which `total` items are expected."""
-    with Steps(what, total) as steps:
-        for done, item in enumerate(items):
-            yield item
-            steps.update(min(done + 1, total))
 
 
 def say(message: str) -> None:

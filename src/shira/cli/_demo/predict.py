@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.cli.progress import track
+
 Encoded = Mapping[str, Any]
 _BATCH = 64
 
@@ -31,7 +33,9 @@ def pad(ids: Sequence[Sequence[int]], *, pad_token_id: int) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def predict_logits(model: nn.Module, ids: Sequence[Sequence[int]], *, pad_token_id: int) -> Tensor:
+def predict_logits(
+    model: nn.Module, ids: Sequence[Sequence[int]], *, pad_token_id: int, what: str = "predicting"
+) -> Tensor:
     """Logits of each text, float32 (texts, labels), with the model in evaluation mode.
 
     Batches hold texts of similar length; which ones depends on the lengths alone, so that two
@@ -41,7 +45,7 @@ def predict_logits(model: nn.Module, ids: Sequence[Sequence[int]], *, pad_token_
     model.eval()
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     rows: list[tuple[int, Tensor]] = []
-    for start in range(0, len(order), _BATCH):
+    for start in track(range(0, len(order), _BATCH), what):
         chosen = order[start : start + _BATCH]
         batch = pad([ids[i] for i in chosen], pad_token_id=pad_token_id)
         rows += zip(chosen, model(**batch).logits.float(), strict=True)

@@ -34,6 +34,10 @@ def run_demo(root: Path, settings: Settings) -> bool:
     quiet.offline()
     quiet.share_cores()
     model_path()  # the first thing to be missing
+    say(
+        f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
+        f"{settings.batch_size} texts, seed {settings.seed}"
+    )
     try:
         import peft  # noqa: F401
         import transformers  # noqa: F401
@@ -49,10 +53,6 @@ def run_demo(root: Path, settings: Settings) -> bool:
     tasks = make_tasks(settings)
     for task in tasks:
         _write_examples(task, files)
-    say(
-        f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
-        f"{settings.batch_size} texts, seed {settings.seed}"
-    )
     runs = _train(tasks, settings, files)
     from shira.cli._demo.report import proofs, switch_line, task_table
 

@@ -120,7 +120,9 @@ def _train(
             progress.close()
     seconds = time.perf_counter() - started
     ids = encode(tokenizer, [example.text for example in task.test], max_length=settings.max_length)
-    logits = predict_logits(model, ids, pad_token_id=tokenizer.pad_token_id)
+    logits = predict_logits(
+        model, ids, pad_token_id=tokenizer.pad_token_id, what=f"{what}, predicting"
+    )
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     in_head = sum(size for name, size in trained.items() if "classifier." in name)
     run = Run(
