@@ -185,3 +185,30 @@ def test_deleting_a_merged_adapter_of_a_layer_leaves_the_other_merged():
     assert torch.equal(layer.weight, want.weight)
     layer.unmerge()
     assert torch.equal(layer.weight, story.before["lin.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["shira", "peft-shira", "peft-lora"])
+def test_who_gives_the_base_back(kind):
+    """The README's claim: PEFT undoes by subtraction, and the base drifts."""
+    from peft import LoraConfig
+
+    from .stock import stock_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    before = base[0].weight.detach().clone()
+    if kind == "shira":
+        model = get_peft_model(base, ShiraConfig(r=4, target_modules=["0"])).base_model
+    elif kind == "peft-shira":
+        model = stock_model(base, r=4, target_modules=["0"])
+    else:
+        config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(base, config).base_model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "shira_weight" in name:
+                parameter.normal_(std=0.01)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model.model[0].get_base_layer().weight, before) == (kind == "shira")

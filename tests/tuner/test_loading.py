@@ -243,3 +243,23 @@ def test_state_dicts_that_come_another_way_are_checked_too(tmp_path, kind):
     with pytest.raises(FileFormatError, match="lin1"):
         set_peft_model_state_dict(model, tensors)
     assert torch.equal(model(X), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_out_of_range_as_pefts_own_shira_takes_them(tmp_path):
+    """The README's claim: stock PEFT accepts what we refuse (it fails, if at all, when it runs)."""
+    import subprocess
+    import sys
+
+    saved(tmp_path)
+    HOSTILE["row out of range"][0](tmp_path)
+    code = f"""
+from torch import nn
+from peft import PeftModel
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin1, self.lin2 = nn.Linear(12, 12, bias=False), nn.Linear(12, 6)
+PeftModel.from_pretrained(MLP(), {str(tmp_path)!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
