@@ -187,6 +187,29 @@ def test_deleting_a_merged_adapter_of_a_layer_leaves_the_other_merged():
     assert torch.equal(layer.weight, story.before["lin.weight"])
 
 
+def test_a_graph_from_before_a_merge():
+    """While merged its backward is refused, not wrong; unmerged it is right again."""
+    story = Story(torch.float32)
+    model = story.model
+    values = model.base_model.model.lin.shira_weight["a"]
+    want = torch.autograd.grad(model(story.ids).square().sum(), values)[0]
+    loss = model(story.ids).square().sum()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, values, retain_graph=True)
+    model.unmerge_adapter()
+    assert torch.equal(torch.autograd.grad(loss, values)[0], want)
+    model.base_model.set_adapter(["a", "b"])
+    loss = model(story.ids).square().sum()
+    want = torch.autograd.grad(loss, values, retain_graph=True)[0]
+    model.merge_adapter(["a"])
+    model.merge_adapter(["b"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, values, retain_graph=True)
+    model.unmerge_adapter()
+    assert torch.equal(torch.autograd.grad(loss, values)[0], want)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["shira", "peft-shira", "peft-lora"])
 def test_who_gives_the_base_back(kind):

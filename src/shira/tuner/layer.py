@@ -23,7 +23,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
-from shira.tuner.merging import Undo, overwrite, prepare
+from shira.tuner.merging import Undo, merge_into, prepare
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -179,8 +179,7 @@ class ShiraLayer(BaseTunerLayer):
                     f"to be broken: {int((~torch.isfinite(new)).sum())} of its "
                     f"{new.numel()} results are not finite. Nothing was merged"
                 )
-            self._undo = Undo(plan, originals)
-            overwrite(weight, plan, new)
+            self._undo = merge_into(weight, plan, originals, new, self._undo)
         self.merged_adapters = together
 
     def unmerge(self) -> None:

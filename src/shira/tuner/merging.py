@@ -21,10 +21,39 @@ class Undo:
     plan: Plan
     originals: Tensor
     """``(k,)`` in the dtype that the weight had."""
+    version: int | None
+    """Autograd's write counter of the weight before the first merge, or None if it has none."""
+    merges: int = 1
+    """Merges since then, each of which counted one write."""
 
     def restore(self, weight: Tensor) -> None:
         """Put the originals back; the weight may have been moved or cast since."""
         overwrite(weight, self.plan, self.originals.to(weight.device, weight.dtype))
+        # The bits are those of before: a graph from before the merge may run backward again.
+        if self.version is not None and version_of(weight) == self.version + self.merges:
+            torch._C._autograd._unsafe_set_version_counter((weight,), (self.version,))
+
+
+def version_of(weight: Tensor) -> int | None:
+    """Autograd's count of writes to a tensor; None for inference tensors, which have none."""
+    return None if weight.is_inference() else weight._version
+
+
+def merge_into(
+    weight: Tensor, plan: Plan, originals: Tensor, new: Tensor, earlier: Undo | None
+) -> Undo:
+    """Overwrite the entries of a plan, and let autograd know.
+
+    A graph from before, whose backward would multiply with the merged weight, then raises torch's
+    own error instead of giving a wrong gradient.
+    """
+    undo = Undo(plan, originals, version_of(weight))
+    if earlier is not None:
+        undo = Undo(plan, originals, earlier.version, earlier.merges + 1)
+    overwrite(weight, plan, new)
+    if undo.version is not None:
+        torch.autograd.graph.increment_version(weight)
+    return undo
 
 
 def prepare(
