@@ -115,6 +115,10 @@ def test_an_input_of_another_dtype_is_an_error_as_in_torch():
     model = get_peft_model(mlp(dtype=torch.bfloat16), ShiraConfig(r=2, target_modules=["lin1"]))
     with pytest.raises(ValueError, match=r"float32.*bfloat16"):
         model.base_model.model.lin1(torch.randn(2, 12))
+    config = ShiraConfig(density=0.2, target_modules=["conv"])
+    model = get_peft_model(everything(dtype=torch.bfloat16), config)
+    with pytest.raises(ValueError, match=r"float32.*bfloat16"):
+        model.base_model.model.conv(torch.randn(1, 1, 4, 8))
 
 
 def test_values_are_read_at_each_use():

@@ -5,38 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shira import ops
-from shira.support import Support
-from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 
 
-class Conv2d(ShiraLayer, nn.Module):  # type: ignore[misc]
+class Conv2d(ShiraLayer):
     """SHiRA in a 2-D convolution, its weight stored ``[out, in / groups, kh, kw]``."""
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        support: Support,
-        adapter_name: str,
-        config: ShiraConfig,
-        r: int,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        ShiraLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, support, r, config=config)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         base: Any = self.get_base_layer()
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = self._cast_input(x)
         padding = [0, 0]
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             # as nn.Conv2d itself does for padding other than a number of zeros

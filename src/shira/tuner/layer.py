@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from shira.errors import AdapterError, MergeError
+from shira.errors import AdapterError, MergeError, TargetError
 from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.hooks import call_with_hooks, has_hooks
@@ -29,8 +29,8 @@ BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
 
 
-class ShiraLayer(BaseTunerLayer):
-    """Mixin of the adapted layers.
+class ShiraLayer(BaseTunerLayer, nn.Module):
+    """Base of the adapted layers; a type says how its product is made, and how it is stored.
 
     Attributes:
         shira_weight: ``{adapter name: (k,) parameter}``, the trained deltas.
@@ -42,7 +42,16 @@ class ShiraLayer(BaseTunerLayer):
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        support: Support,
+        adapter_name: str,
+        config: ShiraConfig,
+        r: int,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -57,6 +66,15 @@ class ShiraLayer(BaseTunerLayer):
         self._warned_about_hooks = False
         self.weight_shape = shape_of(self.weight)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
+        self.fan_in_fan_out = self._stores_input_first()
+        if self.fan_in_fan_out:
+            self.in_features, self.out_features = self.out_features, self.in_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, support, r, config=config)
+
+    def _stores_input_first(self) -> bool:
+        """Whether the first dimension of the weight is that of the input."""
+        return False
 
     # ---------------------------------------------------------------- adapters
 
@@ -230,6 +248,23 @@ class ShiraLayer(BaseTunerLayer):
         """The layer's product with these deltas in its weight."""
         raise NotImplementedError
 
+    def _cast_input(self, x: Tensor) -> Tensor:
+        """The input in autocast's dtype, or in the weight's, which it must have already.
+
+        Raises:
+            TargetError: If it has another, which torch's own layers refuse too.
+        """
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            return x.to(torch.get_autocast_dtype(kind))
+        weight = weight_of(self.get_base_layer())
+        if self.quantization_backend is None and x.dtype != weight.dtype:
+            raise TargetError(
+                f"the input is {x.dtype} but the weight is {weight.dtype}; cast one of them, "
+                "or use torch.autocast"
+            )
+        return x
+
     def _mixed_batch_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each sample through its own adapter: one product for each distinct name."""
         if len(x) != len(adapter_names):
@@ -275,4 +310,4 @@ class ShiraLayer(BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """What PEFT's layers say of a quantized base."""
-        return str(quantization_extra_repr(cast(nn.Module, self)))
+        return str(quantization_extra_repr(self))

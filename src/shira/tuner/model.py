@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -138,9 +138,9 @@ class ShiraModel(BaseTuner):
                 self._copy_adapter_of_same_config(target, config)
         else:
             own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
-            new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)  # type: ignore[call-arg]
+            new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)
             if adapter_name not in self.active_adapters:
-                cast(nn.Module, new_module).requires_grad_(False)
+                new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
         _record(config, base_layer_of(target), name, support)
 
@@ -179,7 +179,7 @@ class ShiraModel(BaseTuner):
             id(module)
             for layer in self.model.modules()
             if isinstance(layer, ShiraLayer)
-            for module in cast(nn.Module, layer).modules()
+            for module in layer.modules()
         }
         for name, module in self.model.named_modules():
             weight = getattr(module, "weight", None)
