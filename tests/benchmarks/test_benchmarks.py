@@ -137,3 +137,15 @@ def test_contenders_take_turns_in_a_changing_order() -> None:
     kept = timing.interleave({name: runner(name) for name in "abc"}, 3, warmup=1)
     assert order == list("cab" + "abc" + "bca" + "cab")
     assert [len(kept[name]) for name in "abc"] == [3, 3, 3]
+
+
+def test_mixed_batch_suite(tmp_path: Path) -> None:
+    path = tmp_path / "mixed_batch.json"
+    size = "--layers 1 --hidden 64 --heads 2 --vocab 64 --repeats 2 --cases 5x1x2,4x3x1"
+    assert main(["mixed_batch", *size.split(), "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert set(written["results"]) == {"5x1x2", "4x3x1"}
+    for case, rows in written["results"].items():
+        assert set(rows) == {"floor", "grouped", "whole", "shira", "peft-lora"}
+        assert rows["grouped"]["wall_ratio"]["median"] > 0
+        assert written["answers"][case]["grouped"] <= written["answers"][case]["tolerance"]

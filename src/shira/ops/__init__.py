@@ -12,6 +12,7 @@ from shira.ops.embedding import embedding
 from shira.ops.linear import linear
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
+from shira.ops.sparse_product import looked_up, sparse_product
 from shira.ops.weight_gradient import Choice, choose, weight_gradient
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "conv2d",
     "embedding",
     "linear",
+    "looked_up",
     "make_plan",
     "plan_for",
     "resident",
+    "sparse_product",
     "weight_gradient",
 ]

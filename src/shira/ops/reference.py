@@ -98,3 +98,24 @@ def weight_gradient(left: Tensor, right: Tensor, flat: Tensor) -> Tensor:
     """
     wide = accumulation_dtype(left.dtype, right.dtype)
     return gather(torch.mm(left.t().to(wide), right.to(wide)), flat)
+
+
+def sparse_product(
+    x: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    shape: Sequence[int],
+    transposed: bool = False,
+) -> Tensor:
+    """``x dW^T`` (``x dW`` if ``transposed``), dW dense with ``delta`` at its positions.
+
+    Args:
+        x: ``(tokens, in)``.
+        delta: ``(k,)``.
+        indices: ``(2, k)`` rows and columns of dW.
+        shape: Of dW.
+        transposed: dW is stored ``(in, out)``.
+    """
+    wide = accumulation_dtype(x.dtype, delta.dtype)
+    nothing = torch.zeros(*shape, dtype=wide, device=x.device)
+    return linear(x.to(wide), nothing, None, [delta.to(wide)], [indices], transposed)

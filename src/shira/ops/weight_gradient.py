@@ -12,7 +12,6 @@ Two ways, chosen by `choose`:
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from shira.delta import accumulation_dtype
 from shira.ops.plan import Plan
+from shira.ops.util import quiet_about_csr
 
 SCRATCH_BYTES = 64 * 2**20
 """The most memory that the chunked way takes for a piece of the dense gradient."""
@@ -81,7 +81,7 @@ def sampled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     Some tokens at a time, so that the operands of a row stay in the cache: measured a third
     faster than all tokens at once (1024 x 2816 weight, 1024 tokens, 2 %).
     """
-    _quiet_about_csr()
+    quiet_about_csr()
     total = torch.zeros(plan.nnz, dtype=wide, device=left.device)
     for first in range(0, left.shape[0], _TOKENS_AT_A_TIME):
         tokens = slice(first, first + _TOKENS_AT_A_TIME)
@@ -114,16 +114,8 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
 
 
 @cache
-def _quiet_about_csr() -> None:
-    """Make torch's one warning that sparse CSR is beta here, where it tells the user nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.eye(1).to_sparse_csr()
-
-
-@cache
 def _has_sampled_product() -> bool:
-    _quiet_about_csr()
+    quiet_about_csr()
     pattern = torch.eye(1).to_sparse_csr()
     try:
         torch.sparse.sampled_addmm(pattern, torch.ones(1, 1), torch.ones(1, 1))

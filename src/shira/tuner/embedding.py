@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from shira import ops
+from shira.tuner.grouped import grouped_embedding
 from shira.tuner.layer import ShiraLayer
 
 
@@ -22,3 +23,6 @@ class Embedding(ShiraLayer):
         result = ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
         scale: Tensor | None = self._get_embed_scale()  # Gemma's table multiplies what it looks up
         return result if scale is None else result * scale.to(result.dtype)
+
+    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
+        return grouped_embedding(self, x, groups)

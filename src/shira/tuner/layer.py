@@ -266,7 +266,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return x
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """Each sample through its own adapter: one product for each distinct name."""
+        """Each sample through its own adapter: all together, or group by group."""
         if len(x) != len(adapter_names):
             raise AdapterError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -281,7 +281,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         for sample, name in enumerate(adapter_names):
             here = name if name in self.shira_weight else BASE
             groups.setdefault(here, []).append(sample)
-        result: Tensor | None = None
+        result = self._grouped_forward(x, groups) if len(groups) > 1 else None
+        if result is not None:
+            return result
         for name, samples in groups.items():
             part = x[samples]
             out = self._base_forward(part) if name == BASE else self._adapted_forward(part, [name])
@@ -291,6 +293,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 result = out.new_empty((len(x), *out.shape[1:]))
             result[samples] = out
         return self._base_forward(x) if result is None else result
+
+    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
+        """All groups in one go, ``{adapter name: its samples}``; None if one by one is better."""
+        return None
 
     def _warn_once_about_module_hooks(self) -> None:
         if not self._warned_about_hooks and has_hooks(self.base_layer, of_users=True):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shira import ops
+from shira.tuner.grouped import grouped_linear
 from shira.tuner.layer import ShiraLayer
 
 
@@ -28,6 +29,9 @@ class Linear(ShiraLayer):
         return ops.linear(
             x, base.weight, base.bias, deltas, indices, transposed=self.fan_in_fan_out
         )
+
+    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
+        return grouped_linear(self, x, groups)
 
 
 def is_conv1d(module: nn.Module) -> bool:

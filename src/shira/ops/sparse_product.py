@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``shira::sparse_product``: a matrix product with an adapter's delta alone, the weight left out.
+
+For batches whose samples want different adapters: the base product is made once for all, and each
+group of samples adds its own ``x_g dW_g^T``, 2 * tokens of the group * k operations instead of a
+product with the whole weight. torch's sparse product of compressed rows does it (MKL on CPU,
+cuSPARSE on CUDA); measured on two cores at 2 % density it takes a fifth to a third of the time of
+the dense product of the same tokens, a gather and ``index_add`` several times as much.
+
+The sum ``x W^T + x dW^T`` is not the merged weight's product bit for bit: it is summed in another
+order, and in bfloat16 and float16 the delta is not rounded with the weight (so it is the nearer
+one to the sum without rounding). In float32 and float64 the two differ by rounding noise.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from shira.delta import accumulation_dtype
+from shira.ops.plan import Plan, plan_for
+from shira.ops.util import no_autocast, quiet_about_csr
+from shira.ops.weight_gradient import weight_gradient
+
+
+@torch.library.custom_op(
+    "shira::sparse_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor delta, Tensor indices, int[] shape, bool transposed) -> Tensor",
+)
+def _sparse_product(
+    x: Tensor, delta: Tensor, indices: Tensor, shape: Sequence[int], transposed: bool
+) -> Tensor:
+    wide = accumulation_dtype(x.dtype, delta.dtype)
+    rows, cols = shape
+    tokens, out = x.shape[0], cols if transposed else rows
+    if not tokens or not delta.numel():
+        return x.new_zeros((tokens, out), dtype=wide)
+    plan = plan_for([indices], shape, (cols, 1))
+    with no_autocast(x):
+        if transposed:
+            by_column = _columns(indices, plan)
+            matrix = _csr(by_column, delta.index_select(0, by_column.order).to(wide), (cols, rows))
+        else:
+            matrix = _csr(plan, delta.to(wide), (rows, cols))
+        result: Tensor = torch.mm(matrix, x.to(wide).t()).t()  # (out, tokens), seen turned
+        return result.contiguous()
+
+
+@torch.library.custom_op(
+    "shira::sampled_product",
+    mutates_args=(),
+    schema="(Tensor left, Tensor right, Tensor indices, int[] shape) -> Tensor",
+)
+def _sampled_product(left: Tensor, right: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
+    with no_autocast(left):
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        plan = plan_for([indices], shape, (shape[1], 1))
+        return weight_gradient(left.to(dtype), right.to(dtype), plan)
+
+
+def sparse_product(
+    x: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    shape: Sequence[int],
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """``x dW^T``, dW the matrix of this shape that is ``delta`` at its positions, zero elsewhere.
+
+    Args:
+        x: ``(tokens, in)``, floating.
+        delta: ``(k,)``, scale included; any floating dtype.
+        indices: int32 ``(2, k)``: rows and columns of dW, sorted.
+        shape: Of dW: ``(out, in)``, or ``(in, out)`` if ``transposed``.
+        transposed: dW is stored ``(in, out)``: the product is ``x dW``.
+
+    Returns:
+        ``(tokens, out)`` in float32 (float64 if ``x`` or ``delta`` are), differentiable in ``x``
+        and ``delta``.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+    """
+    result: Tensor = torch.ops.shira.sparse_product(x, delta, indices, list(shape), transposed)
+    return result
+
+
+def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which entries of a delta a table look-up meets: O(tokens * k / rows), not O(k).
+
+    Args:
+        ids: ``(tokens,)`` integers, rows of the table.
+        indices: int32 ``(2, k)``: rows and columns of the table, sorted.
+        shape: Of the table, ``(rows, dim)``.
+
+    Returns:
+        int64 ``(hits,)`` twice: the place in the flattened ``(tokens, dim)`` result, and which of
+        the k entries stands there. Places are distinct.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+    """
+    plan = plan_for([indices], shape, (shape[1], 1))
+    first = plan.crow.index_select(0, ids).long()
+    count = plan.crow.index_select(0, ids + 1).long() - first  # (tokens,)
+    token = torch.repeat_interleave(count)  # (hits,): 0 0 0 1 2 2 ...
+    before = torch.cumsum(count, 0) - count
+    entry = torch.arange(token.numel(), device=ids.device) + (first - before).index_select(0, token)
+    return token * shape[1] + plan.col.index_select(0, entry), entry
+
+
+@_sparse_product.register_fake
+def _(x: Tensor, delta: Tensor, indices: Tensor, shape: Any, transposed: bool) -> Tensor:
+    wide = accumulation_dtype(x.dtype, delta.dtype)
+    return x.new_empty((x.shape[0], shape[1 if transposed else 0]), dtype=wide)
+
+
+@_sampled_product.register_fake
+def _(left: Tensor, right: Tensor, indices: Tensor, shape: Any) -> Tensor:
+    return left.new_empty(indices.shape[1], dtype=accumulation_dtype(left.dtype, right.dtype))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, delta, indices, shape, transposed = inputs
+    ctx.save_for_backward(x if delta.requires_grad else x.new_empty(0), delta, indices)
+    ctx.shape, ctx.transposed, ctx.x_dtype = shape, transposed, x.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, delta, indices = ctx.saved_tensors
+    dx = ddelta = None
+    if ctx.needs_input_grad[0]:
+        dx = sparse_product(grad, delta, indices, ctx.shape, transposed=not ctx.transposed)
+        dx = dx.to(ctx.x_dtype)
+    if ctx.needs_input_grad[1]:
+        left, right = (x, grad) if ctx.transposed else (grad, x)
+        ddelta = torch.ops.shira.sampled_product(left, right, indices, ctx.shape).to(delta.dtype)
+    return dx, ddelta, None, None, None
+
+
+_sparse_product.register_autograd(_backward, setup_context=_setup)
+
+
+class _Columns(NamedTuple):
+    """The entries in the order of columns: compressed rows of the transposed matrix."""
+
+    crow: Tensor
+    col: Tensor
+    order: Tensor
+    """int64 ``(k,)``: place of each entry in the order of rows."""
+
+
+_BY_COLUMN: Any = WeakTensorKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _columns(indices: Tensor, plan: Plan) -> _Columns:
+    """Kept as long as the index tensor lives and the plan made from it stays the same."""
+    with _LOCK:
+        kept = _BY_COLUMN.get(indices)
+    if kept is not None and kept[0] is plan.crow:
+        return kept[1]  # type: ignore[no-any-return]
+    order = torch.argsort(plan.col, stable=True)
+    crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
+    crow[1:] = torch.cumsum(torch.bincount(plan.col, minlength=plan.shape[1]), 0)
+    made = _Columns(crow, plan.row.index_select(0, order), order)
+    with _LOCK:
+        _BY_COLUMN[indices] = (plan.crow, made)
+    return made
+
+
+def _csr(pattern: Plan | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    quiet_about_csr()
+    return torch.sparse_csr_tensor(pattern.crow, pattern.col, values, shape, check_invariants=False)

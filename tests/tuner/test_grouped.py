@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adapter_names=` through one base product: every layer type against each adapter on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shira import ShiraConfig, get_peft_model
+from shira.tuner import grouped
+
+from .models import everything, gpt2, llama, mlp, randomize
+
+IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
+NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
+
+
+def adapted(model, targets, **options):
+    config = {
+        name: ShiraConfig(r=2, target_modules=targets, random_seed=seed, **options)
+        for seed, name in enumerate(("en", "de"))
+    }
+    model = get_peft_model(model, config["en"], adapter_name="en")
+    model.add_adapter("de", config["de"])
+    # fr is in the last layer only, so the others take its samples through the base
+    model.add_adapter("fr", ShiraConfig(r=1, target_modules=[targets[-1]], random_seed=9))
+    randomize(model)
+    return model.eval()
+
+
+def one_by_one(model, x, names):
+    """Each sample alone through its adapter, by ``set_adapter``."""
+    out = []
+    for sample, name in enumerate(names):
+        part = x[sample : sample + 1]
+        if name == "__base__":
+            with model.disable_adapter():
+                out.append(model(part))
+        else:
+            model.set_adapter(name)
+            out.append(model(part))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("targets", [["lin"], ["conv1d"], ["emb"], ["conv"]])
+def test_every_layer_type(targets, dtype):
+    model = adapted(everything(dtype=dtype), targets)
+    with torch.no_grad():
+        got = model(IDS, adapter_names=NAMES)
+        want = one_by_one(model, IDS, NAMES)
+    assert got.dtype == dtype
+    if dtype is torch.bfloat16:
+        # one bf16 rounding of the delta's sum apart from the merged weight's
+        torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+    else:
+        torch.testing.assert_close(got, want)
+
+
+def test_an_embedding_is_the_merged_tables_look_up_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted(everything(dtype=dtype), ["emb"])
+        table = model.base_model.model.emb
+        with torch.no_grad():
+            got = table(IDS, adapter_names=NAMES)
+            for sample, name in enumerate(NAMES):
+                if name == "__base__":
+                    want = table.get_base_layer()(IDS[sample])
+                else:
+                    table.merge(adapter_names=[name])
+                    want = table(IDS[sample])
+                    table.unmerge()
+                assert torch.equal(got[sample], want)
+
+
+def count_products(monkeypatch):
+    calls = []
+    original = F.linear
+
+    def linear(x, weight, bias=None):
+        calls.append(x.shape)
+        return original(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", linear)
+    return calls
+
+
+def test_one_base_product_for_the_whole_batch(monkeypatch):
+    model = adapted(mlp(), ["lin1"])
+    x = torch.randn(6, 8)
+    calls = count_products(monkeypatch)
+    with torch.no_grad():
+        model(x, adapter_names=NAMES)
+    assert calls == [(6, 8), (6, 12), (6, 12)]
+
+
+def test_long_groups_take_the_whole_product(monkeypatch):
+    model = adapted(mlp(), ["lin1"])
+    x = torch.randn(6, 10, 8)  # the longest adapted group has two samples of ten tokens
+    with torch.no_grad():
+        together = model(x, adapter_names=NAMES)
+        monkeypatch.setattr(grouped, "WHOLE_PRODUCT_FROM", 20)
+        calls = count_products(monkeypatch)
+        apart = model(x, adapter_names=NAMES)
+    assert len(calls) == 2 + 4
+    torch.testing.assert_close(together, apart)
+    assert torch.equal(apart[1], one_by_one(model, x, NAMES)[1])
+
+
+def test_layers_with_hooks_show_them_the_adapted_product():
+    model = adapted(mlp(), ["lin1"])
+    seen = []
+    base = model.base_model.model.lin1.get_base_layer()
+    base.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(6, 8)
+    with pytest.warns(UserWarning, match="hooks"):
+        mixed = model(x, adapter_names=NAMES)
+    assert sum(map(len, seen)) == 6
+    torch.testing.assert_close(mixed, one_by_one(model, x, NAMES))
+
+
+@pytest.mark.parametrize("targets", [["lin"], ["conv1d"], ["emb"]])
+def test_gradients_are_those_of_the_adapters_apart(targets):
+    model = adapted(everything(dtype=torch.float64), targets)
+    trained = [p for n, p in model.named_parameters() if ".shira_weight." in n]
+    for parameter in trained:
+        parameter.requires_grad_()
+    mixed = torch.autograd.grad(model(IDS, adapter_names=NAMES).square().sum(), trained)
+    loss = one_by_one_with_gradients(model, IDS, NAMES).square().sum()
+    apart = torch.autograd.grad(loss, trained)
+    for ours, theirs in zip(mixed, apart, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def one_by_one_with_gradients(model, x, names):
+    """As `one_by_one`, through batches of one, which take the ordinary product."""
+    parts = [model(x[i : i + 1], adapter_names=[name]) for i, name in enumerate(names)]
+    return torch.cat(parts)
+
+
+def test_under_autocast():
+    model = adapted(mlp(), ["lin1"])
+    x = torch.randn(6, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = model(x, adapter_names=NAMES)
+        want = one_by_one(model, x, NAMES)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_logits_of_a_language_model(make):
+    targets = ["q_proj", "v_proj", "down_proj"] if make is llama else ["wte", "c_attn", "c_proj"]
+    model = adapted(make(), targets)
+    ids = torch.randint(3, 64, (6, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mixed = model(input_ids=ids, adapter_names=NAMES).logits
+        for sample, name in enumerate(NAMES):
+            alone = model(input_ids=ids[sample : sample + 1], adapter_names=[name]).logits
+            torch.testing.assert_close(mixed[sample], alone[0], rtol=1e-4, atol=1e-5)
