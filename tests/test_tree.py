@@ -19,16 +19,17 @@ BELOW = {
     "_version": set(),
     "errors": set(),
     "support": {"errors"},
+    "blocks": {"errors", "support"},
     "delta": {"errors", "support"},
-    "masks": {"errors", "support", "delta"},
-    "ops": {"errors", "support", "delta"},
-    "store": {"errors", "support", "delta"},
-    "tuner": {"errors", "support", "delta", "masks", "ops", "store"},
+    "masks": {"errors", "support", "blocks", "delta"},
+    "ops": {"errors", "support", "blocks", "delta"},
+    "store": {"errors", "support", "blocks", "delta"},
+    "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store"},
     "cli": {"_version", "errors", "support", "delta", "masks", "ops", "store", "tuner"},
     "__main__": {"cli"},
     "__init__": {"_version"},
 }
-CORE = ["errors", "support", "delta", "masks", "ops", "store"]
+CORE = ["errors", "support", "blocks", "delta", "masks", "ops", "store"]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 
 

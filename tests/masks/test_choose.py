@@ -9,6 +9,8 @@ import torch
 from shira.errors import ConfigError, MaskError
 from shira.masks import (
     MASKS,
+    block_diagonal_support,
+    block_support,
     choose,
     grad_support,
     magnitude_support,
@@ -27,7 +29,10 @@ def test_the_table_says_what_the_functions_take(name):
     parameters = set(inspect.signature(spec.select).parameters)
     assert spec.name == name
     assert spec.source
-    assert spec.needs == parameters & {"weight", "gradient"}
+    needs = spec.needs
+    if "score" in spec.options:  # then it depends
+        needs = needs.union(*(spec.needs_with({"score": score}) for score in MASKS))
+    assert needs == parameters & {"weight", "gradient"}
     assert set(spec.options) == parameters - {"shape", "k", "weight", "gradient", "seed", "name"}
     with pytest.raises(AttributeError):
         spec.name = "other"
@@ -62,6 +67,26 @@ def test_arguments_and_options_arrive():
     )
     assert choose("grad", shape, k, **given) == grad_support(GRADIENT, k)
     assert choose("snip", shape, k, **given) == snip_support(WEIGHT, GRADIENT, k)
+    assert choose("block", shape, k, block_size=2, **given) == block_support(
+        shape, k, block_size=2, seed=5, name="w"
+    )
+    assert choose("block", shape, k, block_size=2, score="snip", **given) == block_support(
+        shape, k, block_size=2, score="snip", weight=WEIGHT, gradient=GRADIENT
+    )
+    assert choose("block_diagonal", shape, k, block_size=2, **given) == block_diagonal_support(
+        shape, k, block_size=2
+    )
+
+
+def test_what_a_mask_needs_depends_on_its_options():
+    block = MASKS["block"]
+    assert block.needs_with(None) == block.needs_with({"block_size": 8}) == frozenset()
+    assert block.needs_with({"score": "random"}) == frozenset()
+    assert block.needs_with({"score": "magnitude"}) == {"weight"}
+    assert block.needs_with({"score": "grad"}) == {"gradient"}
+    assert block.needs_with({"score": "snip"}) == {"weight", "gradient"}
+    assert block.needs_with({"score": ["x"]}) == frozenset()  # refused elsewhere
+    assert MASKS["snip"].needs_with({"score": "random"}) == {"weight", "gradient"}
 
 
 @pytest.mark.parametrize(
@@ -97,8 +122,12 @@ def test_what_is_missing():
         with pytest.raises(MaskError, match=r"layer.w: .*gradient.*shira.calibrate") as caught:
             choose(mask_type, (6, 8), 3, weight=WEIGHT, name="layer.w")
         assert mask_type in str(caught.value)
+        with pytest.raises(MaskError, match=r"layer.w: .*gradient.*shira.calibrate"):
+            choose("block", (6, 8), 3, weight=WEIGHT, name="layer.w", score=mask_type)
     with pytest.raises(MaskError, match="by the weight, not given"):
         choose("magnitude", (6, 8), 3)
+    with pytest.raises(ConfigError, match="w: mask_type 'block' needs a seed"):
+        choose("block", (6, 8), 3, name="w")
     with pytest.raises(ConfigError, match="w: mask_type 'random' needs a seed"):
         choose("random", (6, 8), 3, name="w")
 

@@ -162,3 +162,43 @@ def test_more_errors():
     chosen.target_modules = ["lin2"]
     with pytest.raises(MaskError, match=r"lin2\.weight"):
         get_peft_model(mlp(), chosen)
+
+
+@pytest.mark.parametrize("score", ["grad", "snip"])
+def test_blocks_chosen_on_data(tmp_path, score):
+    from shira.masks import block_support
+
+    model = mlp()
+    given = config(mask_type="block", mask_options={"score": score, "block_size": 4})
+    with pytest.raises(MaskError, match=r"shira\.calibrate"):
+        get_peft_model(mlp(), given)
+    chosen = calibrate(model, given, BATCHES, loss_fn=loss_fn)
+    adapted = get_peft_model(copy.deepcopy(model), chosen)
+    for name in ("lin1", "lin2"):
+        scores = dense_scores(model, f"{name}.weight").detach()
+        weight = getattr(model, name).weight
+        expected = block_support(
+            weight.shape,
+            sum(weight.shape),
+            score=score,
+            block_size=4,
+            weight=weight,
+            gradient=scores,
+        )
+        assert getattr(adapted.base_model.model, name).support("default") == expected
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mlp(), tmp_path)
+    assert again.peft_config["default"].mask_options == {"score": score, "block_size": 4}
+    one = adapted.base_model.model.lin1.support("default")
+    assert again.base_model.model.lin1.support("default") == one
+
+
+def test_blocks_that_need_no_data_need_no_calibration():
+    for options in (None, {"score": "magnitude"}):
+        with pytest.raises(ConfigError, match=r"mask_options=\{'score': 'grad'\}"):
+            calibrate(
+                mlp(),
+                config(mask_type="block", mask_options=options),
+                BATCHES,
+                loss_fn=loss_fn,
+            )

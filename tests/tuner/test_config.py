@@ -47,6 +47,10 @@ def test_every_field_and_default_of_pefts():
         ({"random_seed": "7"}, ["random_seed", "'7'"]),
         ({"mask_type": "magnitude", "mask_options": {"larges": 1}}, ["Did you mean 'largest'"]),
         ({"mask_options": {"slot": 2}}, ["slot"]),
+        ({"mask_type": "block", "mask_options": {"block_size": 0}}, ["block_size", "not 0"]),
+        ({"mask_type": "block", "mask_options": {"score": "gradient"}}, ["Did you mean 'grad'"]),
+        ({"mask_type": "block_diagonal", "mask_options": {"score": "snip"}}, ["block_size"]),
+        ({"mask_slot": 1, "mask_type": "block"}, ["slots", "block"]),
         ({"rank_pattern": {"lin": 0}}, ["rank_pattern['lin']"]),
         ({"layers_to_transform": [1], "target_modules": "lin.*"}, ["layers_to_transform"]),
         ({"layers_pattern": "layers"}, ["layers_to_transform"]),
@@ -116,9 +120,25 @@ def test_a_plain_config_says_nothing_that_peft_does_not_know(tmp_path):
     assert set(saved) <= {field.name for field in dataclasses.fields(StockConfig)}
 
 
-@pytest.mark.parametrize("mask_type", ["struct", "magnitude", "random"])
-def test_masks_that_need_no_data(mask_type):
-    config = ShiraConfig(r=2, mask_type=mask_type, target_modules=["lin1", "lin2"], random_seed=0)
+@pytest.mark.parametrize(
+    ("mask_type", "mask_options"),
+    [
+        ("struct", None),
+        ("magnitude", None),
+        ("random", None),
+        ("block", None),
+        ("block", {"block_size": 5, "score": "magnitude"}),
+        ("block_diagonal", {"block_size": 4}),
+    ],
+)
+def test_masks_that_need_no_data(mask_type, mask_options):
+    config = ShiraConfig(
+        r=2,
+        mask_type=mask_type,
+        mask_options=mask_options,
+        target_modules=["lin1", "lin2"],
+        random_seed=0,
+    )
     one, two = get_peft_model(mlp(), config), get_peft_model(mlp(), config)
     for name in ("lin1", "lin2"):
         layer = getattr(one.base_model.model, name)

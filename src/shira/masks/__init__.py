@@ -8,13 +8,14 @@ Each returns a `shira.Support` of exactly k entries. This package sits on `shira
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from shira.errors import ConfigError, MaskError, did_you_mean
+from shira.masks.block import block_diagonal_support, block_support
 from shira.masks.budget import budget, budget_from_density
 from shira.masks.custom import custom_support
 from shira.masks.gradient import grad_support, snip_support
@@ -31,7 +32,8 @@ class MaskSpec:
     Attributes:
         name: The ``mask_type`` that selects it.
         source: Where it is described: section or equation of the SHiRA paper (arXiv 2406.13175).
-        needs: What it looks at beyond the weight's shape: ``"weight"``, ``"gradient"``.
+        needs: What it looks at beyond the weight's shape, with default options: ``"weight"``,
+            ``"gradient"``. See `needs_with`.
         options: The keyword options it takes.
         select: The function.
     """
@@ -41,6 +43,11 @@ class MaskSpec:
     needs: frozenset[str]
     options: tuple[str, ...]
     select: Callable[..., Support]
+
+    def needs_with(self, options: Mapping[str, Any] | None) -> frozenset[str]:
+        """What it looks at, given its options: a ``score`` needs what the mask of its name does."""
+        score = (options or {}).get("score") if "score" in self.options else None
+        return MASKS[score].needs if isinstance(score, str) and score in MASKS else self.needs
 
 
 def _table(*rows: tuple[str, str, str, str, Callable[..., Support]]) -> dict[str, MaskSpec]:
@@ -57,6 +64,8 @@ MASKS: dict[str, MaskSpec] = _table(
     ("magnitude", "B.3", "weight", "largest", magnitude_support),
     ("grad", "sec. 3.1", "gradient", "", grad_support),
     ("snip", "eq. 2", "weight gradient", "", snip_support),
+    ("block", "(not in the paper)", "", "block_size score", block_support),
+    ("block_diagonal", "(cf. DiaBlo, arXiv 2506.03230)", "", "block_size", block_diagonal_support),
 )
 
 
@@ -119,7 +128,7 @@ def choose(
             )
     where = f"{name}: " if name else ""
     given = {"weight": weight, "gradient": gradient}
-    for need in sorted(spec.needs):
+    for need in sorted(spec.needs_with(options)):
         tensor = given[need]
         if tensor is None:
             how = (
@@ -136,7 +145,7 @@ def choose(
                 f"{where}the {need} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}"
             )
     parameters = inspect.signature(spec.select).parameters
-    if "seed" in parameters and seed is None:
+    if "seed" in parameters and seed is None and not spec.needs_with(options):
         raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
     values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
     try:
@@ -148,6 +157,8 @@ def choose(
 __all__ = [
     "MASKS",
     "MaskSpec",
+    "block_diagonal_support",
+    "block_support",
     "budget",
     "budget_from_density",
     "choose",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`calibrate`: choose masks from gradients on a few batches (``mask_type`` ``grad`` and ``snip``).
+"""`calibrate`: choose masks from gradients on a few batches (``grad``, ``snip``, scored blocks).
 
 The gradient of each target weight is needed densely, for an instant: it is added to one float32
 buffer of the weight's size and freed before the next layer's is made. With ``group_size`` only so
@@ -50,7 +50,8 @@ def calibrate(
 
     Args:
         model: The base model, not yet adapted.
-        config: With ``mask_type`` ``"grad"`` or ``"snip"``, and targets and budget as for training.
+        config: With ``mask_type`` ``"grad"`` or ``"snip"``, or ``"block"`` with one of them as
+            ``mask_options={"score": ...}``; targets and budget as for training.
         batches: Mappings (called as ``model(**batch)``), sequences (``model(*batch)``) or tensors.
         loss_fn: ``loss_fn(model, batch)``, a scalar; default the ``loss`` of the model's output.
         group_size: How many layers to score at a time; default all of them. Fewer take less memory
@@ -66,12 +67,14 @@ def calibrate(
         MaskError: If the budget does not fit a weight, or a gradient is not finite.
     """
     config = copy.deepcopy(as_ours(config))
-    needs = MASKS[config.mask_type].needs if config.mask_type in MASKS else frozenset()
-    if "gradient" not in needs:
+    spec = MASKS.get(config.mask_type)
+    if spec is None or "gradient" not in spec.needs_with(config.mask_options):
         known = [name for name, spec in MASKS.items() if "gradient" in spec.needs]
+        options = f" with mask_options={config.mask_options}" if config.mask_options else ""
         raise ConfigError(
-            f"mask_type={config.mask_type!r} is not chosen from gradients and needs no "
-            f"calibration; those that are: {', '.join(known)}"
+            f"mask_type={config.mask_type!r}{options} is not chosen from gradients and needs no "
+            f"calibration; those that are: {', '.join(known)}, and 'block' with "
+            f"mask_options={{'score': 'grad'}} or 'snip'"
         )
     layers = _target_layers(model, config)
     group_size = len(layers) if group_size is None else group_size

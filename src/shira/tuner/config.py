@@ -15,8 +15,9 @@ import torch
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from shira.errors import ConfigError, did_you_mean
+from shira.errors import ConfigError, MaskError, did_you_mean
 from shira.masks import MASKS
+from shira.masks.block import check_options
 
 MaskFn = Callable[..., Any]
 
@@ -28,8 +29,9 @@ class ShiraConfig(PeftConfig):
     Args:
         r: The budget as LoRA counts it: r * (m + n) entries of an m x n weight are trained. It does
             not bound the rank.
-        mask_type: Which entries: ``random``, ``struct``, ``magnitude``, ``grad``, ``snip`` (see
-            `shira.masks.MASKS`), or a name of your own together with ``config.mask_fn = ...``:
+        mask_type: Which entries: ``random``, ``struct``, ``magnitude``, ``grad``, ``snip``,
+            ``block``, ``block_diagonal`` (see `shira.masks.MASKS`), or a name of your own together
+            with ``config.mask_fn = ...``:
             ``mask_fn(base_layer, r, **kwargs)`` returns a 0/1 tensor of the weight's shape with
             exactly r * (m + n) ones, or a `shira.Support`.
         random_seed: Seed of the mask. ``None`` draws one (from torch's global generator) when the
@@ -43,7 +45,8 @@ class ShiraConfig(PeftConfig):
         density: Another way to give the budget: the share of each weight's entries, in (0, 1].
             Takes the place of ``r``.
         mask_slot: For random masks of one seed: slots 0, 1, 2, ... never share an entry.
-        mask_options: Options of the mask, e.g. ``{"largest": False}`` for ``magnitude``.
+        mask_options: Options of the mask, e.g. ``{"largest": False}`` for ``magnitude``,
+            ``{"block_size": 64, "score": "magnitude"}`` for ``block``.
         exclude_modules: Names, or a regular expression, of modules not to adapt.
         layers_to_transform: Adapt only the layers of these numbers.
         layers_pattern: Name of the list of layers that the numbers count.
@@ -184,6 +187,13 @@ class ShiraConfig(PeftConfig):
                     f"mask_type={self.mask_type!r} has no option {option!r} (it has "
                     f"{', '.join(sorted(known)) or 'none'}).{did_you_mean(option, known)}"
                 )
+        if "block_size" in known:
+            try:
+                check_options(**(self.mask_options or {}))
+            except MaskError as error:
+                raise ConfigError(
+                    f"mask_options of mask_type={self.mask_type!r}: {error}"
+                ) from None
 
     def draw_seed(self) -> int:
         """The seed of the mask; drawn and recorded now if there was none."""

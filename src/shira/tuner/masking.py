@@ -33,7 +33,7 @@ class BuiltinMask:
         """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
         config, weight = self.config, weight_of(base_layer)
         shape = shape_of(weight)
-        needs = MASKS[config.mask_type].needs
+        needs = MASKS[config.mask_type].needs_with(config.mask_options)
         return choose(
             config.mask_type,
             shape,
@@ -103,7 +103,7 @@ def needs_placeholder(config: ShiraConfig) -> bool:
         return False
     mask_fn = config.mask_fn
     if isinstance(mask_fn, BuiltinMask):
-        return "gradient" in MASKS[config.mask_type].needs
+        return "gradient" in MASKS[config.mask_type].needs_with(config.mask_options)
     return mask_fn is None
 
 

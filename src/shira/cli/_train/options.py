@@ -51,7 +51,11 @@ class TrainOptions:
     density: float | None = _option(
         None, "Adapter", "Budget as a share of each weight; 0.02 if neither is given."
     )
-    mask_type: str = _option("random", "Adapter", "random, struct, magnitude, grad or snip.")
+    mask_type: str = _option(
+        "random",
+        "Adapter",
+        "random, struct, magnitude, grad, snip, block or block_diagonal.",
+    )
     mask_seed: int | None = _option(
         None, "Adapter", "Seed of the mask; that of --seed if not given."
     )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks to entries and back, against dense masks; what is not made of blocks is turned away."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shira.blocks import CANDIDATES, block_layout, support_of_blocks
+from shira.errors import SupportError
+from shira.support import Support
+
+
+def dense(shape, b, ids, cut):
+    """The support of some blocks, by filling a dense mask."""
+    rows, cols = shape[0], math.prod(shape[1:])
+    mask = torch.zeros(rows, cols, dtype=torch.bool)
+    across = math.ceil(cols / b)
+    for number, block in enumerate(ids):
+        part = mask[block // across * b :, block % across * b :][:b, :b]
+        part[:] = True
+        if cut is not None and number == len(ids) - 1:
+            flat = torch.arange(part.numel()).view(part.shape) < cut
+            part.copy_(flat)
+    return Support.from_mask(mask.view(shape))
+
+
+@st.composite
+def blocks(draw):
+    b = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    shape = draw(st.sampled_from([(7, 9), (8, 8), (16, 24), (1, 20), (20, 1), (6, 5, 3), (40, 33)]))
+    rows, cols = shape[0], math.prod(shape[1:])
+    across = math.ceil(cols / b)
+    grid = math.ceil(rows / b) * across
+    ids = draw(st.lists(st.integers(0, grid - 1), min_size=1, max_size=12, unique=True))
+    last = ids[-1]
+    size = min(b, rows - last // across * b) * min(b, cols - last % across * b)
+    cut = draw(st.integers(1, size - 1)) if size > 1 and draw(st.booleans()) else None
+    return shape, b, ids, cut
+
+
+@settings(deadline=None, max_examples=200)
+@given(blocks())
+def test_there_and_back(case):
+    shape, b, ids, cut = case
+    support = support_of_blocks(shape, b, torch.tensor(ids), cut)
+    assert support == dense(shape, b, ids, cut)
+    assert support.shape == shape
+    layout = block_layout(support, (b,))
+    assert layout is not None
+    assert layout.block_size == b
+    assert layout.cut == cut
+    assert layout.nnz == support.nnz
+    whole = ids if cut is None else ids[:-1]
+    assert layout.ids().tolist() == sorted(whole) + ids[len(whole) :]
+    assert len(layout) == len(ids)
+    assert support_of_blocks(shape, b, layout.ids(), layout.cut) == support
+    # positions: a (blocks, b, b) tensor cut out of the weight holds the values at the support
+    rows, cols = layout.shape
+    weight = torch.randn(math.ceil(rows / b) * b, math.ceil(cols / b) * b)
+    pieces = torch.stack(
+        [
+            weight[i * b : i * b + b, j * b : j * b + b]
+            for i, j in zip(layout.row_block.tolist(), layout.col_block.tolist(), strict=True)
+        ]
+    )
+    values = weight[:rows, :cols].reshape(-1)[support.indices.long()]
+    assert torch.equal(pieces.view(-1)[layout.positions(support)], values)
+    assert layout.regular == all(
+        (i + 1) * b <= rows and (j + 1) * b <= cols
+        for i, j in zip(layout.row_block.tolist(), layout.col_block.tolist(), strict=True)
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(blocks(), st.integers(0, 2**31), st.sampled_from(["drop", "add", "move"]))
+def test_whatever_is_recognised_is_what_it_says(case, seed, change):
+    """One entry changed: most are no blocks any more, and those that are must come out right."""
+    shape, b, ids, cut = case
+    entries = set(support_of_blocks(shape, b, torch.tensor(ids), cut).indices.tolist())
+    generator = torch.Generator().manual_seed(seed)
+    if change != "add":
+        entries.discard(sorted(entries)[int(torch.randint(len(entries), (), generator=generator))])
+    if change != "drop":
+        entries.add(int(torch.randint(math.prod(shape), (), generator=generator)))
+    support = Support(shape, torch.tensor(sorted(entries), dtype=torch.int64))
+    layout = block_layout(support, (b,))
+    if layout is not None:
+        assert support_of_blocks(shape, b, layout.ids(), layout.cut) == support
+    else:  # then no one set of blocks with one cut block gives it
+        rows, cols = support.shape[0], math.prod(shape[1:])
+        counts: dict[int, int] = {}
+        prefix = True
+        for flat in sorted(entries):
+            i, j = flat // cols, flat % cols
+            block = i // b * math.ceil(cols / b) + j // b
+            width = min(b, cols - j // b * b)
+            prefix &= i % b * width + j % b == counts.get(block, 0)
+            counts[block] = counts.get(block, 0) + 1
+        across = math.ceil(cols / b)
+        short = [
+            n < min(b, rows - block // across * b) * min(b, cols - block % across * b)
+            for block, n in counts.items()
+        ]
+        assert not entries or not prefix or sum(short) > 1
+
+
+def test_the_largest_candidate_that_fits():
+    ids = torch.tensor([0, 5, 9])
+    assert block_layout(support_of_blocks((256, 256), 64, ids)).block_size == 64
+    assert block_layout(support_of_blocks((256, 256), 64, ids, cut=1000)).block_size == 64
+    assert block_layout(support_of_blocks((256, 256), 64, ids), (32, 16)).block_size == 32
+    assert len(block_layout(support_of_blocks((256, 256), 64, ids), (32,))) == 12
+    assert block_layout(support_of_blocks((256, 256), 64, ids, cut=1000), (32,)) is None
+    assert block_layout(support_of_blocks((256, 256), 48, ids)).block_size == 16
+    assert tuple(sorted(CANDIDATES, reverse=True)) == CANDIDATES
+
+
+@pytest.mark.parametrize("density", [0.001, 0.02, 0.5])
+def test_unstructured_supports_are_turned_away(density):
+    from shira.masks import random_support, struct_support
+
+    k = round(density * 256 * 320)
+    assert block_layout(random_support((256, 320), k, seed=0)) is None
+    assert block_layout(struct_support((256, 320), k)) is None
+    assert block_layout(Support((256, 320), torch.empty(0, dtype=torch.int64))) is None
+
+
+def test_a_full_weight_is_blocks():
+    layout = block_layout(Support((64, 96), torch.arange(64 * 96)), (32,))
+    assert layout.ids().tolist() == [0, 1, 2, 3, 4, 5]
+    assert layout.regular
+    assert layout.cut is None
+
+
+def test_mistakes():
+    ids = torch.tensor([0, 3])
+    with pytest.raises(SupportError, match=r"\[0, 4\)"):
+        support_of_blocks((4, 4), 2, torch.tensor([4]))
+    with pytest.raises(SupportError, match="twice"):
+        support_of_blocks((4, 4), 2, torch.tensor([1, 1]))
+    with pytest.raises(SupportError, match="at least 1"):
+        support_of_blocks((4, 4), 0, ids)
+    for cut in (0, 4):
+        with pytest.raises(SupportError, match=f"leaves 1 to 3 of them, not {cut}"):
+            support_of_blocks((4, 4), 2, ids, cut)
+    assert support_of_blocks((4, 4), 2, torch.empty(0, dtype=torch.int64)).nnz == 0
