@@ -25,7 +25,8 @@ BELOW = {
     "ops": {"errors", "support", "blocks", "delta"},
     "store": {"errors", "support", "blocks", "delta"},
     "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store"},
-    "cli": {"_version", "errors", "support", "delta", "masks", "ops", "store", "tuner"},
+    "serve": {"errors", "support", "delta", "ops", "store"},
+    "cli": {"_version", "errors", "support", "delta", "masks", "ops", "store", "tuner", "serve"},
     "__main__": {"cli"},
     "__init__": {"_version"},
 }

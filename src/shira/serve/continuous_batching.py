@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switching adapters under transformers' continuous batching: drain, switch, reset, resume.
+
+`transformers`' own ``manager.pause()`` stops the loop between two steps and keeps everything: the
+requests in flight, which would go on with other weights, and the cached blocks of prompts, from
+which later requests with the same beginning would be answered by the adapter before. Both were
+seen. So `AdapterBatching` lets the requests in flight end first, and empties the cache after::
+
+    with model.continuous_batching_context_manager(generation_config=config) as manager:
+        batching = AdapterBatching(manager, switch)  # a shira.Switch or a PEFT model
+        batching.switch("french")
+        request = batching.add_request(tokens)
+        ...
+
+Requests go in through it, so that none slips in during a switch; results come out of the manager
+as always. No import of transformers: the manager is handed in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shira.errors import AdapterError, MissingDependencyError, UnknownAdapterError, did_you_mean
+
+Selection = str | Mapping[str, float] | None
+"""An adapter, several with their scales, or None for the base."""
+
+
+class AdapterBatching:
+    """A running manager of transformers whose model is switched between adapters.
+
+    Args:
+        manager: From ``model.continuous_batching_context_manager(...)`` or
+            ``model.init_continuous_batching(...)``, started.
+        adapters: What holds the adapters of the manager's model: a `shira.Switch` (or anything
+            with its ``activate`` and ``deactivate``) or a PEFT model, whose merges are used.
+
+    Raises:
+        MissingDependencyError: If this transformers is too old for the manager to be paused.
+        AdapterError: If ``adapters`` can do neither.
+    """
+
+    def __init__(self, manager: Any, adapters: Any) -> None:
+        if not hasattr(manager, "pause"):
+            raise MissingDependencyError(
+                f"{type(manager).__name__} has no pause(): switching under continuous batching "
+                "needs a newer transformers: pip install -U transformers"
+            )
+        self.manager = manager
+        self._apply = _applier(adapters)
+        self._gate = threading.Lock()  # held by a switch, and for each submission
+
+    def add_request(self, input_ids: Sequence[int], **options: Any) -> str | None:
+        """As the manager's own; waits while a switch is under way."""
+        with self._gate:
+            request: str | None = self.manager.add_request(list(input_ids), **options)
+            return request
+
+    def add_requests(self, inputs: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        """As the manager's own; waits while a switch is under way."""
+        with self._gate:
+            requests: list[str] = self.manager.add_requests(
+                [list(ids) for ids in inputs], **options
+            )
+            return requests
+
+    def switch(self, selection: Selection, *, timeout: float | None = None) -> None:
+        """Let the requests in flight end, switch, empty the cache, go on.
+
+        Args:
+            selection: An adapter's name, ``{name: scale}`` (PEFT models: all scales 1), or None
+                for the base.
+            timeout: Seconds to wait for the requests in flight; None: as long as they take.
+
+        Raises:
+            TimeoutError: If they took longer; nothing was switched.
+            UnknownAdapterError: If there is no such adapter; the one before stays active.
+            RuntimeError: If the manager's loop is not running.
+        """
+        give_up = None if timeout is None else time.monotonic() + timeout
+        with self._gate:
+            idle_before = False
+            while True:
+                with self.manager.pause():
+                    idle = self._idle()
+                    # Between its pauses the loop takes what came in out of the queue, and only
+                    # after the pause puts it where it can be seen: only two in a row are proof.
+                    if idle and idle_before:
+                        try:
+                            self._apply(selection)
+                        finally:
+                            self._reset_cache()
+                        return
+                idle_before = idle
+                if give_up is not None and time.monotonic() > give_up:
+                    raise TimeoutError(
+                        f"requests were still running after {timeout} s; nothing was switched"
+                    )
+                if not idle:
+                    time.sleep(_POLL_SECONDS)
+
+    def _idle(self) -> bool:
+        processor = self.manager.batch_processor
+        return self.manager.input_queue.empty() and (
+            processor is None or not processor.has_pending_requests()
+        )
+
+    def _reset_cache(self) -> None:
+        processor = self.manager.batch_processor
+        if processor is not None:
+            processor.cache.reset()
+
+
+_POLL_SECONDS = 0.002
+
+
+def _applier(adapters: Any) -> Callable[[Selection], None]:
+    if callable(getattr(adapters, "merge_adapter", None)):
+        return lambda selection: _merge(adapters, selection)
+    if callable(getattr(adapters, "activate", None)):
+
+        def apply(selection: Selection) -> None:
+            if selection is None:
+                adapters.deactivate()
+            else:
+                adapters.activate(selection)
+
+        return apply
+    raise AdapterError(
+        f"{type(adapters).__name__} can neither activate() nor merge_adapter(): hand in a "
+        "shira.Switch or a PEFT model"
+    )
+
+
+def _merge(model: Any, selection: Selection) -> None:
+    """One merge at a time in a PEFT model; everything is checked before anything is undone."""
+    wanted = [] if selection is None else [selection]
+    if isinstance(selection, Mapping):
+        if any(scale != 1 for scale in selection.values()):
+            raise AdapterError(
+                f"a PEFT model merges adapters at scale 1, not {dict(selection)}; "
+                "set_scale() of its layers sets others, or use shira.Switch"
+            )
+        wanted = list(selection)
+    for name in wanted:
+        if name not in model.peft_config:
+            raise UnknownAdapterError(
+                f"there is no adapter {name!r}.{did_you_mean(str(name), model.peft_config)} "
+                f"Known are {', '.join(sorted(model.peft_config))}"
+            )
+    # Undoing what is not merged is PEFT's warning, not an error; ask first.
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        model.unmerge_adapter()
+    if wanted:
+        model.base_model.enable_adapter_layers()
+        model.merge_adapter(wanted)
+    else:
+        model.base_model.disable_adapter_layers()
