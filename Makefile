@@ -29,7 +29,9 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+NATIVE := hatch_build.py $(wildcard src/shira/ops/native/*.[ch]) src/shira/ops/native/build.py
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "shira needs Python 3.10 or newer; say which one: make PYTHON=python3.12"; exit 1; }
 	@echo "Installing into $(VENV); the first time takes some minutes."

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+from shira.ops.chunked import set_scratch_bytes
 from shira.ops.conv2d import conv2d
+from shira.ops.dispatch import Choice, choose, use_backend
 from shira.ops.embedding import embedding
 from shira.ops.linear import linear
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.sparse_product import looked_up, sparse_product
-from shira.ops.weight_gradient import Choice, choose, weight_gradient
+from shira.ops.weight_gradient import weight_gradient
 
 __all__ = [
     "Choice",
@@ -27,5 +29,7 @@ __all__ = [
     "plan_for",
     "resident",
     "sparse_product",
+    "set_scratch_bytes",
+    "use_backend",
     "weight_gradient",
 ]

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ from shira.errors import SupportError
 from shira.support import Support, matrix_shape
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+
+
+class Tiles(NamedTuple):
+    """The square tiles in which all entries of a support lie, row by row."""
+
+    size: int
+    row: Tensor
+    """int32 ``(tiles,)``: place of each in the grid of tiles, down."""
+    col: Tensor
+    """int32 ``(tiles,)``: the same, across."""
+
+    @property
+    def count(self) -> int:
+        """How many tiles."""
+        return self.row.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +57,8 @@ class Plan:
     """int32 ``(rows + 1,)``: where each row's entries begin."""
     members: tuple[Tensor, ...] | None
     """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union."""
+    tiles: Tiles | None = None
+    """If the support fills square tiles, as those of block masks do."""
     host_crow: list[int] = field(default_factory=list)
     """``crow`` as Python integers, filled on first need by what loops over rows."""
 

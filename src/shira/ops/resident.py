@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shira.delta import replacement
+from shira.ops import native
 from shira.ops.plan import Plan
 
 # A fixed set of locks, chosen by address: nothing to register and nothing to leak. No code holds
@@ -54,6 +55,17 @@ def resident(
         return
     # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
     data = weight.data
+    kernels = native.load().library
+    if kernels is not None and _compiled(data, delta):
+        matrix = data.view(plan.shape)
+        delta = delta.detach().float().contiguous()
+        with lock_of(data):
+            originals = kernels.enter(matrix, plan.crow, plan.col, delta)
+            try:
+                yield data
+            finally:
+                kernels.leave(matrix, plan.crow, plan.col, originals)
+        return
     memory = memory_of(data)
     offsets = plan.offsets()
     with lock_of(data):
@@ -64,6 +76,16 @@ def resident(
             yield data
         finally:
             memory.index_copy_(0, offsets, originals)
+
+
+def _compiled(data: Tensor, delta: Tensor) -> bool:
+    """Whether the compiled kernels take such a weight and delta, which give the same bits."""
+    return (
+        data.device.type == "cpu"
+        and data.dtype in native.KINDS
+        and delta.dtype != torch.float64
+        and data.is_contiguous()
+    )
 
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:

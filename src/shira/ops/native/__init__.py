@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels, on CPU tensors: `load` gives them, or nothing and the reason.
+
+Plain C beside this file, compiled when shira is installed (`build`), called through ctypes on the
+memory of tensors. It links neither torch nor Python, and takes its threads from the OpenMP pool
+that torch has loaded already. Whatever is here, ``shira.ops`` can also do through torch alone:
+
+===========  ==========================================  ==================================
+function     does                                        file
+===========  ==========================================  ==================================
+`entries`    weight gradient at single entries           ``entries.c``
+`tiles`      weight gradient at square tiles             ``tiles.c``
+`enter`      original + delta in its place, kept         ``exchange.c``
+`leave`      the originals back                          ``exchange.c``
+`put`        values to offsets                           ``exchange.c``
+`exchange`   values to offsets, what was there returned  ``exchange.c``
+===========  ==========================================  ==================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira.ops.native.build import LIBRARY
+
+VERSION = 1  # of the signatures below; see shira_native_version in cpu.c
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of operands and weights; deltas and gradients are float32."""
+
+_SETS = ("base", "avx2", "avx512")  # by the number that shira_instruction_set gives
+_SHORT = 8192  # entries below which one thread is faster than waking others
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "entries_scratch": (_L, [_L, _L, _L, _I]),
+    "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
+    "tiles_scratch": (_L, [_I, _I]),
+    "tiles": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _L, _I, _P, _P, _I, _I]),
+    "enter": (None, [_P, _L, _L, _P, _P, _P, _P, _I, _I]),
+    "leave": (None, [_P, _L, _L, _P, _P, _P, _I, _I]),
+    "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
+    "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
+}
+
+
+class Loaded(NamedTuple):
+    """The library, or why there is none."""
+
+    library: Kernels | None
+    why: str
+
+
+class Kernels:
+    """The functions of the library, for the best instruction set that this CPU has.
+
+    Tensors are on the CPU. Callers see to shapes, dtypes and bounds; nothing is checked here.
+    """
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = library[f"shira_{name}_{instruction_set}"]
+            function.restype, function.argtypes = result, arguments
+            setattr(self, f"_{name}", function)
+
+    def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+        """``(left^T right)`` at the entries of a compressed row pattern: float32 ``(k,)``.
+
+        Args:
+            left: ``(tokens, rows)`` of a dtype in `KINDS`, the last dimension contiguous.
+            right: ``(tokens, cols)``, likewise, of the same dtype.
+            crow: int32 ``(rows + 1,)``, contiguous.
+            col: int32 ``(k,)``, contiguous; sorted within each row.
+        """
+        threads = torch.get_num_threads()
+        (tokens, rows), cols, k = left.shape, right.shape[1], col.numel()
+        out = torch.empty(k)
+        scratch = torch.empty(self._entries_scratch(tokens, cols, k, threads), dtype=torch.uint8)
+        self._entries(
+            *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
+            out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
+        )  # fmt: skip
+        return out
+
+    def tiles(
+        self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor,
+        size: int, block_row: Tensor, block_col: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """As `entries`, for entries that all lie in these tiles.
+
+        Args:
+            left: As for `entries`.
+            right: As for `entries`.
+            crow: As for `entries`.
+            col: As for `entries`.
+            size: Rows and columns of a tile.
+            block_row: int32 ``(tiles,)``: the tile's place in the grid of tiles, down.
+            block_col: int32 ``(tiles,)``: the same, across.
+        """
+        threads = torch.get_num_threads()
+        (tokens, rows), cols = left.shape, right.shape[1]
+        out = torch.empty(col.numel())
+        scratch = torch.empty(self._tiles_scratch(size, threads), dtype=torch.uint8)
+        self._tiles(
+            *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
+            block_row.data_ptr(), block_col.data_ptr(), block_row.numel(), size,
+            out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
+        )  # fmt: skip
+        return out
+
+    def enter(self, weight: Tensor, crow: Tensor, col: Tensor, delta: Tensor) -> Tensor:
+        """Write ``round(original + delta)`` to the entries of a pattern; the originals ``(k,)``.
+
+        Args:
+            weight: ``(rows, cols)`` of a dtype in `KINDS`, the last dimension contiguous.
+            crow: int32 ``(rows + 1,)``, contiguous.
+            col: int32 ``(k,)``, contiguous.
+            delta: float32 ``(k,)``, contiguous.
+        """
+        originals = torch.empty(col.numel(), dtype=weight.dtype)
+        self._enter(
+            *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(), delta.data_ptr(),
+            originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
+        )  # fmt: skip
+        return originals
+
+    def leave(self, weight: Tensor, crow: Tensor, col: Tensor, originals: Tensor) -> None:
+        """Write back what `enter` returned."""
+        self._leave(
+            *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(),
+            originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
+        )  # fmt: skip
+
+    def put(self, memory: Tensor, offsets: Tensor, values: Tensor) -> None:
+        """``memory[offsets] = values``.
+
+        Args:
+            memory: 1-D, contiguous, of items of 1, 2, 4 or 8 bytes.
+            offsets: int32 or int64 ``(k,)``, contiguous, in range and unique.
+            values: ``(k,)`` in the dtype of ``memory``, contiguous.
+        """
+        self._put(
+            memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
+            values.data_ptr(), offsets.numel(), _threads(offsets.numel()),
+        )  # fmt: skip
+
+    def exchange(self, memory: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
+        """As `put`, in one pass with reading what was there, which is returned: ``(k,)``."""
+        kept = torch.empty_like(values)
+        self._exchange(
+            memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
+            values.data_ptr(), kept.data_ptr(), offsets.numel(), _threads(offsets.numel()),
+        )  # fmt: skip
+        return kept
+
+
+@cache
+def load() -> Loaded:
+    """The kernels of this installation."""
+    if not LIBRARY.exists():
+        return Loaded(
+            None,
+            "the compiled kernels are missing (there was no C compiler when shira was installed): "
+            "install one, then run python -m shira.ops.native.build",
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY), mode=os.RTLD_LOCAL)
+    except OSError as error:
+        return Loaded(None, f"the compiled kernels do not load: {error}")
+    version = library.shira_native_version()
+    if version != VERSION:
+        return Loaded(
+            None,
+            f"the compiled kernels are of another version ({version}, not {VERSION}): run "
+            "python -m shira.ops.native.build",
+        )
+    best = int(library.shira_instruction_set())
+    return Loaded(Kernels(library, _SETS[best]), f"compiled kernels for {_SETS[best]}")
+
+
+def kernels_for(instruction_set: str) -> Kernels:
+    """The kernels compiled for one instruction set (``base``, ``avx2``, ``avx512``): for tests."""
+    return Kernels(ctypes.CDLL(str(LIBRARY)), instruction_set)
+
+
+def rows_contiguous(operand: Tensor) -> Tensor:
+    """The same values with each row in one piece of memory; a copy only where it must be."""
+    return operand if operand.stride(1) == 1 or operand.shape[1] == 1 else operand.contiguous()
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def _threads(entries: int) -> int:
+    return torch.get_num_threads() if entries >= _SHORT else 1

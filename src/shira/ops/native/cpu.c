@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// What this library is, and what this CPU can run of it. Compiled for the plainest CPU.
+
+// Changed whenever a signature changes.
+int shira_native_version(void) { return 1; }
+
+// The best of the instruction sets that the other files are compiled for: 2 AVX-512, 1 AVX2, 0.
+int shira_instruction_set(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"))
+        return 1;
+#endif
+    return 0;
+}

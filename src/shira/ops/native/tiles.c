@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// (left^T right)[S] for a support S that fills square tiles: a small matrix product for each tile.
+//
+// T tokens of the tile's rows of `left` and columns of `right` are packed side by side, so that the
+// product runs in the first-level cache; MR rows and NV vectors of columns are held in registers.
+// The tile's product is then written where the support has entries, so a tile that the support
+// fills in part (the last one, those at the edge) needs no case of its own.
+//
+// Threads share the tiles; each tile is summed in one order, whatever the number of threads.
+#include "vector.h"
+
+#define T 128
+#define NV 2
+#define NC (NV * VL)
+#if VL == 16
+#define MR 8
+#else
+#define MR 4
+#endif
+#define UP(n, step) (((n) + (step)-1) / (step) * (step))
+
+// out[t * width + j] = in[t, from + j]; zeros beyond `count`.
+INLINE void pack(const void *in, ptrdiff_t stride, int64_t t0, int tokens, int64_t from, int count,
+                 float *out, int width, const int kind) {
+    for (int t = 0; t < tokens; t++, out += width) {
+        ptrdiff_t at = (t0 + t) * stride + from;
+        int j = 0;
+        for (; j + VL <= count; j += VL) store(out + j, load_as(in, at + j, kind));
+        for (; j < count; j++) out[j] = scalar_as(in, at + j, kind);
+        for (; j < width; j++) out[j] = 0;
+    }
+}
+
+// sums (MR rows, `wide` apart) += a (tokens, MR of `high`)^T b (tokens, NC of `wide`)
+INLINE void register_tile(const float *a, int high, const float *b, int wide, int tokens,
+                          float *sums) {
+    vec s[MR][NV];
+    UNROLL for (int i = 0; i < MR; i++)
+        UNROLL for (int j = 0; j < NV; j++) s[i][j] = load(sums + i * wide + j * VL);
+    for (int t = 0; t < tokens; t++, a += high, b += wide) {
+        vec y[NV];
+        UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + j * VL);
+        UNROLL for (int i = 0; i < MR; i++) {
+            vec x = a[i] - (vec){0};
+            UNROLL for (int j = 0; j < NV; j++) s[i][j] += x * y[j];
+        }
+    }
+    UNROLL for (int i = 0; i < MR; i++)
+        UNROLL for (int j = 0; j < NV; j++) store(sums + i * wide + j * VL, s[i][j]);
+}
+
+static void product(const float *a, int high, const float *b, int wide, int tokens, float *sums) {
+    for (int i = 0; i < high; i += MR)
+        for (int j = 0; j < wide; j += NC)
+            register_tile(a + i, high, b + j, wide, tokens, sums + (ptrdiff_t)i * wide + j);
+}
+
+typedef void pack_fn(const void *, ptrdiff_t, int64_t, int, int64_t, int, float *, int);
+#define MAKE(KIND)                                                                             \
+    static void pack_##KIND(const void *in, ptrdiff_t stride, int64_t t0, int tokens,          \
+                            int64_t from, int count, float *out, int width) {                  \
+        pack(in, stride, t0, tokens, from, count, out, width, KIND);                           \
+    }
+MAKE(F32)
+MAKE(BF16)
+MAKE(F16)
+static pack_fn *const packs[] = {pack_F32, pack_BF16, pack_F16};
+
+// The first entry of a row at or after a column.
+INLINE int first_at(const int32_t *col, int low, int high, int64_t wanted) {
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        if (col[middle] < wanted) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static int64_t of_thread(int size) {
+    int64_t high = UP(size, MR), wide = UP(size, NC);
+    return PADDED(high * wide) + PADDED(T * high) + PADDED(T * wide);
+}
+
+// Bytes of scratch that `tiles` takes; aligned to 64 it must be.
+int64_t NAME(shira_tiles_scratch)(int size, int threads) { return 4 * threads * of_thread(size); }
+
+// out (nnz) = (left^T right) at the entries of a compressed row pattern, all of which lie in tiles.
+// left (tokens, rows) and right (tokens, cols) of `kind`, rows of memory `*_stride` apart.
+// Tile i covers `size` rows and columns from block_row[i] * size and block_col[i] * size on.
+void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
+                       int64_t right_stride, int64_t tokens, int64_t rows, int64_t cols,
+                       const int32_t *crow, const int32_t *col, const int32_t *block_row,
+                       const int32_t *block_col, int64_t count, int size, float *out,
+                       float *scratch, int kind, int threads) {
+    int high = UP(size, MR), wide = UP(size, NC);
+    pack_fn *pack_chunk = packs[kind];
+#pragma omp parallel num_threads(threads)
+    {
+        float *sums = scratch + omp_get_thread_num() * of_thread(size);
+        float *a = sums + PADDED((int64_t)high * wide), *b = a + PADDED((int64_t)T * high);
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < count; tile++) {
+            int64_t row = (int64_t)block_row[tile] * size, left_over = rows - row;
+            int64_t column = (int64_t)block_col[tile] * size, right_over = cols - column;
+            int down = left_over < size ? (int)left_over : size;
+            int across = right_over < size ? (int)right_over : size;
+            memset(sums, 0, 4 * (size_t)high * wide);
+            for (int64_t t = 0; t < tokens; t += T) {
+                int here = tokens - t < T ? (int)(tokens - t) : T;
+                pack_chunk(left, left_stride, t, here, row, down, a, high);
+                pack_chunk(right, right_stride, t, here, column, across, b, wide);
+                product(a, high, b, wide, here, sums);
+            }
+            for (int i = 0; i < down; i++) {
+                int end = crow[row + i + 1];
+                int e = first_at(col, crow[row + i], end, column);
+                for (; e < end && col[e] < column + across; e++)
+                    out[e] = sums[(ptrdiff_t)i * wide + (col[e] - column)];
+            }
+        }
+    }
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of VL floats, as wide as the instruction set that the file is compiled for. GCC (12 or
+// newer) and clang turn these into AVX-512, AVX2, SSE or NEON.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else  // one thread
+#define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
+#endif
+
+#if defined(__AVX512F__)
+#define VL 16
+#define LO(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HI(a, b) \
+    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined(__AVX2__)
+#define VL 8
+#define LO(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HI(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define VL 4
+#define LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+typedef float vec __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * VL)));
+typedef uint16_t half_bits __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+// What the operands are made of; the products are made of floats.
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+
+INLINE vec load_as(const void *base, ptrdiff_t at, const int kind) {
+    if (kind == F32) return load((const float *)base + at);
+    if (kind == BF16) {
+        half_bits bits = *(const half_bits *)((const uint16_t *)base + at);
+        return (vec)(__builtin_convertvector(bits, vec_u32) << 16);
+    }
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const uint16_t *)base + at)));
+#elif defined(__F16C__) && VL == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)((const uint16_t *)base + at)));
+#else
+    vec v;
+    UNROLL for (int i = 0; i < VL; i++) v[i] = (float)((const _Float16 *)base)[at + i];
+    return v;
+#endif
+}
+
+INLINE float scalar_as(const void *base, ptrdiff_t at, const int kind) {
+    if (kind == F32) return ((const float *)base)[at];
+    if (kind == BF16) {
+        uint32_t bits = (uint32_t)((const uint16_t *)base)[at] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    }
+    return (float)((const _Float16 *)base)[at];
+}
+
+// The share of part number `k` of `parts` of [0, n): its first index (the next part's is its end).
+INLINE int64_t share(int64_t n, int k, int parts) { return n * k / parts; }
+
+#define NAME2(name, isa) name##_##isa
+#define NAME1(name, isa) NAME2(name, isa)
+#define NAME(name) NAME1(name, ISA)  // each file is compiled once for each instruction set
+#define PADDED(n) (((int64_t)(n) + 15) / 16 * 16)
