@@ -1,21 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ways to the weight gradient against the dense product, and how one is chosen."""
+"""Every way to the weight gradient against the dense product, and how one is chosen."""
 
 from __future__ import annotations
 
-import sys
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.ops import choose, make_plan, reference, weight_gradient
-from shira.ops.weight_gradient import chunked, sampled
+from shira.blocks import support_of_blocks
+from shira.errors import ConfigError
+from shira.ops import (
+    choose,
+    make_plan,
+    native,
+    reference,
+    set_scratch_bytes,
+    use_backend,
+    weight_gradient,
+)
+from shira.ops.chunked import chunked, scratch_bytes
+from shira.ops.sampled import sampled
+from shira.ops.tiles import batched, tiled
 
 from .cases import close, random_indices
 
-module = sys.modules["shira.ops.weight_gradient"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
+
+
+@pytest.fixture
+def scratch():
+    before = scratch_bytes()
+    yield set_scratch_bytes
+    set_scratch_bytes(before)
+
+
+def operands(tokens, rows, cols, dtype, strided=False):
+    left = torch.randn(rows, tokens).t() if strided else torch.randn(tokens, rows)
+    return left.to(dtype), torch.randn(tokens, cols).to(dtype)
+
+
+def dense(left, right, indices, cols):
+    flat = indices[0].long() * cols + indices[1].long()
+    return reference.weight_gradient(left, right, flat)
 
 
 @settings(deadline=None, max_examples=60)
@@ -24,24 +54,18 @@ module = sys.modules["shira.ops.weight_gradient"]
     cols=st.integers(1, 12),
     tokens=st.integers(1, 9),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
     strided=st.booleans(),
-    scratch=st.sampled_from([1, 200, 2**20]),
-    at_a_time=st.sampled_from([1, 2, 256]),
+    size=st.sampled_from([1, 200, 2**20]),
 )
-def test_both_ways_equal_the_dense_product(
-    rows, cols, tokens, share, dtype, strided, scratch, at_a_time
-):
+def test_every_way_equals_the_dense_product(rows, cols, tokens, share, dtype, strided, size):
     k = round(rows * cols * share)
     indices = random_indices((rows, cols), k)
     plan = make_plan([indices], (rows, cols), (cols, 1))
-    left = torch.randn(rows, tokens).t() if strided else torch.randn(tokens, rows)
-    left, right = left.to(dtype), torch.randn(tokens, cols).to(dtype)
-    flat = indices[0].long() * cols + indices[1].long()
-    want = reference.weight_gradient(left, right, flat)
-    wide = want.dtype
-    kept = module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME
-    module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME = scratch, at_a_time
+    left, right = operands(tokens, rows, cols, dtype, strided)
+    want = dense(left, right, indices, cols)
+    wide, kept = want.dtype, scratch_bytes()
+    set_scratch_bytes(size)
     try:
         for way in (sampled, chunked) if k else (chunked,):
             got = way(left, right, plan, wide)
@@ -50,7 +74,88 @@ def test_both_ways_equal_the_dense_product(
             assert close(got, want, wide)
         assert close(weight_gradient(left, right, plan), want, wide)
     finally:
-        module.SCRATCH_BYTES, module._TOKENS_AT_A_TIME = kept
+        set_scratch_bytes(kept)
+
+
+def test_sampled_adds_up_pieces_of_the_tokens():
+    indices = random_indices((6, 7), 12)
+    plan = make_plan([indices], (6, 7), (7, 1))
+    left, right = operands(600, 6, 7, torch.float64)
+    assert close(
+        sampled(left, right, plan, torch.float64), dense(left, right, indices, 7), torch.float64
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", ["base", "avx2", "avx512"])
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 70),
+    cols=st.integers(1, 70),
+    tokens=st.integers(1, 300),
+    share=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES[1:]),
+    threads=st.integers(1, 5),
+    gap=st.sampled_from([0, 3]),
+)
+def test_compiled_entries_equal_the_dense_product(
+    instruction_set, rows, cols, tokens, share, dtype, threads, gap
+):
+    if instruction_set not in supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    kernels = native.kernels_for(instruction_set)
+    indices = random_indices((rows, cols), round(rows * cols * share))
+    plan = make_plan([indices], (rows, cols), (cols, 1))
+    left, right = operands(tokens, rows + gap, cols + gap, dtype)
+    left, right = left[:, gap:], right[:, gap:]
+    with torch_threads(threads):
+        got = kernels.entries(left, right, plan.crow, plan.col)
+        again = kernels.entries(left, right, plan.crow, plan.col)
+    assert torch.equal(got, again)  # the same bits for the same number of threads
+    assert close(got, dense(left, right, indices, cols), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", ["base", "avx2", "avx512"])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_tiles_equal_the_dense_product(instruction_set, data):
+    if instruction_set not in supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    rows, cols = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
+    size = data.draw(st.sampled_from([8, 16, 32, 64]))
+    tokens = data.draw(st.sampled_from([1, 7, 128, 200]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    across = -(-cols // size)
+    blocks = -(-rows // size) * across
+    ids = data.draw(st.lists(st.integers(0, blocks - 1), min_size=1, unique=True))
+    last = ids[-1]
+    room = min(size, rows - last // across * size) * min(size, cols - last % across * size)
+    cut = data.draw(st.one_of(st.none(), st.integers(1, room - 1))) if room > 1 else None
+    support = support_of_blocks((rows, cols), size, torch.tensor(ids), cut)
+    plan = make_plan([support.coordinates()], (rows, cols), (cols, 1))
+    if plan.tiles is None:  # a cut block alone may have no structure
+        return
+    left, right = operands(tokens, rows, cols, dtype)
+    want = dense(left, right, support.coordinates(), cols)
+    assert close(tiled(left, right, plan, want.dtype), want, want.dtype)
+    assert close(batched(left, right, plan, plan.tiles, want.dtype), want, want.dtype)
+    if dtype != torch.float64:
+        at = plan.tiles
+        with torch_threads(data.draw(st.integers(1, 3))):
+            got = native.kernels_for(instruction_set).tiles(
+                left, right, plan.crow, plan.col, at.size, at.row, at.col
+            )
+        assert close(got, want, torch.float32)
+
+
+def test_batched_tiles_some_at_a_time(scratch):
+    support = support_of_blocks((40, 24), 8, torch.tensor([0, 5, 7, 14]))
+    plan = make_plan([support.coordinates()], (40, 24), (24, 1))
+    left, right = operands(5, 40, 24, torch.float32)
+    scratch(1)
+    got = batched(left, right, plan, plan.tiles, torch.float32)
+    assert close(got, dense(left, right, support.coordinates(), 24), torch.float32)
 
 
 def test_no_tokens_no_gradient():
@@ -59,15 +164,69 @@ def test_no_tokens_no_gradient():
     assert torch.equal(got, torch.zeros(6))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
-    ("device", "density", "name", "word"),
+    ("device", "dtype", "density", "tiled", "name", "word"),
     [
-        ("cpu", 0.02, "sampled", "0.02"),
-        ("cpu", 0.5, "chunked", "0.5"),
-        ("cuda", 0.02, "chunked", "cuda"),
+        ("cpu", torch.float32, 0.02, True, "tiles", "fills"),
+        ("cpu", torch.float32, 0.02, False, "native", "tiles"),
+        ("cpu", torch.bfloat16, 0.02, False, "native", "tiles"),
+        ("cpu", torch.float64, 0.02, False, "sampled", "float64"),
+        ("cpu", torch.float32, 0.5, False, "chunked", "0.5"),
+        ("cuda", torch.float32, 0.02, False, "chunked", "cuda"),
+        ("cuda", torch.bfloat16, 0.02, True, "tiles", "fills"),
     ],
 )
-def test_the_choice_says_why(device, density, name, word):
-    choice = choose(device, torch.float32, density)
+def test_the_choice_says_why(device, dtype, density, tiled, name, word):
+    choice = choose(device, dtype, density, tiled=tiled)
     assert choice.name == name
     assert word in choice.why
+
+
+def test_a_backend_can_be_asked_for(monkeypatch):
+    plan = make_plan([random_indices((4, 5), 6)], (4, 5), (5, 1))
+    left, right = operands(3, 4, 5, torch.float32)
+    with use_backend("chunked"):
+        assert choose("cpu", torch.float32, 0.02).name == "chunked"
+        one = weight_gradient(left, right, plan)
+    monkeypatch.setitem(os.environ, "SHIRA_BACKEND", "sampled")
+    assert choose("cpu", torch.float32, 0.02).name == "sampled"
+    assert close(weight_gradient(left, right, plan), one, torch.float32)
+    with pytest.raises(ConfigError, match="sampled.*not on cuda"):
+        choose("cuda", torch.float32, 0.02)
+    with pytest.raises(ConfigError, match="Did you mean 'chunked'"), use_backend("chunkd"):
+        pass
+
+
+def test_without_the_kernels_torch_does_it(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "no compiler"))
+    choice = choose("cpu", torch.float32, 0.02)
+    assert choice.name == "sampled"
+    assert "no compiler" in choice.why
+
+
+@pytest.mark.parametrize("bad", ["0", "-5", "much"])
+def test_scratch_memory_is_a_positive_number(monkeypatch, bad):
+    with pytest.raises(ConfigError, match="positive"):
+        set_scratch_bytes(0)
+    monkeypatch.setitem(os.environ, "SHIRA_SCRATCH_BYTES", bad)
+    with pytest.raises(ConfigError, match=bad):
+        scratch_bytes()
+
+
+def supported():
+    best = native.load().library.instruction_set
+    order = ["base", "avx2", "avx512"]
+    return order[: order.index(best) + 1]
+
+
+class torch_threads:
+    def __init__(self, number):
+        self.number = number
+
+    def __enter__(self):
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.support import Support, matrix_shape
 
@@ -136,7 +137,14 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     row, col = (_alias(half.to(torch.int32)) for half in coordinates)
     crow = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
     crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
-    return Plan(tuple(shape), tuple(stride), row, col, crow, members)
+    return Plan(tuple(shape), tuple(stride), row, col, crow, members, _tiles(union))
+
+
+def _tiles(support: Support) -> Tiles | None:
+    layout = block_layout(support)
+    if layout is None:
+        return None
+    return Tiles(layout.block_size, layout.row_block.int(), layout.col_block.int())
 
 
 def _alias(tensor: Tensor) -> Tensor:

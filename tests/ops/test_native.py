@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels that overwrite entries, and how the library is built and found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shira import ops
+from shira.delta import replacement
+from shira.ops import make_plan, native
+from shira.ops.native import build as building
+
+from .cases import random_indices
+from .test_weight_gradient import needs_kernels, supported, torch_threads
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("instruction_set", ["base", "avx2", "avx512"])
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 300),
+    share=st.sampled_from([0.0, 0.02, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e6]),
+)
+def test_enter_writes_the_replacements_and_leave_the_originals(
+    instruction_set, rows, cols, share, dtype, size
+):
+    if instruction_set not in supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    kernels = native.kernels_for(instruction_set)
+    indices = random_indices((rows, cols), round(rows * cols * share))
+    plan = make_plan([indices], (rows, cols), (cols, 1))
+    weight = torch.randn(rows, cols).to(dtype)
+    before, delta = weight.clone(), torch.randn(plan.nnz) * size
+    want = weight.clone()
+    want.view(-1)[plan.flat()] = replacement(want.view(-1)[plan.flat()], delta)
+    originals = kernels.enter(weight, plan.crow, plan.col, delta)
+    assert torch.equal(bits(weight), bits(want))
+    assert torch.equal(bits(originals), bits(before.view(-1)[plan.flat()]))
+    kernels.leave(weight, plan.crow, plan.col, originals)
+    assert torch.equal(bits(weight), bits(before))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_no_numbers_come_through(dtype):
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 6e-8, 3.4e38])
+    weight = torch.zeros(1, 6).to(dtype)
+    plan = make_plan([torch.stack((torch.zeros(6), torch.arange(6))).int()], (1, 6), (6, 1))
+    native.load().library.enter(weight, plan.crow, plan.col, odd)
+    want = replacement(torch.zeros(6).to(dtype), odd)
+    assert torch.equal(weight[0].isnan(), want.isnan())
+    assert torch.equal(weight[0].nan_to_num(), want.nan_to_num())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [0, 1, 20_000])
+def test_put_and_exchange(dtype, offset_dtype, count):
+    memory = (torch.randn(30_000) * 9).to(dtype)
+    values = (torch.randn(count) * 9).to(dtype)
+    offsets = torch.randperm(30_000)[:count].to(offset_dtype)
+    want, before = memory.clone(), memory.clone()
+    want[offsets.long()] = values
+    kernels = native.load().library
+    with torch_threads(3):
+        kept = kernels.exchange(memory, offsets, values)
+        assert torch.equal(memory, want)
+        assert torch.equal(kept, before[offsets.long()])
+        kernels.put(memory, offsets, kept)
+    assert torch.equal(memory, before)
+
+
+@needs_kernels
+def test_a_product_with_and_without_the_kernels_has_the_same_bits(monkeypatch):
+    torch.manual_seed(0)
+    weight, x = torch.randn(33, 47).bfloat16(), torch.randn(5, 47).bfloat16()
+    v, i = torch.randn(100), random_indices((33, 47), 100)
+    with_kernels = ops.linear(x, weight, None, [v], [i])
+    monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "none"))
+    assert torch.equal(with_kernels, ops.linear(x, weight, None, [v], [i]))
+
+
+@needs_kernels
+def test_one_pool_of_threads():
+    code = (
+        "import torch; from shira.ops import native; native.load();"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line}))"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1, "the kernels brought an OpenMP of their own"
+
+
+def test_no_compiler_is_an_error_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(building.BuildError, match="no C compiler"):
+        building.build(tmp_path / "x.so")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_or_foreign_library_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    loaded = native.load.__wrapped__()
+    assert loaded.library is None
+    assert "no C compiler" in loaded.why
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    assert "do not load" in native.load.__wrapped__().why
