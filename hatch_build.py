@@ -21,6 +21,7 @@ class NativeBuildHook(BuildHookInterface):
     """Adds the compiled library to the wheel, which then is one for this platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and say what the wheel then holds; called by hatchling."""
         script = Path(self.root) / NATIVE / "build.py"
         spec = importlib.util.spec_from_file_location("shira_native_build", script)
         assert spec is not None

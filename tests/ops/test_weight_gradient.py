@@ -192,7 +192,7 @@ def test_a_backend_can_be_asked_for(monkeypatch):
     monkeypatch.setitem(os.environ, "SHIRA_BACKEND", "sampled")
     assert choose("cpu", torch.float32, 0.02).name == "sampled"
     assert close(weight_gradient(left, right, plan), one, torch.float32)
-    with pytest.raises(ConfigError, match="sampled.*not on cuda"):
+    with pytest.raises(ConfigError, match=r"sampled.*not on cuda"):
         choose("cuda", torch.float32, 0.02)
     with pytest.raises(ConfigError, match="Did you mean 'chunked'"), use_backend("chunkd"):
         pass

@@ -10,8 +10,8 @@ backend      runs on   what it is
 ``chunked``  any       the dense product, some rows at a time in bounded scratch (``chunked.py``)
 ===========  ========  =============================================================================
 
-The first that can is taken. ``SHIRA_BACKEND=name`` in the environment or `use_backend` takes another
-one; one that cannot compute the case at hand is then an error, never silently another.
+The first that can is taken. ``SHIRA_BACKEND=name`` in the environment or `use_backend` takes
+another one; one that cannot compute the case at hand is then an error, never silently another.
 """
 
 from __future__ import annotations
