@@ -101,9 +101,9 @@ def choose(
             compute this.
     """
     case = Case(torch.device(device).type, dtype, density, tiled)
-    name = _forced.get() or os.environ.get("SHIRA_BACKEND")
-    if name:
-        return _as_told(_known(name), case)
+    told = _forced.get() or os.environ.get("SHIRA_BACKEND")
+    if told:
+        return _as_told(_known(told), case)
     passed_over = []
     for name, cannot in BACKENDS.items():
         reason = cannot(case) or _slower(name, case)

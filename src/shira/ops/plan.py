@@ -37,11 +37,6 @@ class Tiles(NamedTuple):
     col: Tensor
     """int32 ``(tiles,)``: the same, across."""
 
-    @property
-    def count(self) -> int:
-        """How many tiles."""
-        return self.row.numel()
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:

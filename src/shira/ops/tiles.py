@@ -28,7 +28,7 @@ def tiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
 
 def batched(left: Tensor, right: Tensor, plan: Plan, tiles: Tiles, wide: torch.dtype) -> Tensor:
     """The same through ``torch.bmm``, on any device."""
-    size, tokens = tiles.size, left.shape[0]
+    size, count, tokens = tiles.size, tiles.row.numel(), left.shape[0]
     product_dtype = wide if left.device.type == "cpu" else left.dtype
     down, across = _in_tiles(left, size), _in_tiles(right, size)  # (tokens, tiles, size)
     at_once = max(1, scratch_bytes() // (2 * tokens * size * left.itemsize + size * size * 4))
@@ -36,10 +36,10 @@ def batched(left: Tensor, right: Tensor, plan: Plan, tiles: Tiles, wide: torch.d
     grid = torch.full(
         (-(-plan.shape[0] // size), -(-plan.shape[1] // size)), -1, device=left.device
     )
-    grid[tiles.row.long(), tiles.col.long()] = torch.arange(tiles.count, device=left.device)
+    grid[tiles.row.long(), tiles.col.long()] = torch.arange(count, device=left.device)
     row, col = plan.row.long(), plan.col.long()
     tile = grid[row // size, col // size]  # (k,) which tile an entry is in
-    for first in range(0, tiles.count, at_once):
+    for first in range(0, count, at_once):
         some = slice(first, first + at_once)
         a = down[:, tiles.row[some].long()].to(product_dtype)  # (tokens, tiles, size)
         b = across[:, tiles.col[some].long()].to(product_dtype)

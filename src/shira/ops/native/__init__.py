@@ -22,7 +22,7 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +63,11 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
         self.instruction_set = instruction_set
+        self._call: dict[str, Any] = {}
         for name, (result, arguments) in _SIGNATURES.items():
-            function = library[f"shira_{name}_{instruction_set}"]
+            function: Any = library[f"shira_{name}_{instruction_set}"]
             function.restype, function.argtypes = result, arguments
-            setattr(self, f"_{name}", function)
+            self._call[name] = function
 
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         """``(left^T right)`` at the entries of a compressed row pattern: float32 ``(k,)``.
@@ -80,8 +81,10 @@ class Kernels:
         threads = torch.get_num_threads()
         (tokens, rows), cols, k = left.shape, right.shape[1], col.numel()
         out = torch.empty(k)
-        scratch = torch.empty(self._entries_scratch(tokens, cols, k, threads), dtype=torch.uint8)
-        self._entries(
+        scratch = torch.empty(
+            self._call["entries_scratch"](tokens, cols, k, threads), dtype=torch.uint8
+        )
+        self._call["entries"](
             *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
             out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
         )  # fmt: skip
@@ -105,8 +108,8 @@ class Kernels:
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
         out = torch.empty(col.numel())
-        scratch = torch.empty(self._tiles_scratch(size, threads), dtype=torch.uint8)
-        self._tiles(
+        scratch = torch.empty(self._call["tiles_scratch"](size, threads), dtype=torch.uint8)
+        self._call["tiles"](
             *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
             block_row.data_ptr(), block_col.data_ptr(), block_row.numel(), size,
             out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
@@ -123,7 +126,7 @@ class Kernels:
             delta: float32 ``(k,)``, contiguous.
         """
         originals = torch.empty(col.numel(), dtype=weight.dtype)
-        self._enter(
+        self._call["enter"](
             *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(), delta.data_ptr(),
             originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
         )  # fmt: skip
@@ -131,7 +134,7 @@ class Kernels:
 
     def leave(self, weight: Tensor, crow: Tensor, col: Tensor, originals: Tensor) -> None:
         """Write back what `enter` returned."""
-        self._leave(
+        self._call["leave"](
             *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(),
             originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
         )  # fmt: skip
@@ -144,7 +147,7 @@ class Kernels:
             offsets: int32 or int64 ``(k,)``, contiguous, in range and unique.
             values: ``(k,)`` in the dtype of ``memory``, contiguous.
         """
-        self._put(
+        self._call["put"](
             memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
             values.data_ptr(), offsets.numel(), _threads(offsets.numel()),
         )  # fmt: skip
@@ -152,7 +155,7 @@ class Kernels:
     def exchange(self, memory: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
         """As `put`, in one pass with reading what was there, which is returned: ``(k,)``."""
         kept = torch.empty_like(values)
-        self._exchange(
+        self._call["exchange"](
             memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
             values.data_ptr(), kept.data_ptr(), offsets.numel(), _threads(offsets.numel()),
         )  # fmt: skip
