@@ -4,6 +4,7 @@
 #   make demo      adapt a real model, save, reload, switch and restore it
 #   make test      the test suite
 #   make check     formatting, lint, types and tests: what CI runs
+#   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
 #   make bench     the benchmarks; results go to benchmarks/results/
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
@@ -18,11 +19,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := $(VENV)/lowest-peft
 LOWEST_STAMP := $(LOWEST)/.installed
+TRITON := $(VENV)/triton
+TRITON_STAMP := $(TRITON)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lowest-peft check bench format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-triton check bench format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -54,6 +57,15 @@ $(LOWEST_STAMP): $(STAMP) constraints-lowest.txt
 test-lowest-peft: $(LOWEST_STAMP)
 	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import peft; print("PEFT", peft.__version__, "from", peft.__path__[0])'
 	PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTEST) -x -q $(PYTEST_ARGS) tests/tuner
+
+# Triton beside the environment: without a GPU nothing but this test needs it.
+$(TRITON_STAMP): $(STAMP) constraints-triton.txt
+	rm -rf $(TRITON)
+	$(BIN)/python -m pip install -qq --no-deps --target $(TRITON) -c constraints-triton.txt triton
+	@touch $@
+
+test-triton: $(TRITON_STAMP)
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/test_triton_gradient.py
 
 # The main test run comes last, so that its summary is the last line.
 check: format-check lint types test-lowest-peft test

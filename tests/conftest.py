@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Two workers on two cores: more threads than cores make small matmuls slower, not faster.
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,8 @@ BELOW = {
 }
 CORE = ["errors", "support", "blocks", "delta", "masks", "ops", "store"]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
+# Files of the core that import an optional package, and are themselves imported on use only.
+ON_USE = {"ops/triton_kernel.py": {"triton"}}
 
 
 def parts():
@@ -60,6 +62,13 @@ def imports(path: Path):
             )
 
 
+def _module_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+
+
+_ON_USE_MODULES = {f"shira.{_module_of(ROOT / name)}" for name in ON_USE}
+
+
 def test_every_part_is_known():
     assert set(parts()) == set(BELOW)
 
@@ -74,7 +83,10 @@ def test_nothing_imports_upwards(path):
             below = where.split(".")[1]
             assert below == part or below in BELOW[part], f"{path.name} imports {name}"
         if part in CORE:
-            assert top in CORE_PACKAGES | set(sys.stdlib_module_names), f"the core imports {name}"
+            more = ON_USE.get(path.relative_to(ROOT).as_posix(), set())
+            known = CORE_PACKAGES | more | set(sys.stdlib_module_names)
+            assert top in known, f"the core imports {name}"
+        assert name not in _ON_USE_MODULES, f"{name} is for use, not for import"
 
 
 def modules_after(code: str) -> set[str]:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``(left^T right)[S]`` on a GPU through a Triton kernel: no dense gradient reaches memory.
+
+The product is made tile by tile, as any matrix product is. Where that would write a tile to
+memory, this writes its chosen positions only::
+
+    plan:    entries sorted by tile;  start[t] : start[t + 1]  are those of tile t,
+             local = place within the tile,  dest = place in the result
+    kernel:  one program a tile that has entries (tiles without any are not computed)
+             tile = sum over tokens of left^T right          in registers, float32
+             out[dest[e]] = tile.flatten()[local[e]]         a gather in shared memory
+
+Memory beyond the operands is the result and 6 bytes an entry for the lists, kept with the plan.
+How to take scattered positions out of a tile that lives in registers, and what was left aside:
+
+- a *gather* (``tl.gather``): the tile goes through shared memory once, the entries are read from
+  there. Its cost is that of the tile, not of tile x entries. Chosen.
+- a scratch tile in global memory for each program, read back after a barrier: bounded as well, but
+  twice the traffic in L2, and it leans on the order of writes between threads.
+- one-hot products or masked sums for each entry: tile x entries operations.
+- compaction by a bit mask and a prefix sum: needs a mask of the weight's size.
+
+Triton is optional and loaded on first use. Without a GPU, Triton's interpreter
+(``TRITON_INTERPRET=1``, set before Triton is imported) runs the same kernel slowly; the tests do.
+Tile sizes have been chosen by counting bytes, not by measurement: none was made on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira.errors import MissingDependencyError
+from shira.ops.plan import Plan
+
+_GROUP = 8  # rows of tiles that are gone through column by column, so that operands stay in L2
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Tile(NamedTuple):
+    """What one program computes: powers of two, at least 16."""
+
+    rows: int
+    cols: int
+    tokens: int
+    """Taken at a time."""
+    warps: int
+
+
+TILE_HALF = Tile(128, 128, 64, 8)
+"""For bfloat16 and float16: 64 KiB of float32 a tile, 32 KiB of operands a step."""
+TILE_FLOAT = Tile(64, 64, 32, 4)
+"""For float32."""
+
+
+class Tiles(NamedTuple):
+    """The entries of a plan, tile by tile."""
+
+    row: Tensor
+    """int32 ``(tiles,)``: first row of each tile that has entries."""
+    col: Tensor
+    """int32 ``(tiles,)``: its first column."""
+    start: Tensor
+    """int32 ``(tiles + 1,)``."""
+    local: Tensor
+    """int16 or int32 ``(k,)``: place of each entry within its tile."""
+    dest: Tensor
+    """int32 ``(k,)``: place of each entry in the order of the plan."""
+    most: int
+    """Entries of the fullest tile."""
+
+
+def available(
+    device: torch.device | str = "cuda", dtype: torch.dtype = torch.float32
+) -> tuple[bool, str]:
+    """Whether `triton_weight_gradient` can run here, and why or why not; imports nothing.
+
+    Args:
+        device: Where the operands are.
+        dtype: Theirs.
+    """
+    if dtype not in _DTYPES:
+        return False, f"the Triton kernel adds up in float32, which is too little for {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed (pip install triton)"
+    kind = torch.device(device).type
+    if interpreted():
+        return kind in ("cpu", "cuda"), "Triton's interpreter is on (TRITON_INTERPRET): for tests"
+    if kind != "cuda":
+        return False, f"Triton's kernels run on a GPU, not on {kind}"
+    return True, "Triton is installed and the operands are on a GPU"
+
+
+def interpreted() -> bool:
+    """Whether Triton would run kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def triton_weight_gradient(
+    left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype, tile: Tile | None = None
+) -> Tensor:
+    """``(left^T right)`` at the plan's support, without a dense gradient in memory.
+
+    Float32 operands are multiplied in float32; TF32 is used where
+    ``torch.backends.cuda.matmul.allow_tf32`` says that it may. The result is the same at each call.
+
+    Args:
+        left: ``(tokens, rows)``, float32, bfloat16 or float16, of any strides.
+        right: ``(tokens, cols)``, same dtype and device.
+        plan: Of a support on a ``(rows, cols)`` weight, on that device.
+        wide: Dtype of the result: float32.
+        tile: Other than the default tile.
+
+    Returns:
+        ``(k,)`` in ``wide``, accumulated in float32.
+
+    Raises:
+        MissingDependencyError: If Triton is not installed.
+        ValueError: If the kernel cannot take such operands; see `available`.
+    """
+    fits, why = available(left.device, left.dtype)
+    if not fits:
+        missing = importlib.util.find_spec("triton") is None
+        raise (MissingDependencyError if missing else ValueError)(why)
+    from shira.ops.triton_kernel import sampled_tile
+
+    # Positions without tokens are zero; all others are written by exactly one program.
+    tokens = left.shape[0]
+    out = torch.zeros(plan.nnz, dtype=torch.float32, device=left.device)
+    if not plan.nnz or not tokens:
+        return out.to(wide)
+    tile = tile or (TILE_FLOAT if left.dtype == torch.float32 else TILE_HALF)
+    tiles = tiles_of(plan, tile)
+    tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    sampled_tile[(tiles.row.numel(),)](
+        left,
+        right,
+        out,
+        tiles.row,
+        tiles.col,
+        tiles.start,
+        tiles.local,
+        tiles.dest,
+        tokens,
+        *plan.shape,
+        *left.stride(),
+        *right.stride(),
+        TILE_ROWS=tile.rows,
+        TILE_COLS=tile.cols,
+        TILE_TOKENS=tile.tokens,
+        ENTRIES=min(1024, max(16, 1 << (tiles.most - 1).bit_length())),
+        PRECISION="tf32" if tf32 else "ieee",
+        WIDEN=interpreted(),
+        num_warps=tile.warps,
+    )
+    return out.to(wide)
+
+
+_KEPT: weakref.WeakKeyDictionary[Plan, dict[Tile, Tiles]] = weakref.WeakKeyDictionary()
+
+
+def tiles_of(plan: Plan, tile: Tile) -> Tiles:
+    """The lists for a plan, made once and kept as long as the plan. O(k log k) the first time."""
+    kept = _KEPT.setdefault(plan, {})
+    if tile not in kept:
+        kept[tile] = make_tiles(plan, tile)
+    return kept[tile]
+
+
+def make_tiles(plan: Plan, tile: Tile) -> Tiles:
+    """Sort the entries of a plan by tile; tiles come in the order in which they should run."""
+    down, across = (-(-size // edge) for size, edge in zip(plan.shape, tile[:2], strict=True))
+    row, col = plan.row.long(), plan.col.long()
+    tile_row, tile_col = row // tile.rows, col // tile.cols
+    # Groups of _GROUP tile rows, in each of them column by column.
+    number = (tile_row // _GROUP * across + tile_col) * _GROUP + tile_row % _GROUP
+    number, dest = torch.sort(number, stable=True)
+    ids, counts = torch.unique_consecutive(number, return_counts=True)
+    start = torch.zeros(ids.numel() + 1, dtype=torch.int32, device=row.device)
+    start[1:] = counts.cumsum(0)
+    group = ids // _GROUP
+    local = (row % tile.rows * tile.cols + col % tile.cols)[dest]
+    small = tile.rows * tile.cols <= 2**15
+    return Tiles(
+        ((group // across * _GROUP + ids % _GROUP) * tile.rows).int(),
+        (group % across * tile.cols).int(),
+        start,
+        local.to(torch.int16 if small else torch.int32),
+        dest.int(),
+        int(counts.max()) if down else 0,
+    )
