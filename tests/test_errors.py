@@ -17,8 +17,10 @@ from shira.errors import ShiraError, UnknownAdapterError, did_you_mean
         ("AdapterError", ValueError),
         ("UnknownAdapterError", KeyError),
         ("WrongBaseError", ValueError),
+        ("PlacementError", ValueError),
         ("FileFormatError", ValueError),
         ("MergeError", RuntimeError),
+        ("ServeError", RuntimeError),
         ("MissingDependencyError", ImportError),
     ],
 )

@@ -9,7 +9,7 @@ a name of the tuner is asked for.
 
 The tree, each part importing only from its left::
 
-    errors -> support -> delta -> masks, ops, store -> tuner -> cli
+    errors -> support -> delta -> masks, ops, store -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WHERE = {
     "calibrate": "shira.tuner",
     "get_peft_model": "shira.tuner",
 }
-_MODULES = ("cli", "errors", "masks", "ops", "store", "tuner")
+_MODULES = ("cli", "errors", "masks", "ops", "serve", "store", "tuner")
 
 __all__ = [
     "Adapter",

@@ -11,9 +11,11 @@ catches it as usual::
     |-- TargetError            (ValueError)   target modules that match nothing or cannot be adapted
     |-- AdapterError           (ValueError)   adapters that do not fit one another or the model
     |   |-- UnknownAdapterError (KeyError)    a name that is not loaded
-    |   `-- WrongBaseError                    an adapter of another base model
+    |   |-- WrongBaseError                    an adapter of another base model
+    |   `-- PlacementError                    a weight that an engine keeps in another form
     |-- FileFormatError        (ValueError)   a file that is damaged, hostile or not an adapter
     |-- MergeError             (RuntimeError) a merge that is not possible now
+    |-- ServeError             (RuntimeError) an engine that cannot do it in its present state
     `-- MissingDependencyError (ImportError)  an optional package that is not installed
 """
 
@@ -58,12 +60,20 @@ class WrongBaseError(AdapterError):
     """An adapter that was trained on another base model."""
 
 
+class PlacementError(AdapterError):
+    """A weight that a model does not keep as its checkpoint has it."""
+
+
 class FileFormatError(ShiraError, ValueError):
     """A file that is damaged, hostile, or no adapter at all."""
 
 
 class MergeError(ShiraError, RuntimeError):
     """A merge that cannot be done in the present state."""
+
+
+class ServeError(ShiraError, RuntimeError):
+    """A serving engine that cannot do it in its present state."""
 
 
 class MissingDependencyError(ShiraError, ImportError):

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank holds: its adapters, what is active, how to take it back. Knows no engine.
+
+The life of the weights::
+
+    base --activate--> active --activate--> active --deactivate--> base
+                         | discard (sleep level 2: the engine drops the weights)
+                         v
+                     discarded --rebase (the base was loaded anew)--> active
+
+Each method is called on every rank in the same order, and changes all of them or none: prepare and
+check everywhere, then write; if a rank fails then, all put back what they had
+(``shira.serve.ranks``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.delta import Adapter
+from shira.errors import AdapterError, ServeError, UnknownAdapterError, WrongBaseError, did_you_mean
+from shira.serve.exchange import Change, Undo, combined, plan, same_bits
+from shira.serve.loading import Loaded, Stored, load
+from shira.serve.placement import Loads, Placement, held_by, trace, whole_storage
+from shira.serve.ranks import Alone, Ranks, agree
+from shira.support import Support
+
+_CHUNK = 2**24  # entries hashed at a time
+
+
+class Held:
+    """One rank's adapters.
+
+    Args:
+        model: The rank's model, with the loader of its checkpoint.
+        dtype: The dtype in which it is served.
+        ranks: All ranks that hold a part of the model.
+        refuse: Called with a name and its placements before they are used; raises if the engine
+            computes with something else than these weights.
+        stored: Values of the checkpoint's weights, of which some are compared in loading.
+    """
+
+    def __init__(
+        self,
+        model: Loads,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
+        refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
+        stored: Stored = lambda name, indices: None,
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.ranks: Ranks = ranks or Alone()
+        self.refuse = refuse
+        self.stored = stored
+        self.adapters: dict[str, Loaded] = {}
+        self.active: dict[str, float] = {}
+        self.discarded = False
+        self.broken = False
+        self._undo: dict[int, Undo] = {}
+        self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
+
+    @property
+    def state(self) -> str:
+        """A hash of what is active, by content: equal states compute equal answers."""
+        if not self.active:
+            return "base"
+        terms = [(self.adapters[name].digest, scale.hex()) for name, scale in self.active.items()]
+        return hashlib.blake2b(repr(terms).encode(), digest_size=16).hexdigest()
+
+    def load(self, name: str, read: Callable[[], Adapter], *, compare: bool = True) -> Loaded:
+        """Hold an adapter under a name; nothing served changes. Errors: see `loading.load`.
+
+        Args:
+            name: A name that is free.
+            read: Reads and validates the adapter.
+            compare: Whether to compare some base values with the checkpoint's; False if the
+                weights have been trained on since.
+
+        Raises:
+            AdapterError: If the name is taken.
+            ServeError: If the weights are discarded.
+        """
+        agree(self.ranks, lambda: self._check_new(name))
+        here = self._storages().keys()
+        self._placements = {
+            asked: found
+            for asked, found in self._placements.items()
+            if all(part.storage.untyped_storage()._cdata in here for part in found)
+        }
+        stored = self.stored if compare else (lambda name, indices: None)
+        loaded = load(read, self._place, self._originals, self.ranks, stored)
+        self.adapters[name] = loaded
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: If there is none of this name.
+            AdapterError: If it is active.
+        """
+        agree(self.ranks, lambda: self._check_unused(name))
+        del self.adapters[name]
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Make these adapters active, each times its scale, and no others.
+
+        Args:
+            weights: Scale by name; empty for the base.
+
+        Raises:
+            UnknownAdapterError: If one is not loaded.
+            AdapterError: If a scale is not finite.
+            ServeError: If the weights are discarded, or were changed by something else, or a rank
+                failed to write; nothing has changed then.
+        """
+        wanted = {name: float(scale) for name, scale in weights.items()}
+        changes = agree(self.ranks, lambda: self._checked_changes(wanted))
+        self._commit(wanted, changes)
+
+    def discard(self) -> None:
+        """The engine is about to drop the weights: what is active will have to be applied anew."""
+        self.discarded = True
+
+    def rebase(self, *, check: bool = True) -> None:
+        """The base's weights were loaded anew, into the same memory: apply what was active.
+
+        Args:
+            check: Whether the new base must have the values of the old one where an adapter was
+                active. False for a base that was trained on.
+
+        Raises:
+            WrongBaseError: If it has not.
+            ServeError: If the weights lie in other memory, so that adapters must be loaded again.
+        """
+        changes = agree(self.ranks, lambda: self._anew(check))
+        wanted = self.active
+        self.active, self._undo, self.discarded, self.broken = {}, {}, False, False
+        self._commit(wanted, changes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of all weights on this rank: ``base``, whatever is active, and ``weights`` as is.
+
+        Reads every weight, some at a time: it is the identity of the whole.
+        """
+        base, now = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        for key, storage in self._storages().items():
+            undo = self._undo.get(key)
+            for start in range(0, storage.numel(), _CHUNK):
+                chunk = storage[start : start + _CHUNK].cpu()
+                now.update(chunk.view(torch.uint8).numpy().data)
+                if undo is not None:
+                    positions = undo.support.indices.long()
+                    here = (positions >= start) & (positions < start + chunk.numel())
+                    chunk = chunk.clone()  # of a storage on the CPU it is a view
+                    chunk[positions[here].cpu() - start] = undo.original[here].cpu()
+                base.update(chunk.view(torch.uint8).numpy().data)
+        return {"base": base.hexdigest(), "weights": now.hexdigest()}
+
+    # --- preparing: reads and computes, writes nothing ------------------------------------------
+
+    def _checked_changes(self, wanted: Mapping[str, float]) -> list[Change]:
+        self._check_awake()
+        for name, scale in wanted.items():
+            self._known(name)
+            if not math.isfinite(scale):
+                raise AdapterError(f"the scale of adapter {name!r} is not finite: {scale}")
+        return self._changes(wanted, self._undo)
+
+    def _changes(self, wanted: Mapping[str, float], undo: Mapping[int, Undo]) -> list[Change]:
+        here = {held.tensor.untyped_storage()._cdata for held in held_by(self.model)}
+        for name in wanted:
+            if not self.adapters[name].parts.keys() <= here:
+                raise ServeError(
+                    f"the weights of adapter {name!r} lie in other memory than when it was loaded: "
+                    "deactivate, unload and load it again"
+                )
+        storages = {key: each.storage for key, each in undo.items()}
+        deltas: dict[int, list[Any]] = {}
+        for name, scale in wanted.items():
+            for key, part in self.adapters[name].parts.items():
+                storages[key] = part.storage
+                deltas.setdefault(key, []).append((part.delta, scale))
+        return [
+            plan(storage, undo.get(key), combined(deltas[key]) if key in deltas else None)
+            for key, storage in storages.items()
+        ]
+
+    def _anew(self, check: bool) -> list[Change]:
+        for undo in self._undo.values():
+            now = undo.storage[undo.support.indices.long()]
+            if check and not same_bits(now, undo.original):
+                raise WrongBaseError(
+                    "the weights that were loaded are not those of before, where an adapter was "
+                    "active; rebase(check=False) applies it nevertheless"
+                )
+        return self._changes(self.active, {})
+
+    # --- writing --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _commit(self, wanted: Mapping[str, float], changes: list[Change]) -> None:
+        written: list[Change] = []
+
+        def write() -> None:
+            for change in changes:
+                written.append(change)  # before it: a write may fail half way
+                change.apply()
+
+        try:
+            agree(self.ranks, write)
+        except Exception:
+            self.broken = True  # until all is back
+            for change in reversed(written):
+                change.roll_back()
+            self.broken = False
+            raise
+        self.active = dict(wanted)
+        self._undo = {
+            change.undo.storage.untyped_storage()._cdata: change.undo
+            for change in changes
+            if change.undo is not None
+        }
+
+    # --- what is where --------------------------------------------------------------------------
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> tuple[Placement, ...]:
+        if (name, shape) not in self._placements:
+            placements = trace(self.model, name, shape, self.dtype)
+            self.refuse(name, placements)
+            self._placements[name, shape] = placements
+        return self._placements[name, shape]
+
+    def _originals(self, storage: Tensor, positions: Tensor) -> Tensor:
+        current = storage[positions]
+        undo = self._undo.get(storage.untyped_storage()._cdata)
+        if undo is None:
+            return current
+        order = positions.argsort()
+        asked = Support._trusted(undo.support.shape, positions[order])
+        values = current.clone()
+        values[order] = undo.originals_at(asked, current[order])
+        return values
+
+    def _storages(self) -> dict[int, Tensor]:
+        """Every storage of the model once, in the order of its modules."""
+        return {
+            held.tensor.untyped_storage()._cdata: whole_storage(held.tensor)
+            for held in held_by(self.model)
+        }
+
+    # --- checking -------------------------------------------------------------------------------
+
+    def _check_awake(self) -> None:
+        if self.broken:
+            raise ServeError(
+                "the weights could not be put back after a failed switch: restart the engine, or "
+                "reload its weights and rebase"
+            )
+        if self.discarded:
+            raise ServeError(
+                "the engine's weights are discarded (sleep level 2): wake it up, reload the "
+                "weights and rebase"
+            )
+
+    def _check_new(self, name: str) -> None:
+        self._check_awake()
+        if not name or not isinstance(name, str):
+            raise AdapterError(f"an adapter's name is a text that is not empty, not {name!r}")
+        if name in self.adapters:
+            raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
+
+    def _check_unused(self, name: str) -> None:
+        self._known(name)
+        if name in self.active:
+            raise AdapterError(f"adapter {name!r} is active: deactivate it before unloading")
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UnknownAdapterError(
+                f"no adapter {name!r} is loaded.{did_you_mean(name, self.adapters)}"
+            )

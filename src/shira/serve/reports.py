@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the workers of an engine answer, read on the client's side; plain values, no engine.
+
+Each rank answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into the errors
+they were and insists that all ranks are in the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from shira.errors import AdapterError, ServeError
+from shira.serve.ranks import Failure
+
+
+class Reports(NamedTuple):
+    """The answers of all ranks, each of them well."""
+
+    each: Sequence[dict[str, Any]]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """Rank 0's answer."""
+        return self.each[0]
+
+    @property
+    def active(self) -> Mapping[str, float]:
+        """Scale by name of what is active."""
+        return self.first["active"]  # type: ignore[no-any-return]
+
+    @property
+    def salt(self) -> str:
+        """A ``cache_salt`` for the state: equal exactly if equal states compute equal answers."""
+        return f"shira-{self.first['state']}"
+
+
+def checked(answers: Sequence[Any], method: str) -> Reports:
+    """The answers, if each rank's went well.
+
+    Raises:
+        ShiraError: What the ranks refused, as the error it was there.
+        ServeError: If ranks are not in the same state.
+    """
+    for answer in answers:
+        if not isinstance(answer, Mapping) or "ok" not in answer:
+            raise ServeError(f"{method}: a worker answered {answer!r}, which is no report")
+        if not answer["ok"]:
+            raise Failure(answer["error"], answer["message"], answer["rank"]).error()
+    if len({answer["state"] for answer in answers}) != 1:
+        states = {answer["rank"]: answer["active"] for answer in answers}
+        raise ServeError(f"{method}: ranks are in different states: {states}. Restart the engine")
+    return Reports(list(answers))
+
+
+def wanted(weights: str | Mapping[str, float] | None, scale: float = 1.0) -> dict[str, float]:
+    """What shall be active, as scale by name.
+
+    Raises:
+        AdapterError: If it is of another type, or a scale is given beside a mapping.
+    """
+    if isinstance(weights, str):
+        return {weights: float(scale)}
+    if scale != 1.0:
+        raise AdapterError("scale= goes with a single name; a mapping has a scale for each")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise AdapterError(f"weights are a name, a mapping or None, not {weights!r}")
+    return {str(name): float(value) for name, value in (weights or {}).items()}
+
+
+def salted(prompt: Any, salt: str) -> dict[str, Any]:
+    """A prompt of any of vLLM's forms with the salt; a salt of its own is kept beside it."""
+    if isinstance(prompt, str):
+        prompt = {"prompt": prompt}
+    elif not isinstance(prompt, Mapping):
+        prompt = {"prompt_token_ids": list(prompt)}
+    own = prompt.get("cache_salt")
+    return {**prompt, "cache_salt": f"{salt}-{own}" if own else salt}

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension of vLLM's workers: adapters held in each worker, switched in place.
+
+``LLM(..., worker_extension_cls="shira.serve.vllm.ShiraWorkerExtension")``, or ``vllm serve
+--worker-extension-cls shira.serve.vllm.ShiraWorkerExtension``, gives every worker the methods
+below, to be called on all of them with ``collective_rpc``. `shira.serve.client` does so in the
+right order; called by hand, a switch leaves answers of the old weights in the prefix cache.
+
+A method never raises: vLLM's executor stops reading at the first worker that fails and takes the
+answers of the others for those of the next call. It returns a plain dict, ``{"ok": True, "rank": 0,
+...}``, or ``{"ok": False, "rank": 0, "error": "WrongBaseError", "message": "..."}`` on all ranks,
+and then nothing has changed on any.
+
+On a CPU vLLM packs linear weights for its kernels and drops or bypasses the plain ones. Importing
+this module there, which a worker does before it loads its model, keeps them plain. Runs inside
+vLLM (made and tested for 0.32); sits above ``held``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import parallel_state
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from shira.delta import Adapter
+from shira.errors import PlacementError, ServeError
+from shira.serve.checkpoint import Checkpoint
+from shira.serve.held import Held
+from shira.serve.placement import Placement
+from shira.serve.ranks import Failure
+
+__all__ = ["ShiraWorkerExtension"]
+
+_logger = init_logger(f"vllm.{__name__}")
+_linear: Any = nn.functional.linear
+
+
+class ShiraWorkerExtension:
+    """What a vLLM worker gains; every method is called on all workers of an engine alike."""
+
+    def shira_load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
+        """Hold the adapter at a path under a name. Nothing that is served changes.
+
+        Args:
+            name: A name that is free.
+            path: Of a file or folder that every worker can read.
+            compare: False if the weights are no longer those of the checkpoint on disk.
+
+        Returns:
+            ``digest`` of the whole adapter, ``nnz``, ``nnz_here`` (on this rank), ``parameters``,
+            ``checked`` (for how many the base's fingerprint was compared).
+        """
+        return self._shira_do(lambda held: self._shira_load(held, name, path, compare))
+
+    def shira_activate(
+        self, weights: str | Mapping[str, float] | None, scale: float = 1.0
+    ) -> dict[str, Any]:
+        """Make adapters active in place of those that are.
+
+        Args:
+            weights: A name, ``{name: scale, ...}``, or None for the base.
+            scale: With a single name, its factor.
+
+        Returns:
+            ``active`` as ``{name: scale}``, ``state``: a hash of what is active, ``"base"`` if
+            nothing is.
+        """
+        wanted = {weights: scale} if isinstance(weights, str) else dict(weights or {})
+        return self._shira_do(lambda held: self._shira_switch(held, wanted))
+
+    def shira_deactivate(self) -> dict[str, Any]:
+        """The base again, bit for bit; returns as `shira_activate`."""
+        return self._shira_do(lambda held: self._shira_switch(held, {}))
+
+    def shira_unload(self, name: str) -> dict[str, Any]:
+        """Forget an adapter that is not active."""
+        return self._shira_do(lambda held: held.unload(name))
+
+    def shira_list(self) -> dict[str, Any]:
+        """What is held: ``adapters`` as ``{name: what shira_load said}``; and ``discarded``."""
+        return self._shira_do(
+            lambda held: {
+                "adapters": {name: _described(each) for name, each in held.adapters.items()},
+                "discarded": held.discarded,
+            }
+        )
+
+    def shira_fingerprint(self) -> dict[str, Any]:
+        """Hashes of all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
+        return self._shira_do(lambda held: held.fingerprint())
+
+    def shira_sleep(self, level: int) -> dict[str, Any]:
+        """Tell that the engine is going to sleep; at level 2 it drops the weights."""
+        return self._shira_do(lambda held: held.discard() if level >= 2 else None)
+
+    def shira_rebase(self, check: bool = True) -> dict[str, Any]:
+        """Apply what was active to weights that were loaded anew; see `Held.rebase`."""
+        return self._shira_do(lambda held: held.rebase(check=check))
+
+    def _shira_do(self: Any, step: Callable[[Held], dict[str, Any] | None]) -> dict[str, Any]:
+        try:
+            held = self._shira_held()
+            with torch.no_grad():
+                said = step(held) or {}
+            self.synchronize_device()
+            return {"ok": True, "rank": self.rank, **_state(held), **said}
+        except Exception as error:
+            _logger.warning("%s: %s", type(error).__name__, error)
+            _logger.debug("%s", traceback.format_exc())
+            kind, message, _ = Failure.of(error, self.rank)
+            return {"ok": False, "rank": self.rank, "error": kind, "message": message}
+
+    def _shira_held(self: Any) -> Held:
+        if not hasattr(self, "_shira_state"):
+            model, config = self.get_model(), self.model_config
+            self._shira_checkpoint = checkpoint = _checkpoint(self)
+            compare = checkpoint is not None and self.load_config.load_format != "dummy"
+            self._shira_state = Held(
+                model,
+                config.dtype,
+                _EngineRanks(self.rank),
+                lambda name, placements: _refuse(model, name, placements),
+                checkpoint.entries if checkpoint and compare else _not_at_hand,
+            )
+        return self._shira_state  # type: ignore[no-any-return]
+
+    def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:
+        checkpoint: Checkpoint | None = self._shira_checkpoint
+        base = checkpoint.shapes if checkpoint is not None and checkpoint.shapes else None
+        try:
+            loaded = held.load(name, lambda: Adapter.load(path, base=base), compare=compare)
+        except PlacementError as error:
+            if self.model_config.quantization:
+                raise PlacementError(
+                    f"{error}. The model is served with quantization="
+                    f"{self.model_config.quantization!r}; adapters need it unquantized"
+                ) from error
+            raise
+        return _described(loaded)
+
+    def _shira_switch(self: Any, held: Held, wanted: Mapping[str, float]) -> None:
+        self.synchronize_device()  # steps in flight still read the weights
+        held.activate(wanted)
+
+
+class _EngineRanks:
+    """The workers of one engine: tensor and pipeline parallel, through their CPU groups."""
+
+    def __init__(self, rank: int) -> None:
+        groups = [parallel_state.get_tp_group(), parallel_state.get_pp_group()]
+        self._groups = [group for group in groups if group.world_size > 1]
+        self._at = [group.rank_in_group for group in self._groups]
+        self.rank = 0  # among those that `gather` lists
+        self.rank = self.gather(rank).index(rank)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, in one order for all."""
+        values = [value]
+        for group in self._groups:
+            everyone: list[Any] = [None] * group.world_size
+            torch.distributed.all_gather_object(everyone, values, group=group.cpu_group)
+            values = [each for some in everyone for each in some]
+        return values
+
+
+def _not_at_hand(name: str, indices: torch.Tensor) -> None:
+    """Nothing to compare with."""
+
+
+def _described(loaded: Any) -> dict[str, Any]:
+    names = ("digest", "nnz", "nnz_here", "parameters", "checked")
+    return {name: getattr(loaded, name) for name in names}
+
+
+def _state(held: Held) -> dict[str, Any]:
+    return {"active": dict(held.active), "state": held.state}
+
+
+def _checkpoint(worker: Any) -> Checkpoint | None:
+    """The checkpoint that the worker's model came from, if it is on this machine."""
+    name = worker.model_config.model
+    if Path(name).is_dir():
+        return Checkpoint(name)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Checkpoint(
+            snapshot_download(
+                name,
+                revision=worker.model_config.revision,
+                cache_dir=worker.load_config.download_dir,
+                local_files_only=True,
+            )
+        )
+    except Exception:  # not a hub model, or not kept: there is nothing to compare with
+        return None
+
+
+def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> None:
+    """Refuse weights that are there but that vLLM computes with a copy of, made after loading."""
+    keys = {placement.storage.untyped_storage()._cdata for placement in placements}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        packed = getattr(module, "cpu_linear", _linear) is not _linear
+        if packed and weight is not None and weight.untyped_storage()._cdata in keys:
+            raise PlacementError(
+                f"vLLM computes with a packed copy of {name!r} on this CPU: load "
+                "shira.serve.vllm as the worker extension, before the model"
+            )
+        absorbed = getattr(module, "kv_b_proj", None)
+        if any(hasattr(module, made) for made in ("W_UV", "W_UK_T", "W_K", "W_V")) and any(
+            parameter.untyped_storage()._cdata in keys
+            for parameter in (absorbed.parameters() if absorbed is not None else ())
+        ):
+            raise PlacementError(
+                f"vLLM computes with matrices derived from {name!r} (multi-head latent "
+                "attention): single entries of it cannot be exchanged"
+            )
+
+
+def _keep_plain_cpu_weights() -> None:
+    """Let vLLM's CPU backend multiply with the weights themselves."""
+    from vllm.model_executor.layers import utils
+
+    def plain(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = _linear
+
+    if not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
+        raise ServeError("this release of vLLM packs CPU weights in a way that shira does not know")
+    utils.dispatch_cpu_unquantized_gemm = plain
+
+
+if current_platform.is_cpu():
+    _keep_plain_cpu_weights()
