@@ -21,6 +21,7 @@ from shira.errors import ShiraError, UnknownAdapterError, did_you_mean
         ("FileFormatError", ValueError),
         ("MergeError", RuntimeError),
         ("ServeError", RuntimeError),
+        ("RankMismatchError", RuntimeError),
         ("MissingDependencyError", ImportError),
     ],
 )

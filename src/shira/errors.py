@@ -16,6 +16,7 @@ catches it as usual::
     |-- FileFormatError        (ValueError)   a file that is damaged, hostile or not an adapter
     |-- MergeError             (RuntimeError) a merge that is not possible now
     |-- ServeError             (RuntimeError) an engine that cannot do it in its present state
+    |-- RankMismatchError      (RuntimeError) processes of one run that train different positions
     `-- MissingDependencyError (ImportError)  an optional package that is not installed
 """
 
@@ -74,6 +75,10 @@ class MergeError(ShiraError, RuntimeError):
 
 class ServeError(ShiraError, RuntimeError):
     """A serving engine that cannot do it in its present state."""
+
+
+class RankMismatchError(ShiraError, RuntimeError):
+    """Processes of one distributed run that train different positions of a weight."""
 
 
 class MissingDependencyError(ShiraError, ImportError):

@@ -24,6 +24,7 @@ from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into, prepare
+from shira.tuner.ranks import check_new_models, check_while_compiling
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -37,6 +38,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         shira_indices: ``{adapter name: int32 (2, k)}``, row and column of each in the weight as
             stored (of more than two dimensions: the first, and all others together).
         scaling: Factor on each adapter's deltas; 1.0 in training.
+        weight_name: Of the weight, in the base model; empty if not known.
     """
 
     adapter_layer_names = ("shira_weight",)
@@ -64,6 +66,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
         self._warned_about_hooks = False
+        self.weight_name = ""
+        # DeepSpeed ZeRO-3: gather the weight and the values together, when this layer is called.
+        self._z3_leaf = True
         self.weight_shape = shape_of(self.weight)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
@@ -97,6 +102,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             inference_mode: Leave it frozen.
             **kwargs: What PEFT hands on of the quantization; not needed here.
         """
+        self._ranks_unchecked = True
         self.r[adapter_name] = r
         self.scaling[adapter_name] = 1.0
         # config.init_weights=False is for tests: deltas that do something before any training
@@ -237,12 +243,21 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return result
 
     def _adapted_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        if torch.compiler.is_compiling():
+            check_while_compiling()
+        elif self._ranks_unchecked and self._trains(adapter_names):
+            check_new_models(self)
         deltas = [self._delta(name) for name in adapter_names]
         indices = [self.shira_indices[name] for name in adapter_names]
         if not has_hooks(self.base_layer):
             return self._product(x, deltas, indices)
         self._warn_once_about_module_hooks()
         return call_with_hooks(self.base_layer, lambda x: self._product(x, deltas, indices), x)
+
+    def _trains(self, adapter_names: Sequence[str]) -> bool:
+        return torch.is_grad_enabled() and any(
+            self.shira_weight[name].requires_grad for name in adapter_names
+        )
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         """The layer's product with these deltas in its weight."""

@@ -35,6 +35,7 @@ from shira.tuner.loading import Incoming, check_state_dict, read_incoming
 from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.private_memory import MemoryMap, own_memory
+from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
@@ -97,6 +98,8 @@ class ShiraModel(BaseTuner):
                     }
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config._source = None
+            register_model(model)
+            ignore_in_ddp(model)
         finally:
             self._memory_map, self._prepared = None, {}
 
@@ -141,6 +144,7 @@ class ShiraModel(BaseTuner):
             new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
+            new_module.weight_name = name
             self._replace_module(parent, target_name, new_module, target)
         _record(config, base_layer_of(target), name, support)
 
@@ -155,6 +159,18 @@ class ShiraModel(BaseTuner):
                 copied = layer.shira_weight[name].detach().clone()
                 layer.shira_weight[REFERENCE] = nn.Parameter(copied, requires_grad=False)
                 return
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP asks whatever it wraps; PeftModel and a compiled model hand the question on to here.
+        inner = [f"model.{name}" for name in ignored_by_ddp(self.model)]
+        outer = [*inner, *(f"base_model.{name}" for name in inner)]
+        return [*outer, *(f"_orig_mod.{name}" for name in outer)]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        ignore_in_ddp(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
