@@ -5,7 +5,8 @@
 them, ``peft_format`` reads PEFT's format, ``peft_write`` writes it and ``peft_config`` is its JSON
 file; ``safetensors_header``, ``json_text`` and ``entries`` refuse what cannot be meant; ``names``
 and ``base_shapes`` know the base model's side; ``atomic`` writes files; ``extract`` takes an
-adapter out of a live model. Sits above ``delta``; imports torch, numpy, safetensors, never PEFT.
+adapter out of a live model, whose tensors ``sharded`` makes whole. Sits above ``delta``; imports
+torch, numpy, safetensors, never PEFT.
 """
 
 from __future__ import annotations

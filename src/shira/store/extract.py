@@ -21,6 +21,7 @@ from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.store.entries import EntryError, check_coordinates, sort_entries
 from shira.store.names import base_module_name, full_shape, unwrapped, weight_name
 from shira.store.peft_config import SHAPES_FIELD
+from shira.store.sharded import gathered, whole
 from shira.support import Support
 
 
@@ -28,7 +29,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
     """The named adapter of a model, copied to the CPU.
 
     The values are those that are saved: what `set_scale` set is a setting of the model, not of the
-    adapter. Under FSDP2 every rank has to call this, as values are gathered.
+    adapter. Under FSDP2 and ZeRO-3 every rank has to call this, as values are gathered.
 
     Args:
         model: A `PeftModel`, a model with injected layers, or either inside the wrappers of
@@ -43,14 +44,14 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
         AdapterError: If a layer's entries are not possible.
     """
     root = unwrapped(model)
+    layers = list(_shira_layers(root))
+    known = {name for _, layer in layers for name in layer.shira_weight}
+    layers = [(path, layer) for path, layer in layers if adapter_name in layer.shira_weight]
     deltas: dict[str, SparseDelta] = {}
-    known: set[str] = set()
-    for path, layer in _shira_layers(root):
-        known.update(layer.shira_weight.keys())
-        if adapter_name not in layer.shira_weight:
-            continue
-        name = weight_name(base_module_name(path))
-        deltas[name] = _delta_of_layer(layer, name, adapter_name)
+    with gathered([layer.shira_weight[adapter_name] for _, layer in layers]):
+        for path, layer in layers:
+            name = weight_name(base_module_name(path))
+            deltas[name] = _delta_of_layer(layer, name, adapter_name)
     if not deltas:
         there = (
             f"it has {', '.join(map(repr, sorted(known)))}" if known else "it has no SHiRA layers"
@@ -82,10 +83,7 @@ def _delta_of_layer(layer: Any, name: str, adapter_name: str) -> SparseDelta:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    whole = tensor.detach()
-    if hasattr(whole, "full_tensor"):  # a DTensor: gathered from all ranks
-        whole = whole.full_tensor()
-    return whole.to("cpu", copy=True)
+    return whole(tensor).to("cpu", copy=True)
 
 
 def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:

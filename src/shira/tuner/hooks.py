@@ -19,6 +19,8 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 
+_MACHINERY = ("torch.distributed.", "deepspeed.")
+
 _swapping = threading.RLock()
 
 
@@ -27,10 +29,16 @@ def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
 
     Args:
         module: The base layer.
-        of_users: Count hooks alone, not what Accelerate has wrapped around the forward.
+        of_users: Count hooks alone, not what Accelerate has wrapped around the forward, nor the
+            hooks by which FSDP2 and DeepSpeed gather weights.
     """
-    wrapped = hasattr(module, "_hf_hook") and not of_users
-    return wrapped or any(getattr(module, name) for name in _HOOKS)
+    if not of_users:
+        return hasattr(module, "_hf_hook") or any(getattr(module, name) for name in _HOOKS)
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(_MACHINERY)
+        for name in _HOOKS
+        for hook in getattr(module, name).values()
+    )
 
 
 def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

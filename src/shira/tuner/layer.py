@@ -25,6 +25,7 @@ from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into, prepare
 from shira.tuner.ranks import check_new_models, check_while_compiling
+from shira.tuner.zero import fetch
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -67,8 +68,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._undo: Undo | None = None
         self._warned_about_hooks = False
         self.weight_name = ""
-        # DeepSpeed ZeRO-3: gather the weight and the values together, when this layer is called.
-        self._z3_leaf = True
         self.weight_shape = shape_of(self.weight)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
@@ -247,6 +246,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             check_while_compiling()
         elif self._ranks_unchecked and self._trains(adapter_names):
             check_new_models(self)
+        fetch(self, [self.shira_weight[name] for name in adapter_names])
         deltas = [self._delta(name) for name in adapter_names]
         indices = [self.shira_indices[name] for name in adapter_names]
         if not has_hooks(self.base_layer):

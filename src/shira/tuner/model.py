@@ -36,6 +36,7 @@ from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.private_memory import MemoryMap, own_memory
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
+from shira.tuner.saving import whole_values
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
@@ -167,8 +168,9 @@ class ShiraModel(BaseTuner):
         outer = [*inner, *(f"base_model.{name}" for name in inner)]
         return [*outer, *(f"_orig_mod.{name}" for name in outer)]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
+        model = unload(*args, **kwargs)
         ignore_in_ddp(model)
         return model
 
@@ -208,6 +210,21 @@ class ShiraModel(BaseTuner):
                     "adapted: merging would change both. Untie them first (load the model with "
                     "tie_word_embeddings=False), or keep the adapter unmerged"
                 )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state_dict = whole_values(model, adapter_name, state_dict)
+        result: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return result
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -136,9 +136,9 @@ def raise_if_different(by_rank: Sequence[Digests]) -> None:
     (adapter, parameter), (one, two) = min(different.items())
     raise RankMismatchError(
         f"adapter {adapter!r}, parameter {parameter!r}: ranks {one} and {two} train different "
-        f"positions ({len(different)} of {len(first)} parameters differ). Averaging their gradients "
-        "would be wrong. Give the config a random_seed, or make masks from data on one rank and "
-        "send them to the others; masks that look at weights need equal weights on every rank"
+        f"positions ({len(different)} of {len(first)} parameters differ). Averaging their "
+        "gradients would be wrong. Give the config a random_seed, or make masks from data on one "
+        "rank and send them to the others; masks that look at weights need equal weights on every rank"
     )
 
 
@@ -177,7 +177,5 @@ def ignore_in_ddp(model: nn.Module) -> None:
 def ignored_by_ddp(model: nn.Module) -> list[str]:
     """What others have DDP ignore in a model, and the positions of its adapters."""
     others = [name for name in model.__dict__.get(_IGNORED, ()) if ".shira_indices." not in name]
-    positions = [
-        name for name, _ in model.named_buffers() if ".shira_indices." in f".{name}"
-    ]
+    positions = [name for name, _ in model.named_buffers() if ".shira_indices." in f".{name}"]
     return [*others, *positions]

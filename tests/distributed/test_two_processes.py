@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DDP, FSDP2 and DeepSpeed on two gloo processes against one process."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.distributed import task
+from tests.distributed.launch import launch
+
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.slow
+
+LLAMA = [
+    *("ddp", "ddp_accumulates", "ddp_compiled", "only_one_rank_has_a_second_model"),
+    *("fsdp2", "fsdp2_keeps_whole", "fsdp2_checkpoints", "fsdp2_accumulates", "fsdp2_compiled"),
+]
+EVERYTHING = ["ddp_all_layer_types", "fsdp2_each_layer_alone"]
+ZERO_LLAMA = ["zero2", "zero3", "zero3_accumulates", "zero3_checkpoints"]
+ZERO_EVERYTHING = ["zero3_all_layer_types"]
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def torch_runs(tmp_path_factory):
+    return launch("worker", tmp_path_factory.mktemp("torch") / "out.pt")
+
+
+@pytest.fixture(scope="module")
+def zero_runs(tmp_path_factory):
+    return launch("zero", tmp_path_factory.mktemp("zero") / "out.pt")
+
+
+@pytest.fixture(scope="module")
+def llama_alone():
+    return task.train(task.adapted_llama(), task.llama_loss)
+
+
+@pytest.fixture(scope="module")
+def everything_alone():
+    return task.train(task.adapted_everything(), task.everything_loss)
+
+
+@pytest.fixture(scope="module")
+def file_alone(tmp_path_factory):
+    return task.save(task.adapted_llama(), tmp_path_factory.mktemp("alone"))
+
+
+def results(runs, name):
+    """Of both ranks; a rank that failed shows its error."""
+    assert not [found for found in runs[name] if isinstance(found, str)], runs[name][0]
+    return [found["result"] if isinstance(found, dict) else found for found in runs[name]]
+
+
+def assert_same(result, alone, tolerance=TOLERANCE):
+    assert result.base_intact
+    assert result.losses == pytest.approx(alone.losses, rel=tolerance)
+    assert len(alone.grads) == len(result.grads) == task.STEPS
+    for got, want in zip(result.grads, alone.grads, strict=True):
+        assert got.keys() == want.keys()
+        for name in want:
+            assert got[name].dtype == want[name].dtype
+            difference = (got[name] - want[name]).abs().max()
+            assert difference <= tolerance * want[name].abs().max(), name
+    for name, values in alone.values.items():
+        torch.testing.assert_close(result.values[name], values, rtol=tolerance, atol=tolerance)
+
+
+def test_the_run_alone_trains(llama_alone):
+    """What the others are compared with does something."""
+    assert llama_alone.base_intact
+    assert len(llama_alone.values) == 14
+    assert all(grad.abs().max() > 0 for grad in llama_alone.grads[0].values())
+    first = task.values_of(task.adapted_llama())
+    assert all(not torch.equal(first[name], v) for name, v in llama_alone.values.items())
+    assert any(values.numel() % 2 for values in first.values())
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_language_model(torch_runs, llama_alone, name):
+    for result in results(torch_runs, name):
+        assert_same(result, llama_alone)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_layer_type(torch_runs, everything_alone, name):
+    for result in results(torch_runs, name):
+        assert_same(result, everything_alone)
+
+
+def test_a_base_in_bfloat16_with_values_in_float32(torch_runs):
+    alone = task.train(task.adapted_llama(dtype=torch.bfloat16), task.llama_loss)
+    assert all(value.dtype == torch.float32 for value in alone.values.values())
+    for result in results(torch_runs, "fsdp2_bfloat16_base"):
+        assert_same(result, alone, tolerance=1e-3)  # rounding of the half batches
+
+
+def test_mixed_precision_keeps_the_values_in_float32(torch_runs, llama_alone):
+    for result in results(torch_runs, "fsdp2_mixed_precision"):
+        assert result.base_intact
+        assert result.losses == pytest.approx(llama_alone.losses, rel=1e-3)
+        assert all(value.dtype == torch.float32 for value in result.values.values())
+        for name, values in llama_alone.values.items():
+            torch.testing.assert_close(result.values[name], values, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_file_is_that_of_one_process(torch_runs, file_alone, name):
+    assert [found["file"] for found in torch_runs[name]] == [file_alone] * 2
+
+
+def test_ddp_does_not_send_the_positions_around(torch_runs):
+    assert [found["sent"] for found in torch_runs["ddp"]] == [[], []]
+
+
+@pytest.mark.parametrize("way", ["ddp", "ddp without buffers", "fsdp2", "compiled", "copied"])
+def test_different_positions_stop_the_run_on_every_rank(torch_runs, way):
+    for found in torch_runs["different_positions"]:
+        assert "RankMismatchError" in found[way]
+        assert "adapter 'default', parameter 'model.layers.0." in found[way]
+        assert "ranks 0 and 1 train different positions" in found[way]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ZERO_LLAMA)
+def test_zero_on_a_language_model(zero_runs, llama_alone, name):
+    for result in results(zero_runs, name):
+        assert_same(result, llama_alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ZERO_EVERYTHING)
+def test_zero_on_every_layer_type(zero_runs, everything_alone, name):
+    for result in results(zero_runs, name):
+        assert_same(result, everything_alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_zero_writes_the_file_of_one_process(zero_runs, file_alone, name):
+    assert [found["file"] for found in zero_runs[name]] == [file_alone] * 2
+
+
+@needs_deepspeed
+def test_zero_lets_the_values_go_after_use(zero_runs):
+    assert [found["left"] for found in zero_runs["zero3"]] == [[], []]
+
+
+@needs_deepspeed
+def test_zero_with_different_positions_stops_on_every_rank(zero_runs):
+    for found in zero_runs["zero3_different_positions"]:
+        assert "RankMismatchError" in found
