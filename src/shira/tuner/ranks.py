@@ -138,7 +138,8 @@ def raise_if_different(by_rank: Sequence[Digests]) -> None:
         f"adapter {adapter!r}, parameter {parameter!r}: ranks {one} and {two} train different "
         f"positions ({len(different)} of {len(first)} parameters differ). Averaging their "
         "gradients would be wrong. Give the config a random_seed, or make masks from data on one "
-        "rank and send them to the others; masks that look at weights need equal weights on every rank"
+        "rank and send them to the others; masks that look at weights need equal weights on every "
+        "rank"
     )
 
 
