@@ -20,17 +20,26 @@ BELOW = {
     "errors": set(),
     "support": {"errors"},
     "blocks": {"errors", "support"},
-    "delta": {"errors", "support"},
+    "operators": {"errors", "support"},
+    "delta": {"errors", "support", "operators"},
     "masks": {"errors", "support", "blocks", "delta"},
     "ops": {"errors", "support", "blocks", "delta"},
     "store": {"errors", "support", "blocks", "delta"},
-    "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store"},
+    "fusing": {"_version", "errors", "support", "delta", "masks"},
+    "measure": {"errors", "support", "delta", "fusing"},
+    "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store", "fusing"},
     "serve": {"errors", "support", "delta", "ops", "store"},
-    "cli": {"_version", "errors", "support", "delta", "masks", "ops", "store", "tuner", "serve"},
+    "cli": {
+        *("_version", "errors", "support", "delta", "masks", "ops", "store"),
+        *("fusing", "measure", "tuner", "serve"),
+    },
     "__main__": {"cli"},
     "__init__": {"_version"},
 }
-CORE = ["errors", "support", "blocks", "delta", "masks", "ops", "store"]
+CORE = [
+    *("errors", "support", "blocks", "operators", "delta"),
+    *("masks", "ops", "store", "fusing", "measure"),
+]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
 ON_USE = {"ops/triton_kernel.py": {"triton"}}
@@ -100,6 +109,7 @@ def modules_after(code: str) -> set[str]:
         "import shira",
         "import shira; shira.Support, shira.SparseDelta, shira.Adapter, shira.ShiraError",
         "from shira import masks, ops, store",
+        "from shira import fuse, overlap",
     ],
 )
 def test_the_core_loads_neither_peft_nor_transformers(code):
@@ -127,9 +137,11 @@ def test_public_names():
         "Support",
         "__version__",
         "calibrate",
+        "fuse",
         "get_peft_model",
         "masks",
         "ops",
+        "overlap",
         "store",
     ]
     assert all(hasattr(shira, name) for name in shira.__all__)

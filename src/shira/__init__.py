@@ -9,7 +9,7 @@ a name of the tuner is asked for.
 
 The tree, each part importing only from its left::
 
-    errors -> support -> delta -> masks, ops, store -> tuner, serve -> cli
+    errors -> support -> delta -> masks, ops, store -> fusing, measure -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from shira import masks, ops, store
     from shira.delta import Adapter, SparseDelta
     from shira.errors import ShiraError
+    from shira.fusing import fuse
+    from shira.measure import overlap
     from shira.support import Support
     from shira.tuner import (
         PeftModel,
@@ -43,9 +45,11 @@ _WHERE = {
     "SparseDelta": "shira.delta",
     "Support": "shira.support",
     "calibrate": "shira.tuner",
+    "fuse": "shira.fusing",
     "get_peft_model": "shira.tuner",
+    "overlap": "shira.measure",
 }
-_MODULES = ("cli", "errors", "masks", "ops", "serve", "store", "tuner")
+_MODULES = ("cli", "errors", "fusing", "masks", "measure", "ops", "serve", "store", "tuner")
 
 __all__ = [
     "Adapter",
@@ -58,9 +62,11 @@ __all__ = [
     "Support",
     "__version__",
     "calibrate",
+    "fuse",
     "get_peft_model",
     "masks",
     "ops",
+    "overlap",
     "store",
 ]
 

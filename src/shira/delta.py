@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
+from shira.operators import Operators
 from shira.support import Support
 
 
@@ -83,8 +84,8 @@ class SparseDelta:
         return f"SparseDelta({self.support!r}, {self.values.dtype})"
 
 
-class Adapter(Mapping[str, SparseDelta]):
-    """`{parameter name: SparseDelta}` with metadata.
+class Adapter(Operators, Mapping[str, SparseDelta]):
+    """`{parameter name: SparseDelta}` with metadata; the operators are in `shira.operators`.
 
     Args:
         deltas: By the base model's own parameter name, e.g. ``model.layers.0.mlp.up_proj.weight``.
