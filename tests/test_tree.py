@@ -27,18 +27,19 @@ BELOW = {
     "store": {"errors", "support", "blocks", "delta"},
     "fusing": {"_version", "errors", "support", "delta", "masks"},
     "measure": {"errors", "support", "delta", "fusing"},
+    "convert": {"errors", "support", "delta", "masks", "store"},
     "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store", "fusing"},
     "serve": {"errors", "support", "delta", "ops", "store"},
     "cli": {
         *("_version", "errors", "support", "delta", "masks", "ops", "store"),
-        *("fusing", "measure", "tuner", "serve"),
+        *("fusing", "measure", "convert", "tuner", "serve"),
     },
     "__main__": {"cli"},
     "__init__": {"_version"},
 }
 CORE = [
     *("errors", "support", "blocks", "operators", "delta"),
-    *("masks", "ops", "store", "fusing", "measure"),
+    *("masks", "ops", "store", "fusing", "measure", "convert"),
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
@@ -108,7 +109,7 @@ def modules_after(code: str) -> set[str]:
     [
         "import shira",
         "import shira; shira.Support, shira.SparseDelta, shira.Adapter, shira.ShiraError",
-        "from shira import masks, ops, store",
+        "from shira import convert, masks, ops, store",
         "from shira import fuse, overlap",
     ],
 )
@@ -137,6 +138,7 @@ def test_public_names():
         "Support",
         "__version__",
         "calibrate",
+        "convert",
         "fuse",
         "get_peft_model",
         "masks",

@@ -9,7 +9,8 @@ a name of the tuner is asked for.
 
 The tree, each part importing only from its left::
 
-    errors -> support -> delta -> masks, ops, store -> fusing, measure -> tuner, serve -> cli
+    errors -> support -> delta -> masks, ops, store
+        -> fusing, measure, convert -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shira._version import __version__
 
 if TYPE_CHECKING:
-    from shira import masks, ops, store
+    from shira import convert, masks, ops, store
     from shira.delta import Adapter, SparseDelta
     from shira.errors import ShiraError
     from shira.fusing import fuse
@@ -49,7 +50,18 @@ _WHERE = {
     "get_peft_model": "shira.tuner",
     "overlap": "shira.measure",
 }
-_MODULES = ("cli", "errors", "fusing", "masks", "measure", "ops", "serve", "store", "tuner")
+_MODULES = (
+    "cli",
+    "convert",
+    "errors",
+    "fusing",
+    "masks",
+    "measure",
+    "ops",
+    "serve",
+    "store",
+    "tuner",
+)
 
 __all__ = [
     "Adapter",
@@ -62,6 +74,7 @@ __all__ = [
     "Support",
     "__version__",
     "calibrate",
+    "convert",
     "fuse",
     "get_peft_model",
     "masks",

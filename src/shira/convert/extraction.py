@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From two models to the adapter between them.
+
+Without a budget the adapter is exact: every entry that differs, with the delta that carries the
+base's value to the tuned one bit for bit (``exact``). A model that was tuned in full differs nearly
+everywhere; then a budget keeps the entries that changed most, and the report says how much of the
+change they hold: its energy, the sum of squares.
+
+Tensors pass by in pieces, the two models side by side. What is kept are the chosen positions, whose
+values are looked up afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.convert.budgets import Budget, budget_or_none
+from shira.convert.exact import exact_delta
+from shira.convert.naming import match_names
+from shira.convert.sources import Model, OnDisk, Source, source_of
+from shira.delta import Adapter, SparseDelta, accumulation_dtype, fingerprint
+from shira.errors import AdapterError, WrongBaseError, did_you_mean
+from shira.masks.topk import top_k
+from shira.support import Support
+
+SPARSE = 0.5
+"""The largest share of entries that may differ where no budget is given."""
+
+Progress = Callable[[int, int], None]
+"""Told the entries that are done and those there are in all."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one tensor.
+
+    Attributes:
+        name: The parameter.
+        shape: Its shape.
+        differing: Entries that differ between the two models.
+        kept: Those that the adapter holds.
+        energy: Sum of squared differences.
+        energy_kept: That of the entries kept.
+        missed: Kept entries that no delta carries to exactly the tuned value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    differing: int
+    kept: int
+    energy: float
+    energy_kept: float
+    missed: int
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An adapter and what it leaves out.
+
+    Attributes:
+        adapter: The adapter.
+        changes: Tensor by tensor, those without a difference left out.
+        unchanged: How many tensors are the same in both models.
+        excluded: Tensors that the caller left out.
+        only_in_base: Tensors that the tuned model lacks.
+        only_in_tuned: Tensors that the base lacks, such as a new head.
+    """
+
+    adapter: Adapter
+    changes: tuple[Change, ...]
+    unchanged: int
+    excluded: tuple[str, ...]
+    only_in_base: tuple[str, ...]
+    only_in_tuned: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether base and adapter give the tuned model, in the tensors looked at, bit for bit."""
+        return all(c.kept == c.differing and not c.missed for c in self.changes)
+
+    @property
+    def energy_share(self) -> float:
+        """Share of the squared difference that the adapter holds, from 0 to 1."""
+        whole = math.fsum(change.energy for change in self.changes)
+        return math.fsum(c.energy_kept for c in self.changes) / whole if whole else 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the adapter's values, in what JSON can hold."""
+        return {
+            "exact": self.exact,
+            "nnz": self.adapter.nnz,
+            "density": self.adapter.density,
+            "energy_share": self.energy_share,
+            "differing": sum(change.differing for change in self.changes),
+            "missed": sum(change.missed for change in self.changes),
+            "unchanged": self.unchanged,
+            "excluded": list(self.excluded),
+            "only_in_base": list(self.only_in_base),
+            "only_in_tuned": list(self.only_in_tuned),
+            "changes": [asdict(change) for change in self.changes],
+        }
+
+
+def extract(
+    base: Model,
+    tuned: Model,
+    *,
+    density: float | None = None,
+    r: int | None = None,
+    everywhere: bool = False,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Extraction:
+    """The adapter that leads from one model to another.
+
+    Args:
+        base: A safetensors checkpoint's path, a module, or a state dict.
+        tuned: The same for the tuned model.
+        density: Keep at most this share of each tensor's entries.
+        r: Keep at most ``r * (m + n)`` entries of an m x n tensor.
+        everywhere: Spend the sum of these budgets on the largest differences of all tensors.
+        include: Patterns (as of file names) of the parameters to look at.
+        exclude: Patterns of those to leave out of them.
+        progress: Told the entries done and those there are in all.
+
+    Returns:
+        The adapter, in float32 (float64 in a tensor where float32 cannot carry every entry), with
+        the base's fingerprint in its metadata, and what it leaves out.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        FileFormatError: If a checkpoint is damaged.
+        AdapterError: If no budget is given and more than half of the entries differ, a value
+            is not finite, or no parameter is left to look at.
+        WrongBaseError: If the models share no parameter, or one has another shape in the other.
+        ConfigError: If the budget is not possible.
+    """
+    budget = budget_or_none(density, r, everywhere)
+    old, new = source_of(base), source_of(tuned)
+    names, excluded = _chosen(old, new, include, exclude)
+    reader = _Reader(old, new, names, progress)
+    if budget is None:
+        supports = _all_that_differ(reader)
+    elif budget.everywhere:
+        supports = _largest_of_all(reader, budget)
+    else:
+        supports = {name: _largest(reader, name, budget) for name in names}
+    return _assemble(reader, supports, excluded)
+
+
+class _Reader:
+    """Two models side by side, and what was seen of each tensor in passing."""
+
+    def __init__(
+        self, old: Source, new: Source, names: Mapping[str, str], progress: Progress | None
+    ) -> None:
+        self.old, self.new, self.names = old, new, names
+        self.differing = dict.fromkeys(names, 0)
+        self.energy = dict.fromkeys(names, 0.0)
+        self.total = sum(math.prod(old.shapes[name]) for name in names)
+        self._done, self._progress = 0, progress
+
+    def differences(self, name: str) -> Iterator[Tensor]:
+        """Absolute differences of a tensor, piece by piece: float32 or float64, on the CPU."""
+        dtype = self.old.dtype(name)
+        for a, b in zip(self.old.blocks(name), self.new.blocks(self.names[name]), strict=True):
+            wide = accumulation_dtype(dtype)
+            # what the base's dtype can hold of the tuned value is what a merge can reach
+            difference = (b.to(dtype).to(wide) - a.to(wide)).abs_()
+            if not bool(difference.isfinite().all()):
+                raise AdapterError(
+                    f"{name!r}: values or differences that are not finite: there is NaN or "
+                    f"infinity in {self.old.label} or {self.new.label}"
+                )
+            self.differing[name] += int(difference.count_nonzero())
+            self.energy[name] += float(difference.double().square().sum())
+            self._done += difference.numel()
+            if self._progress is not None:
+                self._progress(self._done, self.total)
+            yield difference
+
+
+def _chosen(
+    old: Source, new: Source, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Parameters to look at, with what the tuned model calls each, and those left out."""
+    shared = {name: name for name in old.shapes if name in new.shapes}
+    if not shared:
+        prefix = match_names(list(old.shapes), list(new.shapes)) if old.shapes else None
+        if prefix is None:
+            some, other = next(iter(old.shapes), "none"), next(iter(new.shapes), "none")
+            raise WrongBaseError(
+                f"{old.label} and {new.label} share no parameter: the one has {some!r}, the other "
+                f"{other!r}"
+            )
+        shared = {name: prefix.apply(name) or name for name in old.shapes}
+    names = {
+        name: theirs
+        for name, theirs in shared.items()
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    if not names:
+        raise AdapterError(
+            f"no parameter of {old.label} is left: include {list(include)}, exclude "
+            f"{list(exclude)}.{did_you_mean(next(iter(include), ''), shared)}"
+        )
+    for name, theirs in names.items():
+        if old.shapes[name] != new.shapes[theirs]:
+            raise WrongBaseError(
+                f"{name!r} has shape {old.shapes[name]} in {old.label}, but "
+                f"{new.shapes[theirs]} in {new.label}; leave it out with exclude, or is this "
+                "another base?"
+            )
+    return names, tuple(name for name in shared if name not in names)
+
+
+def _all_that_differ(reader: _Reader) -> dict[str, Support]:
+    """Every entry that differs, if they are few enough for an adapter."""
+    supports, found = {}, 0
+    for name in reader.names:
+        pieces, start = [], 0
+        for difference in reader.differences(name):
+            here = difference.nonzero().squeeze(1)
+            found += here.numel()
+            if found > SPARSE * reader.total:
+                raise AdapterError(
+                    f"{reader.new.label} differs from {reader.old.label} in more than "
+                    f"{SPARSE:.0%} of the {reader.total:,} entries: it was tuned in full"
+                    f"{_about_dtypes(reader, name)}. Give a budget, density= or r= "
+                    "(--density, --r), to keep the entries that changed most"
+                )
+            pieces.append(here + start)
+            start += difference.numel()
+        flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+        supports[name] = Support._trusted(reader.old.shapes[name], flat)
+    return supports
+
+
+def _about_dtypes(reader: _Reader, name: str) -> str:
+    old, new = reader.old.dtype(name), reader.new.dtype(reader.names[name])
+    return "" if old == new else f", or has other dtypes ({new} where the base has {old})"
+
+
+def _largest(reader: _Reader, name: str, budget: Budget) -> Support:
+    """The entries of one tensor that changed most."""
+    shape = reader.old.shapes[name]
+    k = budget.entries(shape)
+    if not k:
+        return Support._trusted(shape, torch.empty(0, dtype=torch.int64))
+    return Support._trusted(shape, top_k(reader.differences(name), k))
+
+
+def _largest_of_all(reader: _Reader, budget: Budget) -> dict[str, Support]:
+    """The entries of all tensors that changed most, seen as one long tensor."""
+    shapes = {name: reader.old.shapes[name] for name in reader.names}
+    pieces = itertools.chain.from_iterable(reader.differences(name) for name in shapes)
+    flat = top_k(pieces, budget.total(shapes))
+    supports, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        low, high = torch.searchsorted(flat, torch.tensor([start, end])).tolist()
+        supports[name] = Support._trusted(shape, flat[low:high] - start)
+        start = end
+    return supports
+
+
+def _assemble(
+    reader: _Reader, supports: Mapping[str, Support], excluded: tuple[str, ...]
+) -> Extraction:
+    old, new, names = reader.old, reader.new, reader.names
+    deltas, changes, prints = {}, [], {}
+    for name, support in supports.items():
+        if not reader.differing[name]:
+            continue
+        before = old.entries(name, support.indices)
+        after = new.entries(names[name], support.indices).to(before.dtype)
+        differs = before != after  # a budget may reach beyond what differs
+        before, after = before[differs], after[differs]
+        values, missed = exact_delta(before, after)
+        if values.numel():
+            kept = Support._trusted(support.shape, support.indices[differs])
+            deltas[name] = SparseDelta(kept, values)
+            prints[name] = fingerprint(before)
+        wide = accumulation_dtype(before.dtype)
+        held = float((after.to(wide) - before.to(wide)).double().square_().sum())
+        changes.append(
+            Change(
+                name=name,
+                shape=support.shape,
+                differing=reader.differing[name],
+                kept=values.numel(),
+                energy=reader.energy[name],
+                energy_kept=held,
+                missed=missed,
+            )
+        )
+    theirs = set(names.values()) | {names.get(name, name) for name in excluded}
+    return Extraction(
+        adapter=Adapter(deltas, _metadata(old, prints)),
+        changes=tuple(changes),
+        unchanged=len(names) - len(changes),
+        excluded=excluded,
+        only_in_base=tuple(n for n in old.shapes if n not in names and n not in excluded),
+        only_in_tuned=tuple(name for name in new.shapes if name not in theirs),
+    )
+
+
+def _metadata(old: Source, prints: Mapping[str, str]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"base_fingerprint": dict(prints)}
+    if isinstance(old, OnDisk):
+        recorded = old.checkpoint.config.get("_name_or_path")
+        metadata["base_model_name_or_path"] = recorded or old.label
+    return metadata

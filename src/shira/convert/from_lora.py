@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA, from a PEFT folder or as factors, made into an adapter of its largest entries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from shira.convert.budgets import budget_or_none
+from shira.convert.lora import Factors, FromLora, Progress, sparsify
+from shira.convert.lora_file import oriented, read_lora
+from shira.convert.naming import match_names
+from shira.convert.sources import Model, Source, source_of
+from shira.delta import Adapter, fingerprint
+from shira.errors import WrongBaseError, did_you_mean
+
+
+def from_lora(
+    lora: str | os.PathLike[str] | Iterable[Factors],
+    *,
+    base: Model | None = None,
+    density: float | None = None,
+    r: int | None = None,
+    everywhere: bool = False,
+    progress: Progress | None = None,
+) -> FromLora:
+    """The adapter that holds the largest entries of a LoRA's update.
+
+    Without a budget it has as many entries in each weight as the LoRA has parameters.
+
+    Args:
+        lora: A folder in PEFT's format, or `Factors`.
+        base: The base model, where it is at hand: shapes are checked, weights that are stored
+            transposed are recognized, and the adapter gets the base's fingerprint. Needed for a
+            Conv1D whose config does not tell ``fan_in_fan_out``.
+        density: Keep at most this share of each weight's entries.
+        r: Keep at most ``r * (m + n)`` entries of an m x n weight.
+        everywhere: Spend the sum of these budgets on the largest entries of all weights.
+        progress: Told the entries done and those there are in all.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        FileFormatError: If a file is damaged, or no LoRA.
+        AdapterError: If the LoRA is a variant or a convolution's, two are of one weight, or a value
+            is not finite.
+        WrongBaseError: If the base lacks a weight, or has it in another shape.
+        ConfigError: If the budget is not possible.
+    """
+    budget = budget_or_none(density, r, everywhere)
+    source = None if base is None else source_of(base, shared=True)
+    if isinstance(lora, (str, os.PathLike)):
+        factors, config, left_out = read_lora(lora)
+        names = _names(factors, source)
+        if source is not None:
+            shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
+            factors = oriented(factors, shapes, os.fspath(lora))
+        metadata = _metadata(config)
+    else:
+        factors, left_out, metadata = list(lora), (), {}
+        names = _names(factors, source)
+        _check_shapes(factors, names, source)
+    deltas, kept = sparsify(factors, budget, progress)
+    if source is not None:
+        metadata["base_fingerprint"] = {
+            name: fingerprint(source.entries(names[name], delta.support.indices))
+            for name, delta in deltas.items()
+        }
+    return FromLora(Adapter(deltas, metadata), kept, left_out)
+
+
+def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:
+    """What the base calls each weight."""
+    wanted = [one.name for one in factors]
+    if source is None or not wanted:
+        return {name: name for name in wanted}
+    prefix = match_names(wanted, source.shapes)
+    if prefix is None:
+        odd = next((name for name in wanted if name not in source.shapes), wanted[0])
+        raise WrongBaseError(
+            f"{source.label}: there is no {odd!r}, which the LoRA changes; is this its base?"
+            f"{did_you_mean(odd, source.shapes)}"
+        )
+    return {name: prefix.apply(name) or name for name in wanted}
+
+
+def _check_shapes(factors: list[Factors], names: dict[str, str], source: Source | None) -> None:
+    if source is None:
+        return
+    for one in factors:
+        if source.shapes[names[one.name]] != one.shape:
+            raise WrongBaseError(
+                f"{source.label}: {names[one.name]!r} has shape "
+                f"{source.shapes[names[one.name]]}, but the LoRA is of one of {one.shape}"
+            )
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter inherits from the config of a LoRA: what it is of, not how it was trained."""
+    fields = ("base_model_name_or_path", "revision", "task_type")
+    return {name: config[name] for name in fields if config.get(name) is not None}

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a LoRA in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What is read is the plain LoRA of linear layers and embeddings, ``scaling * B A``, with
+``rank_pattern``, ``alpha_pattern`` and rsLoRA as PEFT applies them. A variant whose update is
+something else (DoRA and others), a base that PEFT changes on loading (PiSSA and others), and
+convolutions are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from shira.convert.lora import Factors
+from shira.errors import AdapterError, FileFormatError, WrongBaseError
+from shira.store.json_text import parse_object
+from shira.store.names import base_module_name, weight_name
+from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_CONFIG_LIMIT = 50_000_000
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+# Config fields whose update is not scaling * B A, with what they are called.
+_OTHER_UPDATES = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "lora_bias": "LoRA with a bias",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "LoRA of parameters (target_parameters)",
+    "layer_replication": "LoRA of replicated layers",
+}
+# Ways to start that change the base's weights, unless saving has undone them.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def is_lora(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a LoRA in PEFT's format; a look, not a validation."""
+    config = Path(path) / CONFIG_NAME
+    try:
+        return b'"LORA"' in config.read_bytes()
+    except OSError:
+        return False
+
+
+def read_lora(
+    path: str | os.PathLike[str],
+) -> tuple[list[Factors], dict[str, Any], tuple[str, ...]]:
+    """Read a LoRA.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        Factors of each weight, the config, and the names of tensors that are no part of a LoRA.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is not there.
+        FileFormatError: If one of them is damaged, or no LoRA.
+        AdapterError: If it is a variant that is not ``scaling * B A``, or a convolution's.
+    """
+    folder = Path(path)
+    config = _read_config(folder / CONFIG_NAME)
+    weights = folder / WEIGHTS_NAME
+    with open_regular(weights) as file:
+        header = read_header(file, weights)
+        modules, left_out = _sort_out(header)
+        if not modules:
+            raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
+        factors = [
+            _factors(file, header, config, key, embedding)
+            for key, embedding in sorted(modules.items())
+        ]
+    return factors, config, tuple(left_out)
+
+
+def oriented(
+    factors: Sequence[Factors], shapes: Mapping[str, Sequence[int]], folder: str
+) -> list[Factors]:
+    """The factors, each the way round its weight is stored.
+
+    PEFT goes by the type of the layer, and the config may not tell (it is written as the user gave
+    it): a Conv1D stores its weight transposed. A weight that is not square tells by its shape; a
+    square one is taken as the others are.
+
+    Args:
+        factors: From `read_lora`.
+        shapes: Of the base's weights, by the factors' names.
+        folder: Where the LoRA is from, for messages.
+
+    Raises:
+        WrongBaseError: If a weight has another shape either way round.
+        AdapterError: If a square one cannot be told.
+    """
+    turned = set()
+    for one in factors:
+        shape = tuple(shapes[one.name])
+        if shape not in (one.shape, one.shape[::-1]):
+            raise WrongBaseError(
+                f"{folder}: {one.name!r} has shape {shape}, but the LoRA is of one of {one.shape}"
+            )
+        if shape[0] != shape[1]:
+            turned.add(shape != one.shape)
+    squares = [one.name for one in factors if one.shape[0] == one.shape[1]]
+    if len(turned) > 1 and squares:
+        raise AdapterError(
+            f"{folder}: some weights are stored as [out, in] and others as [in, out], and the "
+            f"square {squares[0]!r} does not tell; give fan_in_fan_out in {CONFIG_NAME}"
+        )
+    flip_squares = turned == {True}
+    result = []
+    for one in factors:
+        square = one.shape[0] == one.shape[1]
+        flip = flip_squares if square else tuple(shapes[one.name]) != one.shape
+        result.append(
+            Factors(one.name, one.a, one.b, one.scaling, one.transposed != flip) if flip else one
+        )
+    return result
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _CONFIG_LIMIT:
+            raise FileFormatError(f"{path}: too large for a config (limit {_CONFIG_LIMIT} bytes)")
+        config = parse_object(file.read(), path, "config")
+    if config.get("peft_type") != "LORA":
+        raise FileFormatError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
+    for field, called in _OTHER_UPDATES.items():
+        if config.get(field):
+            raise AdapterError(
+                f"{path}: {called} ({field}) is not supported: its update is not scaling * B A"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        raise AdapterError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base's weights: the update "
+            "is not one of the original base. Save it with PEFT's conversion to a plain LoRA "
+            "(path_initial_model_for_weight_conversion) first"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(_is_number(n) for n in patterns.values()):
+            raise FileFormatError(f"{path}: {field} maps patterns to numbers")
+    for field in ("r", "lora_alpha"):
+        if not _is_number(config.get(field)):
+            raise FileFormatError(f"{path}: {field} is a number, not {config.get(field)!r}")
+    return config
+
+
+def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
+    """Keys of the adapted modules, with whether they are embeddings, and what is no LoRA's."""
+    modules: dict[str, bool] = {}
+    left_out = []
+    for name in header.tensors:
+        for kinds, embedding in ((_LINEAR, False), (_EMBEDDING, True)):
+            kind = next((kind for kind in kinds if name.endswith(f".{kind}")), None)
+            if kind is not None:
+                key = name[: -len(kind) - 1]
+                for twin in kinds:
+                    if f"{key}.{twin}" not in header.tensors:
+                        raise FileFormatError(f"{header.path}: missing tensor '{key}.{twin}'")
+                modules[key] = embedding
+                break
+        else:
+            if "lora_magnitude_vector" in name or name.endswith(".lora_B.bias"):
+                raise AdapterError(
+                    f"{header.path}: {name!r} is not supported: the update is not scaling * B A"
+                )
+            left_out.append(name)
+    return modules, left_out
+
+
+def _factors(
+    file: BinaryIO, header: Header, config: Mapping[str, Any], key: str, embedding: bool
+) -> Factors:
+    names = [f"{key}.{kind}" for kind in (_EMBEDDING if embedding else _LINEAR)]
+    for name in names:
+        info = header.tensors[name]
+        if len(info.shape) > 2:
+            raise AdapterError(
+                f"{header.path}: {name!r} has shape {info.shape}: LoRA of a convolution is not "
+                "supported; leave such modules out of its target_modules"
+            )
+        if info.dtype not in _FLOATS:
+            raise FileFormatError(f"{header.path}: {name!r} has dtype {info.dtype}, not a float")
+    a, b = (_finite(read_tensor(file, header, name), header, name) for name in names)
+    module = base_module_name(key)
+    r = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != r or b.shape[1] != r:
+        raise FileFormatError(
+            f"{header.path}: {key!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of the "
+            f"config's rank {r}"
+        )
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    return Factors(weight_name(module), a, b, scaling, transposed)
+
+
+def _finite(tensor: Tensor, header: Header, name: str) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise FileFormatError(f"{header.path}: {name!r} holds values that are not finite")
+    return tensor
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise FileFormatError(f"{pattern!r} is no pattern of module names: {error}") from error
+    return default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

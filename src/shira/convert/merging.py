@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging an adapter into a checkpoint on disk.
+
+Everything is read and checked first: names, shapes, dtypes, the fingerprint of the base, and the k
+values that are to be written. Then the folder is copied and the entries are overwritten in the
+copy. Memory is that of the adapter and one small window, whatever the size of the checkpoint.
+
+What is written is ``round(base + scale * delta)``, summed as `shira.delta.replacement` sums, so the
+result has the bits of a model that was loaded, merged in memory and saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.convert.base_check import Verdict, check_values
+from shira.convert.checkpoint import FLOATS, Checkpoint, Stored, open_checkpoint
+from shira.convert.entries import read_entries
+from shira.convert.loading import load_for
+from shira.convert.naming import check_untied, locate
+from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
+from shira.convert.undo import Undone, write_undo
+from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.errors import ConfigError, MergeError, WrongBaseError
+from shira.support import Support
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a merge does to one tensor.
+
+    Attributes:
+        name: The parameter, as the adapter calls it.
+        key: The tensor, as the checkpoint calls it.
+        file: The file that holds it.
+        dtype: Its dtype, as ``"bfloat16"``.
+        nnz: Entries of the adapter (k).
+        nonzero: Deltas other than zero among them.
+        lost: Those that rounding swallows: the entry stays as it was.
+        base: What the fingerprint says of the base.
+    """
+
+    name: str
+    key: str
+    file: str
+    dtype: str
+    nnz: int
+    nonzero: int
+    lost: int
+    base: Verdict
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        output: Where the merged checkpoint is.
+        undo: Where the undo file is, if one was asked for.
+        naming: How the adapter's names became the checkpoint's, in words.
+        targets: Tensor by tensor.
+        written: The files.
+    """
+
+    output: Path
+    undo: Path | None
+    naming: str
+    targets: tuple[Target, ...]
+    written: Written
+
+    @property
+    def nnz(self) -> int:
+        """Entries of the adapter."""
+        return sum(target.nnz for target in self.targets)
+
+    @property
+    def nonzero(self) -> int:
+        """Deltas other than zero."""
+        return sum(target.nonzero for target in self.targets)
+
+    @property
+    def lost(self) -> int:
+        """Deltas that rounding to the checkpoint's dtype swallowed."""
+        return sum(target.lost for target in self.targets)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold."""
+        return {
+            "output": str(self.output),
+            "undo": None if self.undo is None else str(self.undo),
+            "naming": self.naming,
+            "nnz": self.nnz,
+            "nonzero": self.nonzero,
+            "lost_to_rounding": self.lost,
+            "files": asdict(self.written),
+            "targets": [asdict(target) for target in self.targets],
+        }
+
+
+def merge(
+    adapter: Adapter | str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    scale: float = 1.0,
+    undo: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> Merged:
+    """Write a copy of a checkpoint with an adapter merged into it.
+
+    Args:
+        adapter: The adapter, or its path.
+        base: A safetensors checkpoint, a folder (of one or more shards) or one file.
+        output: Where the merged one goes: a folder or file, as ``base`` is. It appears as a whole.
+        scale: Factor on the deltas.
+        undo: Write there what `unmerge` needs to restore the base's bytes.
+        overwrite: Replace an output or undo file that is there already.
+        check_base: Refuse a base without the values that the adapter was trained on, as far as
+            its fingerprint can tell.
+        progress: Told the bytes done and those there are in all.
+
+    Raises:
+        FileNotFoundError: If the adapter or the base is not there.
+        FileFormatError: If one of them is damaged.
+        WrongBaseError: If the base lacks a parameter, has it in another shape, or holds others
+            values under the entries.
+        MergeError: If a tensor is quantized or otherwise no floating-point number that can be
+            added to, is tied to another, or a sum overflows its dtype.
+        ConfigError: If the output exists or overlaps the base.
+    """
+    checkpoint = open_checkpoint(base)
+    target = check_output(checkpoint, output, overwrite)
+    undo_path = None if undo is None else check_undo_path(undo, checkpoint, target, overwrite)
+    if not isinstance(adapter, Adapter):
+        adapter = load_for(adapter, checkpoint)
+    located, prefix = locate(adapter, checkpoint)
+    check_untied(located.values(), checkpoint)
+    for name, stored in located.items():
+        _check_fits(name, adapter[name], stored)
+    changes = list(_changes(adapter, located, scale, check_base))
+    if undo_path is not None:
+        write_undo(undo_path, [undone for _, _, undone in changes if undone.originals.numel()])
+    written = rewrite(checkpoint, [edit for _, edit, _ in changes], target, progress)
+    targets = tuple(told for told, _, _ in changes)
+    return Merged(target, undo_path, str(prefix), targets, written)
+
+
+def check_undo_path(
+    undo: str | os.PathLike[str], checkpoint: Checkpoint, output: Path, overwrite: bool
+) -> Path:
+    """The undo file's path, after making sure that it stands apart from both checkpoints.
+
+    Raises:
+        ConfigError: If it lies in one of them, where loaders would take it for a shard, or exists.
+    """
+    path = Path(os.path.abspath(undo))
+    for folder in (checkpoint.path.resolve(), output.resolve()):
+        if path.resolve() == folder or folder in path.resolve().parents:
+            raise ConfigError(f"the undo file {path} cannot be in a checkpoint; put it beside")
+    if path.is_dir():
+        raise ConfigError(f"the undo file {path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"the undo file {path} exists; overwrite it (--overwrite)")
+    return path
+
+
+def _check_fits(name: str, delta: SparseDelta, stored: Stored) -> None:
+    if stored.dtype not in FLOATS:
+        raise MergeError(
+            f"{stored.file}: {stored.key!r} has dtype {stored.dtype}: it is quantized or no "
+            f"weight, and a delta can be added to {', '.join(FLOATS)} alone; merge into the "
+            "checkpoint that it was quantized from"
+        )
+    if stored.shape != delta.support.shape:
+        raise WrongBaseError(
+            f"{stored.file}: {stored.key!r} has shape {stored.shape}, but the adapter was made for "
+            f"a {name!r} of shape {delta.support.shape}"
+        )
+
+
+def _changes(
+    adapter: Adapter, located: dict[str, Stored], scale: float, check_base: bool
+) -> Iterator[tuple[Target, Edit, Undone]]:
+    """What to write into each tensor, and what is to be told of it."""
+    names = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
+    for path, group in groupby(names, key=lambda name: located[name].file):
+        with open(path, "rb", buffering=0) as file:
+            for name in group:
+                delta, stored = adapter[name], located[name]
+                flat = delta.support.indices.cpu()
+                old = read_entries(file, stored, flat)
+                where = f"{path}: {stored.key!r}"
+                verdict = check_values(adapter.metadata, name, delta, old, where, check_base)
+                yield _change(name, delta, stored, flat, old, scale, verdict)
+
+
+def _change(
+    name: str,
+    delta: SparseDelta,
+    stored: Stored,
+    flat: Tensor,
+    old: Tensor,
+    scale: float,
+    verdict: Verdict,
+) -> tuple[Target, Edit, Undone]:
+    new = SparseDelta(delta.support, delta.values.cpu()).replacement(old, scale)
+    _check_overflow(name, stored, old, new)
+    changed = bits(new) != bits(old)
+    nonzero = delta.values.cpu() != 0 if scale else torch.zeros(flat.numel(), dtype=torch.bool)
+    told = Target(
+        name=name,
+        key=stored.key,
+        file=stored.file.name,
+        dtype=str(old.dtype).removeprefix("torch."),
+        nnz=flat.numel(),
+        nonzero=int(nonzero.sum()),
+        lost=int((nonzero & (new == old)).sum()),
+        base=verdict,
+    )
+    flat, old, new = flat[changed], old[changed], new[changed]
+    support = Support._trusted(stored.shape, flat)
+    undone = Undone(stored.key, stored.file.name, support, old, fingerprint(new))
+    return told, Edit(stored, flat, new), undone
+
+
+def bits(values: Tensor) -> Tensor:
+    """The values as integers of their width, to tell 0.0 from -0.0."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def _check_overflow(name: str, stored: Stored, old: Tensor, new: Tensor) -> None:
+    over = int((old.isfinite() & ~new.isfinite()).sum())
+    if over:
+        raise MergeError(
+            f"{stored.file}: {name!r}: {over} of {new.numel()} sums are too large for "
+            f"{stored.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
+        )

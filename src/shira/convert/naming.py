@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an adapter's parameter names to the tensors of a checkpoint.
+
+They are the same, or differ by one prefix: a task model calls ``bert.encoder.layer.0...`` what its
+encoder's own checkpoint calls ``encoder.layer.0...``, and the other way round. Names are taken as
+they are if the checkpoint has all of them, else with the one prefix that makes it have all. What
+cannot be found is explained: tied, packed by quantization, fused on loading, or misspelt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from shira.convert.checkpoint import Checkpoint, Stored
+from shira.errors import MergeError, WrongBaseError, did_you_mean
+
+HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_PACKED = ("qweight", "weight_packed", "weight_scale", "weight.absmax", "weight_blocks")
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How the adapter's names become the checkpoint's: ``removed`` goes, ``added`` comes."""
+
+    removed: str = ""
+    added: str = ""
+
+    def apply(self, name: str) -> str | None:
+        """The checkpoint's name; None for a name that lacks what is to be removed."""
+        if not name.startswith(self.removed):
+            return None
+        return self.added + name[len(self.removed) :]
+
+    def __str__(self) -> str:
+        if self.removed:
+            return f"names without the adapter's prefix {self.removed!r}"
+        return f"names with the prefix {self.added!r}" if self.added else "the adapter's own names"
+
+
+def match_names(names: Collection[str], keys: Collection[str]) -> Prefix | None:
+    """The one change of prefix with which all ``names`` are among ``keys``; None without one.
+
+    Raises:
+        WrongBaseError: If there are several.
+    """
+    keys = set(keys)
+    if all(name in keys for name in names):
+        return Prefix()
+    first = next(iter(names))
+    candidates = {Prefix(added=key[: -len(first)]) for key in keys if key.endswith(f".{first}")} | {
+        Prefix(removed=first[: -len(key)]) for key in keys if first.endswith(f".{key}")
+    }
+    fits = [p for p in candidates if all(p.apply(name) in keys for name in names)]
+    if len(fits) > 1:
+        raise WrongBaseError(
+            f"the adapter's names fit the checkpoint in {len(fits)} ways: "
+            f"{', or '.join(sorted(map(str, fits)))}"
+        )
+    return fits[0] if fits else None
+
+
+def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stored], Prefix]:
+    """The stored tensor of each parameter.
+
+    Args:
+        names: An adapter's parameter names.
+        checkpoint: Where to look.
+
+    Returns:
+        Tensors by parameter name, and the change of prefix that found them.
+
+    Raises:
+        WrongBaseError: If a parameter has no tensor, or several could be meant.
+        MergeError: If it has none of its own because it is tied, or packed by quantization.
+    """
+    names = list(names)
+    if not names:
+        return {}, Prefix()
+    prefix = match_names(names, checkpoint.tensors)
+    if prefix is None:
+        raise _not_found(names, checkpoint)
+    return {name: checkpoint.tensors[prefix.apply(name) or name] for name in names}, prefix
+
+
+def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:
+    """Refuse an embedding that the model's output head shares.
+
+    The adapter was trained on the embedding alone; written into the shared tensor, it would change
+    the head as well.
+
+    Raises:
+        MergeError: If the config ties the two and the checkpoint holds no head.
+    """
+    if any(key.endswith(HEADS) for key in checkpoint.tensors) or not _ties(checkpoint):
+        return
+    for stored in located:
+        if stored.key.endswith(_EMBEDDINGS):
+            raise MergeError(
+                f"{checkpoint.path}: {stored.key!r} is tied: the checkpoint has no output head of "
+                "its own, so writing there would change the head too. Save the base with the two "
+                "apart (tie_word_embeddings=False) and merge into that"
+            )
+
+
+def _ties(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.config
+    made = config.get("architectures") or []
+    if not any(str(name).endswith(_LANGUAGE_MODELS) for name in made):
+        return False
+    text = config.get("text_config")
+    told = [config.get("tie_word_embeddings")]
+    told += [text.get("tie_word_embeddings")] if isinstance(text, dict) else []
+    return False not in told
+
+
+def _not_found(names: list[str], checkpoint: Checkpoint) -> Exception:
+    """What to say of names that the checkpoint lacks."""
+    keys, where = checkpoint.tensors, checkpoint.path
+    best = _best_prefix(names, keys)
+    missing = [name for name in names if best.apply(name) not in keys]
+    name = missing[0]
+    module = name.removesuffix("weight").rstrip(".")
+    packed = [key for key in keys if key.endswith(tuple(f"{module}.{part}" for part in _PACKED))]
+    if packed:
+        return MergeError(
+            f"{where}: {name!r} is quantized: the checkpoint holds {packed[0]!r} instead; merge "
+            "into the checkpoint that it was quantized from"
+        )
+    embedding = next((key for key in keys if key.endswith(_EMBEDDINGS)), None)
+    if name.endswith(HEADS) and embedding:
+        return MergeError(
+            f"{where}: {name!r} is not in the checkpoint: it is tied to {embedding!r}, and writing "
+            "there would change both. Save the base with the two apart "
+            "(tie_word_embeddings=False) and merge into that"
+        )
+    fused = next((key for key in keys if ".experts.0." in key), None)
+    hint = did_you_mean(name, keys)
+    if fused and ".experts." in name:
+        hint = (
+            f" It holds experts one by one ({fused!r}), which transformers 5 joins on loading: "
+            "save the loaded model with save_pretrained(..., save_original_format=False) and "
+            "merge into that."
+        )
+    share = f" ({len(missing)} of {len(names)} are missing)" if len(names) > 1 else ""
+    return WrongBaseError(
+        f"{where}: there is no {name!r}, which the adapter changes{share}; is this its base?{hint}"
+    )
+
+
+def _best_prefix(names: list[str], keys: Collection[str]) -> Prefix:
+    """The change of prefix that finds most of the names, for the message about the others."""
+    candidates = {Prefix()}
+    for name in names[:8]:
+        candidates |= {Prefix(added=k[: -len(name)]) for k in keys if k.endswith(f".{name}")}
+        candidates |= {Prefix(removed=name[: -len(k)]) for k in keys if name.endswith(f".{k}")}
+    return max(candidates, key=lambda p: sum(p.apply(name) in keys for name in names))
