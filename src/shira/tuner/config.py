@@ -55,6 +55,7 @@ class ShiraConfig(PeftConfig):
             entries, by which loading knows a wrong base.
         shira_shapes: Written by shira: shape of each adapted weight, so that a file can be
             understood without the base model.
+        fused: Written by shira: how the adapter was made of others (see `shira.fuse`).
 
     Raises:
         ConfigError: If a value is not possible.
@@ -107,6 +108,9 @@ class ShiraConfig(PeftConfig):
     )
     shira_shapes: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "written by shira: shape of each adapted weight"}
+    )
+    fused: dict[str, Any] | None = field(
+        default=None, metadata={"help": "written by shira: how it was made of other adapters"}
     )
 
     def __post_init__(self) -> None:
@@ -232,6 +236,7 @@ _LEFT_OUT_WHEN_UNSET: dict[str, Any] = {
     "rank_pattern": {},
     "base_fingerprint": None,
     "shira_shapes": None,
+    "fused": None,
 }
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ from shira.tuner.targets import (
     refuse_shared_weights,
     warn_of_idle_names,
 )
+from shira.tuner.weighted import add_weighted_adapter
 
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
@@ -173,6 +174,55 @@ class ShiraModel(BaseTuner):
         model = unload(*args, **kwargs)
         ignore_in_ddp(model)
         return model
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+        k: int | None = None,
+        epsilon: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Fuse adapters of this model into a further one, on the union of their entries.
+
+        The new adapter is frozen and not active, as LoRA's is. Its config records r with
+        k = r (m + n), as PEFT counts; deltas are filled up to that with zeros where the weights
+        have room, so that PEFT's own SHiRA can load what is saved. Scales that were set count.
+
+        Args:
+            adapters: Names of adapters of this model.
+            weights: A factor for each.
+            adapter_name: Name of the new one.
+            combination_type: PEFT's ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"``,
+                ``"magnitude_prune"``, or a method of `shira.fuse`.
+            density: See `shira.fuse`; the share of its entries that each adapter keeps.
+            majority_sign_method: ``"total"`` or ``"frequency"``.
+            k: Entries of the result, for ``"magnitude"``.
+            epsilon: For ``"della"``.
+            seed: Of the types that drop at random; default 0. No global generator is used.
+
+        Raises:
+            UnknownAdapterError: If there is no adapter of a name.
+            AdapterError: If ``adapter_name`` is taken, or two adapters train one module whole.
+            ConfigError: If type, weights or options are not possible.
+        """
+        add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            density=density,
+            majority_sign_method=None if majority_sign_method == "total" else majority_sign_method,
+            k=k,
+            epsilon=epsilon,
+            seed=seed,
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

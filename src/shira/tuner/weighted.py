@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``add_weighted_adapter``: adapters of a model fused into a further one, as PEFT's LoRA has it.
+
+The adapters are taken out as values, `shira.fuse` combines them, and the result is put in like any
+other adapter: it can be activated, merged, trained on and saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from shira.delta import Adapter, SparseDelta
+from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
+from shira.fusing import METHODS, fuse
+from shira.fusing.metadata import FUSED, MASK_FIELDS, TARGET_FIELDS
+from shira.store.names import base_module_name, weight_name
+from shira.support import Support, matrix_shape
+from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.masking import SupportTable
+from shira.tuner.targets import matched_modules
+
+if TYPE_CHECKING:
+    from shira.tuner.model import ShiraModel
+
+COMBINATIONS = {
+    "linear": "sum",
+    "ties": "ties",
+    "dare_linear": "dare",
+    "dare_ties": "dare_ties",
+    "magnitude_prune": "magnitude_prune",
+    **{name: name for name in METHODS},
+}
+"""PEFT's names of combination types, and ours, to methods of `shira.fuse`."""
+
+
+def add_weighted_adapter(
+    model: ShiraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    **options: Any,
+) -> None:
+    """What `ShiraModel.add_weighted_adapter` documents."""
+    method = _checked(model, adapters, adapter_name, combination_type)
+    owners = _owners_of_saved_modules(model, adapters)
+    fused = fuse(
+        [_scaled(model, name) for name in adapters],
+        weights,
+        method,
+        check_base=False,  # they stand in one model
+        names=[f"adapter {name!r}" for name in adapters],
+        **options,
+    )
+    kept_mask = fused.metadata.get("mask_type") != FUSED
+    r = fused.metadata.get("r") if kept_mask else None
+    if not isinstance(r, int):
+        r, fused = _with_even_budget(fused)
+    config = _config(model, adapters, fused, r, kept_mask)
+    config.modules_to_save = sorted({name for name, _, _ in owners}) or None
+    model.peft_config[adapter_name] = config
+    try:
+        model.inject_adapter(model.model, adapter_name)
+    except BaseException:
+        del model.peft_config[adapter_name]
+        raise
+    for name, layer in _layers(model):
+        if adapter_name in layer.shira_weight:
+            device = layer.shira_weight[adapter_name].device
+            values = fused[name].values.to(device)
+            layer.shira_weight[adapter_name] = nn.Parameter(values.clone(), requires_grad=False)
+    for _, wrapper, owner in owners:
+        wrapper.update(adapter_name)
+        copy, original = (wrapper.modules_to_save[name] for name in (adapter_name, owner))
+        copy.load_state_dict(original.state_dict())
+        copy.requires_grad_(False)
+
+
+def _checked(
+    model: ShiraModel, adapters: Sequence[str], adapter_name: str, combination_type: str
+) -> str:
+    """The method of `shira.fuse`, after making sure that the names are what they should be."""
+    if isinstance(adapters, str):
+        raise ConfigError(f"adapters is a list of names, not {adapters!r}")
+    for name in adapters:
+        if name not in model.peft_config:
+            raise UnknownAdapterError(
+                f"Adapter {name} does not exist; the model has {', '.join(model.peft_config)}."
+                f"{did_you_mean(name, model.peft_config)}"
+            )
+    if adapter_name in model.peft_config:
+        raise AdapterError(
+            f"there is an adapter {adapter_name!r} already; delete_adapter({adapter_name!r}) makes "
+            "room for another"
+        )
+    if combination_type in COMBINATIONS:
+        return COMBINATIONS[combination_type]
+    hint = (
+        " Those with factors ('svd', 'cat') are LoRA's; here 'linear' is the exact sum."
+        if combination_type == "cat" or combination_type.endswith("svd")
+        else did_you_mean(combination_type, COMBINATIONS)
+    )
+    raise ConfigError(
+        f"Invalid combination_type: {combination_type!r}; there are {', '.join(COMBINATIONS)}."
+        f"{hint}"
+    )
+
+
+def _owners_of_saved_modules(
+    model: ShiraModel, adapters: Sequence[str]
+) -> list[tuple[str, ModulesToSaveWrapper, str]]:
+    """Modules that one of the adapters has trained whole: name, wrapper and adapter."""
+    found: list[tuple[str, ModulesToSaveWrapper, str]] = []
+    for name, wrapper in model.model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+        if len(owners) > 1:
+            raise AdapterError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save: "
+                f"{name!r} is trained whole by {' and '.join(map(repr, owners))}. To fuse the "
+                "sparse parts alone, use shira.fuse on Adapter.from_model(model, name)"
+            )
+        found.extend((name, wrapper, owner) for owner in owners)
+    return found
+
+
+def _layers(model: ShiraModel) -> list[tuple[str, ShiraLayer]]:
+    """The adapted layers, by the base model's name of their weight."""
+    return [
+        (weight_name(base_module_name(path)), layer)
+        for path, layer in model.model.named_modules()
+        if isinstance(layer, ShiraLayer)
+    ]
+
+
+def _scaled(model: ShiraModel, adapter_name: str) -> Adapter:
+    """An adapter as a value, times what `set_scale` has set in each layer."""
+    adapter = Adapter.from_model(model.model, adapter_name)
+    scales = {name: layer.scaling.get(adapter_name, 1.0) for name, layer in _layers(model)}
+    if all(scale == 1.0 for scale in scales.values()):
+        return adapter
+    return Adapter(
+        {name: SparseDelta(d.support, d.values * scales[name]) for name, d in adapter.items()},
+        adapter.metadata,
+    )
+
+
+def _with_even_budget(fused: Adapter) -> tuple[int, Adapter]:
+    """The least r with room for every delta, and the adapter filled up to r * (m + n) entries.
+
+    PEFT's own SHiRA loads nothing else: it makes room for r * (m + n) values in each weight before
+    it reads a file. What is filled in are entries of value 0. Where a weight is too small for that,
+    all stay as they are.
+    """
+    sides = {name: sum(matrix_shape(d.support.shape)) for name, d in fused.items()}
+    r = max([1, *(-(-delta.nnz // sides[name]) for name, delta in fused.items())])
+    if all(r * sides[name] <= delta.support.numel for name, delta in fused.items()):
+        filled = {name: _filled_up(d, r * sides[name]) for name, d in fused.items()}
+        return r, Adapter(filled, fused.metadata)
+    most = min(delta.support.numel // sides[name] for name, delta in fused.items())
+    return max(1, min(r, most)), fused
+
+
+def _filled_up(delta: SparseDelta, k: int) -> SparseDelta:
+    """The delta with zeros at its first free positions, so that it has k entries."""
+    missing = k - delta.nnz
+    if not missing:
+        return delta
+    taken = torch.zeros(k, dtype=torch.bool)  # of the first k positions at least `missing` are free
+    taken[delta.support.indices[delta.support.indices < k].long()] = True
+    free = (~taken).nonzero().squeeze(1)[:missing]
+    indices, order = torch.cat((delta.support.indices.long(), free)).sort()
+    values = torch.cat((delta.values, delta.values.new_zeros(missing)))
+    return SparseDelta(Support._trusted(delta.support.shape, indices), values[order])
+
+
+def _config(
+    model: ShiraModel, adapters: Sequence[str], fused: Adapter, r: int, kept_mask: bool
+) -> ShiraConfig:
+    """The first adapter's config, with what is true of the fused one."""
+    first: Any = model.peft_config[adapters[0]]
+    defaults: Any = ShiraConfig(inference_mode=True)
+    mask = {field: getattr(first if kept_mask else defaults, field) for field in MASK_FIELDS}
+    if not kept_mask:
+        mask["mask_type"] = FUSED
+    config: ShiraConfig = dataclasses.replace(
+        first,
+        **{**mask, "r": r},
+        modules_to_save=None,
+        inference_mode=True,
+        base_fingerprint=None,
+        shira_shapes=None,
+        fused=fused.metadata.get(FUSED),
+    )
+    config.mask_fn = SupportTable({name: delta.support for name, delta in fused.items()})
+    config._source = None
+    _set_targets(config, model, {name.removesuffix(".weight") for name in fused})
+    return config
+
+
+def _set_targets(config: ShiraConfig, model: ShiraModel, modules: set[str]) -> None:
+    """Make the config name exactly these modules: as it does, by name, or by an expression."""
+    if _matches(config, model, modules):
+        return
+    for field in TARGET_FIELDS:
+        setattr(config, field, None)
+    config.target_modules = set(modules)
+    if not _matches(config, model, modules):  # one name is the end of another
+        config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
+
+
+def _matches(config: ShiraConfig, model: ShiraModel, modules: set[str]) -> bool:
+    matched = dict(matched_modules(config, model.model))
+    inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
+    found = {name for name in matched if not name.startswith(inside)}
+    return {base_module_name(name) for name in found} == modules
