@@ -22,6 +22,7 @@ from shira.errors import ShiraError, UnknownAdapterError, did_you_mean
         ("MergeError", RuntimeError),
         ("ServeError", RuntimeError),
         ("RankMismatchError", RuntimeError),
+        ("SwitchError", RuntimeError),
         ("MissingDependencyError", ImportError),
     ],
 )

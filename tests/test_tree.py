@@ -28,18 +28,19 @@ BELOW = {
     "fusing": {"_version", "errors", "support", "delta", "masks"},
     "measure": {"errors", "support", "delta", "fusing"},
     "convert": {"errors", "support", "delta", "masks", "store"},
+    "switch": {"errors", "support", "blocks", "delta", "ops", "store"},
     "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store", "fusing"},
     "serve": {"errors", "support", "delta", "ops", "store"},
     "cli": {
         *("_version", "errors", "support", "delta", "masks", "ops", "store"),
-        *("fusing", "measure", "convert", "tuner", "serve"),
+        *("fusing", "measure", "convert", "switch", "tuner", "serve"),
     },
     "__main__": {"cli"},
     "__init__": {"_version"},
 }
 CORE = [
     *("errors", "support", "blocks", "operators", "delta"),
-    *("masks", "ops", "store", "fusing", "measure", "convert"),
+    *("masks", "ops", "store", "fusing", "measure", "convert", "switch"),
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
@@ -110,6 +111,8 @@ def modules_after(code: str) -> set[str]:
         "import shira",
         "import shira; shira.Support, shira.SparseDelta, shira.Adapter, shira.ShiraError",
         "from shira import convert, masks, ops, store",
+        "import shira.switch",
+        "import shira; shira.Switch",
         "from shira import fuse, overlap",
     ],
 )
@@ -136,6 +139,7 @@ def test_public_names():
         "ShiraModel",
         "SparseDelta",
         "Support",
+        "Switch",
         "__version__",
         "calibrate",
         "convert",

@@ -10,7 +10,7 @@ a name of the tuner is asked for.
 The tree, each part importing only from its left::
 
     errors -> support -> delta -> masks, ops, store
-        -> fusing, measure, convert -> tuner, serve -> cli
+        -> fusing, measure, convert, switch -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shira.fusing import fuse
     from shira.measure import overlap
     from shira.support import Support
+    from shira.switch import Switch
     from shira.tuner import (
         PeftModel,
         ShiraConfig,
@@ -45,6 +46,7 @@ _WHERE = {
     "ShiraModel": "shira.tuner",
     "SparseDelta": "shira.delta",
     "Support": "shira.support",
+    "Switch": "shira.switch",
     "calibrate": "shira.tuner",
     "fuse": "shira.fusing",
     "get_peft_model": "shira.tuner",
@@ -60,6 +62,7 @@ _MODULES = (
     "ops",
     "serve",
     "store",
+    "switch",
     "tuner",
 )
 
@@ -72,6 +75,7 @@ __all__ = [
     "ShiraModel",
     "SparseDelta",
     "Support",
+    "Switch",
     "__version__",
     "calibrate",
     "convert",

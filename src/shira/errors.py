@@ -17,6 +17,7 @@ catches it as usual::
     |-- MergeError             (RuntimeError) a merge that is not possible now
     |-- ServeError             (RuntimeError) an engine that cannot do it in its present state
     |-- RankMismatchError      (RuntimeError) processes of one run that train different positions
+    |-- SwitchError            (RuntimeError) weights that were changed while an adapter was in them
     `-- MissingDependencyError (ImportError)  an optional package that is not installed
 """
 
@@ -79,6 +80,10 @@ class ServeError(ShiraError, RuntimeError):
 
 class RankMismatchError(ShiraError, RuntimeError):
     """Processes of one distributed run that train different positions of a weight."""
+
+
+class SwitchError(ShiraError, RuntimeError):
+    """Weights that somebody else has changed, so that an adapter cannot be put in or taken out."""
 
 
 class MissingDependencyError(ShiraError, ImportError):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shira.delta import fingerprint
 from shira.errors import MergeError, TargetError
+from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support
 from shira.tuner.base_values import base_values
@@ -34,7 +35,6 @@ from shira.tuner.linear import Linear, is_conv1d
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming
 from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
-from shira.tuner.private_memory import MemoryMap, own_memory
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.saving import whole_values
 from shira.tuner.stock import as_ours

@@ -14,6 +14,8 @@ function     does                                        file
 `leave`      the originals back                          ``exchange.c``
 `put`        values to offsets                           ``exchange.c``
 `exchange`   values to offsets, what was there returned  ``exchange.c``
+`swap`       one patch out, another in, compared first   ``patch.c``
+`touch`      the least that `swap` could do, to compare  ``patch.c``
 ===========  ==========================================  ==================================
 """
 
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from shira.ops.native.build import LIBRARY
 
-VERSION = 1  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 2  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -45,6 +47,8 @@ _SIGNATURES = {
     "leave": (None, [_P, _L, _L, _P, _P, _P, _I, _I]),
     "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
     "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
+    "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _I]),
+    "touch": (ctypes.c_uint64, [_P, _P, _L, _P, _L, _I]),
 }
 
 
@@ -161,6 +165,48 @@ class Kernels:
         )  # fmt: skip
         return kept
 
+    def swap(
+        self,
+        memory: Tensor,
+        before: tuple[Tensor, Tensor, Tensor] | None,
+        after: tuple[Tensor, Tensor, Tensor] | None,
+        check: bool,
+    ) -> int:
+        """Take one patch out of a memory and put another in, in one walk.
+
+        Args:
+            memory: 1-D, contiguous, of items of 2, 4 or 8 bytes.
+            before: Offsets, int32 or int64 ``(k,)``, ascending; what the base holds there and what
+                is there now, in the dtype of ``memory``; all contiguous. None for the base.
+            after: Likewise: offsets, what the base holds there, what is to be there.
+            check: Compare before writing.
+
+        Returns:
+            The offset of an entry that does not hold what it should, in which case nothing was
+            changed; or -1.
+        """
+        entries = sum(patch[0].numel() for patch in (before, after) if patch)
+        if not entries:
+            return -1
+        offsets = next(patch[0] for patch in (before, after) if patch)
+        return self._call["swap"](  # type: ignore[no-any-return]
+            memory.data_ptr(), memory.itemsize, offsets.itemsize, *_patch(before), *_patch(after),
+            check, _threads(entries),
+        )  # fmt: skip
+
+    def touch(self, memory: Tensor, lines: Tensor, stream: Tensor) -> None:
+        """Read and write one word of each of some 64-byte lines, and read a stream.
+
+        Args:
+            memory: Contiguous; a multiple of 64 bytes.
+            lines: int32: which lines of it.
+            stream: int64, contiguous.
+        """
+        self._call["touch"](
+            memory.data_ptr(), lines.data_ptr(), lines.numel(), stream.data_ptr(), stream.numel(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
 
 @cache
 def load() -> Loaded:
@@ -198,6 +244,15 @@ def rows_contiguous(operand: Tensor) -> Tensor:
 
 def _matrix(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.stride(0)
+
+
+def _patch(
+    patch: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[int | None, int | None, int | None, int]:
+    if patch is None:
+        return None, None, None, 0
+    offsets, base, held = patch
+    return offsets.data_ptr(), base.data_ptr(), held.data_ptr(), offsets.numel()
 
 
 def _threads(entries: int) -> int:

@@ -38,10 +38,10 @@ class MemoryMap:
         if tensor.device.type != "cpu" or tensor.is_meta or not tensor.numel():
             return True
         if not self._starts:
-            return not tensor.is_shared()
+            return not tensor.is_shared()  # type: ignore[no-untyped-call]
         at = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         if at < 0 or tensor.data_ptr() >= self._ends[at]:
-            return not tensor.is_shared()
+            return not tensor.is_shared()  # type: ignore[no-untyped-call]
         flags = self._flags[at]
         return "w" in flags and flags.endswith("p")
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From deltas to patches: for one adapter, at a scale, and for several together.
+
+All that costs more than writing is done here, beforehand: positions become places in memory,
+originals are read, replacement values are made and rounded once. Pure functions; each costs O(k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira.delta import SparseDelta, accumulation_dtype, replacement
+from shira.errors import AdapterError
+from shira.ops.patch import Patch, memory_offsets
+from shira.ops.resident import memory_of
+from shira.support import index_dtype
+
+
+class Entry(NamedTuple):
+    """One adapter on one weight."""
+
+    values: Tensor
+    """``(k,)`` deltas in the order of the patch, on the weight's device."""
+    patch: Patch
+    """At scale 1."""
+
+
+def make_entry(delta: SparseDelta, weight: Tensor, active: Patch | None) -> tuple[Entry, Tensor]:
+    """An adapter's entry on a weight, and the originals in the order of the delta's support.
+
+    Args:
+        delta: On a support of the weight's shape.
+        weight: The weight, perhaps with another adapter in it.
+        active: What is in it now.
+
+    Raises:
+        AdapterError: If a finite original becomes infinite or NaN.
+    """
+    flat = delta.support.indices.to(weight.device).contiguous()
+    offsets = memory_offsets(flat, weight.shape, weight.stride())
+    values = delta.values.detach().to(weight.device)
+    if offsets is flat:
+        originals = flat_originals = base_at(weight, offsets, active)
+    else:
+        offsets, order = offsets.sort()
+        values = values[order]
+        originals = base_at(weight, offsets, active)
+        flat_originals = torch.empty_like(originals)
+        flat_originals[order] = originals
+        offsets = offsets.to(index_dtype(memory_of(weight.data).numel()))
+    patch = _patch(offsets, originals, replacement(originals, values))
+    return Entry(values, patch), flat_originals
+
+
+def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
+    """``(k,)`` values of the base at places in a weight's memory, whatever is in it now."""
+    values = memory_of(weight.data).index_select(0, offsets)
+    if active is not None and active.nnz and offsets.numel():
+        at = torch.searchsorted(active.offsets, offsets).clamp_(max=active.nnz - 1)
+        covered = active.offsets[at] == offsets
+        values[covered] = active.originals[at[covered]]
+    return values
+
+
+def scaled(entry: Entry, scale: float) -> Patch:
+    """The patch of one adapter, its deltas multiplied by a factor."""
+    if scale == 1.0:
+        return entry.patch
+    offsets, originals = entry.patch.offsets, entry.patch.originals
+    wide = accumulation_dtype(originals.dtype, entry.values.dtype)
+    return _patch(offsets, originals, replacement(originals, entry.values.to(wide) * scale))
+
+
+def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
+    """The patch of several adapters on one weight: deltas are summed, and rounded once.
+
+    Args:
+        entries: Each with its scale. The sum is made in their order, in float32 (float64 if the
+            weight or one of the deltas is).
+    """
+    if len(entries) == 1:
+        return scaled(*entries[0])
+    patches = [entry.patch for entry, _ in entries]
+    offsets = torch.unique_consecutive(torch.cat([p.offsets for p in patches]).sort().values)
+    originals = patches[0].originals.new_empty(offsets.numel())
+    dtypes = [entry.values.dtype for entry, _ in entries]
+    total = torch.zeros(
+        offsets.numel(),
+        dtype=accumulation_dtype(originals.dtype, *dtypes),
+        device=originals.device,
+    )
+    for entry, scale in entries:
+        at = torch.searchsorted(offsets, entry.patch.offsets)
+        originals[at] = entry.patch.originals
+        total[at] += entry.values.to(total.dtype) * scale
+    return _patch(offsets, originals, replacement(originals, total))
+
+
+def _patch(offsets: Tensor, originals: Tensor, new: Tensor) -> Patch:
+    bad = ~torch.isfinite(new)
+    if bad.any() and (bad := bad & torch.isfinite(originals)).any():
+        raise AdapterError(
+            f"{int(bad.sum())} of {new.numel()} entries would not be finite in "
+            f"{str(new.dtype).removeprefix('torch.')}, the first of them {new[bad][0].item()}"
+        )
+    return Patch(offsets, originals, new)

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Switch`: adapters on a module, put in, exchanged and taken out."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from shira.delta import Adapter
+from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
+from shira.ops.patch import Patch
+from shira.ops.write_count import WriteCount, count_write, take_back
+from shira.switch.apply import ChangedWeightError, Plan, exchange_all, index_at
+from shira.switch.layouts import Layouts
+from shira.switch.loaded import Loaded, resolve
+from shira.switch.plan import combined
+from shira.switch.targets import (
+    Target,
+    Targets,
+    adapter_layers,
+    give_private_memory,
+    refuse_merged,
+)
+
+Which = str | Mapping[str, float]
+"""An adapter's name, or names with a scale each; ``{}`` is the base."""
+
+Scales = tuple[tuple[str, float], ...]
+"""Names and scales in the order of the names: what a combination is known by."""
+
+
+class _State(NamedTuple):
+    """What is in the weights; replaced as a whole, so that it is never half changed."""
+
+    active: Scales = ()
+    plan: Plan = {}  # noqa: RUF012  never written to
+
+
+class Switch:
+    """Adapters on any module: exact, in place, at the cost of their entries.
+
+    Loading finds the weights, checks that the adapter fits, and prepares what is to be written.
+    Switching then only moves bits: originals are put back, replacement values
+    ``round(base + sum of scale * delta)`` are written, each entry of the outgoing and incoming
+    adapters is visited once, and no other. Weights stay where they are in memory.
+
+    Threads take turns: every method holds `lock`, and `using` holds it for its whole body. A model
+    that is used in several threads while others switch is used inside ``with switch.using(...)`` or
+    ``with switch.lock``.
+
+    Args:
+        module: Whose weights are meant; a PEFT model counts as the base inside.
+        kept_combinations: How many combinations and scalings are kept ready, the latest used
+            first; each takes at most 8 bytes an entry (bf16 weights; fp32: 12).
+
+    Raises:
+        TargetError: If ``module`` is no module.
+    """
+
+    def __init__(self, module: nn.Module, *, kept_combinations: int = 8) -> None:
+        if not isinstance(module, nn.Module):
+            raise TargetError(f"Switch takes an nn.Module, not {type(module).__name__}")
+        self.module = module
+        self.lock = threading.RLock()
+        self._kept_combinations = kept_combinations
+        self._loaded: dict[str, Loaded] = {}
+        self._layouts = Layouts()
+        self._combinations: OrderedDict[Scales, dict[Target, Patch]] = OrderedDict()
+        self._state = _State()
+        self._counts: dict[Target, WriteCount] = {}
+        self._adapter_layers: list[nn.Module] = []
+        self._to_return_to: list[Scales] = []  # by the bodies of `using` that are under way
+
+    # ---------------------------------------------------------------- what is there
+
+    @property
+    def active(self) -> dict[str, float]:
+        """``{name: scale}`` of what is in the weights now; empty for the base."""
+        return dict(self._state.active)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that can be activated, in the order of loading."""
+        return tuple(self._loaded)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded
+
+    def __repr__(self) -> str:
+        return f"Switch(loaded={list(self.loaded)}, active={self.active})"
+
+    # ---------------------------------------------------------------- loading
+
+    def load(
+        self,
+        name: str,
+        adapter: Adapter | str | os.PathLike[str],
+        *,
+        check_base: bool = True,
+        allow_tied: bool = False,
+    ) -> None:
+        """Make an adapter ready; the weights stay as they are, also if another one is active.
+
+        A weight that is mapped from a file or shared with other processes gets memory of its own
+        here, with a warning: the only time that one moves.
+
+        Args:
+            name: What to call it.
+            adapter: The adapter, or the path of one. It is kept; do not change its values.
+            check_base: Compare the fingerprint of the base that the adapter records, if it does.
+            allow_tied: Accept deltas for a weight that is known under further names; all of them
+                see the change.
+
+        Raises:
+            AdapterError: If the name is taken, a parameter is absent from the model, or values are
+                not finite.
+            WrongBaseError: If the base has other values or shapes.
+            TargetError: If a weight cannot be written to, or is tied.
+            MergeError: If the module has merged adapters of PEFT's.
+            FileNotFoundError, FileFormatError: If there is no good file at the path.
+        """
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name is a string that is not empty, not {name!r}")
+        if not isinstance(adapter, Adapter):
+            adapter = Adapter.load(adapter, base=self.module)
+        with self.lock:
+            if name in self._loaded:
+                raise AdapterError(f"an adapter {name!r} is loaded already; unload it first")
+            layers = adapter_layers(self.module)
+            refuse_merged(layers)
+            self._follow_moves()
+            index = Targets(self.module)
+            deltas = resolve(name, adapter, index, self._layouts.targets, allow_tied)
+            loaded = Loaded(name, adapter, deltas, check_base)
+            loaded.complete(self._state.plan)
+            give_private_memory(deltas, index)
+            self._layouts.add(deltas)
+            self._adapter_layers = layers
+            self._loaded[name] = loaded
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: If it is not loaded.
+            AdapterError: If it is active, or a body of `using` will return to it.
+        """
+        with self.lock:
+            self._require(name)
+            for scales in (self._state.active, *self._to_return_to):
+                if name in dict(scales):
+                    raise AdapterError(f"adapter {name!r} is in use; deactivate it first")
+            del self._loaded[name]
+            for scales in [s for s in self._combinations if name in dict(s)]:
+                del self._combinations[scales]
+            self._layouts.keep(target for item in self._loaded.values() for target in item.deltas)
+
+    # ---------------------------------------------------------------- switching
+
+    def activate(self, which: Which) -> None:
+        """Put an adapter, or several, in the place of what is active.
+
+        Several are summed before the one rounding, in the order of their names, so the bits do
+        not depend on the order in which they are given.
+
+        Args:
+            which: A name, or ``{name: scale}``; ``{}`` means the base.
+
+        Raises:
+            UnknownAdapterError: If a name is not loaded.
+            AdapterError: If a scale is not a finite number, or makes values that are not finite.
+            MergeError: If the module has merged adapters of PEFT's.
+            SwitchError: If somebody else has changed the weights.
+
+            In each case the weights are as before.
+        """
+        with self.lock:
+            scales = self._scales(which)
+            if scales == self._state.active:
+                return
+            refuse_merged(self._adapter_layers)
+            self._follow_moves()
+            self._go(_State(scales, self._plan(scales)))
+
+    def deactivate(self, *, force: bool = False) -> None:
+        """Put the originals back, bit for bit.
+
+        Args:
+            force: Also where somebody else has changed the entries since; their values are lost.
+
+        Raises:
+            SwitchError: If somebody else has changed the weights; nothing is put back then.
+        """
+        with self.lock:
+            if self._state.active:
+                self._follow_moves()
+                self._go(_State(), check=not force)
+
+    @contextmanager
+    def using(self, which: Which) -> Iterator[Switch]:
+        """`activate` for the body, and back to what was active before; other threads wait.
+
+        Args:
+            which: As for `activate`.
+        """
+        with self.lock:
+            before = self._state.active
+            self.activate(which)
+            self._to_return_to.append(before)
+            try:
+                yield self
+            finally:
+                self._to_return_to.pop()
+                self.activate(dict(before))
+
+    def rebase(self) -> None:
+        """Take what the weights hold now for the base; nothing is written.
+
+        For after the base was changed on purpose: fine-tuned, or loaded anew. What was active is
+        part of the base from now on where it was not overwritten. Adapters stay loaded; their base
+        is checked again when they are activated, unless they were loaded with
+        ``check_base=False``.
+
+        Raises:
+            SwitchError: Inside the body of `using`.
+        """
+        with self.lock:
+            if self._to_return_to:
+                raise SwitchError(
+                    "the body of using() is under way, and returns to the base before"
+                )
+            self._state = _State()
+            self._counts.clear()
+            self._combinations.clear()
+            for loaded in self._loaded.values():
+                loaded.entries.clear()
+
+    # ---------------------------------------------------------------- inside
+
+    def _require(self, name: object) -> Loaded:
+        if name not in self._loaded:
+            known = ", ".join(map(repr, self._loaded)) or "none"
+            raise UnknownAdapterError(
+                f"no adapter {name!r} is loaded; there is {known}."
+                f"{did_you_mean(str(name), self._loaded)}"
+            )
+        return self._loaded[name]  # type: ignore[index]
+
+    def _scales(self, which: Which) -> Scales:
+        if isinstance(which, str):
+            which = {which: 1.0}
+        if not isinstance(which, Mapping):
+            raise AdapterError(f"name an adapter, or {{name: scale}}, not {which!r}")
+        for name, scale in which.items():
+            self._require(name)
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+                raise AdapterError(f"the scale of {name!r} is a number, not {scale!r}")
+            if not math.isfinite(scale):
+                raise AdapterError(f"the scale of {name!r} is a finite number, not {scale}")
+        return tuple(sorted((name, float(scale)) for name, scale in which.items()))
+
+    def _plan(self, scales: Scales) -> Plan:
+        """What the weights hold with these adapters in them."""
+        members = [(self._loaded[name], scale) for name, scale in scales]
+        for loaded, _ in members:
+            loaded.complete(self._state.plan)
+        if len(members) == 1 and members[0][1] == 1.0:
+            return {target: entry.patch for target, entry in members[0][0].entries.items()}
+        if scales in self._combinations:
+            self._combinations.move_to_end(scales)
+            return self._combinations[scales]
+        plan = {}
+        for target in dict.fromkeys(t for loaded, _ in members for t in loaded.entries):
+            parts = [(m.entries[target], s) for m, s in members if target in m.entries]
+            try:
+                plan[target] = combined(parts)
+            except AdapterError as error:
+                raise AdapterError(f"{dict(scales)}, parameter {target.name!r}: {error}") from None
+        if scales:
+            self._combinations[scales] = plan
+            while len(self._combinations) > self._kept_combinations:
+                self._combinations.popitem(last=False)
+        return plan
+
+    def _go(self, after: _State, *, check: bool = True) -> None:
+        before = self._state
+
+        def commit() -> None:
+            self._state = after
+            self._count_writes(before.plan, after.plan)
+
+        try:
+            exchange_all(before.plan, after.plan, check=check, then=commit)
+        except ChangedWeightError as error:
+            raise self._explained(error, before) from None
+        except BaseException:
+            self._state = before
+            raise
+
+    def _count_writes(self, before: Plan, after: Plan) -> None:
+        for target in after:
+            self._counts[target] = count_write(target.weight, self._counts.get(target))
+        for target in before:
+            if target not in after and target in self._counts:
+                take_back(target.weight, self._counts.pop(target))
+
+    def _explained(self, error: ChangedWeightError, before: _State) -> SwitchError:
+        target, patch = error.target, before.plan.get(error.target)
+        where = f"entry {index_at(target.weight, error.offset)} of {target.name!r}"
+        if patch is not None and (patch.offsets == error.offset).any():
+            return SwitchError(
+                f"{where} does not hold what {dict(before.active)} put there: somebody else has "
+                "written to the weight since. Nothing was changed. deactivate(force=True) puts the "
+                "originals back all the same; rebase() takes the weights as they are for the base"
+            )
+        return SwitchError(
+            f"{where} does not hold what the base did when the adapter was loaded: somebody else "
+            "has written to the weight since. Nothing was changed. rebase() takes the weights as "
+            "they are for the base"
+        )
+
+    def _follow_moves(self) -> None:
+        """Follow weights that were cast or moved to another device since the last call."""
+        moved = self._layouts.moved()
+        if not moved:
+            return
+        self._state = _State(self._state.active, self._layouts.follow(moved, self._state.plan))
+        self._combinations.clear()
+        for loaded in self._loaded.values():
+            for target in moved:
+                loaded.entries.pop(target, None)

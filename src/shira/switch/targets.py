@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an adapter's parameters are in a module, and whether they can be written to.
+
+Names are the base model's own: PEFT's and other wrappers around or inside the module are seen
+through. Tied weights are one memory under several names; a name stands for the memory, and the
+first name found is what it is called here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, did_you_mean
+from shira.ops.private_memory import MemoryMap
+from shira.store.names import base_module_name, unwrapped
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Layout(NamedTuple):
+    """What a patch depends on, beside the values."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def layout_of(weight: Tensor) -> Layout:
+    """The layout that a weight has now."""
+    return Layout(weight.dtype, weight.device, tuple(weight.shape), weight.stride())
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter of a module, held by its place so that a weight put there later is found."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that is there now."""
+        weight = self.owner._parameters.get(self.attribute)
+        if weight is None:
+            raise AdapterError(
+                f"the model has no parameter {self.name!r} any more; Switch was made for one that "
+                "has: make a new Switch"
+            )
+        return weight
+
+
+class Targets:
+    """All parameters of a module, as they are at this moment.
+
+    Args:
+        module: Any module; wrappers around it are taken off.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._by_name: dict[str, Target] = {}
+        self._blocks: dict[int, list[_Block]] = {}
+        for path, tensor, owner, attribute in _tensors(unwrapped(module)):
+            name = base_module_name(f"{path}.{attribute}" if path else attribute)
+            if attribute in owner._parameters:
+                self._by_name.setdefault(name, Target(name, owner, attribute))
+            if is_plain(tensor) and not tensor.is_meta:
+                block = _block(name, tensor)
+                self._blocks.setdefault(tensor.untyped_storage().data_ptr(), []).append(block)
+
+    def find(self, name: str) -> Target:
+        """The parameter of this name.
+
+        Raises:
+            AdapterError: If there is none.
+        """
+        if name not in self._by_name:
+            raise AdapterError(
+                f"the model has no parameter {name!r}.{did_you_mean(name, self._by_name)}"
+            )
+        return self._by_name[name]
+
+    def sharers(self, target: Target) -> list[str]:
+        """Other names whose memory overlaps that of a weight (tied weights, views)."""
+        own = _block(target.name, target.weight)
+        return sorted(
+            {
+                block.name
+                for block in self._in_storage_of(target)
+                if block.name != own.name and block.start < own.end and own.start < block.end
+            }
+        )
+
+    def tied(self, target: Target) -> list[Target]:
+        """All parameters that are exactly this weight, itself included, in the model's order."""
+        own = _block(target.name, target.weight)
+        names = [
+            block.name
+            for block in self._in_storage_of(target)
+            if (block.start, block.layout) == (own.start, own.layout)
+        ]
+        return [self._by_name[name] for name in dict.fromkeys(names) if name in self._by_name]
+
+    def _in_storage_of(self, target: Target) -> list[_Block]:
+        return self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
+
+
+class _Block(NamedTuple):
+    """The memory of a tensor: from its first byte to after its last."""
+
+    name: str
+    start: int
+    end: int
+    layout: Layout
+
+
+def _block(name: str, tensor: Tensor) -> _Block:
+    layout, start = layout_of(tensor), tensor.data_ptr()
+    if not tensor.numel():
+        return _Block(name, start, start, layout)
+    span = sum((n - 1) * step for n, step in zip(layout.shape, layout.stride, strict=True))
+    return _Block(name, start, start + (1 + span) * tensor.element_size(), layout)
+
+
+def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:
+    for path, module in root.named_modules(remove_duplicate=False):
+        for tensors in (module._parameters, module._buffers):
+            for attribute, tensor in tensors.items():
+                if tensor is not None:
+                    yield path, tensor, module, attribute
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of torch's own dense kind, neither packed nor sharded nor yet to come."""
+    return (
+        not torch.nn.parameter.is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and type(tensor.data) is Tensor
+    )
+
+
+def check_writable(target: Target, shape: tuple[int, ...]) -> None:
+    """Refuse a weight that an adapter for ``shape`` cannot be put into.
+
+    Raises:
+        WrongBaseError: If the weight has another shape.
+        TargetError: If it is no plain dense floating point tensor with values: packed by
+            quantization, sharded, sparse, on the meta device, or with entries that share memory.
+    """
+    weight = target.weight
+    if not is_plain(weight) or weight.dtype not in _DTYPES:
+        raise TargetError(
+            f"{target.name!r} is no plain floating point weight ({type(weight.data).__name__}, "
+            f"{weight.dtype}, {weight.layout}): entries of quantized, sharded, sparse or lazy "
+            "weights cannot be overwritten one by one"
+        )
+    if tuple(weight.shape) != shape:
+        raise WrongBaseError(
+            f"the adapter's {target.name!r} is for a weight of shape {shape}, but the model's has "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.is_meta:
+        raise TargetError(
+            f"{target.name!r} is on the meta device and has no values yet; load the model first"
+        )
+    if any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        raise TargetError(
+            f"entries of {target.name!r} share memory (an expanded tensor); put a copy in its place"
+        )
+
+
+def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
+    """Weights that are mapped read-only, from a file or shared with processes get their own copy.
+
+    Writing to them would end the process, change the file, or show others the adapter. This is the
+    one time that a weight's memory moves.
+    """
+    memory_map, moved = MemoryMap(), []
+    for target in targets:
+        if memory_map.is_private(target.weight.data):
+            continue
+        with torch.no_grad():
+            own = target.weight.data.clone()
+            for same in index.tied(target):
+                same.weight.data = own
+        moved.append(target.name)
+    if moved:
+        warnings.warn(
+            f"{len(moved)} weights, {moved[0]!r} first, were mapped from a file or shared with "
+            "other processes, where an adapter must not be written; they have memory of their own "
+            "now",
+            stacklevel=4,
+        )
+
+
+def refuse_merged(layers: Iterable[nn.Module]) -> None:
+    """Refuse layers of PEFT's that have adapters merged into their weights.
+
+    Raises:
+        MergeError: If one has.
+    """
+    for layer in layers:
+        merged = getattr(layer, "merged_adapters", None)
+        if merged:
+            raise MergeError(
+                f"the model has merged adapters ({', '.join(map(str, merged))}), so its weights "
+                "are not the base's; call unmerge_adapter() first"
+            )
+
+
+def adapter_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of PEFT's in a model that can merge adapters into their weights."""
+    return [layer for layer in module.modules() if "merged_adapters" in vars(layer)]
