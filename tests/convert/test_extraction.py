@@ -136,7 +136,7 @@ def test_from_sharded_checkpoints_and_back(checkpoint, tensors, adapter, tmp_pat
     assert found.unchanged == len(tensors) - len(adapter)
     total = sum(tensor.numel() for tensor in tensors.values())
     assert seen[-1] == (total, total)
-    found.adapter.save(tmp_path / "found")
+    found.adapter.save(tmp_path / "found", format="peft")
     told = merge(tmp_path / "found", checkpoint, tmp_path / "again")
     assert {target.base for target in told.targets} == {"verified"}
     again, tuned = load(tmp_path / "again"), load(tmp_path / "tuned")

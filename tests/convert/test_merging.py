@@ -412,7 +412,7 @@ def test_a_damaged_undo_file(checkpoint, adapter, tmp_path, position):
     (tmp_path / "undo").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(FileFormatError):
         unmerge(tmp_path / "out", tmp_path / "undo", tmp_path / "back", overwrite=True)
-    adapter.save(tmp_path / "adapter")
+    adapter.save(tmp_path / "adapter", format="peft")
     with pytest.raises(FileFormatError, match="not an undo file"):
         unmerge(
             tmp_path / "out", tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "b"
@@ -425,7 +425,7 @@ def test_a_damaged_undo_file(checkpoint, adapter, tmp_path, position):
 def test_an_adapter_of_stock_peft_learns_shapes_from_the_checkpoint(
     checkpoint, tensors, adapter, tmp_path
 ):
-    adapter.save(tmp_path / "adapter")
+    adapter.save(tmp_path / "adapter", format="peft")
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     del config["shira_shapes"], config["base_fingerprint"]

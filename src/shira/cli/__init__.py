@@ -12,6 +12,7 @@ is bad, such as a proof of ``shira demo`` that failed.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if debug or error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'writing'}: {error.strerror}")
     sys.exit(0)
 
 

@@ -22,6 +22,10 @@ COMMANDS = {
     "demo": "shira.cli.demo",
     "train": "shira.cli.train",
     "inspect": "shira.cli.inspect",
+    "merge": "shira.cli.merge",
+    "unmerge": "shira.cli.unmerge",
+    "extract": "shira.cli.extract",
+    "convert": "shira.cli.convert",
 }
 """Subcommands in the order in which ``shira --help`` lists them, and their modules."""
 
@@ -30,6 +34,7 @@ EXAMPLES = (
     "shira demo",
     "shira train --model MODEL --task text-classification --train-file train.csv --output adapter",
     "shira inspect adapter",
+    "shira merge adapter --base ./model --output ./merged",
     "shira COMMAND --help",
 )
 

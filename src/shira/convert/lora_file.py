@@ -53,7 +53,7 @@ def is_lora(path: str | os.PathLike[str]) -> bool:
     """Whether a path looks like a LoRA in PEFT's format; a look, not a validation."""
     config = Path(path) / CONFIG_NAME
     try:
-        return b'"LORA"' in config.read_bytes()
+        return re.search(rb'"peft_type"\s*:\s*"LORA"', config.read_bytes()) is not None
     except OSError:
         return False
 

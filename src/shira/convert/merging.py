@@ -114,6 +114,7 @@ def merge(
     undo: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     check_base: bool = True,
+    max_lost: float = 1.0,
     progress: Progress | None = None,
 ) -> Merged:
     """Write a copy of a checkpoint with an adapter merged into it.
@@ -127,15 +128,16 @@ def merge(
         overwrite: Replace an output or undo file that is there already.
         check_base: Refuse a base without the values that the adapter was trained on, as far as
             its fingerprint can tell.
+        max_lost: Refuse if rounding swallows more than this share of the deltas, from 0 to 1.
         progress: Told the bytes done and those there are in all.
 
     Raises:
         FileNotFoundError: If the adapter or the base is not there.
         FileFormatError: If one of them is damaged.
-        WrongBaseError: If the base lacks a parameter, has it in another shape, or holds others
+        WrongBaseError: If the base lacks a parameter, has it in another shape, or holds other
             values under the entries.
         MergeError: If a tensor is quantized or otherwise no floating-point number that can be
-            added to, is tied to another, or a sum overflows its dtype.
+            added to, is tied to another, a sum overflows its dtype, or too many deltas are lost.
         ConfigError: If the output exists or overlaps the base.
     """
     checkpoint = open_checkpoint(base)
@@ -148,6 +150,7 @@ def merge(
     for name, stored in located.items():
         _check_fits(name, adapter[name], stored)
     changes = list(_changes(adapter, located, scale, check_base))
+    _check_lost([told for told, _, _ in changes], max_lost)
     if undo_path is not None:
         write_undo(undo_path, [undone for _, _, undone in changes if undone.originals.numel()])
     written = rewrite(checkpoint, [edit for _, edit, _ in changes], target, progress)
@@ -236,6 +239,17 @@ def _change(
 def bits(values: Tensor) -> Tensor:
     """The values as integers of their width, to tell 0.0 from -0.0."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def _check_lost(targets: list[Target], most: float) -> None:
+    lost, nonzero = sum(t.lost for t in targets), sum(t.nonzero for t in targets)
+    if lost > most * nonzero:
+        worst = max(targets, key=lambda t: t.lost / max(t.nonzero, 1))
+        raise MergeError(
+            f"rounding swallows {lost} of {nonzero} deltas ({lost / nonzero:.1%}), more than the "
+            f"{most:.1%} allowed; most in {worst.key!r} ({worst.dtype}). Merge into a checkpoint "
+            "of a wider dtype, or allow more"
+        )
 
 
 def _check_overflow(name: str, stored: Stored, old: Tensor, new: Tensor) -> None:
