@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's own routes: a JSON body in, a status and a JSON value out; no web framework.
+
+==========================  ====================================================================
+POST /v1/load_shira_adapter      ``{"name": "fr", "path": "french"}``, or
+                                 ``{"name": "mix", "adapters": {"fr": 0.5, "de": 1}}``
+POST /v1/unload_shira_adapter    ``{"name": "fr"}``
+POST /v1/activate_shira_adapter  ``{"name": "fr"}``; null, or the base's name, for the base
+GET  /v1/shira_adapters          what is served, what is active, who waits
+==========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from shira.errors import AdapterError, did_you_mean
+from shira.serve.http.errors import UnavailableError, describe
+from shira.serve.http.service import AdapterService
+
+LOAD = "/v1/load_shira_adapter"
+UNLOAD = "/v1/unload_shira_adapter"
+ACTIVATE = "/v1/activate_shira_adapter"
+LIST = "/v1/shira_adapters"
+
+Call = Callable[..., Awaitable[dict[str, Any]]]
+
+# The fields of each route: those it must have, those it may.
+_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    LOAD: ({"name"}, {"path", "adapters"}),
+    UNLOAD: ({"name"}, set()),
+    ACTIVATE: ({"name"}, set()),
+}
+OWN_PATHS = frozenset(_FIELDS)
+
+
+async def answer(
+    service: AdapterService | None, path: str, data: bytes = b""
+) -> tuple[int, dict[str, Any]]:
+    """Status and JSON value for a request to one of the routes; never raises an Exception.
+
+    Args:
+        service: None as long as there is no engine.
+        path: One of the routes.
+        data: The body.
+    """
+    try:
+        if service is None:
+            raise UnavailableError("this server has no engine, or it is not ready")
+        if path == LIST:
+            return 200, service.list()
+        calls: dict[str, Call] = {
+            LOAD: service.load,
+            UNLOAD: service.unload,
+            ACTIVATE: service.activate,
+        }
+        return 200, await calls[path](**_fields(path, data))
+    except Exception as error:
+        return describe(error)
+
+
+def _fields(path: str, data: bytes) -> dict[str, Any]:
+    required, optional = _FIELDS[path]
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError("the body is not JSON") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"the body is a JSON object, not {type(value).__name__}")
+    for field in value:
+        if field not in required | optional:
+            hint = did_you_mean(field, required | optional)
+            raise AdapterError(f"there is no field {field[:100]!r} in {path}.{hint}")
+    if missing := required - value.keys():
+        raise AdapterError(f"{path} needs the field {', '.join(sorted(missing))}")
+    return value

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Turns`: ASGI middleware that lets each request in when the adapter it names is active.
+
+The ``model`` field of the JSON body names the adapter, as with vLLM's LoRA. A request waits for its
+turn before the server sees it, and counts as running until its response has been sent, streams
+included. The server sees the base's name in its place: to it there is one model.
+
+Every POST takes part except those that run no model (`IDLE_PATHS`), so that no way to the engine
+is open on which an answer could come from the wrong weights. What would go on after its response is
+refused (``"background": true``), as are websockets, whose end is not to be foreseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+from shira.errors import AdapterError
+from shira.serve.http.errors import UnavailableError, body, describe
+from shira.serve.http.service import AdapterService
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+IDLE_PATHS = frozenset(
+    {
+        "/abort_requests",
+        "/collective_rpc",
+        "/fault_tolerance/apply",
+        "/finish_weight_update",
+        "/init_weight_transfer_engine",
+        "/is_scaling_elastic_ep",
+        "/pause",
+        "/ping",
+        "/release_kv_cache_memory",
+        "/reset_encoder_cache",
+        "/reset_mm_cache",
+        "/reset_prefix_cache",
+        "/resume",
+        "/scale_elastic_ep",
+        "/shutdown_weight_transfer_engine",
+        "/sleep",
+        "/start_draft_weight_update",
+        "/start_profile",
+        "/start_weight_update",
+        "/stop_profile",
+        "/update_weight_version",
+        "/update_weights",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/wake_up",
+        "/weight_checker",
+    }
+)
+"""POSTs that manage the server."""
+
+_NO_MODEL_RUNS = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel")
+
+BODY_LIMIT = 256 * 2**20
+"""The largest body that is read, in bytes."""
+
+answering: ContextVar[str | None] = ContextVar("answering", default=None)
+"""The adapter that answers the request at hand, for who writes its name into the response."""
+
+
+class Turns:
+    """The middleware.
+
+    Args:
+        app: The ASGI application within.
+        service: Gives the service, or None as long as the engine is not there.
+        own_paths: Paths of the service itself, which wait for no turn.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        service: Callable[[], AdapterService | None],
+        own_paths: frozenset[str] = frozenset(),
+    ) -> None:
+        self.app = app
+        self.service = service
+        self._idle = IDLE_PATHS | own_paths
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "not with adapters"})
+        elif scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in self._idle:
+            await self.app(scope, receive, send)
+        else:
+            await self._in_turn(scope, receive, send)
+
+    async def _in_turn(self, scope: Message, receive: Receive, send: Send) -> None:
+        service = self.service()
+        if service is None:
+            await _refuse(send, UnavailableError("the engine is not ready"))
+            return
+        data = await _read(receive)
+        if data is None:  # the client went away
+            return
+        if len(data) > BODY_LIMIT:
+            message = f"the body has more than {BODY_LIMIT} bytes"
+            await _reply(send, 413, body(message, "BadRequestError", 413))
+            return
+        request = _parsed(data)
+        try:
+            adapter = service.resolve(request.get("model"))
+            if request.get("background"):  # whatever a lenient parser takes for true
+                raise AdapterError(
+                    '"background": true is not possible with adapters in the weights: its answer '
+                    "would go on after the turn of its adapter"
+                )
+        except AdapterError as error:
+            await _refuse(send, error)
+            return
+        if adapter is not None:
+            data = json.dumps({**request, "model": service.base_models[0]}).encode()
+            scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
+        if _path(scope).endswith(_NO_MODEL_RUNS):
+            await self.app(scope, _Replay(data, receive), send)
+            return
+        gone = asyncio.ensure_future(receive())  # nothing but the end of the connection may come
+        turn = service.scheduler.using(adapter)
+        try:
+            if not await _enter_unless(turn, gone):
+                return
+        except Exception as error:
+            gone.cancel()
+            await _refuse(send, error)
+            return
+        token = answering.set(adapter)
+        try:
+            await self.app(scope, _Replay(data, receive, gone), send)
+        finally:
+            answering.reset(token)
+            gone.cancel()
+            await turn.__aexit__(None, None, None)
+
+
+async def _enter_unless(turn: Any, gone: asyncio.Future[Message]) -> bool:
+    """Wait for the turn; False if the client went away first, and then it is given up."""
+    entering = asyncio.ensure_future(turn.__aenter__())
+    try:
+        await asyncio.wait({entering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not _has_left(gone):
+            await entering
+            return True
+    except asyncio.CancelledError:
+        await _give_up(entering, turn)
+        raise
+    await _give_up(entering, turn)
+    return False
+
+
+def _has_left(gone: asyncio.Future[Message]) -> bool:
+    if not gone.done():
+        return False
+    return gone.exception() is not None or gone.result()["type"] == "http.disconnect"
+
+
+async def _give_up(entering: asyncio.Future[Any], turn: Any) -> None:
+    if not entering.cancel():  # it is over already
+        if not entering.cancelled() and entering.exception() is None:
+            await turn.__aexit__(None, None, None)
+        return
+    await asyncio.wait({entering})
+    if not entering.cancelled() and entering.exception() is None:
+        await turn.__aexit__(None, None, None)
+
+
+class _Replay:
+    """``receive`` for the application: the body that was read, then what comes after it."""
+
+    def __init__(
+        self, data: bytes, receive: Receive, pending: asyncio.Future[Message] | None = None
+    ) -> None:
+        self._data: bytes | None = data
+        self._receive, self._pending = receive, pending
+
+    async def __call__(self) -> Message:
+        if self._data is not None:
+            data, self._data = self._data, None
+            return {"type": "http.request", "body": data, "more_body": False}
+        if self._pending is not None:
+            # Shielded: a listener that is cancelled and asks again must not lose the message.
+            message = await asyncio.shield(self._pending)
+            self._pending = None
+            return message
+        return await self._receive()
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The body, or as much of it as shows that it is too large; None if the client went away."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        parts.append(part)
+        if size > BODY_LIMIT or not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """The fields of a JSON body; none of another body, which the application refuses itself."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _path(scope: Message) -> str:
+    """The path within the application, whatever it is mounted under."""
+    path: str = scope["path"]
+    path = path.removeprefix(scope.get("root_path", ""))
+    return path.rstrip("/") or "/"
+
+
+def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(key, value) for key, value in headers if key.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+async def _refuse(send: Send, error: BaseException) -> None:
+    await _reply(send, *describe(error))
+
+
+async def _reply(send: Send, status: int, value: dict[str, Any]) -> None:
+    data = json.dumps(value).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(data)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests through `Turns` and the service's own routes, on a fake engine in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from shira.serve.http import routes
+from shira.serve.http.service import AdapterService
+from shira.serve.http.turns import Turns, answering
+
+from ..virtual_time import run
+from .fakes import FakeEngine, FakeServer, post
+
+CHAT = "/v1/chat/completions"
+
+
+class Site:
+    """A server with adapters fr and de, and the routes."""
+
+    def __init__(self, tmp_path, seconds=0.1, **options):
+        for name in ("french", "german", "damaged"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "adapter").write_text(name)
+        self.engine = FakeEngine(seconds)
+        self.server = FakeServer(self.engine)
+        self.service = None
+        self.options = {"folder": tmp_path, "base_models": ["base", "alias"], **options}
+        self.app = Turns(self.server, lambda: self.service, routes.OWN_PATHS)
+
+    async def start(self):
+        self.service = AdapterService(self.engine, **self.options)
+        for name, path in (("fr", "french"), ("de", "german")):
+            assert (await self.own(routes.LOAD, name=name, path=path))[0] == 200
+
+    async def own(self, route, data=None, **fields):
+        data = json.dumps(fields).encode() if data is None else data
+        return await routes.answer(self.service, route, data)
+
+    async def ask(self, model, path=CHAT, **fields):
+        status, data = await post(self.app, path, {"model": model, **fields})
+        return status, data
+
+
+def on_site(test, tmp_path, **options):
+    site = Site(tmp_path, **options)
+
+    async def main():
+        await site.start()
+        await test(site)
+        await asyncio.sleep(10)
+        if site.service is not None:
+            assert site.service.scheduler.running == 0
+            assert site.service.scheduler.waiting == {}
+        assert site.engine.running == 0
+
+    run(main())
+
+
+def lines(data):
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_each_request_is_answered_by_the_adapter_it_names(tmp_path):
+    async def test(site):
+        wanted = ["fr", "base", "de", "fr", "alias", None, "", "de"] * 10
+        answers = await asyncio.gather(
+            *(site.ask(model, seconds=i % 3 / 10) for i, model in enumerate(wanted))
+        )
+        for model, (status, data) in zip(wanted, answers, strict=True):
+            assert status == 200
+            active = {model: 1.0} if model in ("fr", "de") else {}
+            assert lines(data) == [active, active]  # from its first piece to its last
+        assert all(r["model"] in ("base", "alias", None, "") for r in site.server.requests)
+        assert site.service.scheduler.switches < 10
+
+    on_site(test, tmp_path)
+
+
+def test_the_body_arrives_as_it_was_but_for_the_model(tmp_path):
+    async def test(site):
+        fields = {"messages": [{"content": "é\ud800"}], "n": 10**20, "t": 0.1}
+        await site.ask("fr", **fields)
+        await post(site.app, CHAT, {"model": "base", **fields}, parts=3)
+        assert site.server.requests == [{"path": CHAT, "model": "base", **fields}] * 2
+
+    on_site(test, tmp_path)
+
+
+def test_an_unknown_model_is_refused_at_once_and_causes_no_switch(tmp_path):
+    async def test(site):
+        await site.ask("fr")
+        for model in ("frr", "../fr", ["fr"], {"a": 1}, 3):
+            status, data = await site.ask(model)
+            error = json.loads(data)["error"]
+            assert (status, error["code"], error["type"]) == (404, 404, "NotFoundError")
+        assert "Did you mean 'fr'" in json.loads((await site.ask("frr"))[1])["error"]["message"]
+        assert site.engine.active == {"fr": 1.0}
+        assert len(site.server.requests) == 1
+
+    on_site(test, tmp_path)
+
+
+def test_what_else_the_server_serves_runs_on_the_base(tmp_path):
+    async def test(site):
+        await site.ask("fr")
+        status, data = await site.ask("a-lora")
+        assert (status, lines(data)) == (200, [{}, {}])
+        assert site.server.requests[-1]["model"] == "a-lora"
+        assert (await site.own(routes.LOAD, name="a-lora", path="french"))[0] == 409
+
+    on_site(test, tmp_path, taken=lambda name: name == "a-lora")
+
+
+def test_any_post_takes_part_but_those_that_run_no_model(tmp_path):
+    async def test(site):
+        await site.ask("fr")
+        for path in ("/v1/embeddings", "/some/new/route", "/v1/completions/"):
+            await site.ask("de", path=path)
+            assert site.engine.active == {"de": 1.0}
+            await site.ask("fr")
+        switches = site.service.scheduler.switches
+        for path in ("/tokenize", "/v1/chat/completions/render", "/v1/messages/count_tokens"):
+            assert (await site.ask("de", path=path))[0] == 200
+            assert site.server.requests[-1]["model"] == "base"
+        await site.ask("de", path="/pause")
+        await post(site.app, CHAT, {"model": "de"}, method="GET")
+        assert site.service.scheduler.switches == switches
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize("background", [True, 1, "true"])
+def test_what_would_outlast_its_turn_is_refused(tmp_path, background):
+    async def test(site):
+        for model in ("fr", "base"):
+            status, data = await site.ask(model, path="/v1/responses", background=background)
+            assert status == 400
+            assert "background" in json.loads(data)["error"]["message"]
+        assert (await site.ask("fr", path="/v1/responses", background=False))[0] == 200
+
+    on_site(test, tmp_path)
+
+
+def test_websockets_are_closed(tmp_path):
+    async def test(site):
+        sent = []
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            sent.append(message)
+
+        await site.app({"type": "websocket", "path": "/v1/realtime"}, receive, send)
+        assert sent == [{"type": "websocket.close", "code": 1008, "reason": "not with adapters"}]
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"fr"', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_json_object_goes_to_the_base(tmp_path, data):
+    async def test(site):
+        site.app.app = echo
+        await site.own(routes.ACTIVATE, name="fr")
+        status, answer = await post(site.app, CHAT, data)
+        assert (status, answer) == (200, data)
+        assert site.engine.active == {}
+
+    async def echo(scope, receive, send):
+        message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": message["body"]})
+
+    on_site(test, tmp_path)
+
+
+def test_a_body_that_is_too_large(tmp_path, monkeypatch):
+    async def test(site):
+        monkeypatch.setattr("shira.serve.http.turns.BODY_LIMIT", 100)
+        status, data = await site.ask("fr", pad="x" * 100)
+        assert (status, json.loads(data)["error"]["code"]) == (413, 413)
+
+    on_site(test, tmp_path)
+
+
+def test_clients_that_go_away(tmp_path):
+    """While they wait: no switch for them. While they are answered: the server hears of it."""
+
+    async def test(site):
+        body = {"model": "de", "seconds": 1.0}
+        waiting = asyncio.ensure_future(post(site.app, CHAT, body, leaves=0.3))
+        running = asyncio.ensure_future(post(site.app, CHAT, {**body, "model": "fr"}, leaves=0.5))
+        results = await asyncio.gather(running, waiting)
+        assert results == [(None, b"")] * 2
+        assert site.engine.running == 0
+        left = asyncio.ensure_future(site.ask("fr", seconds=1.0))
+        await asyncio.sleep(0.1)
+        switches = site.service.scheduler.switches
+        assert await post(site.app, CHAT, {"model": "de"}, leaves=0.2) == (None, b"")
+        await left
+        await asyncio.sleep(1)
+        assert site.service.scheduler.switches == switches
+
+    on_site(test, tmp_path)
+
+
+def test_an_engine_that_cannot_switch(tmp_path):
+    async def test(site):
+        await site.ask("fr")
+        site.engine.broken = True
+        status, data = await site.ask("de")
+        assert (status, json.loads(data)["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert "died" in json.loads(data)["error"]["message"]
+        assert lines((await site.ask("fr"))[1]) == [{"fr": 1.0}] * 2  # goes on as it was
+        site.engine.broken = False
+        assert lines((await site.ask("de"))[1]) == [{"de": 1.0}] * 2
+
+    on_site(test, tmp_path)
+
+
+def test_before_the_engine_is_there(tmp_path):
+    async def test(site):
+        service, site.service = site.service, None
+        assert (await site.ask("fr"))[0] == 503
+        for path in (*routes.OWN_PATHS, routes.LIST):
+            assert (await site.own(path, name="fr"))[0] == 503
+        site.service = service
+
+    on_site(test, tmp_path)
+
+
+def test_the_application_knows_who_answers(tmp_path):
+    async def test(site):
+        seen = []
+
+        async def app(scope, receive, send):
+            await receive()
+            seen.append(answering.get())
+            raise RuntimeError("a defect of the application")
+
+        site.app.app = app
+        for model in ("fr", "base"):
+            with pytest.raises(RuntimeError, match="defect"):
+                await site.ask(model)
+        assert seen == ["fr", None]
+        assert answering.get() is None
+
+    on_site(test, tmp_path)
