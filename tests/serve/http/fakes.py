@@ -7,8 +7,7 @@ import asyncio
 import json
 from pathlib import Path
 
-from shira.errors import FileFormatError, UnknownAdapterError
-from shira.serve.http.errors import UnavailableError
+from shira.errors import FileFormatError, ServeError, UnknownAdapterError
 
 
 class FakeEngine:
@@ -26,7 +25,7 @@ class FakeEngine:
         self.calls.append(("load", name, path))
         text = (Path(path) / "adapter" if Path(path).is_dir() else Path(path)).read_text()
         if text == "damaged":
-            raise FileFormatError("the file is damaged")
+            raise FileFormatError(f"{path} is damaged")
         self.held[name] = text
         return {"digest": text, "nnz": len(text), "parameters": 1, "secret": "not told"}
 
@@ -40,7 +39,7 @@ class FakeEngine:
         assert self.running == 0
         await asyncio.sleep(self.seconds)
         if self.broken:
-            raise UnavailableError("the engine has died")
+            raise ServeError("the engine has died")
         if set(weights or {}) - self.held.keys():
             raise UnknownAdapterError(f"unknown: {weights}")
         self.active = dict(weights or {})

@@ -13,10 +13,6 @@ class NameTakenError(AdapterError):
     """A name that another adapter or the base model has already."""
 
 
-class UnavailableError(ShiraError, RuntimeError):
-    """A server that cannot do it now, or was not set up to."""
-
-
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Status and body for an error.
 

@@ -16,8 +16,8 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from shira.errors import AdapterError, did_you_mean
-from shira.serve.http.errors import UnavailableError, describe
+from shira.errors import AdapterError, ServeError, did_you_mean
+from shira.serve.http.errors import describe
 from shira.serve.http.service import AdapterService
 
 LOAD = "/v1/load_shira_adapter"
@@ -48,7 +48,7 @@ async def answer(
     """
     try:
         if service is None:
-            raise UnavailableError("this server has no engine, or it is not ready")
+            raise ServeError("this server has no engine, or it is not ready")
         if path == LIST:
             return 200, service.list()
         calls: dict[str, Call] = {

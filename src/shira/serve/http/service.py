@@ -14,8 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
-from shira.serve.http.errors import NameTakenError, UnavailableError
+from shira.errors import (
+    AdapterError,
+    ServeError,
+    ShiraError,
+    UnknownAdapterError,
+    did_you_mean,
+)
+from shira.serve.http.errors import NameTakenError
 from shira.serve.http.paths import adapter_name, below
 from shira.serve.scheduler import AdapterScheduler
 
@@ -110,7 +116,7 @@ class AdapterService:
             PathRefusedError: If the path leads out of the folder.
             FileNotFoundError: If nothing is there.
             FileFormatError: If what is there is no adapter.
-            UnavailableError: If the server has no folder of adapters.
+            ServeError: If the server has no folder of adapters.
         """
         name = adapter_name(name)
         if (path is None) == (adapters is None):
@@ -122,11 +128,16 @@ class AdapterService:
                 self.served[name] = Served(self._combination(adapters), None, {})
             else:
                 if self.folder is None:
-                    raise UnavailableError(
+                    raise ServeError(
                         "this server was given no folder of adapters, so it loads none"
                     )
                 real = await asyncio.to_thread(below, self.folder, path)
-                report = await self.engine.load(name, str(real))
+                try:
+                    report = await self.engine.load(name, str(real))
+                except (ShiraError, FileNotFoundError) as error:
+                    # clients hear of the folder's inside, not of where it is
+                    told = str(error).replace(f"{self.folder.resolve()}/", "")
+                    raise type(error)(told) from error
                 self.served[name] = Served({name: 1.0}, str(path), report)
             return self._described(name)
 

@@ -18,8 +18,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from shira.errors import AdapterError
-from shira.serve.http.errors import UnavailableError, body, describe
+from shira.errors import AdapterError, ServeError
+from shira.serve.http.errors import body, describe
 from shira.serve.http.service import AdapterService
 
 Message = MutableMapping[str, Any]
@@ -99,7 +99,7 @@ class Turns:
     async def _in_turn(self, scope: Message, receive: Receive, send: Send) -> None:
         service = self.service()
         if service is None:
-            await _refuse(send, UnavailableError("the engine is not ready"))
+            await _refuse(send, ServeError("the engine is not ready"))
             return
         data = await _read(receive)
         if data is None:  # the client went away

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint plugin of vLLM: adapters chosen by the ``model`` field of the OpenAI routes.
+
+Entry point ``shira`` of the group ``vllm.endpoint_plugins``; vLLM loads it where it is named::
+
+    VLLM_PLUGINS=shira SHIRA_ADAPTERS=adapters \
+        vllm serve MODEL --worker-extension-cls shira.serve.vllm.ShiraWorkerExtension
+
+It adds the routes of `shira.serve.http.routes` and the middleware `shira.serve.http.turns`, and
+lists the adapters among ``/v1/models``. ``--api-key`` covers them. Settings are environment
+variables:
+
+- ``SHIRA_ADAPTERS``: the folder below which clients' paths lie; without it none can be loaded;
+- ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given.
+
+One server process is supported: several would switch the weights under one another's requests.
+Imports vLLM and FastAPI, which vLLM brings, on use.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shira.errors import ConfigError, ServeError
+from shira.serve.client import AsyncClient
+from shira.serve.http import routes
+from shira.serve.http.paths import folder_of_adapters
+from shira.serve.http.service import AdapterService
+from shira.serve.http.turns import Turns, answering
+
+FOLDER, PATIENCE = "SHIRA_ADAPTERS", "SHIRA_PATIENCE"
+
+
+class ShiraEndpoints:
+    """What vLLM makes of the entry point: routes first, the engine later."""
+
+    name = "shira"
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add routes and middleware to the FastAPI application."""
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        def service() -> AdapterService | None:
+            return getattr(app.state, "shira", None)
+
+        async def call(request: Request) -> JSONResponse:
+            status, value = await routes.answer(
+                service(), request.scope["route"].path, await request.body()
+            )
+            return JSONResponse(value, status_code=status)
+
+        async def models() -> JSONResponse:
+            listed = (await app.state.openai_serving_models.show_available_models()).model_dump()
+            return JSONResponse(_with_adapters(listed, service()))
+
+        call.__annotations__["request"] = Request  # FastAPI reads them; this one is local
+        for path in sorted(routes.OWN_PATHS):
+            app.add_api_route(path, call, methods=["POST"], response_model=None)
+        app.add_api_route(routes.LIST, call, methods=["GET"], response_model=None)
+        app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
+        app.add_middleware(Turns, service=service, own_paths=routes.OWN_PATHS)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Reach the engine and make the service.
+
+        Raises:
+            ConfigError: If a setting cannot be meant.
+            ServeError: If the engine has no worker extension of shira, or several server processes
+                share it.
+        """
+        state.shira = None
+        if engine_client is None:  # a server that only renders
+            return
+        parallel = engine_client.vllm_config.parallel_config
+        if getattr(parallel, "_api_process_count", 1) > 1:
+            raise ServeError(
+                "shira's endpoints need --api-server-count 1: several server processes would "
+                "switch the weights under one another's requests"
+            )
+        models = state.openai_serving_models
+        client = await AsyncClient.of(engine_client)
+        if client.active:  # the engine has been in use; this server begins with the base
+            await client.deactivate()
+        state.shira = AdapterService(
+            client,
+            folder=folder_of_adapters(os.environ.get(FOLDER), FOLDER),
+            base_models=[model.name for model in models.base_model_paths],
+            patience=_seconds(os.environ.get(PATIENCE, "0.5")),
+            taken=lambda name: name in models.lora_requests or bool(models.lora_resolvers),
+        )
+        _name_the_adapter(models)
+
+
+def _name_the_adapter(models: Any) -> None:
+    """Responses carry the name of the adapter that answered, as they do for a LoRA."""
+    name_of = models.model_name
+
+    def model_name(lora_request: Any = None) -> Any:
+        return (answering.get() if lora_request is None else None) or name_of(lora_request)
+
+    models.model_name = model_name
+
+
+def _with_adapters(listed: dict[str, Any], service: AdapterService | None) -> dict[str, Any]:
+    """vLLM's list of models with a card for each adapter, like the base's."""
+    if service is not None and listed["data"]:
+        base = listed["data"][0]
+        listed["data"] += [
+            {**base, "id": name, "root": served.path or name, "parent": base["id"]}
+            for name, served in service.served.items()
+        ]
+    return listed
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{PATIENCE} is a number of seconds, not {text!r}") from None

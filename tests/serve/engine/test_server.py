@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` with the endpoint plugin: the commands of docs/serving.md, then a load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.engine import server
+from tests.serve.engine.zoo import PROMPTS, TOKENS
+
+pytestmark = pytest.mark.vllm
+GUIDE = Path(__file__).parents[3] / "docs" / "serving.md"
+FLAGS = "--dtype float32 --enforce-eager --max-model-len 256 --gpu-memory-utilization 0.2"
+
+
+def commands() -> list[str]:
+    """The five commands of the guide's first section."""
+    section = GUIDE.read_text().split("\n## ")[1]
+    assert "in five commands" in section
+    found = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
+    assert len(found) == 5
+    return found
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "the", "weather", "today"]
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(6, 250))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+
+
+class Guide:
+    """What a reader of the guide has before him after the first command."""
+
+    def __init__(self, port: int, folder: Path, env: dict[str, str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.port, self.folder, self.env = port, folder, env
+
+    def shell(self, command: str):
+        command = command.replace("localhost:8000", f"127.0.0.1:{self.port}")
+        out = subprocess.run(
+            ["bash", "-euc", command], cwd=self.folder, env=self.env, capture_output=True, text=True
+        )
+        assert out.returncode == 0, out.stderr
+        return json.loads(out.stdout)
+
+    def post(self, route: str, **fields):
+        return httpx.post(self.url + route, json=fields, timeout=60)
+
+    def listed(self):
+        return httpx.get(f"{self.url}/v1/shira_adapters").json()
+
+
+@pytest.fixture(scope="module")
+def guide(zoo, tmp_path_factory):
+    """The server of the first command, with flags that a small CPU needs."""
+    entry_points = metadata.entry_points(group="vllm.endpoint_plugins")
+    assert "shira" in {entry.name for entry in entry_points}, "install shira: pip install -e ."
+    folder = tmp_path_factory.mktemp("guide")
+    shutil.copytree(zoo.base, folder / "base-model")
+    save_tokenizer(folder / "base-model")
+    shutil.copytree(zoo.path("a"), folder / "adapters" / "french")
+    shutil.copytree(zoo.path("b"), folder / "adapters" / "german")
+    (folder / "adapters" / "out").symlink_to(zoo.root / "a")
+    env = server.environment(server.command_line_on_cpu(folder / "packages"))
+    port = server.free_port()
+    command = commands()[0].strip() + f" {FLAGS} --port {port}"
+    with server.running(
+        ["bash", "-euc", f"exec env {command}"], port, folder / "log", cwd=folder, env=env
+    ):
+        yield Guide(port, folder, env)
+
+
+def test_the_five_commands_of_the_guide(guide, zoo):
+    _, load_french, load_german, ask_french, ask_german = commands()
+    assert guide.shell(load_french)["nnz"] == zoo.adapters["a"].nnz
+    assert guide.shell(load_german)["nnz"] == zoo.adapters["b"].nnz
+    french, german = guide.shell(ask_french), guide.shell(ask_german)
+    assert (french["model"], german["model"]) == ("french", "german")
+    base = guide.post(
+        "/v1/completions", model="base-model", prompt="the weather today", max_tokens=8,
+        temperature=0,
+    ).json()  # fmt: skip
+    texts = [answer["choices"][0]["text"] for answer in (french, german, base)]
+    assert len(set(texts)) == 3
+    assert guide.listed()["switches"] == 3
+    models = httpx.get(f"{guide.url}/v1/models").json()["data"]
+    assert [(m["id"], m["parent"]) for m in models] == [
+        ("base-model", None),
+        ("french", "base-model"),
+        ("german", "base-model"),
+    ]
+
+
+STATES = {"french": "a", "german": "b", "mix": "both", "base-model": "base"}
+
+
+async def ask(client, model, prompt, *, stream=False):
+    body = {
+        "model": model,
+        "prompt": PROMPTS[prompt],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": stream,
+    }
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    if not stream:
+        value = response.json()
+        return value["model"], value["choices"][0]["token_ids"]
+    events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    parts = [json.loads(event) for event in events]
+    tokens = [t for part in parts for c in part["choices"] for t in c["token_ids"]]
+    return parts[0]["model"], tokens
+
+
+def test_under_load_every_answer_is_its_own_adapters(guide, zoo):
+    """300 requests for three adapters and the base, 32 at a time, some streamed."""
+    mix = guide.post("/v1/load_shira_adapter", name="mix", adapters={"french": 0.7, "german": -0.3})
+    assert mix.status_code == 200
+    before = guide.listed()["switches"]
+    wanted = [(list(STATES)[(7 * i * i + i // 3) % 4], i % 3) for i in range(300)]
+
+    async def main():
+        limits = httpx.Limits(max_connections=32)
+        async with httpx.AsyncClient(base_url=guide.url, timeout=120, limits=limits) as client:
+            tasks = [
+                ask(client, model, prompt, stream=i % 5 == 0)
+                for i, (model, prompt) in enumerate(wanted)
+            ]
+            return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(main())
+    for (model, prompt), (named, tokens) in zip(wanted, answers, strict=True):
+        assert named == model
+        assert tokens == zoo.answers[STATES[model]][prompt][0]
+    listed = guide.listed()
+    assert (listed["running"], listed["waiting"]) == (0, {})
+    assert 4 <= listed["switches"] - before < 150, "not grouped"
+
+
+def test_refusals_and_after_them_the_server_goes_on(guide, zoo):
+    assert guide.post("/v1/activate_shira_adapter", name="french").status_code == 200
+    damaged = guide.folder / "adapters" / "damaged"
+    shutil.copytree(zoo.path("a"), damaged)
+    file = damaged / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    pickled = guide.folder / "adapters" / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    foreign = guide.folder / "adapters" / "foreign"
+    other_base(zoo, foreign)
+    for path, status in {
+        "damaged": 400,
+        "pickled": 400,
+        "foreign": 400,
+        "out": 403,
+        "../base-model": 403,
+        "nothing": 404,
+    }.items():
+        answer = guide.post("/v1/load_shira_adapter", name="bad", path=path)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (status, status), error
+        assert str(guide.folder) not in error["message"]
+    assert guide.post("/v1/completions", model="bad", prompt=PROMPTS[0]).status_code == 404
+    assert guide.post("/v1/load_shira_adapter", name="french", path="german").status_code == 409
+    assert guide.post("/v1/responses", model="french", background=True).status_code == 400
+    assert guide.listed()["active"] == "french"
+
+    async def both():
+        async with httpx.AsyncClient(base_url=guide.url, timeout=60) as client:
+            return [(await ask(client, model, 0))[1] for model in ("french", "base-model")]
+
+    assert asyncio.run(both()) == [zoo.answers["a"][0][0], zoo.answers["base"][0][0]]
+
+
+def other_base(zoo, path):
+    from shira.delta import Adapter
+
+    a = zoo.adapters["a"]
+    marks = dict(a.metadata["base_fingerprint"])
+    marks["lm_head.weight"] = "float32:0123456789abcdef"
+    Adapter(dict(a.items()), {"base_fingerprint": marks}).save(path, format="peft")
+
+
+def test_unload(guide, zoo):
+    assert guide.post("/v1/unload_shira_adapter", name="french").status_code == 409  # part of mix
+    for name in ("mix", "french"):
+        assert guide.post("/v1/unload_shira_adapter", name=name).status_code == 200
+        assert guide.post("/v1/completions", model=name, prompt=PROMPTS[0]).status_code == 404
+    again = guide.post("/v1/load_shira_adapter", name="french", path="french")
+    assert again.json()["digest"]
+
+
+def test_the_key_of_the_server_covers_the_routes():
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    from shira.serve.http import routes
+    from shira.serve.vllm_endpoints import ShiraEndpoints
+
+    app = FastAPI()
+    ShiraEndpoints().attach_router(app)
+    app.add_middleware(AuthenticationMiddleware, tokens=["secret"])
+    client = TestClient(app)
+    for path in sorted(routes.OWN_PATHS):
+        assert client.post(path, json={"name": "x"}).status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        assert client.post(path, json={"name": "x"}, headers=key).status_code == 503  # no engine
+    assert client.get(routes.LIST).status_code == 401
