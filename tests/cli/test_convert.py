@@ -166,8 +166,8 @@ def test_extract_within_a_budget(shira, base, tensors, tmp_path):
     assert "exact" in answer.out
     refused(shira("extract", base, tuned, "--output", tmp_path / "x", "--to", "pefd"),
             "Did you mean 'peft'")  # fmt: skip
-    refused(shira("extract", base, tuned, "--output", tmp_path / "x", "--dtype", "bf16"),
-            "--dtype is one of")  # fmt: skip
+    options = ["--output", tmp_path / "x", "--to", "peft", "--dtype", "bf16"]
+    refused(shira("extract", base, tuned, *options), "--dtype is one of")
 
 
 def test_extract_says_with_its_status_that_it_is_not_exact(shira, tmp_path):
