@@ -22,6 +22,8 @@ COMMANDS = {
     "demo": "shira.cli.demo",
     "train": "shira.cli.train",
     "inspect": "shira.cli.inspect",
+    "fuse": "shira.cli.fuse",
+    "overlap": "shira.cli.overlap",
     "merge": "shira.cli.merge",
     "unmerge": "shira.cli.unmerge",
     "extract": "shira.cli.extract",

@@ -56,7 +56,6 @@ class Method(NamedTuple):
         budget: Whether the result is pruned to ``k`` entries.
         associative: Whether ``fuse([fuse([a, b]), c])`` is ``fuse([a, b, c])``: the positions
             exactly, the values to rounding. All methods are commutative, bit for bit.
-        about: One line for ``--help`` and the documentation.
     """
 
     sparsify: Callable[[SparseDelta, Settings, Draw], SparseDelta] | None
@@ -66,7 +65,6 @@ class Method(NamedTuple):
     random: bool
     budget: bool
     associative: bool
-    about: str
 
 
 def _trim(delta: SparseDelta, settings: Settings, draw: Draw) -> SparseDelta:
@@ -102,26 +100,17 @@ def _elect(
 
 _VOTE = "majority_sign_method"
 
-# fmt: off
 METHODS: Mapping[str, Method] = {
-    "sum": Method(None, _sum, (), None, False, False, True,
-                  "weighted sum"),
-    "mean": Method(None, _mean, (), None, False, False, False,
-                   "weighted sum over the sum of the weights"),
-    "ties": Method(_trim, _elect, ("density", _VOTE), 1.0, False, False, False,
-                   "trim, elect a sign, average what agrees"),
-    "dare": Method(_drop, _sum, ("density", "seed"), 0.5, True, False, False,
-                   "drop at random and rescale, then sum"),
-    "dare_ties": Method(_drop, _elect, ("density", "seed", _VOTE), 0.5, True, False, False,
-                        "drop at random and rescale, then as ties"),
-    "della": Method(_mag_prune, _elect, ("density", "epsilon", "seed", _VOTE),
-                    0.5, True, False, False,
-                    "drop small ones more often than large ones, then as ties"),
-    "magnitude": Method(None, _sum, ("density", "k"), None, False, True, False,
-                        "weighted sum, pruned to the largest k entries"),
-    "magnitude_prune": Method(_trim, _sum, ("density",), 0.5, False, False, False,
-                              "trim each, then sum"),
+    "sum": Method(None, _sum, (), None, False, False, True),
+    "mean": Method(None, _mean, (), None, False, False, False),
+    "ties": Method(_trim, _elect, ("density", _VOTE), 1.0, False, False, False),
+    "dare": Method(_drop, _sum, ("density", "seed"), 0.5, True, False, False),
+    "dare_ties": Method(_drop, _elect, ("density", "seed", _VOTE), 0.5, True, False, False),
+    "della": Method(
+        _mag_prune, _elect, ("density", "epsilon", "seed", _VOTE), 0.5, True, False, False
+    ),
+    "magnitude": Method(None, _sum, ("density", "k"), None, False, True, False),
+    "magnitude_prune": Method(_trim, _sum, ("density",), 0.5, False, False, False),
 }
-# fmt: on
 EPSILON = 0.1
 """Default width of DELLA's range of probabilities."""

@@ -66,12 +66,15 @@ def add_weighted_adapter(
         r, fused = _with_even_budget(fused)
     config = _config(model, adapters, fused, r, kept_mask)
     config.modules_to_save = sorted({name for name, _, _ in owners}) or None
+    trainable = [p for p in model.parameters() if p.requires_grad]
     model.peft_config[adapter_name] = config
     try:
         model.inject_adapter(model.model, adapter_name)
     except BaseException:
         del model.peft_config[adapter_name]
         raise
+    for parameter in trainable:  # PEFT 0.20 freezes all adapters when it adds a frozen one
+        parameter.requires_grad_(True)
     for name, layer in _layers(model):
         if adapter_name in layer.shira_weight:
             device = layer.shira_weight[adapter_name].device

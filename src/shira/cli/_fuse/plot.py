@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of all pairs: a matrix of one figure, coloured and with its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from shira.cli._fuse.pairs import FIGURES
+from shira.errors import ConfigError, MissingDependencyError
+from shira.measure import Overlap
+
+
+def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, path: Path) -> None:
+    """Draw one figure of all pairs as a PNG; the diagonal stays empty.
+
+    Args:
+        names: Of the adapters.
+        found: Their pairs, as `all_pairs` gives them.
+        figure: One of `FIGURES`.
+        path: Where to write it.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+        ConfigError: If the folder of ``path`` does not exist.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("--plot needs matplotlib: pip install matplotlib") from error
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
+    at = {name: number for number, name in enumerate(names)}
+    size = len(names)
+    values = [[math.nan] * size for _ in names]
+    for pair in found:
+        i, j = at[pair.a], at[pair.b]
+        values[i][j] = values[j][i] = FIGURES[figure](pair)
+    known = [value for row in values for value in row if not math.isnan(value)]
+    signed = figure == "cosine"
+    reach = max(map(abs, known), default=0.0) or 1.0
+    side = max(3.6, 0.9 * size + 1.8)
+    drawing = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = drawing.add_subplot(title=f"{figure} of all pairs")
+    image = axes.imshow(
+        values,
+        cmap="RdBu_r" if signed else "viridis",
+        vmin=-reach if signed else 0.0,
+        vmax=reach,
+    )
+    axes.set_xticks(range(size), names, rotation=45, ha="right")
+    axes.set_yticks(range(size), names)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if not math.isnan(value):
+                dark = abs(value) > 0.6 * reach if signed else value < 0.6 * reach
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
+    drawing.colorbar(image, ax=axes, shrink=0.8)
+    FigureCanvasAgg(drawing)
+    drawing.savefig(path, format="png")

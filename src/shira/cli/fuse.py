@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira fuse`: several adapters made one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = (
+    "shira fuse poems code -o both",
+    "shira fuse poems=0.7 code=0.3 -o both",
+    "shira fuse poems code law --method ties --density 0.5 -o all",
+    "shira fuse poems code --method dare --density 0.5 --seed 1 -o both",
+    "shira fuse poems code --method magnitude --k 100000 -o both",
+    "shira fuse poems=-1 -o unpoetic --dtype bfloat16",
+)
+
+
+def command(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="The adapters: folders or files, each with a weight if you like: PATH=0.5.",
+            metavar="ADAPTER[=WEIGHT]",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the fused adapter.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="sum, mean, ties, dare, dare_ties, della, magnitude or magnitude_prune.",
+        ),
+    ] = "sum",
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="The share of its entries that each adapter keeps (ties, dare, dare_ties, della, "
+            "magnitude_prune); for magnitude the density of the result."
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Entries of the result (magnitude).")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Width of the range of probabilities (della).")
+    ] = None,
+    majority_sign_method: Annotated[
+        str | None, typer.Option(help="How signs are elected: total or frequency (ties and kin).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the methods that drop at random; 0 if not given.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="A safetensors file of the base model, for adapters that do not record the shapes "
+            "of its weights, as those that PEFT itself has written."
+        ),
+    ] = None,
+    check_base: Annotated[
+        bool,
+        typer.Option(
+            "--check-base/--no-check-base", help="Refuse adapters of different base models."
+        ),
+    ] = True,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="How to write it; as `Adapter.save` does if not given."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the stored values: float32, bfloat16 or float16.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over an OUTPUT that exists.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made, as JSON.")] = False,
+) -> None:
+    """Fuse adapters into one, on the union of their entries.
+
+    sum: weighted sum. mean: the same over the sum of the weights. ties: elect a sign at each entry
+    and average what agrees. dare: drop entries at random and rescale the others, then sum.
+    dare_ties: the same, then as ties. della: as dare_ties, but small entries are dropped more
+    often. magnitude: sum, then keep the largest. magnitude_prune: keep the largest of each, then
+    sum.
+
+    Exit status 2: an adapter cannot be read, the adapters do not belong together, or an option
+    cannot be meant; nothing is written.
+    """
+    from shira.cli._fuse.adapters import read_all, short_names, split_weight
+    from shira.cli.progress import Steps
+    from shira.errors import ConfigError
+    from shira.fusing import fuse
+
+    if output.exists() and not force:
+        raise ConfigError(f"{output} exists; --force writes over it")
+    stored = _dtype(dtype)
+    pairs = [split_weight(argument) for argument in adapters]
+    paths = [path for path, _ in pairs]
+    weights = [1.0 if weight is None else weight for _, weight in pairs]
+    read = read_all(paths, base)
+    with Steps("fusing", len({name for adapter in read for name in adapter})) as steps:
+        fused = fuse(
+            read,
+            weights,
+            method,
+            density=density,
+            k=k,
+            epsilon=epsilon,
+            majority_sign_method=majority_sign_method,
+            seed=seed,
+            check_base=check_base,
+            names=short_names(paths),
+            progress=lambda done, total: steps.update(done),
+        )
+    options: dict[str, str] = {} if file_format is None else {"format": file_format}
+    fused.save(output, dtype=stored, **options)  # type: ignore[arg-type]
+    if as_json:
+        made = {
+            "output": str(output),
+            "nnz": fused.nnz,
+            "density": fused.density,
+            "parameters": len(fused),
+            "fused": fused.metadata.get("fused"),
+        }
+        print(json.dumps(made, indent=2))
+        return
+    whole = sum(adapter.nnz for adapter in read)
+    print(
+        f"{output}: {fused.nnz:,} entries in {len(fused)} weights, density {fused.density:.2%}, "
+        f"by {method} from {len(read)} adapters of {whole:,} entries together"
+    )
+
+
+def _dtype(name: str | None) -> object:
+    from shira.errors import ConfigError, did_you_mean
+
+    known = ("float32", "bfloat16", "float16", "float64")
+    if name is None:
+        return None
+    if name not in known:
+        raise ConfigError(
+            f"--dtype {name}: there are {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    import torch
+
+    return getattr(torch, name)
