@@ -4,6 +4,7 @@
 #   make demo      adapt a real model, save, reload, switch and restore it
 #   make test      the test suite
 #   make check     formatting, lint, types and tests: what CI runs
+#   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
 #   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
 #   make bench     the benchmarks; results go to benchmarks/results/
 #   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
@@ -20,6 +21,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := $(VENV)/lowest-peft
 LOWEST_STAMP := $(LOWEST)/.installed
+QUANTIZED := $(VENV)/quantized
+QUANTIZED_STAMP := $(QUANTIZED)/.installed
 TRITON := $(VENV)/triton
 TRITON_STAMP := $(TRITON)/.installed
 VLLM := .venv-vllm
@@ -61,6 +64,16 @@ test-lowest-peft: $(LOWEST_STAMP)
 	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import peft; print("PEFT", peft.__version__, "from", peft.__path__[0])'
 	PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTEST) -x -q $(PYTEST_ARGS) tests/tuner
 
+# The quantization libraries beside the environment: where they are installed PEFT imports them in
+# every process, which takes seconds.
+$(QUANTIZED_STAMP): $(STAMP) constraints-quantized.txt
+	rm -rf $(QUANTIZED)
+	$(BIN)/python -m pip install -qq --no-deps --target $(QUANTIZED) -c constraints-quantized.txt bitsandbytes torchao
+	@touch $@
+
+test-quantized: $(QUANTIZED_STAMP)
+	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/tuner/test_quantized.py
+
 # Triton beside the environment: without a GPU nothing but this test needs it.
 $(TRITON_STAMP): $(STAMP) constraints-triton.txt
 	rm -rf $(TRITON)
@@ -87,7 +100,7 @@ test-vllm:
 	fi
 
 # The main test run comes last, so that its summary is the last line.
-check: format-check lint types test-lowest-peft test
+check: format-check lint types test-lowest-peft test-quantized test
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

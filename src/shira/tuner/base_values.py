@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shira.support import Support
+from shira.tuner.quantized import backend_of
 
 
 def base_values(layer: nn.Module, support: Support) -> Tensor | None:
@@ -23,6 +24,7 @@ def base_values(layer: nn.Module, support: Support) -> Tensor | None:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if (
         weight.is_meta
+        or backend_of(layer) is not None
         or not weight.is_floating_point()
         or weight.shape != torch.Size(support.shape)
     ):

@@ -27,6 +27,7 @@ from shira.support import Support
 from shira.tuner.config import ShiraConfig
 from shira.tuner.masking import SupportTable, entries
 from shira.tuner.model import ShiraModel, layer_class_of
+from shira.tuner.quantized import backend_of
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import matched_modules, nothing_matched, refuse_shared_weights
 
@@ -115,8 +116,11 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
         weight = getattr(layer, "weight", None)
         if layer_class_of(layer) is None or not isinstance(weight, Tensor):
             raise TargetError(f"{name} ({type(layer).__name__}) cannot be adapted")
-        if not weight.is_floating_point():
-            raise TargetError(f"{name}: a quantized weight ({weight.dtype}) has no gradient")
+        if not weight.is_floating_point() or backend_of(layer) is not None:
+            raise TargetError(
+                f"{name}: a quantized weight ({type(weight).__name__}, {weight.dtype}) has no "
+                "gradient; calibrate on the unquantized model, and use the config on this one"
+            )
     refuse_shared_weights(layers, lambda module: True)
     return [(weight_name(base_module_name(name)), layer) for name, layer in layers]
 

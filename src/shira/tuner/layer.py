@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, TargetError
@@ -24,6 +24,7 @@ from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into, prepare
+from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling
 from shira.tuner.zero import fetch
 
@@ -60,9 +61,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.scaling: dict[str, float] = {}
         self.shira_weight = nn.ParameterDict({})
         self.shira_indices = IndexDict()
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
@@ -181,10 +180,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         if not adapter_names:
             return
         if self.quantization_backend is not None:
-            raise MergeError(
-                f"adapters {adapter_names} cannot be merged into a quantized weight without loss; "
-                "load the base model unquantized to merge"
-            )
+            raise cannot_merge(adapter_names, self.quantization_backend)
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shira import ops
 from shira.tuner.grouped import grouped_linear
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.quantized import can_unpack, quantized_linear
 
 
 class Linear(ShiraLayer):
@@ -21,9 +22,13 @@ class Linear(ShiraLayer):
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         base: Any = self.get_base_layer()
         x = self._cast_input(x)
-        if self.quantization_backend is not None:
-            # The packed weight stays as it is: the delta alone, on a weight of zeros that takes
-            # no memory, is added to what the base layer computes.
+        backend = self.quantization_backend
+        if backend is not None and can_unpack(backend):
+            result: Tensor = quantized_linear(x, base, backend, deltas, indices)
+            return result
+        if backend is not None:
+            # A weight that cannot be unpacked (GPTQ, AWQ, ...): the delta alone, on a weight of
+            # zeros that takes no memory, is added to what the base layer computes.
             zeros = x.new_zeros(()).expand(self.weight_shape)
             return self._base_forward(x) + ops.linear(x, zeros, None, deltas, indices)
         return ops.linear(

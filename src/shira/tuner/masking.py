@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from shira.errors import MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
+from shira.store.names import full_shape
 from shira.support import Support, matrix_shape
+from shira.tuner.quantized import unpacked
 
 if TYPE_CHECKING:
     from shira.tuner.config import ShiraConfig
@@ -38,7 +40,7 @@ class BuiltinMask:
             config.mask_type,
             shape,
             entries(config, shape, r, name),
-            weight=weight.detach() if "weight" in needs else None,
+            weight=_values_of(base_layer, name) if "weight" in needs else None,
             seed=config.draw_seed(),
             name=name,
             slot=config.mask_slot,
@@ -129,8 +131,24 @@ def weight_of(base_layer: nn.Module) -> Tensor:
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """The full shape of a weight, also where DeepSpeed ZeRO-3 keeps it partitioned."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+    """The full shape of a weight, also where it is packed in 4 bits or partitioned by ZeRO-3."""
+    return full_shape(weight)
+
+
+def _values_of(base_layer: nn.Module, name: str) -> Tensor:
+    """The weight for a mask that looks at it; a packed one dequantized, for as long as it looks.
+
+    Raises:
+        MaskError: If it is packed in a way that PEFT cannot unpack.
+    """
+    values = unpacked(base_layer)
+    if values is None:
+        raise MaskError(
+            f"{name}: the mask is chosen by the weight's values, but they are quantized in a way "
+            "that cannot be unpacked; choose by position: mask_type 'random', 'struct', 'block' or "
+            "'block_diagonal'"
+        )
+    return values
 
 
 def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import (
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
@@ -35,6 +34,7 @@ from shira.tuner.linear import Linear, is_conv1d
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming
 from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
+from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.saving import whole_values
 from shira.tuner.stock import as_ours
@@ -58,7 +58,7 @@ def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
         return Conv2d
     if isinstance(module, nn.Embedding):
         return Embedding
-    backend = resolve_quantization_backend(module)
+    backend = backend_of(module)
     return Linear if backend is not None and backend.layer_type == "linear" else None
 
 
@@ -142,7 +142,8 @@ class ShiraModel(BaseTuner):
             if adapter_name == REFERENCE:
                 self._copy_adapter_of_same_config(target, config)
         else:
-            own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
+            if backend_of(base_layer_of(target)) is None:  # a packed weight is never written to
+                own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
             new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
@@ -232,12 +233,17 @@ class ShiraModel(BaseTuner):
             yield
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a weight that an unadapted module shares.
+        """Refuse to merge into a packed weight, or into one that an unadapted module shares.
+
+        Before anything is merged, so that no model is left half merged.
 
         Raises:
             MergeError: If there is one.
         """
         super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, ShiraLayer) and layer.quantization_backend is not None:
+                raise cannot_merge(list(layer.shira_weight), layer.quantization_backend)
         adapted = {
             layer.weight.data_ptr(): name
             for name, layer in self.model.named_modules()

@@ -81,7 +81,8 @@ def refuse_shared_weights(
         weight = weight_of(base)
         if weight.is_meta or not weight.numel():
             continue
-        place = (weight.data_ptr(), weight.numel())
+        # A packed tensor subclass (torchao) has no memory of its own to be known by.
+        place = (weight.data_ptr() or id(weight), weight.numel())
         if place in seen:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer whose weight is packed: dequantize, put the adapter in, multiply, let it go.
+
+PEFT's quantization interface says how a packed weight is unpacked (bitsandbytes 4-bit and 8-bit,
+torchao, HQQ). What it gives is a buffer of our own, so the k replacement values are written into it
+and nothing has to be put back; the packed weight is never touched::
+
+    forward:   B = dequantize(W);  B[S] = round(B[S] + s*v);  y = x B^T     (keeps x, v, the layer)
+    backward:  the same B again for dx = g B;  dv = s * (g^T x)[S]
+
+B is the one dense temporary of the weight's size in shira's training: O(m n) for the length of a
+product, made twice a step and never kept from forward to backward. Keeping it would undo what the
+quantization saves.
+
+Deltas are float32 and are added in the dtype of the product. No dtype between 4 bit and that of the
+product rounds them away, as merging into the packed weight would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from shira.delta import replacement
+from shira.errors import MergeError, TargetError
+from shira.ops import plan_for, weight_gradient
+from shira.ops.util import no_autocast
+from shira.store.names import full_shape
+
+Dequantize = Callable[[], Tensor]
+
+
+def backend_of(layer: nn.Module, **kwargs: Any) -> Any:
+    """PEFT's quantization backend of a base layer, or None if the layer is not quantized.
+
+    Args:
+        layer: The base layer.
+        **kwargs: What PEFT knows of the model's quantization. torchao's way of packing again may be
+            missing from it (a model quantized by hand): only merging would need it.
+    """
+    repack = kwargs.get("get_apply_tensor_subclass") or _refuse_to_repack
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=repack)
+
+
+def can_unpack(backend: Any) -> bool:
+    """Whether the backend can say what a packed weight's values are (GPTQ's and AWQ's cannot)."""
+    # PEFT's contract: who supports merging implements get_base_weight.
+    return bool(backend.supports_merge)
+
+
+def unpacked(layer: nn.Module) -> Tensor | None:
+    """The values of a base layer's weight, to look at: dequantized if it is packed.
+
+    Args:
+        layer: The base layer, quantized or not.
+
+    Returns:
+        A tensor of the weight's full shape, detached; for a packed weight a new one of m * n
+        entries. None for a packed weight whose backend cannot unpack it.
+    """
+    backend = backend_of(layer)
+    if backend is None:
+        return cast(Tensor, layer.weight).detach()
+    if not can_unpack(backend):
+        return None
+    return _unpack(layer, backend)
+
+
+@torch.compiler.disable(
+    reason="a packed weight is unpacked by its own library; shira breaks the graph around that"
+)
+def quantized_linear(
+    x: Tensor,
+    layer: nn.Module,
+    backend: Any,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+) -> Tensor:
+    """``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
+
+    An ``autograd.Function`` that keeps the layer, not a custom op, as an op takes no module: under
+    ``torch.compile`` the graph breaks around it.
+
+    Args:
+        x: ``(..., in)``.
+        layer: The quantized base layer. Its ``compute_dtype``, if it has one (bitsandbytes 4-bit,
+            HQQ), is the dtype of the product; else that of ``x``.
+        backend: Its `backend_of`; one that `can_unpack`.
+        deltas: ``(k_i,)`` for each active adapter, scale included.
+        indices: int32 ``(2, k_i)`` for each: rows and columns of the full weight, sorted.
+
+    Returns:
+        ``(..., out)`` in the dtype of ``x``.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+        TargetError: If the backend unpacks to another shape.
+    """
+    dtype = getattr(layer, "compute_dtype", None) or x.dtype
+    bias = cast("Tensor | None", layer.bias)
+    result: Tensor = _Linear.apply(
+        x.to(dtype),
+        None if bias is None else bias.to(dtype),
+        _Unpacked(layer, backend),
+        len(deltas),
+        *deltas,
+        *indices,
+    )
+    return result.to(x.dtype)
+
+
+class _Unpacked:
+    """Makes the dense weight anew at each call; holds the layer, not the weight.
+
+    FSDP2 and offloading put other tensors into a module between forward and backward.
+    """
+
+    def __init__(self, layer: nn.Module, backend: Any) -> None:
+        self.layer, self.backend = layer, backend
+
+    def with_deltas(
+        self, deltas: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        dense = _unpack(self.layer, self.backend).to(dtype).contiguous()
+        plan = plan_for(indices, dense.shape, dense.stride())
+        flat, at = dense.view(-1), plan.offsets()
+        flat.index_copy_(0, at, replacement(flat.index_select(0, at), plan.combine(deltas)))
+        return dense
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: _Unpacked, count: int, *rest: Tensor
+    ) -> Tensor:
+        deltas, indices = rest[:count], rest[count:]
+        # x is what the values' gradient needs; without it it is not kept alive
+        keeps_x = any(ctx.needs_input_grad[4 : 4 + count])
+        ctx.save_for_backward(x if keeps_x else x.new_empty(0), *rest)
+        ctx.weight, ctx.count = weight, count
+        with no_autocast(x):
+            return F.linear(x, weight.with_deltas(deltas, indices, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        deltas, indices = rest[: ctx.count], rest[ctx.count :]
+        need_x, need_bias, _, _, *need_rest = ctx.needs_input_grad
+        left = grad.reshape(-1, grad.shape[-1])
+        dvalues: list[Tensor | None] = [None] * ctx.count
+        dx = dbias = None
+        with no_autocast(grad):
+            if any(need_rest):
+                shape = full_shape(ctx.weight.layer.weight)
+                plan = plan_for(indices, shape, (shape[1], 1))
+                parts = plan.split(weight_gradient(left, x.reshape(-1, x.shape[-1]), plan))
+                dvalues = [d.to(delta.dtype) for d, delta in zip(parts, deltas, strict=True)]
+            if need_x:  # last: the dense weight is not there while the others need room
+                dx = grad @ ctx.weight.with_deltas(deltas, indices, grad.dtype)
+            if need_bias:
+                dbias = left.sum(0)
+        return dx, dbias, None, None, *dvalues, *(None,) * len(indices)
+
+
+def cannot_merge(adapter_names: Sequence[str], backend: Any) -> MergeError:
+    """The error for a merge into a packed weight, which would round most of the deltas away."""
+    kind = getattr(backend, "backend_name", "") or type(backend).__name__
+    return MergeError(
+        f"adapters {list(adapter_names)} cannot be merged into a quantized weight ({kind}): "
+        "packing it again would round most of the deltas away and change the weights around them. "
+        "Keep the adapter unmerged, or load the base model unquantized and merge there"
+    )
+
+
+def _unpack(layer: nn.Module, backend: Any) -> Tensor:
+    """The dense weight, new and detached, in the dtype it had before it was packed."""
+    weight = cast(Tensor, layer.weight)
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        return _from_cpu_layout(weight.data, state)
+    dense: Tensor = backend.get_base_weight(layer)
+    shape = full_shape(weight)
+    if tuple(dense.shape) != shape:
+        raise TargetError(
+            f"the quantized weight was unpacked to shape {tuple(dense.shape)}, not {shape}"
+        )
+    return dense.detach()
+
+
+def _from_cpu_layout(packed: Tensor, state: Any) -> Tensor:
+    """4-bit values in the layout to which bitsandbytes changes a weight that infers on a CPU.
+
+    On processors with AVX512-BF16 the layer's own forward in eval mode packs the weight anew, 32
+    rows side by side, and rounds the scales to bfloat16; ``dequantize_4bit`` takes no notice.
+    """
+    rows, cols = state.shape
+    pairs = packed.view(torch.uint8).reshape(-1, 32)
+    codes = torch.cat((pairs & 0xF, pairs >> 4), 1).view(rows // 32, cols // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(rows, cols // state.blocksize, state.blocksize)
+    values: Tensor = state.code.float()[codes.int()] * state.absmax.t().float().unsqueeze(2)
+    return values.view(rows, cols).to(state.original_dtype)
+
+
+def _refuse_to_repack(*args: Any, **kwargs: Any) -> NoReturn:
+    raise MergeError("shira does not pack a weight again")

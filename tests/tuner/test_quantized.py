@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on packed weights: right products and gradients, nothing dense kept, merging refused.
+
+``make test-quantized`` installs bitsandbytes and torchao and runs these; without them only the
+stand-in of `quantizers` is tested.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shira import Adapter, PeftModel, ShiraConfig, calibrate, get_peft_model
+from shira.errors import MaskError, MergeError, TargetError
+from shira.masks import magnitude_support
+from shira.tuner.quantized import unpacked
+
+from .models import randomize
+from .quantizers import EVERY, QUANTIZERS, StandInBackend, needs, patched
+
+TARGETS = ["a", "b"]
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 128)
+        self.b = nn.Linear(128, 64, bias=False)
+        self.c = nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.fixture(autouse=True)
+def _stand_in_is_known(monkeypatch):
+    patched(monkeypatch)
+
+
+def plain() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def base(kind, names=("a", "b")):
+    model = plain()
+    QUANTIZERS[kind][1](model, list(names))
+    return model
+
+
+def adapted(kind, seed=1, **options):
+    options = {"r": 2, "target_modules": TARGETS, "random_seed": 0, **options}
+    model = get_peft_model(base(kind), ShiraConfig(**options))
+    randomize(model, seed=seed)
+    return model
+
+
+def reference(model, x, names=("default",)):
+    """The same network on dequantized weights with dense deltas, differentiable in the values."""
+    net = model.base_model.model
+    h = x
+    for layer in (net.a, net.b):
+        dense = unpacked(layer.get_base_layer()).to(x.dtype)
+        for name in names:
+            row, col = layer.shira_indices[name].long()
+            dense = dense.index_put((row, col), layer.shira_weight[name], accumulate=True)
+        h = torch.tanh(F.linear(h, dense, layer.get_base_layer().bias))
+    return net.c(h)
+
+
+def values_of(model, name="default"):
+    net = model.base_model.model
+    return [net.a.shira_weight[name], net.b.shira_weight[name]]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_product_and_gradients(kind):
+    model = adapted(kind)
+    x = X.clone().requires_grad_()
+    got, want = model(x), reference(model, x)
+    torch.testing.assert_close(got, want)
+    wrt = [x, *values_of(model)]
+    ours = torch.autograd.grad(got.square().sum(), wrt)
+    theirs = torch.autograd.grad(want.square().sum(), wrt)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(float(gradient.abs().max()) > 0 for gradient in ours)
+    layer = model.base_model.model.a
+    assert layer.support("default").shape == (128, 64)
+    assert layer.shira_weight["default"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_several_adapters_scales_and_the_base_alone(kind):
+    model = adapted(kind)
+    model.add_adapter("other", ShiraConfig(r=3, target_modules=TARGETS, random_seed=7))
+    randomize(model, seed=2)
+    model.base_model.set_adapter(["default", "other"])
+    x = X.clone().requires_grad_()
+    got, want = model(x), reference(model, x, ("default", "other"))
+    torch.testing.assert_close(got, want)
+    wrt = values_of(model) + values_of(model, "other")
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), wrt), torch.autograd.grad(want.sum(), wrt), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        with model.disable_adapter():
+            assert torch.equal(model(X), base(kind)(X))
+        model.set_adapter("other")
+        mixed = model.eval()(X, adapter_names=["default", "other", "__base__", "other", "default"])
+        each = [reference(model, X, ("default",)), reference(model, X, ("other",)), base(kind)(X)]
+        want = torch.stack([each[which][row] for row, which in enumerate([0, 1, 2, 1, 0])])
+        # in the base's own product bitsandbytes rounds more: activations to 8 bits, scales to bf16
+        tolerance = 2e-2 if kind.startswith("bnb") else 1e-5
+        torch.testing.assert_close(mixed, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_packed_weight_is_never_changed(kind):
+    model = adapted(kind)
+    layers = [model.base_model.model.a.base_layer, model.base_model.model.b.base_layer]
+    before = [(id(layer.weight), unpacked(layer)) for layer in layers]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = (model(X) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 2
+    for layer, (identity, values) in zip(layers, before, strict=True):
+        assert id(layer.weight) == identity
+        assert torch.equal(unpacked(layer), values)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_dense_weight_is_made_anew_and_not_kept(kind, monkeypatch):
+    model = adapted(kind)
+    layer = model.base_model.model.a
+    calls = []
+    unpack = type(layer.quantization_backend).get_base_weight
+    monkeypatch.setattr(
+        type(layer.quantization_backend),
+        "get_base_weight",
+        lambda self, base_layer: calls.append(base_layer) or unpack(self, base_layer),
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        y = layer(X.clone().requires_grad_())
+    assert len(calls) == 1
+    assert max(kept) <= max(X.numel(), 2 * 2 * (64 + 128)) < layer.base_layer.out_features * 64
+    y.sum().backward()
+    assert len(calls) == 2
+    assert all(module is layer.base_layer for module in calls)
+
+
+def test_a_frozen_adapter_keeps_no_input():
+    model = adapted("stand-in")
+    for value in values_of(model):
+        value.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        model.base_model.model.a(X.clone().requires_grad_())
+    assert X.shape not in kept
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_merging_is_refused_before_anything_is_merged(kind):
+    model = plain()
+    QUANTIZERS[kind][1](model, ["b"])  # the first target is an ordinary layer
+    model = get_peft_model(model, ShiraConfig(r=2, target_modules=TARGETS, random_seed=0))
+    randomize(model)
+    before = model.base_model.model.a.base_layer.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload, model.base_model.model.b.merge):
+        with pytest.raises(MergeError, match="quantized"):
+            merge()
+    assert torch.equal(model.base_model.model.a.base_layer.weight, before)
+    assert not model.base_model.model.a.merged
+    unloaded = model.unload()
+    assert torch.equal(unloaded(X), model.base_model.model(X))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_saved_and_loaded(tmp_path, kind):
+    model = adapted(kind).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(kind), tmp_path)
+    assert torch.equal(again(X), model(X))
+    adapter = Adapter.from_model(model)
+    assert Adapter.load(tmp_path) == adapter
+    assert adapter["a.weight"].support.shape == (128, 64)
+    assert model.peft_config["default"].base_fingerprint is None  # packed: no values to hash
+    on_plain = PeftModel.from_pretrained(plain(), tmp_path)
+    torch.testing.assert_close(on_plain(X), model(X), rtol=0.5, atol=0.5)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_masks(kind):
+    model = adapted(kind, mask_type="magnitude")
+    values = unpacked(model.base_model.model.a.base_layer)
+    assert model.base_model.model.a.support("default") == magnitude_support(values, 2 * (64 + 128))
+    config = ShiraConfig(r=2, target_modules=TARGETS, mask_type="snip")
+
+    def loss_fn(net, batch):
+        return net(batch).square().mean()
+
+    with pytest.raises(TargetError, match="calibrate on the unquantized model"):
+        calibrate(base(kind), config, [X], loss_fn=loss_fn)
+    chosen = calibrate(plain(), config, [X], loss_fn=loss_fn)
+    supports = chosen.mask_fn.supports
+    model = get_peft_model(base(kind), chosen)
+    assert model.base_model.model.b.support("default") == supports["b.weight"]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_dtypes(kind):
+    """bfloat16 activations: deltas stay float32, and are added in the dtype of the product."""
+    model = adapted(kind)
+    layer = model.base_model.model.b
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    compute = getattr(layer.base_layer, "compute_dtype", None) or torch.bfloat16
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    dense = unpacked(layer.base_layer).to(compute)
+    row, col = layer.shira_indices["default"].long()
+    delta = layer.shira_weight["default"].detach()
+    dense[row, col] = (dense[row, col].float() + delta).to(compute)
+    assert torch.equal(y, F.linear(x.to(compute), dense).bfloat16())
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert layer.shira_weight["default"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_autocast_and_checkpointing(kind):
+    from torch.utils.checkpoint import checkpoint
+
+    model = adapted(kind)
+    want = torch.autograd.grad(model(X).square().sum(), values_of(model))
+    for reentrant in (True, False):
+        y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=reentrant)
+        y.square().sum().backward()
+        for value, gradient in zip(values_of(model), want, strict=True):
+            assert torch.equal(value.grad, gradient)
+            value.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(X)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), reference(model, X), rtol=0.1, atol=0.1)
+    y.sum().backward()
+    assert values_of(model)[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_compiling_breaks_the_graph_and_changes_nothing(kind):
+    model = adapted(kind)
+    compiled = torch.compile(model, backend="eager")
+    got = torch.autograd.grad(compiled(X).square().sum(), values_of(model))
+    want = torch.autograd.grad(model(X).square().sum(), values_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_bias_that_is_trained():
+    model = adapted("stand-in")
+    bias = model.base_model.model.a.base_layer.bias.requires_grad_()
+    got = torch.autograd.grad(model(X).square().sum(), bias)[0]
+    torch.testing.assert_close(
+        got, torch.autograd.grad(reference(model, X).square().sum(), bias)[0]
+    )
+
+
+def test_no_second_derivative_rather_than_a_wrong_one():
+    model = adapted("stand-in")
+    x = X.clone().requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_copies():
+    model = adapted("stand-in")
+    assert torch.equal(copy.deepcopy(model)(X), model(X))
+
+
+def test_a_weight_that_cannot_be_unpacked_has_no_magnitudes(monkeypatch):
+    monkeypatch.setattr(StandInBackend, "supports_merge", False)
+    with pytest.raises(MaskError, match=r"a\.weight: .*cannot be unpacked"):
+        adapted("stand-in", mask_type="magnitude")
+    model = adapted("stand-in")  # by position, with a second product on the delta alone
+    monkeypatch.setattr(StandInBackend, "supports_merge", True)
+    torch.testing.assert_close(model(X), reference(model, X))
+
+
+def test_an_unpacked_weight_of_another_shape_is_refused(monkeypatch):
+    model = adapted("stand-in")
+    monkeypatch.setattr(
+        StandInBackend, "get_base_weight", lambda self, layer: layer.weight.float().t()
+    )
+    with pytest.raises(TargetError, match=r"\(64, 128\), not \(128, 64\)"):
+        model(X)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@needs("bitsandbytes")
+def test_what_bitsandbytes_packs_anew_to_infer_on_a_cpu(nested):
+    """Its 4-bit layers change their layout in eval mode, which its dequantization cannot read."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    linear = plain().a
+    layer = bnb.nn.Linear4bit(
+        64, 128, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
+    )
+    layer.load_state_dict(linear.state_dict())
+    layer = layer.to("cpu")
+    assert layer.weight.quant_state.nested == nested
+    before = unpacked(layer)
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    after = unpacked(layer)
+    assert after.dtype == before.dtype
+    torch.testing.assert_close(after, before, rtol=2**-8, atol=0)  # scales in bfloat16
+
+
+def _loaded_quantized(kind, path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+    if kind == "bnb-nf4":
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=True
+        )
+    elif kind == "bnb-8bit":
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = TorchAoConfig(Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=how, dtype=torch.float32, device_map="cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("bnb-nf4", marks=needs("bitsandbytes")),
+        pytest.param("bnb-8bit", marks=needs("bitsandbytes")),
+        pytest.param("torchao-int8", marks=needs("torchao")),
+    ],
+)
+def test_a_model_that_transformers_quantizes(tmp_path, kind):
+    from peft import prepare_model_for_kbit_training
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    ids = torch.randint(64, (2, 9))
+    model = prepare_model_for_kbit_training(
+        _loaded_quantized(kind, tmp_path / "base"),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    model = get_peft_model(
+        model, ShiraConfig(r=2, target_modules="all-linear", random_seed=0)
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        _loaded_quantized(kind, tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
