@@ -24,7 +24,8 @@ BELOW = {
     "delta": {"errors", "support", "operators"},
     "masks": {"errors", "support", "blocks", "delta"},
     "ops": {"errors", "support", "blocks", "delta"},
-    "store": {"errors", "support", "blocks", "delta"},
+    # A compact file names its writer, and may hold the seed of a random mask instead of indices.
+    "store": {"_version", "errors", "support", "blocks", "delta", "masks"},
     "fusing": {"_version", "errors", "support", "delta", "masks"},
     "measure": {"errors", "support", "delta", "fusing"},
     "convert": {"errors", "support", "delta", "masks", "store"},

@@ -48,7 +48,7 @@ def adapter(base):
 
 @pytest.fixture
 def saved(adapter, tmp_path):
-    adapter.save(tmp_path / "adapter")
+    adapter.save(tmp_path / "adapter", "peft")
     return tmp_path / "adapter"
 
 
@@ -158,7 +158,7 @@ def test_other_tensors_are_listed(shira, saved):
 
 
 def test_bfloat16_values(shira, adapter, tmp_path):
-    adapter.save(tmp_path / "half", dtype=torch.bfloat16)
+    adapter.save(tmp_path / "half", "peft", torch.bfloat16)
     assert json.loads(shira("inspect", tmp_path / "half", "--json").out)["dtypes"] == ["bfloat16"]
 
 

@@ -17,8 +17,7 @@ from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store import load, read_peft, save, to_adapter, validate_against, write_peft
 from shira.support import Support
-
-from . import hostile
+from tests.hostile import peft_files as hostile
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,7 +59,7 @@ def test_round_trip_is_bit_for_bit(adapter: Adapter, indices_dtype: torch.dtype 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_are_stored_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
     adapter = Adapter({"a.weight": delta((4, 5), [0, 7, 19])})
-    adapter.save(tmp_path, dtype=dtype)
+    adapter.save(tmp_path, "peft", dtype)
     read = Adapter.load(tmp_path)["a.weight"]
     assert read.values.dtype == dtype
     assert read.values.tolist() == [0.25, 0.5, 0.75]
@@ -76,7 +75,7 @@ def test_indices_take_two_bytes_where_they_fit(
 ) -> None:
     last = math.prod(shape) - 1
     adapter = Adapter({"a.weight": delta(shape, [0, last])})
-    adapter.save(tmp_path)
+    adapter.save(tmp_path, "peft")
     stored = load_file(tmp_path / hostile.WEIGHTS)["base_model.model.a.shira_indices"]
     assert stored.dtype == expected
     assert Adapter.load(tmp_path) == adapter
@@ -142,7 +141,7 @@ def test_other_tensors_stay_reachable_and_out_of_the_adapter(tmp_path: Path) -> 
 
 def test_the_file_itself_is_a_path_too(tmp_path: Path) -> None:
     adapter = Adapter({"a.weight": delta((4, 5), [2])}, {"random_seed": 7})
-    adapter.save(tmp_path / "folder")
+    adapter.save(tmp_path / "folder", "peft")
     beside = Adapter.load(tmp_path / "folder" / hostile.WEIGHTS)
     assert beside == adapter
     assert beside.metadata["random_seed"] == 7
@@ -164,7 +163,7 @@ def test_keys_without_prefix_and_with_wrappers(tmp_path: Path) -> None:
 
 
 def test_a_recorded_shape_unlike_the_base_is_a_wrong_base(tmp_path: Path) -> None:
-    Adapter({"a.weight": delta((4, 5), [2])}).save(tmp_path)
+    Adapter({"a.weight": delta((4, 5), [2])}).save(tmp_path, "peft")
     with pytest.raises(WrongBaseError, match=r"a\.shira_weight.*wrong base.*\(4, 5\).*\(5, 4\)"):
         Adapter.load(tmp_path, base={"a.weight": (5, 4)})
     validate_against(read_peft(tmp_path), {"a.weight": (4, 5), "b.weight": (1,)})
@@ -178,7 +177,7 @@ def test_metadata_round_trip(tmp_path: Path) -> None:
         "base_fingerprint": {"x.q_proj.weight": "bfloat16:0123456789abcdef"},
         "target_modules": ["q_proj"],
     }
-    Adapter({"x.q_proj.weight": delta((4, 5), [2])}, metadata).save(tmp_path)
+    Adapter({"x.q_proj.weight": delta((4, 5), [2])}, metadata).save(tmp_path, "peft")
     read = Adapter.load(tmp_path).metadata
     assert {field: read[field] for field in metadata} == metadata
     assert "shira_shapes" not in read
@@ -217,7 +216,7 @@ def test_r_is_what_makes_room_for_the_entries(tmp_path: Path) -> None:
 def test_modules_to_save_are_not_lost_silently(tmp_path: Path) -> None:
     adapter = Adapter({"a.weight": delta((2, 2), [1])}, {"modules_to_save": ["classifier"]})
     with pytest.warns(UserWarning, match="classifier"):
-        adapter.save(tmp_path)
+        adapter.save(tmp_path, "peft")
     assert read_peft(tmp_path).config["modules_to_save"] is None
 
 
@@ -250,7 +249,7 @@ def test_what_cannot_be_written_leaves_the_old_file(
     match: str,
 ) -> None:
     old = Adapter({"old.weight": delta((2, 2), [3])})
-    old.save(tmp_path)
+    old.save(tmp_path, "peft")
     with pytest.raises(error, match=match):
         write_peft(Adapter(adapter), tmp_path, **options)
     assert Adapter.load(tmp_path) == old
@@ -267,7 +266,7 @@ def test_views_of_one_storage_are_written_apart(tmp_path: Path) -> None:
             "d.weight": SparseDelta(support, both[1:3]),
         }
     )
-    adapter.save(tmp_path)
+    adapter.save(tmp_path, "peft")
     assert Adapter.load(tmp_path) == adapter
 
 
@@ -277,7 +276,7 @@ def test_unknown_format_and_file_in_the_way(tmp_path: Path) -> None:
         save(adapter, tmp_path, format="pft")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
-        save(adapter, tmp_path / "file")
+        save(adapter, tmp_path / "file", format="peft")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -12,8 +12,7 @@ from safetensors.torch import load, save, save_file
 
 from shira.errors import FileFormatError
 from shira.store.safetensors_header import header_of, open_regular, read_header, read_tensor
-
-from .hostile import entry, raw_file
+from tests.hostile.peft_files import entry, raw_file
 
 READABLE = [
     torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,

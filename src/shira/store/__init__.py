@@ -2,11 +2,15 @@
 """Adapters on disk: the formats, reading with validation, atomic writing.
 
 `load` and `save` are what `shira.delta.Adapter` calls; one row of `FORMATS` is one format. Below
-them, ``peft_format`` reads PEFT's format, ``peft_write`` writes it and ``peft_config`` is its JSON
-file; ``safetensors_header``, ``json_text`` and ``entries`` refuse what cannot be meant; ``names``
-and ``base_shapes`` know the base model's side; ``atomic`` writes files; ``extract`` takes an
-adapter out of a live model, whose tensors ``sharded`` makes whole. Sits above ``delta``; imports
-torch, numpy, safetensors, never PEFT.
+them, ``compact_write`` and ``compact_read`` are the compact format, with ``compact_table`` (what a
+file says of itself), ``gaps``, ``blocks`` and ``int8`` (its codings); ``peft_format`` reads PEFT's
+format, ``peft_write`` writes it and ``peft_config`` is its JSON file; ``safetensors_header``,
+``json_text`` and ``entries`` refuse what cannot be meant; ``names`` and ``base_shapes`` know the
+base model's side; ``atomic`` writes files; ``extract`` takes an adapter out of a live model, whose
+tensors ``sharded`` makes whole.
+
+Sits above ``delta``, and above ``masks``: a compact file may hold the seed of a random mask in the
+place of its indices. Imports torch, numpy, safetensors, never PEFT.
 """
 
 from __future__ import annotations
@@ -19,9 +23,13 @@ from typing import NamedTuple, Protocol
 import torch
 
 from shira.delta import Adapter
-from shira.errors import ConfigError, did_you_mean
+from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
 from shira.store.base_shapes import Base, shapes_of
+from shira.store.compact_read import CompactFile, is_compact, read_compact
+from shira.store.compact_write import write_compact
+from shira.store.peft_config import CONFIG_NAME
 from shira.store.peft_format import (
+    WEIGHTS_NAME,
     PeftFile,
     RawDelta,
     read_peft,
@@ -33,25 +41,33 @@ from shira.store.peft_write import write_peft
 __all__ = [
     "FORMATS",
     "Base",
+    "CompactFile",
     "Format",
     "PeftFile",
     "RawDelta",
     "load",
+    "read_compact",
     "read_peft",
     "save",
     "shapes_of",
     "to_adapter",
     "validate_against",
+    "write_compact",
     "write_peft",
 ]
 
+COMPACT_NAME = "adapter.safetensors"
+"""The compact file in a folder that is given in its place."""
+
 
 class _Read(Protocol):
-    def __call__(self, path: Path, base: Base | None) -> Adapter: ...
+    def __call__(self, path: Path, base: Base | None, mapped: bool) -> Adapter: ...
 
 
 class _Write(Protocol):
-    def __call__(self, adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None: ...
+    def __call__(
+        self, adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
+    ) -> None: ...
 
 
 class _Claims(Protocol):
@@ -72,27 +88,78 @@ class Format(NamedTuple):
     write: _Write
 
 
-def _read_peft(path: Path, base: Base | None) -> Adapter:
+def _read_compact(path: Path, base: Base | None, mapped: bool) -> Adapter:
+    read = read_compact(_compact_in(path), mapped=mapped)
+    shapes = {} if base is None else shapes_of(base)
+    for name, record in read.records.items() if base is not None else ():
+        if name not in shapes:
+            raise FileFormatError(
+                f"{read.path}: unknown target: the base model has no parameter {name!r}."
+                f"{did_you_mean(name, shapes)}"
+            )
+        if shapes[name] != record.shape:
+            raise WrongBaseError(
+                f"{read.path}: wrong base: made for a {name!r} of shape {record.shape}, but here "
+                f"it has {shapes[name]}"
+            )
+    return read.adapter
+
+
+def _write_compact(
+    adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
+) -> None:
+    if path.is_dir():
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            if (path / name).exists():
+                raise ConfigError(
+                    f"{path}: this folder holds an adapter in PEFT's format ({name}), beside which "
+                    f"a compact one would not be found; name a file, such as "
+                    f"{path.with_name(path.name + '.safetensors')}, or give format='peft'"
+                )
+        path = path / COMPACT_NAME
+    write_compact(adapter, path, dtype, indices)
+
+
+def _compact_in(path: Path) -> Path:
+    """The file that a path means: a folder stands for the one of the usual name in it."""
+    in_folder = path.is_dir() and not (path / WEIGHTS_NAME).exists()
+    return path / COMPACT_NAME if in_folder else path
+
+
+def _read_peft(path: Path, base: Base | None, mapped: bool) -> Adapter:
     return to_adapter(read_peft(path), None if base is None else shapes_of(base))
 
 
-def _write_peft(adapter: Adapter, path: Path, dtype: torch.dtype | None) -> None:
+def _write_peft(
+    adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
+) -> None:
+    if indices is not None:
+        raise ConfigError(
+            f"PEFT's format has one way to store indices, so indices={indices!r} is for "
+            "format='compact'"
+        )
     write_peft(adapter, path, dtype)
 
 
 # Asked in this order. PEFT's format comes last and claims everything: its reader says best what is
 # wrong with a path that is no adapter at all.
 FORMATS: Mapping[str, Format] = {
+    "compact": Format(lambda path: is_compact(_compact_in(path)), _read_compact, _write_compact),
     "peft": Format(lambda path: True, _read_peft, _write_peft),
 }
 
 
-def load(path: str | os.PathLike[str], *, base: Base | None = None) -> Adapter:
+def load(
+    path: str | os.PathLike[str], *, base: Base | None = None, mapped: bool = False
+) -> Adapter:
     """Read an adapter, whatever its format.
 
     Args:
-        path: A folder in PEFT's format, or its safetensors file.
+        path: A compact file (or a folder with an ``adapter.safetensors``), a folder in PEFT's
+            format, or its safetensors file.
         base: Needed if the file does not record the shapes of the base's weights; see `shapes_of`.
+        mapped: Leave a compact file's values in the file, mapped into memory; see `read_compact`.
+            PEFT's format is always copied.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
@@ -103,26 +170,29 @@ def load(path: str | os.PathLike[str], *, base: Base | None = None) -> Adapter:
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file or folder")
     chosen = next(known for known in FORMATS.values() if known.claims(where))
-    return chosen.read(where, base)
+    return chosen.read(where, base, mapped)
 
 
 def save(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    format: str = "peft",
+    format: str = "compact",
     dtype: torch.dtype | None = None,
+    indices: str | None = None,
 ) -> None:
     """Write an adapter atomically.
 
     Args:
         adapter: What to write.
-        path: Where; a folder for ``"peft"``.
+        path: Where: a file for ``"compact"`` (in a folder that is there already, the file
+            ``adapter.safetensors``), a folder for ``"peft"``.
         format: One of `FORMATS`.
         dtype: Dtype of the stored values; ``None`` keeps theirs.
+        indices: How a compact file stores them; see `write_compact`.
 
     Raises:
-        ConfigError: If there is no such format, or it cannot store ``dtype``.
+        ConfigError: If there is no such format, or it cannot store ``dtype`` or ``indices`` so.
         AdapterError: If the format cannot hold the adapter.
     """
     if format not in FORMATS:
@@ -130,4 +200,4 @@ def save(
             f"unknown format {format!r}; there is {', '.join(map(repr, FORMATS))}."
             f"{did_you_mean(format, FORMATS)}"
         )
-    FORMATS[format].write(adapter, Path(path), dtype)
+    FORMATS[format].write(adapter, Path(path), dtype, indices)

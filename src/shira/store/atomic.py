@@ -12,7 +12,7 @@ import os
 import secrets
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
     """Put ``data`` at ``path``, replacing what is there as a whole.
 
     A killed process can leave a temporary ``.<name>.<random>.tmp`` behind, which nothing reads.
@@ -20,7 +20,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
     Args:
         path: The file. Its folder exists.
-        data: All of its new content.
+        *data: All of its new content, in one part or more.
 
     Raises:
         OSError: If it cannot be written; the old file is still there.
@@ -31,7 +31,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         if os.path.exists(target):

@@ -3,7 +3,8 @@
 
 Stricter than ``json.loads``: the text is UTF-8, the outermost value is an object, no key occurs
 twice in one object (which one would win?), and NaN and infinity, which JSON does not have, are
-refused.
+refused. So is a text that would take far more memory than the file it stands in: two bytes of it
+can make a Python object of sixty.
 """
 
 from __future__ import annotations
@@ -14,21 +15,37 @@ from typing import Any
 
 from shira.errors import FileFormatError
 
+_OBJECT, _ITEM = 184, 64  # bytes of a small dictionary, and of a list, a text or a number
+_FREE = 2**23  # bytes that a text may take without being measured against its file
+_TIMES = 8  # the size of the file is what a larger one may
 
-def parse_object(raw: bytes, path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+
+def parse_object(
+    raw: bytes | str, path: str | os.PathLike[str], what: str, size: int
+) -> dict[str, Any]:
     """The JSON object in ``raw``.
 
     Args:
-        raw: UTF-8 text.
+        raw: The text, or its UTF-8.
         path: The file, for messages.
         what: What in the file the text is, for messages: ``"header"``.
+        size: Of the file in bytes.
 
     Raises:
-        FileFormatError: If it is not JSON, or no object, or repeats a key.
+        FileFormatError: If it is not JSON, or no object, or repeats a key, or has more items than a
+            file of its size has use for.
     """
+    memory = _memory(raw)
+    if memory > max(_FREE, _TIMES * size):
+        raise FileFormatError(
+            f"{os.fspath(path)}: the {what} is too large: its items would take about {memory} "
+            f"bytes of memory, in a file of {size}"
+        )
     try:
         parsed = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant
+            raw.decode("utf-8") if isinstance(raw, bytes) else raw,
+            object_pairs_hook=_no_repeated_keys,
+            parse_constant=_no_constant,
         )
     except (ValueError, RecursionError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -40,6 +57,13 @@ def parse_object(raw: bytes, path: str | os.PathLike[str], what: str) -> dict[st
             f"{os.fspath(path)}: the {what} is a JSON object, not a {type(parsed).__name__}"
         )
     return parsed
+
+
+def _memory(raw: bytes | str) -> int:
+    """About what the parsed text takes, a little too much rather than too little."""
+    if isinstance(raw, str):
+        return raw.count("{") * _OBJECT + (raw.count("[") + raw.count(",")) * _ITEM
+    return raw.count(b"{") * _OBJECT + (raw.count(b"[") + raw.count(b",")) * _ITEM
 
 
 def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {size} bytes are too large for a config (limit {_CONFIG_LIMIT})"
             )
         raw = file.read(size)
-    config = parse_object(raw, path, "config")
+    config = parse_object(raw, path, "config", size)
     peft_type = config.get("peft_type")
     if peft_type != "SHIRA":
         raise FileFormatError(
             f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter"
         )
     _check_shapes(path, config.get(SHAPES_FIELD))
-    _check_fingerprints(path, config.get(FINGERPRINT_FIELD))
+    check_fingerprints(path, config.get(FINGERPRINT_FIELD))
     return config
 
 
@@ -145,7 +145,12 @@ def _check_shapes(path: Path, shapes: Any) -> None:
             )
 
 
-def _check_fingerprints(path: Path, fingerprints: Any) -> None:
+def check_fingerprints(path: Path, fingerprints: Any) -> None:
+    """Refuse a ``base_fingerprint`` that is no mapping of names to fingerprints; None is none.
+
+    Raises:
+        FileFormatError: If it is not.
+    """
     if fingerprints is None:
         return
     if not isinstance(fingerprints, dict):

@@ -113,7 +113,7 @@ def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
     raw = file.read(length)
     if len(raw) < length:
         raise FileFormatError(f"{path}: truncated: it ends within its header")
-    claims = parse_object(raw, path, "safetensors header")
+    claims = parse_object(raw, path, "safetensors header", size)
     del raw
     metadata = claims.pop("__metadata__", None)
     if metadata is None:
@@ -145,6 +145,16 @@ def read_tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
     file.seek(info.start)
     if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
         raise FileFormatError(f"{header.path}: tensor {name!r}: truncated while it was read")
+    return tensor_from(raw, info)
+
+
+def tensor_from(raw: bytearray, info: TensorInfo) -> Tensor:
+    """The tensor that ``raw`` holds: its bytes in the file, as ``info`` describes them.
+
+    Args:
+        raw: Kept by the tensor.
+        info: Of an integer dtype or F16, BF16, F32, F64.
+    """
     array = np.frombuffer(raw, dtype=_NUMPY[info.dtype])
     array = array.astype(array.dtype.newbyteorder("="), copy=False).reshape(info.shape)
     tensor = torch.from_numpy(array)

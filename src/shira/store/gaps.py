@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sorted indices as the gaps between them, mostly in one byte each.
+
+The gap before an index is the number of entries left out since the one before it. A code unit of
+one, two or four bytes holds a gap up to its largest value, which itself means "that many left out,
+and the gap goes on"::
+
+    indices     3    4    300        301
+    gaps        3    0    295        0
+    one byte    3    0    255 40     0
+
+So any units whose last is no largest value are the indices of exactly one set, in order and without
+repeats; what is left to check is how many there are and that the last is in range. At 2 % density
+an index takes 1.006 bytes. ``docs/file-format.md`` is the specification.
+
+Both directions work through pieces that stay in the cache and cost O(number of units). Used by
+``compact_write`` and ``compact_read``; imports numpy and torch (whose cumulative sum is the faster
+one).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shira.store.entries import EntryError
+from shira.support import index_dtype
+
+UNITS: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("<u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+}
+"""The code units by safetensors' names, narrowest first."""
+
+_PIECE = 2**14  # indices or units at a time
+_GAPS = "gaps"
+
+Ints = NDArray[np.signedinteger[Any]]
+Units = NDArray[np.unsignedinteger[Any]]
+
+
+def encode(indices: Ints) -> Units:
+    """The gaps of sorted indices, in the unit that takes the fewest bytes.
+
+    Args:
+        indices: ``(k,)`` int32 or int64, strictly increasing, none negative.
+
+    Returns:
+        Units of one of the dtypes of `UNITS`.
+    """
+    escapes = dict.fromkeys(UNITS.values(), 0)
+    for gaps in _pieces_of_gaps(indices):
+        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
+        for dtype in escapes:
+            if not large.size or int(large.max()) < _largest(dtype):
+                break  # nor any wider one
+            escapes[dtype] += int((large // _largest(dtype)).sum())
+    dtype = min(escapes, key=lambda unit: (len(indices) + escapes[unit]) * unit.itemsize)
+    units: Units = np.empty(len(indices) + escapes[dtype], dtype)
+    at = 0
+    for gaps in _pieces_of_gaps(indices):
+        at += _encode_piece(gaps, units[at:])
+    return units
+
+
+def decode(units: Units, numel: int) -> Ints:
+    """The indices that `encode` was given.
+
+    Args:
+        units: ``(n,)`` of one of the dtypes of `UNITS`.
+        numel: Size of the weight; every index is below it.
+
+    Returns:
+        int32 where ``numel`` allows, else int64.
+
+    Raises:
+        EntryError: If an index is out of range or the units end within a gap; nothing of the size
+            of what they claim was allocated.
+    """
+    count = count_of(units)
+    indices: Ints = np.empty(count, index_type(numel))
+    # Sums within a piece of one- and two-byte units are below 2^31.
+    dtype = np.dtype(np.int64 if units.dtype.itemsize > 2 else np.int32)
+    sums = np.empty(min(_PIECE, count), dtype)
+    done, last = 0, -1  # indices so far, and the latest of them with the gap left open
+    for start in range(0, len(units), _PIECE):
+        ends, left_open = _steps(units[start : start + _PIECE], sums)
+        if ends:
+            steps = torch.from_numpy(sums[:ends])
+            torch.cumsum(steps, 0, dtype=steps.dtype, out=steps)
+        new = last + int(sums[ends - 1]) if ends else last
+        if new >= numel:
+            raise EntryError(_GAPS, f"index {new} is out of range: the weight has {numel} entries")
+        part = indices[done : done + ends]
+        np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
+        done, last = done + ends, new + left_open
+    return indices
+
+
+def count_of(units: Units) -> int:
+    """How many indices the units stand for.
+
+    Raises:
+        EntryError: If they end within a gap.
+    """
+    largest = _largest(units.dtype)
+    if len(units) and units[-1] == largest:
+        raise EntryError(_GAPS, "truncated: the last gap does not end")
+    pieces = range(0, len(units), 2**20)
+    return sum(int(np.count_nonzero(units[at : at + 2**20] != largest)) for at in pieces)
+
+
+def index_type(numel: int) -> type[np.signedinteger[Any]]:
+    """numpy's `shira.support.index_dtype`."""
+    return np.int64 if index_dtype(numel) == torch.int64 else np.int32
+
+
+def _largest(dtype: np.dtype[Any]) -> int:
+    return int(np.iinfo(dtype).max)
+
+
+def _pieces_of_gaps(indices: Ints) -> Any:
+    """The gaps before the indices, some at a time, in the same array each time."""
+    gaps = np.empty(min(_PIECE, len(indices)), indices.dtype)
+    for start in range(0, len(indices), _PIECE):
+        part = indices[start : start + _PIECE]
+        out = gaps[: len(part)]
+        out[0] = part[0] - (indices[start - 1] + 1 if start else 0)
+        np.subtract(part[1:], part[:-1], out=out[1:])
+        out[1:] -= 1
+        yield out
+
+
+def _encode_piece(gaps: Ints, units: Units) -> int:
+    """Write the gaps to the start of ``units``; how many units they took."""
+    largest = _largest(units.dtype)
+    fits = largest > np.iinfo(gaps.dtype).max
+    if fits or not (large := np.flatnonzero(gaps >= largest)).size:
+        units[: len(gaps)] = gaps
+        return len(gaps)
+    escapes = gaps[large] // largest
+    gaps[large] -= escapes * largest
+    out = units[: len(gaps) + int(escapes.sum())]
+    ends = np.ones(len(out), bool)
+    ends[np.repeat(large, escapes) + np.arange(len(out) - len(gaps))] = False
+    out[...] = largest
+    out[ends] = gaps.astype(units.dtype)
+    return len(out)
+
+
+def _steps(units: Units, steps: Ints) -> tuple[int, int]:
+    """From one index to the next: written to the start of ``steps``.
+
+    Returns:
+        How many there are, and what a gap that does not end in these units has left out so far.
+    """
+    largest = _largest(units.dtype)
+    ends = units != largest
+    escapes = np.flatnonzero(~ends)
+    if not escapes.size:
+        np.add(units, 1, out=steps[: len(units)], dtype=steps.dtype, casting="unsafe")
+        return len(units), 0
+    closing = units[ends]
+    count = len(closing)
+    np.add(closing, 1, out=steps[:count], dtype=steps.dtype, casting="unsafe")
+    owner = escapes - np.arange(escapes.size)  # the index whose gap the escape belongs to
+    inside = int(np.searchsorted(owner, count))
+    np.add.at(steps, owner[:inside], steps.dtype.type(largest))
+    return count, largest * (escapes.size - inside)

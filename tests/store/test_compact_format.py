@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compact format: what is written comes back, and its bytes are those of the specification."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from shira.delta import Adapter, SparseDelta
+from shira.errors import AdapterError, ConfigError
+from shira.masks import block_support, random_support, struct_support
+from shira.store import load, read_compact, save
+from shira.store.int8 import ERROR_BOUND
+from shira.support import Support
+
+GOLDEN = Path(__file__).with_name("golden")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def delta(support: Support, dtype: torch.dtype = torch.float32, seed: int = 0) -> SparseDelta:
+    values = torch.randn(support.nnz, generator=torch.Generator().manual_seed(seed))
+    return SparseDelta(support, values.to(dtype))
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> Adapter:
+    """Up to four weights of no to four dimensions, any number of entries in each, even none."""
+    deltas = {}
+    for name in draw(st.lists(st.text(max_size=6), unique=True, max_size=4)):
+        shape = tuple(draw(st.lists(st.integers(0, 9), max_size=4)))
+        numel = math.prod(shape)
+        chosen = draw(st.sets(st.integers(0, numel - 1), max_size=40)) if numel else set()
+        indices = torch.tensor(sorted(chosen), dtype=torch.int64)
+        deltas[name] = delta(
+            Support(shape, indices),
+            draw(st.sampled_from(DTYPES)),
+            draw(st.integers(0, 2**31)),
+        )
+    json_value = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+    return Adapter(deltas, draw(st.dictionaries(st.text(max_size=5), json_value, max_size=3)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(adapters(), st.booleans())
+def test_round_trip_is_bit_for_bit(adapter: Adapter, mapped: bool) -> None:
+    if "base_fingerprint" in adapter.metadata:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        adapter.save(path)
+        read = Adapter.load(path, mapped=mapped)
+        assert read == adapter
+        assert list(read) == list(adapter)
+        assert read.metadata == adapter.metadata
+        assert {n: d.support.shape for n, d in read.items()} == {
+            n: d.support.shape for n, d in adapter.items()
+        }
+
+
+def of_every_coding() -> tuple[Adapter, dict[str, str]]:
+    deltas = {
+        "gaps.weight": delta(random_support((64, 50), 64, seed=5)),
+        "block.weight": delta(block_support((64, 50), 700, seed=1, name="b", block_size=8)),
+        "struct.weight": delta(struct_support((64, 50), 400)),
+        "seed.weight": delta(random_support((64, 50), 64, seed=7, name="seed.weight", slot=2)),
+    }
+    metadata = {"mask_type": "random", "random_seed": 7, "mask_slot": 2}
+    codings = ["gaps", "blocks", "blocks", "seed"]
+    return Adapter(deltas, metadata), dict(zip(deltas, codings, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None])
+def test_each_parameter_takes_the_smallest_coding(tmp_path: Path, dtype: Any) -> None:
+    adapter, codings = of_every_coding()
+    path = tmp_path / "a.safetensors"
+    adapter.save(path, dtype=dtype)
+    read = read_compact(path)
+    assert {name: record.indices for name, record in read.records.items()} == codings
+    for name, found in read.adapter.items():
+        assert found.support == adapter[name].support
+        assert torch.equal(found.values, adapter[name].values.to(dtype or torch.float32))
+    assert read.library.startswith("shira ")
+
+
+def test_int8_loads_as_float32_within_its_bound(tmp_path: Path) -> None:
+    adapter, _ = of_every_coding()
+    path = tmp_path / "a.safetensors"
+    adapter.save(path, dtype=torch.int8)
+    read = read_compact(path)
+    for name, found in read.adapter.items():
+        assert found.values.dtype == torch.float32
+        scale = read.records[name].scale
+        assert scale is not None
+        error = (found.values.double() - adapter[name].values.double()).abs().max()
+        assert float(error) <= ERROR_BOUND * scale
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("gaps.weight.values").dtype == torch.int8
+
+
+@pytest.mark.parametrize("indices", ["gaps", "blocks", "seed"])
+def test_a_coding_can_be_asked_for(tmp_path: Path, indices: Any) -> None:
+    adapter, codings = of_every_coding()
+    only = Adapter(
+        {
+            name: adapter[name]
+            for name, coding in codings.items()
+            if coding == indices or indices == "gaps"
+        },
+        adapter.metadata,
+    )
+    path = tmp_path / "a.safetensors"
+    only.save(path, indices=indices)
+    assert {record.indices for record in read_compact(path).records.values()} == {indices}
+    assert Adapter.load(path) == only
+    if indices != "gaps":
+        with pytest.raises(AdapterError, match=rf"'gaps\.weight'.*cannot be stored as {indices}"):
+            adapter.save(path, indices=indices)
+        assert Adapter.load(path) == only
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"mask_type": "random", "random_seed": 8, "mask_slot": 2},
+        {"mask_type": "random", "random_seed": 7},
+        {"mask_type": "random", "random_seed": 7, "mask_slot": 10**9},
+        {"mask_type": "random", "random_seed": "7", "mask_slot": 2},
+        {"mask_type": "random", "random_seed": None, "mask_slot": 2},
+        {"mask_type": "grad", "random_seed": 7, "mask_slot": 2},
+        {},
+    ],
+)
+def test_a_seed_is_believed_only_if_it_gives_the_indices(
+    tmp_path: Path, metadata: dict[str, Any]
+) -> None:
+    adapter, _ = of_every_coding()
+    only = Adapter({"seed.weight": adapter["seed.weight"]}, metadata)
+    only.save(tmp_path / "a.safetensors")
+    read = read_compact(tmp_path / "a.safetensors")
+    assert read.records["seed.weight"].indices == "gaps"
+    assert read.adapter == only
+
+
+def test_bytes_a_parameter_at_two_percent(tmp_path: Path) -> None:
+    """What the README claims, on one 1024 x 1024 weight, header and all."""
+    k = 1024 * 1024 // 50
+    support = random_support((1024, 1024), k, seed=3, name="a.weight")
+    adapter = Adapter({"a.weight": delta(support)}, {"mask_type": "random", "random_seed": 3})
+    path = tmp_path / "a.safetensors"
+
+    def size(**options: Any) -> float:
+        adapter.save(path, **options)
+        return path.stat().st_size / k
+
+    assert size(dtype=torch.bfloat16, indices="gaps") <= 3.1
+    assert size(dtype=torch.bfloat16, indices="seed") <= 2.05
+    assert size(dtype=torch.int8) <= 1.05
+    adapter.save(tmp_path / "peft", "peft", torch.bfloat16)
+    assert (tmp_path / "peft" / "adapter_model.safetensors").stat().st_size / k <= 6.1
+
+
+def golden_adapter() -> Adapter:
+    block = torch.zeros(16, 12, dtype=torch.bool)
+    block[4:8, 8:12] = block[8:12, 0:4] = block[0, 1] = block[15, 11] = True
+    values = torch.tensor([0.5, -1.0, 2.0, 0.25])
+    return Adapter(
+        {
+            "gaps.weight": SparseDelta(
+                Support((20, 30), torch.tensor([5, 6, 300, 599])), values.bfloat16()
+            ),
+            "blocks.weight": SparseDelta(Support.from_mask(block), torch.arange(1.0, 35.0).half()),
+            "seed.weight": SparseDelta(
+                random_support((8, 10), 4, seed=3, name="seed.weight"), values
+            ),
+        },
+        {
+            "mask_type": "random",
+            "random_seed": 3,
+            "base_model_name_or_path": "some/model",
+            "revision": "main",
+            "base_fingerprint": {"gaps.weight": "float32:0123456789abcdef"},
+        },
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_golden_bytes(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Version 1, byte for byte; these files are to be readable for ever."""
+    name = "version-1.safetensors" if dtype is None else "version-1-int8.safetensors"
+    golden = (GOLDEN / name).read_bytes()
+    adapter = golden_adapter()
+    read = Adapter.load(GOLDEN / name)
+    assert read.metadata == adapter.metadata
+    assert {n: d.support for n, d in read.items()} == {n: d.support for n, d in adapter.items()}
+    if dtype is None:
+        assert read == adapter
+    path = tmp_path / name
+    adapter.save(path, dtype=dtype)
+    written = path.read_bytes()
+    assert without_the_writer(written) == without_the_writer(golden)
+
+
+def without_the_writer(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """A file with the version of the library left out, and the checksum that covers it."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    table = json.loads(metadata["shira"])
+    assert int(metadata["shira_crc32"], 16) == zlib.crc32(
+        metadata["shira"].encode() + in_the_order_of_the_table(header, table, raw[8 + length :])
+    )
+    assert table.pop("library").startswith("shira ")
+    return {"table": table, "header": header, "order": list(header)}, raw[8 + length :]
+
+
+def in_the_order_of_the_table(header: Any, table: Any, data: bytes) -> bytes:
+    parts = []
+    for name in table["parameters"]:
+        for kind in ("values", "gaps", "blocks", "rest"):
+            if claim := header.get(f"{name}.{kind}"):
+                parts.append(data[slice(*claim["data_offsets"])])
+    return b"".join(parts)
+
+
+def test_the_golden_file_is_what_the_specification_says() -> None:
+    """Read by hand, with nothing of shira's."""
+    raw = (GOLDEN / "version-1.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(raw[8 : 8 + length])
+    table = json.loads(header["__metadata__"]["shira"])
+    assert table["version"] == 1
+    assert table["parameters"]["gaps.weight"] == {
+        "shape": [20, 30], "k": 4, "values": "BF16", "indices": "gaps",
+    }  # fmt: skip
+    assert table["parameters"]["blocks.weight"] == {
+        "shape": [16, 12], "k": 34, "values": "F16", "indices": "blocks", "block": [4, 4],
+    }  # fmt: skip
+    assert table["parameters"]["seed.weight"] == {
+        "shape": [8, 10], "k": 4, "values": "F32", "indices": "seed",
+        "seed": 3, "slot": 0, "check": "d7c615e5",
+    }  # fmt: skip
+
+    def data(name: str) -> bytes:
+        start, end = header[name]["data_offsets"]
+        return raw[8 + length + start : 8 + length + end]
+
+    assert data("gaps.weight.gaps") == bytes([5, 0, 255, 38, 255, 43])
+    assert data("gaps.weight.values").hex() == "003f80bf0040803e"
+    assert data("blocks.weight.blocks") == bytes([5, 0])
+    assert data("blocks.weight.rest") == bytes([1, 189])
+    assert data("seed.weight.values").hex() == "0000003f000080bf000000400000803e"
+    # Widest first, so every tensor is aligned to its elements.
+    kinds = [name for name in header if name != "__metadata__"]
+    assert kinds[0] == "seed.weight.values"
+    assert [header[name]["dtype"] for name in kinds] == ["F32", "BF16", "F16", "U8", "U8", "U8"]
+
+
+def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
+    adapter, _ = of_every_coding()
+    path = tmp_path / "a.safetensors"
+    adapter.save(path)
+    with safe_open(path, "pt") as file:
+        for name in adapter:
+            assert torch.equal(file.get_tensor(f"{name}.values"), adapter[name].values)
+
+
+def test_mapped_values_are_not_copied(tmp_path: Path) -> None:
+    support = random_support((1000, 1000), 100_000, seed=1)
+    path = tmp_path / "a.safetensors"
+    Adapter({"a": delta(support, torch.bfloat16), "b": delta(support)}).save(path)
+    mapped = Adapter.load(path, mapped=True)
+    regions = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path))
+    ]
+    for name in "ab":
+        at = mapped[name].values.data_ptr()
+        assert any(start <= at < end for start, end in regions), name
+        assert at % mapped[name].values.element_size() == 0
+    # Replacing the file as a whole leaves the mapped one alone.
+    kept = {name: mapped[name].values.clone() for name in "ab"}
+    Adapter({"a": delta(support, seed=9)}).save(path)
+    assert all(torch.equal(mapped[name].values, kept[name]) for name in "ab")
+
+
+def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
+    adapter = Adapter({"a.weight": delta(Support((4, 5), torch.tensor([2])))})
+    adapter.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+    assert Adapter.load(tmp_path) == adapter
+    adapter.save(tmp_path / "new" / "folder" / "a.safetensors")  # made if absent
+    adapter.save(tmp_path / "no-suffix")
+    assert Adapter.load(tmp_path / "no-suffix") == adapter
+    adapter.save(tmp_path / "peft", "peft")
+    with pytest.raises(ConfigError, match=r"PEFT's format.*peft\.safetensors.*format='peft'"):
+        adapter.save(tmp_path / "peft")
+    assert Adapter.load(tmp_path / "peft") == adapter
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "error", "match"),
+    [
+        ([1.0], {"dtype": torch.int16}, ConfigError, "int16"),
+        ([1.0], {"indices": "gap"}, ConfigError, "Did you mean 'gaps'"),
+        ([1.0], {"format": "compct"}, ConfigError, "Did you mean 'compact'"),
+        ([1.0], {"format": "peft", "indices": "gaps"}, ConfigError, "compact"),
+        ([1e6], {"dtype": torch.float16}, AdapterError, r"a\.weight.*1 infinite.*float16"),
+        ([math.nan], {}, AdapterError, r"a\.weight.*1 NaN"),
+        ([math.inf], {"dtype": torch.int8}, AdapterError, r"a\.weight.*1 infinite"),
+        (torch.tensor([1e300], dtype=torch.float64), {"dtype": torch.int8}, AdapterError, "infin"),
+        (torch.ones(1).to(torch.float8_e5m2), {}, AdapterError, "float8_e5m2"),
+    ],
+)
+def test_what_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, values: Any, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    support = Support((2, 2), torch.tensor([3]))
+    old = Adapter({"old": delta(support)})
+    old.save(path)
+    values = values if isinstance(values, torch.Tensor) else torch.tensor(values)
+    with pytest.raises(error, match=match):
+        Adapter({"a.weight": SparseDelta(support, values)}).save(path, **options)
+    assert Adapter.load(path) == old
+
+
+def test_metadata_that_is_no_json(tmp_path: Path) -> None:
+    adapter = Adapter({}, {"what": object()})
+    with pytest.raises(ConfigError, match="'what'"):
+        save(adapter, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    save(Adapter({}, {}), tmp_path / "empty.safetensors")
+    assert load(tmp_path / "empty.safetensors") == Adapter({})
+
+
+def test_values_that_are_views_of_something(tmp_path: Path) -> None:
+    both = torch.arange(6.0)
+    support = Support((2, 2), torch.tensor([0, 3]))
+    adapter = Adapter(
+        {
+            "a": SparseDelta(support, both[:2]),
+            "b": SparseDelta(support, both[::3]),
+            "c": SparseDelta(support, both[2:4].requires_grad_()),
+        }
+    )
+    path = tmp_path / "a.safetensors"
+    for dtype in (None, torch.bfloat16, torch.int8):
+        adapter.save(path, dtype=dtype)
+        assert Adapter.load(path)["b"].values.tolist()[0] == 0.0
+    adapter.save(path)
+    assert Adapter.load(path) == Adapter(
+        {name: SparseDelta(d.support, d.values.detach()) for name, d in adapter.items()}
+    )
+    assert both.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_weights_of_more_than_two_to_the_31_entries(tmp_path: Path) -> None:
+    shape = (2**16, 2**16)
+    support = Support(shape, torch.tensor([0, 2**31, 2**32 - 1]))
+    seeded = random_support(shape, 100, seed=1, name="b")
+    adapter = Adapter(
+        {"a": delta(support), "b": delta(seeded)}, {"mask_type": "random", "random_seed": 1}
+    )
+    path = tmp_path / "a.safetensors"
+    adapter.save(path)
+    assert path.stat().st_size < 2000
+    read = read_compact(path)
+    assert read.adapter == adapter
+    assert read.records["b"].indices == "seed"

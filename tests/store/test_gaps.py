@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shira.store import gaps
+from shira.store.entries import EntryError
+
+BIG = 2**31 + 12345  # indices beyond int32
+
+
+def reference(indices: list[int], largest: int) -> list[int]:
+    """The specification, unit by unit."""
+    units, before = [], -1
+    for index in indices:
+        gap = index - before - 1
+        units += [largest] * (gap // largest) + [gap % largest]
+        before = index
+    return units
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.sets(st.integers(0, 700), max_size=60),
+        st.sets(st.integers(0, 200_000), max_size=20),
+        st.sets(st.integers(0, BIG - 1), max_size=6),
+        st.sets(st.sampled_from([0, 1, 254, 255, 256, 509, 510, 511, 765, 766])),
+    ),
+    st.sampled_from(list(gaps.UNITS.values())),
+)
+def test_equals_the_specification_and_comes_back(chosen: set[int], unit: np.dtype) -> None:
+    indices = np.array(sorted(chosen), np.int64 if max(chosen, default=0) >= 2**31 else np.int32)
+    numel = BIG if indices.dtype == np.int64 else max(chosen, default=0) + 1
+    before = indices.copy()
+    units = gaps.encode(indices)
+    assert units.tolist() == reference(sorted(chosen), np.iinfo(units.dtype).max)
+    assert np.array_equal(indices, before)
+    found = gaps.decode(units, numel)
+    assert found.tolist() == indices.tolist()
+    assert found.dtype == indices.dtype
+    if unit.itemsize > 1 or max(chosen, default=0) < 10**6:  # any unit can be read
+        code = np.array(reference(sorted(chosen), np.iinfo(unit).max), unit)
+        assert gaps.decode(code, numel).tolist() == indices.tolist()
+        # The unit taken is the one of fewest bytes.
+        assert units.nbytes <= code.nbytes
+
+
+@pytest.mark.parametrize("density", [0.3, 0.05, 0.02, 0.01, 0.003, 0.0005, 0.00002])
+def test_many_pieces(density: float) -> None:
+    """More indices and units than are worked on at a time, gaps that span pieces."""
+    rng = np.random.default_rng(3)
+    numel = int(100_000 / density)
+    indices = np.unique(rng.integers(0, numel, 100_000)).astype(gaps.index_type(numel))
+    units = gaps.encode(indices)
+    assert np.array_equal(gaps.decode(units, numel), indices)
+    assert gaps.count_of(units) == len(indices)
+    narrow = np.array(reference(indices.tolist(), 255), np.uint8)
+    assert units.nbytes <= narrow.nbytes
+    if density >= 0.0005:
+        assert np.array_equal(gaps.decode(narrow, numel), indices)
+
+
+def test_a_gap_left_open_over_many_pieces() -> None:
+    gap = 255 * (3 * gaps._PIECE + 5) + 17
+    units = np.array([4] + [255] * (gap // 255) + [17, 0], np.uint8)
+    assert gaps.decode(units, gap + 7).tolist() == [4, gap + 5, gap + 6]
+
+
+def test_bytes_per_index_at_two_percent() -> None:
+    rng = np.random.default_rng(0)
+    numel = 4096 * 4096
+    indices = np.sort(rng.choice(numel, numel // 50, replace=False)).astype(np.int32)
+    assert gaps.encode(indices).nbytes / len(indices) < 1.01
+
+
+def test_no_indices() -> None:
+    units = gaps.encode(np.empty(0, np.int32))
+    assert units.tolist() == []
+    assert gaps.decode(units, 0).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("units", "numel", "match"),
+    [
+        ([0, 255], 1000, "does not end"),
+        ([255], 1000, "does not end"),
+        ([9], 9, "index 9 is out of range: the weight has 9"),
+        ([255, 0], 255, "index 255 is out of range"),
+        ([0] * 11, 10, "index 10 is out of range"),
+        ([0], 0, "out of range"),
+        ([255] * 100_000 + [0], 10**6, "out of range"),
+    ],
+)
+def test_what_it_refuses(units: list[int], numel: int, match: str) -> None:
+    with pytest.raises(EntryError, match=match):
+        gaps.decode(np.array(units, np.uint8), numel)
+
+
+def test_four_byte_units_that_sum_past_64_bits_are_refused() -> None:
+    """They cannot: 2^31 units of 2^32 are below 2^63; but past 2^32 they can."""
+    units = np.array([2**32 - 2] * 1000, "<u4")
+    with pytest.raises(EntryError, match=f"index {1000 * (2**32 - 1) - 1} is out of range"):
+        gaps.decode(units, 2**40)
+    assert gaps.decode(units[:1], 2**32)[0] == 2**32 - 2
