@@ -203,9 +203,10 @@ def test_the_cost_of_switching_does_not_depend_on_how_many_are_loaded(scene, mon
     assert cost() == few == 2 * (scene.adapters["a"].nnz + scene.adapters["b"].nnz)
 
 
-def test_adapters_are_loaded_from_files(scene, tmp_path):
-    scene.adapters["a"] = random_adapter(scene.module, 0, NAMES[:3])  # PEFT's format has no more
-    scene.adapters["a"].save(tmp_path / "a")
+@pytest.mark.parametrize("format", ["compact", "peft"])
+def test_adapters_are_loaded_from_files(scene, tmp_path, format):
+    scene.adapters["a"] = random_adapter(scene.module, 0, NAMES[:3])  # what PEFT can name
+    scene.adapters["a"].save(tmp_path / "a", format)
     for where in (tmp_path / "a", os.fspath(tmp_path / "a")):
         switch = Switch(net())
         switch.load("from file", where)

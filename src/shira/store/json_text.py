@@ -21,7 +21,7 @@ _TIMES = 8  # the size of the file is what a larger one may
 
 
 def parse_object(
-    raw: bytes | str, path: str | os.PathLike[str], what: str, size: int
+    raw: bytes | str, path: str | os.PathLike[str], what: str, size: int | None = None
 ) -> dict[str, Any]:
     """The JSON object in ``raw``.
 
@@ -29,12 +29,13 @@ def parse_object(
         raw: The text, or its UTF-8.
         path: The file, for messages.
         what: What in the file the text is, for messages: ``"header"``.
-        size: Of the file in bytes.
+        size: Of the file in bytes; None: the text is all of it.
 
     Raises:
         FileFormatError: If it is not JSON, or no object, or repeats a key, or has more items than a
             file of its size has use for.
     """
+    size = len(raw) if size is None else size
     memory = _memory(raw)
     if memory > max(_FREE, _TIMES * size):
         raise FileFormatError(

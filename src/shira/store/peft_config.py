@@ -43,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {size} bytes are too large for a config (limit {_CONFIG_LIMIT})"
             )
         raw = file.read(size)
-    config = parse_object(raw, path, "config", size)
+    config = parse_object(raw, path, "config")
     peft_type = config.get("peft_type")
     if peft_type != "SHIRA":
         raise FileFormatError(
