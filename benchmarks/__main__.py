@@ -10,9 +10,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import masks, mixed_batch, report, training
+from benchmarks import masks, merging, mixed_batch, report, training
 
-SUITES: dict[str, Any] = {suite.NAME: suite for suite in (training, masks, mixed_batch)}
+SUITES: dict[str, Any] = {suite.NAME: suite for suite in (training, masks, mixed_batch, merging)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

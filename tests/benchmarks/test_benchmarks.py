@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contenders, memory, timing, training
+from benchmarks import contenders, memory, merging, timing, training
 from benchmarks.__main__ import main
 
 TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
@@ -91,6 +91,33 @@ def test_masks_suite(tmp_path: Path) -> None:
     assert model["parameters"] == 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert model["whole_wall_seconds"]["get_peft_model"]["min"] > 0
     assert model["one_block"]["shira_over_peft"]["median"] > 0
+
+
+def test_merging_suite(tmp_path: Path) -> None:
+    path = tmp_path / "merging.json"
+    size = "--hidden 64 --intermediate 96 --layers 2 --vocab 64 --shard 40KB --repeats 1"
+    assert (
+        main(
+            [
+                "merging",
+                *size.split(),
+                "--no-memory",
+                "--folder",
+                str(tmp_path),
+                "--output",
+                str(path),
+            ]
+        )
+        == 0
+    )
+    written = json.loads(path.read_text())
+    about = written["results"]["checkpoint"]
+    assert about["shards"] > 2
+    assert about["adapter_entries"] == 2 * (4 * round(0.02 * 64 * 64) + 3 * round(0.02 * 64 * 96))
+    assert written["answers"]["merged_tensors_equal_bit_for_bit"] == 21
+    assert set(written["results"]["contenders"]) == set(merging.CONTENDERS)
+    assert all(row["seconds"]["min"] > 0 for row in written["results"]["contenders"].values())
+    assert [file.name for file in tmp_path.iterdir()] == ["merging.json"]  # nothing is left
 
 
 def test_allocator_peak_counts_what_is_alive_together() -> None:
