@@ -58,17 +58,24 @@ def test_elected_mean_is_the_dense_one_bit_for_bit(case, vote):
     assert torch.equal(reference.dense(fused), reference.elected_mean(wide(parts), weights, vote))
 
 
+# Whole numbers have exact sums, in whatever order PEFT makes them.
+whole = st.integers(-20, 20).map(float)
+parts_of_whole_numbers = st.lists(
+    st.tuples(st.dictionaries(st.integers(0, 14), whole).map(lambda v: delta(SHAPE, v)), whole),
+    min_size=1,
+    max_size=5,
+)
+
+
 @few
-@given(several, st.sampled_from(["total", "frequency"]))
+@given(parts_of_whole_numbers, st.sampled_from(["total", "frequency"]))
 def test_elected_mean_is_pefts(case, vote):
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
-    parts, weights = case
+    parts, weights = zip(*case, strict=True)
     stacked = torch.stack(wide(parts))
     mask = merge_utils.calculate_majority_sign_mask(stacked, vote)
-    factors = torch.tensor(weights, dtype=stacked.dtype).view(-1, 1, 1)
-    expected = merge_utils.disjoint_merge(stacked * factors, mask)
-    ours = reference.dense(elected_mean(parts, weights, vote))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-2)
+    expected = merge_utils.disjoint_merge(stacked * torch.tensor(weights).view(-1, 1, 1), mask)
+    assert torch.equal(reference.dense(elected_mean(parts, weights, vote)), expected)
 
 
 @few
