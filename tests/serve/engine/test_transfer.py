@@ -7,12 +7,12 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from benchmarks.vllm_server import free_port
 from shira.convert import save_patches, to_patches
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ServeError
 from shira.serve.client import Client
 from shira.serve.value_sender import LLMClient, ValueSender
-from tests.serve.engine.server import free_port
 from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS
 
 pytestmark = pytest.mark.vllm
