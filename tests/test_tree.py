@@ -31,7 +31,7 @@ BELOW = {
     "convert": {"errors", "support", "delta", "masks", "store"},
     "switch": {"errors", "support", "blocks", "delta", "ops", "store"},
     "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store", "fusing"},
-    "serve": {"errors", "support", "delta", "ops", "store"},
+    "serve": {"errors", "support", "delta", "ops", "store", "convert", "switch"},
     "cli": {
         *("_version", "errors", "support", "delta", "masks", "ops", "store"),
         *("fusing", "measure", "convert", "switch", "tuner", "serve"),

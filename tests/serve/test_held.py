@@ -18,6 +18,7 @@ from shira.errors import (
     FileFormatError,
     PlacementError,
     ServeError,
+    SwitchError,
     UnknownAdapterError,
     WrongBaseError,
 )
@@ -378,7 +379,7 @@ def failing_write(monkeypatch, cluster, rank, after=1):
         if storages.get(change.storage.data_ptr()) == rank:
             count[0] += 1
             if count[0] > after:
-                change.storage[change.positions[:2]] = change.new[:2]
+                change.storage[change.after.offsets[:2].long()] = change.after.replacement[:2]
                 raise RuntimeError("device lost")
         write(change)
 
@@ -448,7 +449,7 @@ def test_weights_that_cannot_be_put_back_are_served_no_more(cluster, monkeypatch
 
 def test_weights_that_something_else_wrote(cluster):
     cluster.held[1].model.down.data.zero_()
-    with pytest.raises(ServeError, match=r"rank 1: .*rebase"):
+    with pytest.raises(SwitchError, match=r"rank 1: .*rebase"):
         cluster.activate({})
     assert bool((cluster.held[1].model.down == 0).all())
 
@@ -512,3 +513,20 @@ def test_the_fingerprint_of_the_base_does_not_depend_on_what_is_active(cluster, 
     for one, two in zip(active, pristine, strict=True):
         assert one["base"] == two["base"] == two["weights"] != one["weights"]
     assert pristine[0] != pristine[1]
+
+
+# --- other values at the same positions ----------------------------------------------------------
+
+
+def test_a_part_with_other_values_is_that_of_an_adapter_with_them(cluster):
+    (part, *_) = cluster.held[0].adapters["a"].parts.values()
+    values = torch.randn(part.nnz, generator=torch.Generator().manual_seed(9))
+    other = part.with_values(values)
+    positions = part.entry.patch.offsets
+    cluster.activate({})
+    expected = exchange.make_part(part.storage, positions, values, None)
+    assert other.entry.patch.offsets is positions
+    assert torch.equal(other.entry.patch.originals, expected.entry.patch.originals)
+    assert torch.equal(other.entry.patch.replacement, expected.entry.patch.replacement)
+    with pytest.raises(AdapterError, match="not be finite"):
+        part.with_values(torch.full((part.nnz,), float("inf")))

@@ -14,26 +14,20 @@ dropped the switch is taken back. With ``cache="salt"`` each state's blocks are 
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from shira.errors import ConfigError, ServeError
-from shira.serve.gate import Gate
+from shira.errors import ServeError
+from shira.serve.async_client import AsyncClient
 from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
+from shira.serve.watch import unreachable, watched
 
-Weights: TypeAlias = "str | Mapping[str, float] | None"
-"""What shall be active: a name, ``{name: scale, ...}``, or None for the base."""
+__all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 
-Cache: TypeAlias = Literal["reset", "salt"]
-
-_NO_RESET = (
-    "vLLM did not drop its prefix cache (blocks are in use), so old weights would have answered "
-    "for new ones; the switch was taken back"
-)
+T = TypeVar("T")
 
 
 class Client:
@@ -51,20 +45,20 @@ class Client:
 
     def __init__(self, llm: Any, *, cache: Cache = "reset") -> None:
         self.llm = llm
-        self.cache = _cache(cache)
-        self._lock = _lock_of(llm, threading.RLock)
-        self._discarded = False
-        self._reports = self._call("shira_list")
+        self.cache = policy(cache)
+        self._shared = shared_of(llm, threading.RLock)
+        self._lock = self._shared.lock
+        self._call("shira_list")
 
     @property
     def active(self) -> dict[str, float]:
         """What is active: scale by name; empty for the base."""
-        return dict(self._reports.active)
+        return dict(self._shared.reports.active)
 
     @property
     def salt(self) -> str:
         """The ``cache_salt`` of the present state."""
-        return self._reports.salt
+        return self._shared.reports.salt
 
     def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """Let every worker hold the adapter at a path; returns what rank 0 said of it.
@@ -100,11 +94,10 @@ class Client:
         """
         with self._lock:
             self._check_idle()
-            before = self.active
-            self._call("shira_activate", wanted(weights, scale))
+            said = self._call("shira_activate", wanted(weights, scale))
             if self.cache == "reset" and not self._drop_caches():
-                self._call("shira_activate", before)
-                raise ServeError(_NO_RESET)
+                self._call("shira_activate", said.first["previous"])
+                raise ServeError(NO_RESET)
 
     def deactivate(self) -> None:
         """The base again, bit for bit; raises as `activate`."""
@@ -138,18 +131,18 @@ class Client:
         with self._lock:
             self._check_idle()
             self._call("shira_sleep", level)
-            self._discarded = level >= 2
-            self.llm.sleep(level=level)
+            self._shared.discarded = level >= 2
+            self._ask("sleep", lambda: self.llm.sleep(level=level))
 
     def wake_up(self) -> None:
         """``llm.wake_up``, after level 2 with the weights reloaded before any request runs."""
         with self._lock:
-            if self._discarded:
-                self.llm.wake_up(tags=["weights"])
-                self.llm.collective_rpc("reload_weights")
+            if self._shared.discarded:
+                self._ask("wake_up", lambda: self.llm.wake_up(tags=["weights"]))
+                self._ask("reload_weights", lambda: self.llm.collective_rpc("reload_weights"))
                 self._call("shira_rebase")
-                self._discarded = False
-            self.llm.wake_up()
+                self._shared.discarded = False
+            self._ask("wake_up", self.llm.wake_up)
             self._drop_caches()
 
     def _check_idle(self) -> None:
@@ -157,188 +150,17 @@ class Client:
             raise ServeError("requests are unfinished: wait_for_completion() before switching")
 
     def _drop_caches(self) -> bool:
-        self.llm.llm_engine.reset_encoder_cache()
-        return bool(self.llm.reset_prefix_cache(reset_connector=True))
+        self._ask("reset_encoder_cache", self.llm.llm_engine.reset_encoder_cache)
+        reset = self.llm.reset_prefix_cache
+        return bool(self._ask("reset_prefix_cache", lambda: reset(reset_connector=True)))
 
     def _call(self, method: str, *args: Any) -> Reports:
+        answers = self._ask(method, lambda: self.llm.collective_rpc(method, args=args))
+        self._shared.reports = checked(answers, method)
+        return self._shared.reports
+
+    def _ask(self, what: str, call: Callable[[], T]) -> T:
         try:
-            answers = self.llm.collective_rpc(method, args=args)
+            return watched(self.llm, call)
         except Exception as error:
-            raise _unreachable(method, error) from error
-        self._reports = checked(answers, method)
-        return self._reports
-
-
-class _Pause:
-    """Why the engine stays paused afterwards: it was before, or must not run as it is."""
-
-    was = False
-    hold = False
-
-
-class AsyncClient:
-    """Adapters of an ``AsyncLLM``; one event loop. Arguments and errors as `Client`.
-
-    Make it with ``await AsyncClient.of(engine)``.
-    """
-
-    def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
-        self.engine = engine
-        self.cache = _cache(cache)
-        self._lock = _lock_of(engine, asyncio.Lock)
-        self._gate = Gate()
-        self._discarded = False
-        self._reports: Reports
-
-    @classmethod
-    async def of(cls, engine: Any, *, cache: Cache = "reset") -> AsyncClient:
-        """A client that knows what is active in the engine."""
-        client = cls(engine, cache=cache)
-        await client._call("shira_list")
-        return client
-
-    @property
-    def active(self) -> dict[str, float]:
-        """What is active: scale by name; empty for the base."""
-        return dict(self._reports.active)
-
-    @property
-    def salt(self) -> str:
-        """The ``cache_salt`` of the present state."""
-        return self._reports.salt
-
-    async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
-        """As `Client.load`; requests go on between its steps."""
-        async with self._lock:
-            return (await self._call("shira_load", name, str(path), compare)).first
-
-    async def unload(self, name: str) -> None:
-        """As `Client.unload`."""
-        async with self._lock:
-            await self._call("shira_unload", name)
-
-    async def list(self) -> dict[str, Any]:
-        """As `Client.list`."""
-        async with self._lock:
-            return (await self._call("shira_list")).first
-
-    async def fingerprint(self) -> Sequence[dict[str, Any]]:
-        """As `Client.fingerprint`."""
-        async with self._lock:
-            return (await self._call("shira_fingerprint")).each
-
-    async def activate(self, weights: Weights, scale: float = 1.0) -> None:
-        """As `Client.activate`, but waits for running requests; new ones queue meanwhile.
-
-        A caller that is cancelled does not stop it half way.
-        """
-        await asyncio.shield(asyncio.ensure_future(self._switch(wanted(weights, scale))))
-
-    async def deactivate(self) -> None:
-        """The base again, bit for bit."""
-        await self.activate(None)
-
-    @asynccontextmanager
-    async def using(self, weights: Weights, scale: float = 1.0) -> AsyncIterator[None]:
-        """Make adapters active for a while, and then what was."""
-        before = self.active
-        await self.activate(weights, scale)
-        try:
-            yield
-        finally:
-            await self.activate(before)
-
-    async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        """``engine.generate`` under the state at its start; a switch waits until it has ended."""
-        async with self._gate.shared():
-            if self.cache == "salt":
-                prompt = salted(prompt, self.salt)
-            async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
-                yield output
-
-    async def sleep(self, level: int = 1) -> None:
-        """As `Client.sleep`, but waits for running requests."""
-        async with self._lock, self._gate.alone():
-            await self._call("shira_sleep", level)
-            self._discarded = level >= 2
-            await self.engine.sleep(level=level, mode="wait")
-
-    async def wake_up(self) -> None:
-        """As `Client.wake_up`."""
-        async with self._lock:
-            if self._discarded:
-                await self.engine.wake_up(tags=["weights"])
-                await self.engine.collective_rpc("reload_weights")
-                await self._call("shira_rebase")
-                self._discarded = False
-            await self.engine.wake_up()
-
-    async def _switch(self, weights: Mapping[str, float]) -> None:
-        async with self._lock, self._gate.alone(), self._paused() as pause:
-            before = self.active
-            await self._call("shira_activate", weights)
-            if self.cache == "reset" and not await self._drop_caches():
-                pause.hold = True  # no request may run if this fails
-                await self._call("shira_activate", before)
-                pause.hold = False
-                raise ServeError(_NO_RESET)
-
-    @asynccontextmanager
-    async def _paused(self) -> AsyncIterator[_Pause]:
-        """No request runs inside; an engine that was paused before stays so."""
-        pause = _Pause()
-        try:
-            pause.was = await self.engine.is_paused()
-            # mode "keep" would let one answer mix two adapters
-            await self.engine.pause_generation(mode="wait", clear_cache=False)
-        except Exception as error:
-            raise _unreachable("pause_generation", error) from error
-        try:
-            yield pause
-        except BaseException:
-            with suppress(Exception):  # the first error counts
-                if not (pause.was or pause.hold):
-                    await self.engine.resume_generation()
-            raise
-        if not (pause.was or pause.hold):
-            await self.engine.resume_generation()
-
-    async def _drop_caches(self) -> bool:
-        await self.engine.reset_encoder_cache()
-        return bool(await self.engine.reset_prefix_cache(reset_connector=True))
-
-    async def _call(self, method: str, *args: Any) -> Reports:
-        try:
-            answers = await self.engine.collective_rpc(method, args=args)
-        except Exception as error:
-            raise _unreachable(method, error) from error
-        self._reports = checked(answers, method)
-        return self._reports
-
-
-_LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def _lock_of(engine: Any, make: Any) -> Any:
-    """One lock for all clients of an engine: two switches must not interleave."""
-    return _LOCKS.setdefault(engine, make())
-
-
-def _cache(cache: str) -> Cache:
-    if cache not in ("reset", "salt"):
-        raise ConfigError(f"cache is 'reset' or 'salt', not {cache!r}")
-    return cache  # type: ignore[return-value]  # one of the two
-
-
-def _unreachable(method: str, error: Exception) -> ServeError:
-    if "has no attribute" in str(error):
-        return ServeError(
-            f"vLLM's workers do not know {method}: start the engine with "
-            "worker_extension_cls='shira.serve.vllm.ShiraWorkerExtension'"
-        )
-    return ServeError(
-        f"{method}: vLLM's engine failed ({type(error).__name__}: {error}). If a worker died the "
-        "engine is lost and must be started again; its checkpoint on disk was never written"
-    )
+            raise unreachable(what, error) from error

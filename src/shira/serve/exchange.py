@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values at positions of a storage: what to write to switch, what to keep to undo it exactly.
+"""What an adapter changes in one storage of a rank, checked before anything is written.
 
-A `Part` is what one adapter changes in one storage of a rank. `plan` compares what is active in
-that storage with what shall be, reads and computes, and writes nothing; the `Change` that it
-returns writes each position of the union once, or puts back what was there. Originals are kept and
-put back, never recomputed. Everything costs O(k); only `Change.apply` and `Change.roll_back` write.
+Built on `shira.ops.patch` and `shira.switch.plan`, which make and write patches: a whole storage is
+a weight of one dimension to them. `Change.check` only reads, so that all ranks can agree before
+the first of them writes. Everything costs O(k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shira.delta import SparseDelta, accumulation_dtype, replacement
-from shira.errors import ServeError
+from shira.delta import SparseDelta, replacement
+from shira.errors import SwitchError
+from shira.ops.patch import Patch, exchange
 from shira.support import Support
+from shira.switch.plan import Entry, base_at, make_entry, make_patch
 
 
 class Part(NamedTuple):
@@ -25,32 +25,47 @@ class Part(NamedTuple):
 
     Attributes:
         storage: 1-D view of the whole storage.
-        delta: Its support's shape is ``(storage.numel(),)``.
+        entry: Its deltas, and the patch at scale 1.
     """
 
     storage: Tensor
-    delta: SparseDelta
+    entry: Entry
+
+    @property
+    def nnz(self) -> int:
+        """How many entries."""
+        return self.entry.patch.nnz
+
+    def with_values(self, values: Tensor) -> Part:
+        """Other deltas ``(k,)`` at the same positions, which stay the same tensor.
+
+        Raises:
+            AdapterError: If a finite value becomes infinite or NaN.
+        """
+        old, values = self.entry.patch, values.to(self.storage.device)
+        patch = make_patch(old.offsets, old.originals, replacement(old.originals, values))
+        return Part(self.storage, Entry(values, patch))
+
+    def anew(self) -> Part:
+        """The same deltas on the values that the storage holds now, as its base."""
+        return make_part(self.storage, self.entry.patch.offsets, self.entry.values, None)
 
 
-class Undo(NamedTuple):
-    """What is active in one storage, and how to take it back.
+def make_part(storage: Tensor, positions: Tensor, values: Tensor, active: Patch | None) -> Part:
+    """Deltas at positions of a storage.
 
-    Attributes:
+    Args:
         storage: 1-D view of the whole storage.
-        support: Positions that hold other values than the base's.
-        original: ``(k,)`` the base's values there.
-        put: ``(k,)`` what was written over them.
+        positions: ``(k,)`` integers, increasing.
+        values: ``(k,)`` deltas.
+        active: What is in the storage now.
+
+    Raises:
+        AdapterError: If a finite value becomes infinite or NaN.
     """
-
-    storage: Tensor
-    support: Support
-    original: Tensor
-    put: Tensor
-
-    def originals_at(self, positions: Support, current: Tensor) -> Tensor:
-        """The base's values at positions, given the current ones there ``(n,)``."""
-        at = self.support.positions_of(positions)
-        return torch.where(at >= 0, self.original[at.clamp_(min=0)], current)
+    support = Support._trusted((storage.numel(),), positions.to(storage.device))
+    delta = SparseDelta(support, values.to(storage.device))
+    return Part(storage, make_entry(delta, storage, active)[0])
 
 
 class Change(NamedTuple):
@@ -58,84 +73,41 @@ class Change(NamedTuple):
 
     Attributes:
         storage: 1-D view of the whole storage.
-        positions: int64 ``(u,)``, each position that changes hands.
-        new: ``(u,)`` what will stand there.
-        before: ``(u,)`` what stands there now.
-        undo: What is active afterwards; None if nothing is.
+        before: What is in it now; None for the base.
+        after: What shall be.
     """
 
     storage: Tensor
-    positions: Tensor
-    new: Tensor
-    before: Tensor
-    undo: Undo | None
+    before: Patch | None
+    after: Patch | None
+
+    def check(self) -> None:
+        """Compare what stands there with what should, bit for bit; writes nothing.
+
+        Raises:
+            SwitchError: If something else has written to the weights.
+        """
+        found, expected = [], []
+        if self.before is not None:
+            found.append(self.storage.index_select(0, self.before.offsets))
+            expected.append(self.before.replacement)
+        if self.after is not None:
+            found.append(base_at(self.storage, self.after.offsets, self.before))
+            expected.append(self.after.originals)
+        if not all(map(same_bits, found, expected)):
+            raise SwitchError(
+                "the weights were changed by something else since adapters were loaded (reloaded "
+                "or trained on?), so that originals are not known. If they are a whole base "
+                "again, rebase: adapters then count from it, and what was active is applied anew"
+            )
 
     def apply(self) -> None:
-        """Write the new values."""
-        self.storage.index_copy_(0, self.positions, self.new)
+        """Write what shall be there."""
+        exchange(self.storage, self.before, self.after, check=False)
 
     def roll_back(self) -> None:
-        """Write back what stood there when the change was prepared."""
-        self.storage.index_copy_(0, self.positions, self.before)
-
-
-def combined(parts: Sequence[tuple[SparseDelta, float]]) -> SparseDelta:
-    """Several deltas of one storage with a scale each, summed in their order in float32.
-
-    One delta at scale 1 is returned as it is.
-
-    Args:
-        parts: At least one, of equal shape; float64 values make the sum float64.
-    """
-    (first, scale), rest = parts[0], parts[1:]
-    if not rest and scale == 1.0:
-        return first
-    wide = accumulation_dtype(*(delta.values.dtype for delta, _ in parts))
-    total = SparseDelta(first.support, first.values.to(wide) * scale)
-    for delta, scale in rest:
-        union = total.support.union(delta.support)
-        values = torch.zeros(union.nnz, dtype=wide, device=total.values.device)
-        values[union.positions_of(total.support)] = total.values
-        values[union.positions_of(delta.support)] += delta.values.to(wide) * scale
-        total = SparseDelta(union, values)
-    return total
-
-
-def plan(storage: Tensor, undo: Undo | None, wanted: SparseDelta | None) -> Change:
-    """What to write so that exactly ``wanted`` is active in a storage.
-
-    Args:
-        storage: 1-D view of the whole storage.
-        undo: What is active in it now.
-        wanted: What shall be; None for the base.
-
-    Raises:
-        ServeError: If the storage does not hold what was put there: something else wrote to it.
-    """
-    none = torch.empty(0, dtype=torch.int64, device=storage.device)
-    nothing = Support._trusted((storage.numel(),), none)
-    leaving = undo.support if undo else nothing
-    entering = wanted.support if wanted else nothing
-    union = leaving.union(entering)
-    positions = union.indices.long()
-    before = storage[positions]
-    original = before
-    if undo:
-        if not same_bits(before[union.positions_of(leaving)], undo.put):
-            raise ServeError(
-                "the weights were changed while an adapter was active (reloaded or updated?), so "
-                "it cannot be taken back. If they are a complete base again, rebase: what was "
-                "active is applied to it anew"
-            )
-        original = undo.originals_at(union, before)
-    if wanted is None:
-        return Change(storage, positions, original, before, None)
-    at = union.positions_of(entering)
-    kept = original[at]
-    put = replacement(kept, wanted.values)
-    new = original.clone()
-    new[at] = put
-    return Change(storage, positions, new, before, Undo(storage, entering, kept, put))
+        """Write what was there, however far `apply` has come."""
+        exchange(self.storage, self.after, self.before, check=False)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from shira.delta import Adapter
 from shira.errors import AdapterError, ServeError, UnknownAdapterError, WrongBaseError, did_you_mean
-from shira.serve.exchange import Change, Undo, combined, plan, same_bits
-from shira.serve.loading import Loaded, Stored, load
-from shira.serve.placement import Loads, Placement, held_by, trace, whole_storage
+from shira.ops.patch import Patch
+from shira.serve.checking import Stored, nothing_stored
+from shira.serve.exchange import Change, same_bits
+from shira.serve.loading import Loaded, load
+from shira.serve.placement import Loads, Placement, held_by, storage_key, trace, whole_storage
 from shira.serve.ranks import Alone, Ranks, agree
-from shira.support import Support
+from shira.switch.plan import Entry, combined
 
 _CHUNK = 2**24  # entries hashed at a time
 
@@ -52,7 +53,7 @@ class Held:
         dtype: torch.dtype,
         ranks: Ranks | None = None,
         refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
-        stored: Stored = lambda name, indices: None,
+        stored: Stored = nothing_stored,
     ) -> None:
         self.model = model
         self.dtype = dtype
@@ -63,7 +64,8 @@ class Held:
         self.active: dict[str, float] = {}
         self.discarded = False
         self.broken = False
-        self._undo: dict[int, Undo] = {}
+        self._patches: dict[int, Patch] = {}  # what is in the weights, by storage
+        self._patched: dict[int, Tensor] = {}  # those storages
         self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
 
     @property
@@ -88,14 +90,14 @@ class Held:
             ServeError: If the weights are discarded.
         """
         agree(self.ranks, lambda: self._check_new(name))
-        here = self._storages().keys()
+        here = self._keys()
         self._placements = {
             asked: found
             for asked, found in self._placements.items()
-            if all(part.storage.untyped_storage()._cdata in here for part in found)
+            if all(placement.key in here for placement in found)
         }
-        stored = self.stored if compare else (lambda name, indices: None)
-        loaded = load(read, self._place, self._originals, self.ranks, stored)
+        stored = self.stored if compare else nothing_stored
+        loaded = load(read, self._place, self._patches, self.ranks, stored)
         self.adapters[name] = loaded
         return loaded
 
@@ -117,9 +119,10 @@ class Held:
 
         Raises:
             UnknownAdapterError: If one is not loaded.
-            AdapterError: If a scale is not finite.
-            ServeError: If the weights are discarded, or were changed by something else, or a rank
-                failed to write; nothing has changed then.
+            AdapterError: If a scale is not finite, or an entry would not be.
+            SwitchError: If something else has written to the weights.
+            ServeError: If the weights are discarded, or a rank failed to write; nothing has
+                changed then.
         """
         wanted = {name: float(scale) for name, scale in weights.items()}
         changes = agree(self.ranks, lambda: self._checked_changes(wanted))
@@ -133,16 +136,17 @@ class Held:
         """The base's weights were loaded anew, into the same memory: apply what was active.
 
         Args:
-            check: Whether the new base must have the values of the old one where an adapter was
-                active. False for a base that was trained on.
+            check: Whether the new base must have the values of the old one at the entries of the
+                loaded adapters. False for a base that was trained on.
 
         Raises:
             WrongBaseError: If it has not.
             ServeError: If the weights lie in other memory, so that adapters must be loaded again.
         """
-        changes = agree(self.ranks, lambda: self._anew(check))
+        adapters, changes = agree(self.ranks, lambda: self._anew(check))
         wanted = self.active
-        self.active, self._undo, self.discarded, self.broken = {}, {}, False, False
+        self.adapters, self.active, self._patches = adapters, {}, {}
+        self.discarded = self.broken = False
         self._commit(wanted, changes)
 
     def fingerprint(self) -> dict[str, str]:
@@ -152,15 +156,15 @@ class Held:
         """
         base, now = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for key, storage in self._storages().items():
-            undo = self._undo.get(key)
+            patch = self._patches.get(key)
             for start in range(0, storage.numel(), _CHUNK):
                 chunk = storage[start : start + _CHUNK].cpu()
                 now.update(chunk.view(torch.uint8).numpy().data)
-                if undo is not None:
-                    positions = undo.support.indices.long()
-                    here = (positions >= start) & (positions < start + chunk.numel())
+                if patch is not None:
+                    here = (patch.offsets >= start) & (patch.offsets < start + chunk.numel())
                     chunk = chunk.clone()  # of a storage on the CPU it is a view
-                    chunk[positions[here].cpu() - start] = undo.original[here].cpu()
+                    at = patch.offsets[here].long().cpu() - start
+                    chunk[at] = patch.originals[here].cpu()
                 base.update(chunk.view(torch.uint8).numpy().data)
         return {"base": base.hexdigest(), "weights": now.hexdigest()}
 
@@ -172,40 +176,42 @@ class Held:
             self._known(name)
             if not math.isfinite(scale):
                 raise AdapterError(f"the scale of adapter {name!r} is not finite: {scale}")
-        return self._changes(wanted, self._undo)
+        self._check_in_place(wanted)
+        changes = self._changes(self.adapters, wanted)
+        for change in changes:
+            change.check()
+        return changes
 
-    def _changes(self, wanted: Mapping[str, float], undo: Mapping[int, Undo]) -> list[Change]:
-        here = {held.tensor.untyped_storage()._cdata for held in held_by(self.model)}
-        for name in wanted:
-            if not self.adapters[name].parts.keys() <= here:
-                raise ServeError(
-                    f"the weights of adapter {name!r} lie in other memory than when it was loaded: "
-                    "deactivate, unload and load it again"
-                )
-        storages = {key: each.storage for key, each in undo.items()}
-        deltas: dict[int, list[Any]] = {}
+    def _anew(self, check: bool) -> tuple[dict[str, Loaded], list[Change]]:
+        self._check_in_place(self.adapters)
+        adapters = {}
+        for name, loaded in self.adapters.items():
+            parts = {key: part.anew() for key, part in loaded.parts.items()}
+            for key, part in parts.items():
+                was = loaded.parts[key].entry.patch.originals
+                if check and not same_bits(part.entry.patch.originals, was):
+                    raise WrongBaseError(
+                        f"the weights that were loaded are not those of before, at the entries of "
+                        f"adapter {name!r}; rebase(check=False) applies it nevertheless"
+                    )
+            adapters[name] = loaded._replace(parts=parts)
+        changes = self._changes(adapters, self.active)
+        return adapters, [c._replace(before=None) for c in changes if c.after is not None]
+
+    def _changes(self, adapters: Mapping[str, Loaded], wanted: Mapping[str, float]) -> list[Change]:
+        entries: dict[int, list[tuple[Entry, float]]] = {key: [] for key in self._patches}
+        storages = dict(self._patched)
         for name, scale in wanted.items():
-            for key, part in self.adapters[name].parts.items():
+            for key, part in adapters[name].parts.items():
+                entries.setdefault(key, []).append((part.entry, scale))
                 storages[key] = part.storage
-                deltas.setdefault(key, []).append((part.delta, scale))
         return [
-            plan(storage, undo.get(key), combined(deltas[key]) if key in deltas else None)
-            for key, storage in storages.items()
+            Change(storages[key], self._patches.get(key), combined(each) if each else None)
+            for key, each in entries.items()
         ]
-
-    def _anew(self, check: bool) -> list[Change]:
-        for undo in self._undo.values():
-            now = undo.storage[undo.support.indices.long()]
-            if check and not same_bits(now, undo.original):
-                raise WrongBaseError(
-                    "the weights that were loaded are not those of before, where an adapter was "
-                    "active; rebase(check=False) applies it nevertheless"
-                )
-        return self._changes(self.active, {})
 
     # --- writing --------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _commit(self, wanted: Mapping[str, float], changes: list[Change]) -> None:
         written: list[Change] = []
 
@@ -216,18 +222,15 @@ class Held:
 
         try:
             agree(self.ranks, write)
-        except Exception:
+        except BaseException:
             self.broken = True  # until all is back
             for change in reversed(written):
                 change.roll_back()
             self.broken = False
             raise
         self.active = dict(wanted)
-        self._undo = {
-            change.undo.storage.untyped_storage()._cdata: change.undo
-            for change in changes
-            if change.undo is not None
-        }
+        self._patched = {storage_key(c.storage): c.storage for c in changes}
+        self._patches = {storage_key(c.storage): c.after for c in changes if c.after is not None}
 
     # --- what is where --------------------------------------------------------------------------
 
@@ -238,23 +241,14 @@ class Held:
             self._placements[name, shape] = placements
         return self._placements[name, shape]
 
-    def _originals(self, storage: Tensor, positions: Tensor) -> Tensor:
-        current = storage[positions]
-        undo = self._undo.get(storage.untyped_storage()._cdata)
-        if undo is None:
-            return current
-        order = positions.argsort()
-        asked = Support._trusted(undo.support.shape, positions[order])
-        values = current.clone()
-        values[order] = undo.originals_at(asked, current[order])
-        return values
-
     def _storages(self) -> dict[int, Tensor]:
         """Every storage of the model once, in the order of its modules."""
         return {
-            held.tensor.untyped_storage()._cdata: whole_storage(held.tensor)
-            for held in held_by(self.model)
+            storage_key(held.tensor): whole_storage(held.tensor) for held in held_by(self.model)
         }
+
+    def _keys(self) -> set[int]:
+        return {storage_key(held.tensor) for held in held_by(self.model)}
 
     # --- checking -------------------------------------------------------------------------------
 
@@ -269,6 +263,15 @@ class Held:
                 "the engine's weights are discarded (sleep level 2): wake it up, reload the "
                 "weights and rebase"
             )
+
+    def _check_in_place(self, names: Iterable[str]) -> None:
+        here = self._keys()
+        for name in names:
+            if not self.adapters[name].parts.keys() <= here:
+                raise ServeError(
+                    f"the weights of adapter {name!r} lie in other memory than when it was loaded: "
+                    "deactivate, unload and load it again"
+                )
 
     def _check_new(self, name: str) -> None:
         self._check_awake()

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an adapter to what this rank changes: place it, check that all of it has a place.
+"""From an adapter to what this rank changes: read it, place it, check it. Writes no weight.
 
-Every rank reads the whole adapter and keeps the entries that live on it. Together the ranks must
-have a place for each entry; some base values there must be the checkpoint's, where it is at hand;
-and all of them must have the fingerprint that the adapter records, where it does and where the
-dtype in which the model is served can tell. No weight is written here.
+Every rank reads the whole adapter and keeps the entries that live on it; ``checking`` is what the
+ranks find out together before any of them keeps it.
 """
 
 from __future__ import annotations
@@ -16,31 +14,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shira.delta import Adapter, SparseDelta, fingerprint
-from shira.errors import AdapterError, PlacementError, WrongBaseError
-from shira.serve.exchange import Part, same_bits
+from shira.delta import Adapter
+from shira.errors import AdapterError
+from shira.ops.patch import Patch
+from shira.serve.checking import (
+    Active,
+    Found,
+    Stored,
+    check_layout,
+    check_whole,
+    nothing_stored,
+    values_of,
+)
+from shira.serve.exchange import Part, make_part
 from shira.serve.placement import Placement
 from shira.serve.ranks import Ranks, agree, gather
-from shira.support import Support
 
 FINGERPRINTS = "base_fingerprint"
 """Where an adapter's metadata keeps ``{parameter name: fingerprint of the base values}``."""
 
-_SOME = 256  # entries of each part of a weight compared with the checkpoint's
-
-_NARROWER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
-    torch.float32: (torch.bfloat16, torch.float16)
-}
-_NARROWER[torch.float64] = (torch.float32, *_NARROWER[torch.float32])
-
 Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
 """Where this rank keeps the weight of that name and shape."""
-
-Stored = Callable[[str, Tensor], "Tensor | None"]
-"""Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""
-
-Originals = Callable[[Tensor, Tensor], Tensor]
-"""The base's values at int64 positions of a storage, whatever is active."""
 
 
 class Loaded(NamedTuple):
@@ -63,35 +57,22 @@ class Loaded(NamedTuple):
     @property
     def nnz_here(self) -> int:
         """Entries on this rank."""
-        return sum(part.delta.nnz for part in self.parts.values())
-
-
-class _Found(NamedTuple):
-    """The entries of one parameter that live on this rank, part by part."""
-
-    pieces: list[tuple[Placement, Tensor, Tensor]]
-
-    @property
-    def entries(self) -> int:
-        """How many different entries."""
-        if not self.pieces:
-            return 0
-        return int(torch.unique(torch.cat([entries for _, entries, _ in self.pieces])).numel())
+        return sum(part.nnz for part in self.parts.values())
 
 
 def load(
     read: Callable[[], Adapter],
     place: Place,
-    originals: Originals,
+    active: Active,
     ranks: Ranks,
-    stored: Stored = lambda name, indices: None,
+    stored: Stored = nothing_stored,
 ) -> Loaded:
     """What this rank keeps of an adapter; every rank calls it for the same one.
 
     Args:
         read: Reads and validates the adapter.
         place: From `shira.serve.placement.trace`.
-        originals: To compare the base by.
+        active: What is in the weights now.
         ranks: All that hold a part of the model.
         stored: What the checkpoint has, of which some entries of each weight are compared.
 
@@ -102,25 +83,29 @@ def load(
         AdapterError: If two of its weights are one, or ranks read different adapters.
         WrongBaseError: If it was made for another base.
     """
-    adapter, found, parts = agree(ranks, lambda: _placed(read(), place))
-    agree(ranks, lambda: _check_layout(adapter, found, originals, stored))
-    digest = digest_of(adapter)
-    everyone = gather(ranks, (digest, [each.entries for each in found.values()]))
-    agree(ranks, lambda: _check_same(ranks, [other for other, _ in everyone]))
-    counts = [counts for _, counts in everyone]
+
+    def place_it() -> tuple[Adapter, str, dict[str, Found], dict[int, Part]]:
+        adapter = read()
+        found, parts = _placed(adapter, place, active)
+        check_layout(adapter, found, active, stored)
+        return adapter, digest_of(adapter), found, parts
+
+    adapter, digest, found, parts = agree(ranks, place_it)
+    everyone = gather(ranks, (digest, [each.count for each in found.values()]))
+    agree(ranks, lambda: _check_same([other for other, _ in everyone]))
     values: dict[str, list[Any]] = {}
     for at, (name, each) in enumerate(found.items()):
-        if all(of_rank[at] < adapter[name].nnz for of_rank in counts):  # nobody has all of it
-            values[name] = gather(ranks, _values(each, originals))
-        elif each.entries == adapter[name].nnz:
-            values[name] = [_values(each, originals)]
+        if all(counts[at] < adapter[name].nnz for _, counts in everyone):  # nobody has all of it
+            values[name] = gather(ranks, values_of(each, active))
+        elif each.count == adapter[name].nnz:
+            values[name] = [values_of(each, active)]
     recorded = adapter.metadata.get(FINGERPRINTS) or {}
-    checked = agree(
-        ranks,
-        lambda: [
-            name for name in values if _check(name, adapter[name], values[name], recorded.get(name))
-        ],
-    )
+
+    def check_it() -> list[str]:
+        known = values.items()
+        return [n for n, held in known if check_whole(n, adapter[n], held, recorded.get(n))]
+
+    checked = agree(ranks, check_it)
     names = {name for others in gather(ranks, checked) for name in others}
     return Loaded(parts, digest, adapter.nnz, len(adapter), len(names))
 
@@ -136,24 +121,24 @@ def digest_of(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _placed(adapter: Adapter, place: Place) -> tuple[Adapter, dict[str, _Found], dict[int, Part]]:
-    found: dict[str, _Found] = {}
+def _placed(
+    adapter: Adapter, place: Place, active: Active
+) -> tuple[dict[str, Found], dict[int, Part]]:
+    found: dict[str, Found] = {}
     by_storage: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}
     for name, delta in adapter.items():
         pieces = []
         for placement in place(name, delta.support.shape):
             entries, positions = placement.locate(delta.support.indices)
             pieces.append((placement, entries, positions))
-            key = placement.storage.untyped_storage()._cdata
             piece = (name, placement.storage, positions, delta.values[entries])
-            by_storage.setdefault(key, []).append(piece)
-        found[name] = _Found(pieces)
-    return adapter, found, {key: _part(pieces) for key, pieces in by_storage.items()}
+            by_storage.setdefault(placement.key, []).append(piece)
+        found[name] = Found(pieces)
+    return found, {key: _part(pieces, active.get(key)) for key, pieces in by_storage.items()}
 
 
-def _part(pieces: list[tuple[str, Tensor, Tensor, Tensor]]) -> Part:
-    """The pieces of one storage as one delta; two entries at one position are refused."""
-    storage = pieces[0][1]
+def _part(pieces: list[tuple[str, Tensor, Tensor, Tensor]], active: Patch | None) -> Part:
+    """The pieces of one storage as one; two entries at one position are refused."""
     positions, order = torch.cat([positions for _, _, positions, _ in pieces]).sort()
     values = torch.cat([values for _, _, _, values in pieces])[order]
     if bool((positions[1:] == positions[:-1]).any()):
@@ -162,67 +147,9 @@ def _part(pieces: list[tuple[str, Tensor, Tensor, Tensor]]) -> Part:
             f"two entries of the adapter are one entry of the served model: {names} are kept as "
             "one weight (tied?). Adapt one of them"
         )
-    support = Support._trusted((storage.numel(),), positions.to(storage.device))
-    return Part(storage, SparseDelta(support, values.to(storage.device)))
+    return make_part(pieces[0][1], positions, values, active)
 
 
-def _check_same(ranks: Ranks, digests: list[str]) -> None:
-    if digests[ranks.rank] != digests[0]:
+def _check_same(digests: list[str]) -> None:
+    if len(set(digests)) != 1:
         raise AdapterError("ranks read different adapters from one path; was the file replaced?")
-
-
-def _values(found: _Found, originals: Originals) -> tuple[Tensor, Tensor]:
-    """Entries that live here and the base's values at them, on the CPU."""
-    entries = [torch.empty(0, dtype=torch.int64)]
-    values = []
-    for placement, which, positions in found.pieces:
-        entries.append(which.cpu())
-        values.append(originals(placement.storage, positions.to(placement.storage.device)).cpu())
-    return torch.cat(entries), torch.cat(values) if values else torch.empty(0)
-
-
-def _check_layout(
-    adapter: Adapter, found: Mapping[str, _Found], originals: Originals, stored: Stored
-) -> None:
-    """Some base values are at the places where the loader's trace says they are."""
-    for name, each in found.items():
-        for placement, entries, positions in each.pieces:
-            some = torch.arange(0, entries.numel(), max(1, entries.numel() // _SOME))
-            expected = stored(name, adapter[name].support.indices[entries[some]])
-            if expected is None:
-                break
-            held = originals(placement.storage, positions[some].to(placement.storage.device)).cpu()
-            if not same_bits(held, expected.to(held.dtype)):
-                raise PlacementError(
-                    f"the model does not keep {name!r} as its checkpoint has it: other values "
-                    "stand where its loader puts them (packed or shuffled for the engine's "
-                    "kernels after loading, or not the weights of that checkpoint?)"
-                )
-
-
-def _check(name: str, delta: SparseDelta, pieces: list[Any], recorded: str | None) -> bool:
-    """Whether the fingerprint was compared, and was right."""
-    held = [(entries, values) for entries, values in pieces if entries.numel()]
-    dtype = held[0][1].dtype if held else torch.float32
-    base = torch.zeros(delta.nnz, dtype=dtype)
-    placed = torch.zeros(delta.nnz, dtype=torch.bool)
-    for entries, values in held:
-        base[entries] = values
-        placed[entries] = True
-    if not bool(placed.all()):
-        missing = delta.nnz - int(placed.sum())
-        raise PlacementError(
-            f"{missing} of the {delta.nnz} entries of {name!r} have no place in the served model: "
-            f"its loader skips that weight, or keeps less of it than {delta.support.shape}"
-        )
-    if recorded is None:
-        return False
-    of = getattr(torch, recorded.partition(":")[0], None)
-    if of != dtype and of not in _NARROWER.get(dtype, ()):
-        return False  # served in fewer bits than it was made on: the hash cannot tell
-    if fingerprint(base.to(of)) != recorded:
-        raise WrongBaseError(
-            f"made for another base model: at its entries, {name!r} has not the values on which "
-            "the adapter was trained"
-        )
-    return True

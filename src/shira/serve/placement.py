@@ -50,6 +50,11 @@ class Placement(NamedTuple):
     storage: Tensor
     box: Box
 
+    @property
+    def key(self) -> int:
+        """One number for each storage."""
+        return storage_key(self.storage)
+
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the flat indices lie here, and their positions; see `shira.serve.boxes`."""
         return locate(self.box, indices)
@@ -76,7 +81,7 @@ def trace(
     """
     probe = torch.empty(tuple(shape), dtype=dtype, device="meta")
     before = held_by(model)
-    recorder = _Recorder(name, probe, {_key(held.data) for held in before})
+    recorder = _Recorder(name, probe, {storage_key(held.data) for held in before})
     try:
         with torch.no_grad(), recorder:
             model.load_weights([(name, probe)])
@@ -98,7 +103,7 @@ def trace(
         except ValueError as error:
             raise PlacementError(f"the loader of {name!r} does not place it: {error}") from error
         for box in boxes:  # a loader may copy the same part twice
-            found.setdefault((_key(target), box), Placement(whole_storage(target), box))
+            found.setdefault((storage_key(target), box), Placement(whole_storage(target), box))
     return tuple(found.values())
 
 
@@ -114,7 +119,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, name: str, probe: Tensor, model: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.name = name
-        self.probe = _key(probe)
+        self.probe = storage_key(probe)
         self.model = model
         self.derived = ""
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -127,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _aten.copy_.default and _key(args[0]) in self.model:
+        if func is _aten.copy_.default and storage_key(args[0]) in self.model:
             return self._copy(args[0], args[1])
         if func in _SAME_VALUES and self._is_probe(args[0]):
             wanted = kwargs.get("dtype") or args[0].dtype
@@ -135,7 +140,7 @@ class _Recorder(TorchDispatchMode):
                 raise self._refuse(f"it casts the weight from {args[0].dtype} to {wanted}")
             return args[0].detach()
         for tensor in _written(func, args, kwargs):
-            if _key(tensor) in self.model:
+            if storage_key(tensor) in self.model:
                 if func in _CONSTANT:  # such as the padding behind a vocabulary
                     return tensor
                 raise self._refuse(f"it changes the model by {func}")
@@ -163,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         return any(map(self._is_probe, flat))
 
     def _is_probe(self, value: object) -> bool:
-        return isinstance(value, Tensor) and _key(value) == self.probe
+        return isinstance(value, Tensor) and storage_key(value) == self.probe
 
     def _refuse(self, why: str) -> PlacementError:
         return PlacementError(
@@ -172,11 +177,11 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-def _key(tensor: Tensor) -> int:
-    """One number for each storage."""
+def storage_key(tensor: Tensor) -> int:
+    """One number for each storage; a wrapper around other tensors has its own."""
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a wrapper around other tensors has none
+    except (NotImplementedError, RuntimeError):
         return id(tensor)
 
 
@@ -214,7 +219,7 @@ def _put_back(before: list[InPlace]) -> str:
     """Undo the replacement of whole parameters; the name of one, if any was replaced."""
     replaced = ""
     for where, name, tensor, data in before:
-        if where.get(name) is not tensor or _key(tensor) != _key(data):
+        if where.get(name) is not tensor or storage_key(tensor) != storage_key(data):
             where[name] = tensor
             tensor.data = data
             replaced = name

@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,17 +29,15 @@ from vllm.distributed import parallel_state
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from shira.convert.checkpoint import open_checkpoint
+from shira.convert.sources import OnDisk
 from shira.delta import Adapter
-from shira.errors import PlacementError, ServeError
-from shira.serve.checkpoint import Checkpoint
+from shira.errors import PlacementError, ServeError, ShiraError
 from shira.serve.held import Held
-from shira.serve.placement import Placement
+from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
 
 __all__ = ["ShiraWorkerExtension"]
-
-HELD: WeakKeyDictionary[nn.Module, Held] = WeakKeyDictionary()
-"""What is held for each model of this worker, for `shira.serve.vllm_transfer`."""
 
 _logger = init_logger(f"vllm.{__name__}")
 _linear: Any = nn.functional.linear
@@ -73,8 +70,8 @@ class ShiraWorkerExtension:
             scale: With a single name, its factor.
 
         Returns:
-            ``active`` as ``{name: scale}``, ``state``: a hash of what is active, ``"base"`` if
-            nothing is.
+            ``active`` as ``{name: scale}``, and so ``previous``; ``state``: a hash of what is
+            active, ``"base"`` if nothing is.
         """
         wanted = {weights: scale} if isinstance(weights, str) else dict(weights or {})
         return self._shira_do(lambda held: self._shira_switch(held, wanted))
@@ -124,21 +121,20 @@ class ShiraWorkerExtension:
     def _shira_held(self: Any) -> Held:
         if not hasattr(self, "_shira_state"):
             model, config = self.get_model(), self.model_config
-            self._shira_checkpoint = checkpoint = _checkpoint(self)
-            compare = checkpoint is not None and self.load_config.load_format != "dummy"
+            self._shira_source = source = _source(self)
+            compare = source is not None and self.load_config.load_format != "dummy"
             self._shira_state = Held(
                 model,
                 config.dtype,
                 _EngineRanks(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
-                checkpoint.entries if checkpoint and compare else _not_at_hand,
+                lambda name, indices: _stored(source if compare else None, name, indices),
             )
-            HELD[model] = self._shira_state
         return self._shira_state  # type: ignore[no-any-return]
 
     def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:
-        checkpoint: Checkpoint | None = self._shira_checkpoint
-        base = checkpoint.shapes if checkpoint is not None and checkpoint.shapes else None
+        source: OnDisk | None = self._shira_source
+        base = source.shapes if source is not None else None
         try:
             loaded = held.load(name, lambda: Adapter.load(path, base=base), compare=compare)
         except PlacementError as error:
@@ -150,9 +146,11 @@ class ShiraWorkerExtension:
             raise
         return _described(loaded)
 
-    def _shira_switch(self: Any, held: Held, wanted: Mapping[str, float]) -> None:
+    def _shira_switch(self: Any, held: Held, wanted: Mapping[str, float]) -> dict[str, Any]:
         self.synchronize_device()  # steps in flight still read the weights
+        previous = dict(held.active)
         held.activate(wanted)
+        return {"previous": previous}
 
 
 class _EngineRanks:
@@ -175,8 +173,11 @@ class _EngineRanks:
         return values
 
 
-def _not_at_hand(name: str, indices: torch.Tensor) -> None:
-    """Nothing to compare with."""
+def _stored(source: OnDisk | None, name: str, indices: torch.Tensor) -> torch.Tensor | None:
+    """What a checkpoint on disk has at flat indices; None if there is no such weight."""
+    if source is None or name not in source.shapes:
+        return None
+    return source.entries(name, indices.cpu())
 
 
 def _described(loaded: Any) -> dict[str, Any]:
@@ -188,40 +189,41 @@ def _state(held: Held) -> dict[str, Any]:
     return {"active": dict(held.active), "state": held.state}
 
 
-def _checkpoint(worker: Any) -> Checkpoint | None:
-    """The checkpoint that the worker's model came from, if it is on this machine."""
-    name = worker.model_config.model
-    if Path(name).is_dir():
-        return Checkpoint(name)
-    try:
-        from huggingface_hub import snapshot_download
+def _source(worker: Any) -> OnDisk | None:
+    """The checkpoint that the worker's model came from, if it is safetensors on this machine."""
+    folder = worker.model_config.model
+    if not Path(folder).is_dir():
+        try:
+            from huggingface_hub import snapshot_download
 
-        return Checkpoint(
-            snapshot_download(
-                name,
+            folder = snapshot_download(
+                folder,
                 revision=worker.model_config.revision,
                 cache_dir=worker.load_config.download_dir,
                 local_files_only=True,
             )
-        )
-    except Exception:  # not a hub model, or not kept: there is nothing to compare with
+        except Exception:  # not of the hub, or not kept
+            return None
+    try:
+        return OnDisk(open_checkpoint(folder))
+    except (ShiraError, OSError):
         return None
 
 
 def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> None:
     """Refuse weights that are there but that vLLM computes with a copy of, made after loading."""
-    keys = {placement.storage.untyped_storage()._cdata for placement in placements}
+    keys = {placement.key for placement in placements}
     for module in model.modules():
         weight = module._parameters.get("weight")
         packed = getattr(module, "cpu_linear", _linear) is not _linear
-        if packed and weight is not None and weight.untyped_storage()._cdata in keys:
+        if packed and weight is not None and storage_key(weight) in keys:
             raise PlacementError(
                 f"vLLM computes with a packed copy of {name!r} on this CPU: load "
                 "shira.serve.vllm as the worker extension, before the model"
             )
         absorbed = getattr(module, "kv_b_proj", None)
         if any(hasattr(module, made) for made in ("W_UV", "W_UK_T", "W_K", "W_V")) and any(
-            parameter.untyped_storage()._cdata in keys
+            storage_key(parameter) in keys
             for parameter in (absorbed.parameters() if absorbed is not None else ())
         ):
             raise PlacementError(

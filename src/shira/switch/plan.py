@@ -52,7 +52,7 @@ def make_entry(delta: SparseDelta, weight: Tensor, active: Patch | None) -> tupl
         flat_originals = torch.empty_like(originals)
         flat_originals[order] = originals
         offsets = offsets.to(index_dtype(memory_of(weight.data).numel()))
-    patch = _patch(offsets, originals, replacement(originals, values))
+    patch = make_patch(offsets, originals, replacement(originals, values))
     return Entry(values, patch), flat_originals
 
 
@@ -72,7 +72,7 @@ def scaled(entry: Entry, scale: float) -> Patch:
         return entry.patch
     offsets, originals = entry.patch.offsets, entry.patch.originals
     wide = accumulation_dtype(originals.dtype, entry.values.dtype)
-    return _patch(offsets, originals, replacement(originals, entry.values.to(wide) * scale))
+    return make_patch(offsets, originals, replacement(originals, entry.values.to(wide) * scale))
 
 
 def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
@@ -97,10 +97,11 @@ def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
         at = torch.searchsorted(offsets, entry.patch.offsets)
         originals[at] = entry.patch.originals
         total[at] += entry.values.to(total.dtype) * scale
-    return _patch(offsets, originals, replacement(originals, total))
+    return make_patch(offsets, originals, replacement(originals, total))
 
 
-def _patch(offsets: Tensor, originals: Tensor, new: Tensor) -> Patch:
+def make_patch(offsets: Tensor, originals: Tensor, new: Tensor) -> Patch:
+    """A patch of values that are finite where the originals are; else an `AdapterError`."""
     bad = ~torch.isfinite(new)
     if bad.any() and (bad := bad & torch.isfinite(originals)).any():
         raise AdapterError(

@@ -15,6 +15,7 @@ from shira.errors import (
     AdapterError,
     FileFormatError,
     ServeError,
+    SwitchError,
     UnknownAdapterError,
     WrongBaseError,
 )
@@ -258,7 +259,7 @@ def test_weights_reloaded_behind_our_back_are_noticed(base_active, zoo, llm):
     client = base_active
     client.activate("a")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(zoo.base)})
-    with pytest.raises(ServeError, match="rebase"):
+    with pytest.raises(SwitchError, match="rebase"):
         client.activate("b")
     llm.collective_rpc("shira_rebase")
     llm.reset_prefix_cache()

@@ -39,13 +39,13 @@ PROMPTS = [[3 + (7 * i + 11 * j * j) % 240 for j in range(140)] for i in range(3
 TOKENS = 8
 
 
-def save_model(folder: Path, kind: str = "Llama", **changes) -> Path:
+def save_model(folder: Path, kind: str = "Llama", dtype=torch.float32, **changes) -> Path:
     """A random model of transformers' class, saved as a checkpoint."""
     import transformers
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
     model.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AsyncClient`: adapters of an ``AsyncLLM``; in the order of steps of ``shira.serve.client``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from shira.errors import ServeError
+from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
+from shira.serve.watch import unreachable, watched_async
+
+T = TypeVar("T")
+
+
+class _Pause:
+    """Why the engine stays paused afterwards: it was before, or must not run as it is."""
+
+    was = False
+    hold = False
+
+
+class AsyncClient:
+    """Adapters of an ``AsyncLLM``, on one event loop.
+
+    Made with ``await AsyncClient.of(engine)``. Arguments and errors are those of
+    `shira.serve.client.Client`.
+    """
+
+    def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
+        self.engine = engine
+        self.cache = policy(cache)
+        self._shared = shared_of(engine, asyncio.Lock)
+        self._lock, self._gate = self._shared.lock, self._shared.gate
+
+    @classmethod
+    async def of(cls, engine: Any, *, cache: Cache = "reset") -> AsyncClient:
+        """A client that knows what is active in the engine."""
+        client = cls(engine, cache=cache)
+        await client._call("shira_list")
+        return client
+
+    @property
+    def active(self) -> dict[str, float]:
+        """What is active: scale by name; empty for the base."""
+        return dict(self._shared.reports.active)
+
+    @property
+    def salt(self) -> str:
+        """The ``cache_salt`` of the present state."""
+        return self._shared.reports.salt
+
+    async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
+        """As `Client.load`; requests go on between its steps."""
+        async with self._lock:
+            return (await self._call("shira_load", name, str(path), compare)).first
+
+    async def unload(self, name: str) -> None:
+        """As `Client.unload`."""
+        async with self._lock:
+            await self._call("shira_unload", name)
+
+    async def list(self) -> dict[str, Any]:
+        """As `Client.list`."""
+        async with self._lock:
+            return (await self._call("shira_list")).first
+
+    async def fingerprint(self) -> Sequence[dict[str, Any]]:
+        """As `Client.fingerprint`."""
+        async with self._lock:
+            return (await self._call("shira_fingerprint")).each
+
+    async def activate(self, weights: Weights, scale: float = 1.0) -> None:
+        """As `Client.activate`, but waits for running requests; new ones queue meanwhile.
+
+        A caller that is cancelled does not stop it half way.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._switch(wanted(weights, scale))))
+
+    async def deactivate(self) -> None:
+        """The base again, bit for bit."""
+        await self.activate(None)
+
+    @asynccontextmanager
+    async def using(self, weights: Weights, scale: float = 1.0) -> AsyncIterator[None]:
+        """Make adapters active for a while, and then what was."""
+        before = self.active
+        await self.activate(weights, scale)
+        try:
+            yield
+        finally:
+            await self.activate(before)
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """``engine.generate`` under the state at its start; a switch waits until it has ended."""
+        async with self._gate.shared():
+            if self.cache == "salt":
+                prompt = salted(prompt, self.salt)
+            async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
+                yield output
+
+    async def sleep(self, level: int = 1) -> None:
+        """As `Client.sleep`, but waits for running requests."""
+        async with self._lock, self._gate.alone():
+            await self._call("shira_sleep", level)
+            self._shared.discarded = level >= 2
+            await self._ask("sleep", self.engine.sleep(level=level, mode="wait"))
+
+    async def wake_up(self) -> None:
+        """As `Client.wake_up`."""
+        async with self._lock:
+            if self._shared.discarded:
+                await self._ask("wake_up", self.engine.wake_up(tags=["weights"]))
+                await self._ask("reload_weights", self.engine.collective_rpc("reload_weights"))
+                await self._call("shira_rebase")
+                self._shared.discarded = False
+            await self._ask("wake_up", self.engine.wake_up())
+
+    async def _switch(self, weights: Mapping[str, float]) -> None:
+        async with self._lock, self._gate.alone(), self._paused() as pause:
+            said = await self._call("shira_activate", weights)
+            if self.cache == "reset" and not await self._drop_caches():
+                pause.hold = True  # no request may run if this fails
+                await self._call("shira_activate", said.first["previous"])
+                pause.hold = False
+                raise ServeError(NO_RESET)
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[_Pause]:
+        """No request runs inside; an engine that was paused before stays so."""
+        pause = _Pause()
+        pause.was = await self._ask("is_paused", self.engine.is_paused())
+        try:
+            # mode "keep" would let one answer mix two adapters
+            waiting = self.engine.pause_generation(mode="wait", clear_cache=False)
+            await self._ask("pause_generation", waiting)
+            yield pause
+        except BaseException:
+            with suppress(Exception):  # the first error counts
+                await self._resume(pause)
+            raise
+        await self._resume(pause)
+
+    async def _resume(self, pause: _Pause) -> None:
+        if not (pause.was or pause.hold):
+            await self._ask("resume_generation", self.engine.resume_generation())
+
+    async def _drop_caches(self) -> bool:
+        await self._ask("reset_encoder_cache", self.engine.reset_encoder_cache())
+        reset = self.engine.reset_prefix_cache(reset_connector=True)
+        return bool(await self._ask("reset_prefix_cache", reset))
+
+    async def _call(self, method: str, *args: Any) -> Reports:
+        answers = await self._ask(method, self.engine.collective_rpc(method, args=args))
+        self._shared.reports = checked(answers, method)
+        return self._shared.reports
+
+    async def _ask(self, what: str, call: Awaitable[T]) -> T:
+        try:
+            return await watched_async(self.engine, call)
+        except Exception as error:
+            raise unreachable(what, error) from error

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``AsyncLLM``: switching while requests run and queue; no answer mixes two states or is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from shira.errors import AdapterError, ServeError, UnknownAdapterError
+from shira.serve.client import AsyncClient
+from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS, TOKENS
+
+pytestmark = pytest.mark.vllm
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def loop():
+    loop = asyncio.new_event_loop()
+    yield loop
+    rest = asyncio.all_tasks(loop)
+    for task in rest:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def engine(loop, zoo):
+    async def start():
+        arguments = AsyncEngineArgs(model=str(zoo.base), worker_extension_cls=EXTENSION, **ENGINE)
+        return AsyncLLM.from_engine_args(arguments)
+
+    engine = loop.run_until_complete(start())
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(loop, engine, zoo):
+    async def start():
+        client = await AsyncClient.of(engine)
+        for name in zoo.adapters:
+            await client.load(name, zoo.path(name))
+        return client
+
+    return loop.run_until_complete(start())
+
+
+async def ask(engine, prompt, tokens=TOKENS):
+    params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
+    async for output in engine.generate({"prompt_token_ids": prompt}, params, f"r{next(numbers)}"):
+        last = output
+    return list(last.outputs[0].token_ids)
+
+
+def expected(zoo, state):
+    return [tokens for tokens, _ in zoo.answers[state]]
+
+
+async def answers(engine):
+    return list(await asyncio.gather(*[ask(engine, prompt) for prompt in PROMPTS]))
+
+
+def test_each_state_after_each_other(loop, engine, client, zoo):
+    async def steps():
+        assert await answers(engine) == expected(zoo, "base")
+        for state in ["a", "b", "a", "both", "base", "half"]:
+            await client.activate(zoo.states[state])
+            assert client.active == zoo.states[state]
+            assert await answers(engine) == expected(zoo, state)
+        await client.deactivate()
+        assert await answers(engine) == expected(zoo, "base")
+
+    loop.run_until_complete(steps())
+
+
+def test_a_switch_waits_for_what_runs_and_what_comes_meanwhile_waits_for_it(
+    loop, engine, client, zoo
+):
+    async def steps():
+        await client.deactivate()
+        alone = await ask(engine, PROMPTS[0], 100)
+        running = asyncio.ensure_future(ask(engine, PROMPTS[0], 100))
+        await asyncio.sleep(0.1)  # it is being answered now
+        switch = asyncio.ensure_future(client.activate("a"))
+        await asyncio.sleep(0.01)
+        assert not running.done()
+        after = [asyncio.ensure_future(ask(engine, prompt)) for prompt in PROMPTS]
+        await switch
+        assert running.done(), "switched under a running request"
+        assert await running == alone
+        assert list(await asyncio.gather(*after)) == expected(zoo, "a")
+
+    loop.run_until_complete(steps())
+
+
+def test_many_requests_and_many_switches(loop, engine, client, zoo):
+    """Requests that hold the client's gate learn under which state they were answered."""
+    rng = random.Random(0)
+    right = {state: expected(zoo, state) for state in ("base", "a", "b", "both")}
+
+    async def one(which):
+        async with client._gate.shared():
+            state = next(s for s in right if zoo.states[s] == client.active)
+            return state, which, await ask(engine, PROMPTS[which])
+
+    async def steps():
+        asking = []
+        for _ in range(12):
+            asking += [asyncio.ensure_future(one(rng.randrange(3))) for _ in range(5)]
+            await asyncio.sleep(0.02)
+            await client.activate(zoo.states[rng.choice(list(right))])
+        return await asyncio.gather(*asking)
+
+    seen = loop.run_until_complete(steps())
+    assert len(seen) == 60
+    for state, which, tokens in seen:
+        assert tokens == right[state][which]
+    assert len({state for state, _, _ in seen}) > 2
+
+
+def test_with_a_salt_caches_survive(loop, engine, client, zoo):
+    async def steps():
+        salted = await AsyncClient.of(engine, cache="salt")
+        params = SamplingParams(max_tokens=TOKENS, temperature=0, detokenize=False, ignore_eos=True)
+        for rounds in range(2):
+            for state in ("a", "b"):
+                await salted.activate(zoo.states[state])
+                prompt = {"prompt_token_ids": PROMPTS[0]}
+                async for output in salted.generate(prompt, params, f"r{next(numbers)}"):
+                    last = output
+                assert list(last.outputs[0].token_ids) == expected(zoo, state)[0]
+                assert (last.num_cached_tokens > 0) == (rounds > 0)
+
+    loop.run_until_complete(steps())
+
+
+def test_refusals_leave_the_engine_running(loop, engine, client, zoo, tmp_path):
+    async def steps():
+        await client.activate("b")
+        with pytest.raises(UnknownAdapterError):
+            await client.activate("c")
+        with pytest.raises(FileNotFoundError):
+            await client.load("c", str(tmp_path / "nothing"))
+        with pytest.raises(AdapterError, match="is active"):
+            await client.unload("b")
+        assert not await engine.is_paused()
+        assert await answers(engine) == expected(zoo, "b")
+
+    loop.run_until_complete(steps())
+
+
+def test_an_engine_that_was_paused_stays_so(loop, engine, client, zoo):
+    async def steps():
+        await engine.pause_generation(mode="wait")
+        await client.activate("a")
+        assert await engine.is_paused()
+        await engine.resume_generation()
+        assert await answers(engine) == expected(zoo, "a")
+
+    loop.run_until_complete(steps())
+
+
+def test_sleeping_and_waking(loop, engine, client, zoo):
+    async def steps():
+        await client.activate(zoo.states["both"])
+        await client.sleep(level=2)
+        queued = asyncio.ensure_future(ask(engine, PROMPTS[0]))
+        with pytest.raises(ServeError, match="discarded"):
+            await client.activate("a")
+        await client.wake_up()
+        assert await queued == expected(zoo, "both")[0]
+        assert await answers(engine) == expected(zoo, "both")
+
+    loop.run_until_complete(steps())

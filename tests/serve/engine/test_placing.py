@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts: what our placement changes is what vLLM's loader makes of a merged checkpoint."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from shira.convert.sources import source_of
+from shira.delta import Adapter, SparseDelta
+from shira.errors import PlacementError
+from shira.serve.export import to_vllm_patches
+from shira.serve.held import Held
+from tests.serve.engine import placing
+from tests.serve.engine.zoo import make_adapter, merged, save_merged, save_model, weights_of
+
+pytestmark = pytest.mark.vllm
+
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+}
+KINDS = {
+    "Llama": {},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Phi3": {},
+    "Qwen2Moe": MOE,
+}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts")
+    made = {}
+    for kind, changes in KINDS.items():
+        base = save_model(root / kind, kind, dtype=torch.bfloat16, **changes)
+        weights = weights_of(base)
+        adapters = {name: make_adapter(weights, seed) for seed, name in enumerate("ab")}
+        terms = [(adapters[name], scale) for name, scale in placing.WEIGHTS.items()]
+        inside = merged(weights, *terms)
+        made[kind] = (base, save_merged(root / f"{kind}-merged", base, inside), adapters)
+    assert any("qkv_proj" in name for name in made["Phi3"][2]["a"])
+    assert not any("lm_head" in name for name in made["Qwen2"][2]["a"])
+    assert any("experts" in name for name in made["Qwen2Moe"][2]["a"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone():
+    placing.initialize(0, 1, free_port())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_one_rank(kind, cases, alone):
+    placing.check(0, 1, *cases[kind])
+
+
+def test_on_two_ranks(cases):
+    arguments = (free_port(), list(cases.values()))
+    torch.multiprocessing.spawn(placing.on_two_ranks, arguments, nprocs=2)
+
+
+def test_patches_in_vllms_own_form(cases, alone):
+    from vllm.distributed.weight_transfer.sparse_nccl_engine import (
+        SparseNCCLTrainerWeightTransferEngine,
+    )
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+        CheckpointWeightPatch,
+        load_checkpoint_weight_patches,
+    )
+
+    base, _, adapters = cases["Phi3"]
+    model, expected = placing.build(base, 1), placing.build(base, 1)
+    patches = to_vllm_patches(adapters["a"], base, scale=0.5)
+    assert {patch.name for patch in patches} == set(adapters["a"])
+    for patch in patches:
+        SparseNCCLTrainerWeightTransferEngine._validate_patch(patch)
+    load_checkpoint_weight_patches(
+        model,
+        [
+            CheckpointWeightPatch(p.name, p.full_shape, p.values.dtype, p.values, p.indices)
+            for p in patches
+        ],
+    )
+    held = Held(expected, torch.bfloat16)
+    held.load("a", lambda: adapters["a"])
+    held.activate({"a": 0.5})
+    placing.same(model, expected)
+
+
+def test_experts_that_are_packed_after_loading_are_refused(cases, alone):
+    """In the same memory, of the same shape and dtype: the values alone can tell."""
+    base, _, adapters = cases["Qwen2Moe"]
+    model = placing.build(base, 1)
+    (experts,) = {
+        name for name, _ in model.named_parameters() if "layers.0" in name and "w2" in name
+    }
+    weight = model.get_parameter(experts)
+    weight.data.copy_(weight.data.reshape(4, -1, 2).transpose(1, 2).reshape(weight.shape))
+    held = Held(model, torch.bfloat16, stored=source_of(base).entries)
+    name = next(
+        n for n in adapters["a"] if "layers.0" in n and "down_proj" in n and "experts.1" in n
+    )
+    delta: SparseDelta = adapters["a"][name]
+    with pytest.raises(PlacementError, match="packed or shuffled"):
+        held.load("a", lambda: Adapter({name: delta}))
