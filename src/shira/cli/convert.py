@@ -69,6 +69,9 @@ def command(
     kept, without --density or --r as many as the LoRA has parameters, and what share of the squared
     update they hold is printed.
     """
+    from shira.cli.quiet import share_cores
+
+    share_cores()
     from shira.cli._convert.converting import Request, run
 
     request = Request(

@@ -67,6 +67,9 @@ def command(
 
     Exit status 1: without a budget, some entry could not be carried exactly.
     """
+    from shira.cli.quiet import share_cores
+
+    share_cores()
     from shira.cli._convert.models import find_model
     from shira.cli._convert.progress import following
     from shira.cli._convert.saving import check_format, check_new, dtype_named, keeps_values, save

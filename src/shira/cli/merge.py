@@ -59,6 +59,9 @@ def command(
     that was loaded, merged and saved. The output appears as a whole or not at all. Deltas too small
     for the checkpoint's dtype are lost to rounding; they are counted.
     """
+    from shira.cli.quiet import share_cores
+
+    share_cores()
     from shira.cli._convert.models import find_model
     from shira.cli._convert.progress import following
     from shira.convert import merge

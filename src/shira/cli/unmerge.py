@@ -34,6 +34,9 @@ def command(
     The merged checkpoint is copied and the originals are put back in the copy. An undo file of
     another merge, or a checkpoint that has changed since, is refused.
     """
+    from shira.cli.quiet import share_cores
+
+    share_cores()
     from shira.cli._convert.progress import following
     from shira.convert import unmerge
 
