@@ -111,7 +111,7 @@ def test_merge_refuses_in_one_line(shira, base, saved, tensors, tmp_path):
     tensors["layers.0.up.weight"] += 1
     save_file({"layers.0.up.weight": tensors["layers.0.up.weight"]}, base / "a.safetensors")
     refused(shira("merge", saved, *into, tmp_path / "p"), "wrong base")
-    assert shira("merge", saved, *into, tmp_path / "p", "--any-base").status == 0
+    assert shira("merge", saved, *into, tmp_path / "p", "--no-check-base").status == 0
 
 
 def test_a_full_disk_is_one_line(shira, base, saved, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_convert_a_lora(shira, lora, base, tmp_path):
 def test_options_that_do_not_go_together(shira, saved, tmp_path):
     to = ["--to", "peft", "--output", tmp_path / "o"]
     refused(shira("convert", saved, *to, "--density", "0.1"), "is no LoRA")
-    refused(shira("convert", saved, *to, "--scale", "2"), "are for --to patch")
+    refused(shira("convert", saved, *to, "--scale", "2"), "are for --format patch")
     refused(shira("convert", tmp_path / "no", *to), "no such file or folder")
 
 

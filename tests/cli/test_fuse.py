@@ -86,8 +86,8 @@ def test_mistakes_write_nothing(shira, folders):
     assert not (path / "out").exists()
     (path / "out").mkdir()
     answer = shira("fuse", path / "poems", path / "code", *out)
-    assert (answer.status, "--force" in answer.err) == (2, True)
-    assert shira("fuse", path / "poems", path / "code", *out, "--force").status == 0
+    assert (answer.status, "--overwrite" in answer.err) == (2, True)
+    assert shira("fuse", path / "poems", path / "code", *out, "--overwrite").status == 0
 
 
 def test_other_bases(shira, folders):

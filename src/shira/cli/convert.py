@@ -11,11 +11,11 @@ import typer
 
 EXAMPLES = (
     "shira convert adapter --output adapter.safetensors                      # PEFT to compact",
-    "shira convert adapter.safetensors --to peft --output adapter            # and back",
+    "shira convert adapter.safetensors --format peft --output adapter        # and back",
     "shira convert adapter --dtype bfloat16 --output small.safetensors",
     "shira convert stock-adapter --base ./llama --output adapter.safetensors # stock PEFT's",
     "shira convert my-lora --base ./llama --density 0.02 --output adapter.safetensors",
-    "shira convert adapter --to patch --base ./llama --output patch.safetensors",
+    "shira convert adapter --format patch --base ./llama --output patch.safetensors",
 )
 
 
@@ -23,12 +23,13 @@ def command(
     source: Annotated[
         Path, typer.Argument(help="An adapter in any format, or the folder of a PEFT LoRA.")
     ],
-    output: Annotated[Path, typer.Option(help="Where the result goes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")],
     to: Annotated[
         str,
         typer.Option(
+            "--format",
             "--to",
-            help="Format: compact (a file), peft (a folder), or patch (vLLM's sparse weight "
+            help="compact (a file), peft (a folder), or patch (vLLM's sparse weight "
             "patch: replacement values, a file).",
         ),
     ] = "compact",
@@ -55,9 +56,13 @@ def command(
         ),
     ] = False,
     scale: Annotated[float, typer.Option(help="Of a patch: factor on the deltas.")] = 1.0,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Of a patch: allow a base with other values.")
-    ] = False,
+    check_base: Annotated[
+        bool,
+        typer.Option(
+            "--check-base/--no-check-base",
+            help="Of a patch: refuse a base without the values that the adapter was trained on.",
+        ),
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there already.")
     ] = False,
@@ -84,7 +89,7 @@ def command(
         r=r,
         everywhere=everywhere,
         scale=scale,
-        any_base=any_base,
+        check_base=check_base,
         overwrite=overwrite,
     )
     result, show = run(request)

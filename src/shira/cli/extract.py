@@ -12,7 +12,7 @@ import typer
 EXAMPLES = (
     "shira extract ./llama ./llama-merged --output adapter.safetensors   # exact",
     "shira extract ./llama ./llama-tuned --density 0.02 --output adapter.safetensors",
-    "shira extract ./llama ./llama-tuned --r 32 --everywhere --output adapter --to peft",
+    "shira extract ./llama ./llama-tuned --r 32 --everywhere --output adapter --format peft",
     "shira extract ./llama ./llama-tuned --density 0.02 --include '*proj.weight' --output a.safetensors",  # noqa: E501
     "shira extract ./llama ./tuned --density 0.02 --output a.safetensors --json | jq .energy_share",
 )
@@ -23,7 +23,7 @@ def command(
         str, typer.Argument(help="The base: a checkpoint's folder or file, or a name on the hub.")
     ],
     tuned: Annotated[str, typer.Argument(help="The tuned model, likewise.")],
-    output: Annotated[Path, typer.Option(help="Where the adapter goes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes.")],
     density: Annotated[
         float | None, typer.Option(help="Keep at most this share of each weight's entries.")
     ] = None,
@@ -45,7 +45,7 @@ def command(
         list[str] | None, typer.Option(help="Leave out weights of such names. Repeatable.")
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", help="Format: compact (a file) or peft (a folder).")
+        str, typer.Option("--format", "--to", help="compact (a file) or peft (a folder).")
     ] = "compact",
     dtype: Annotated[
         str | None,

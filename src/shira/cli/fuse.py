@@ -75,8 +75,8 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the stored values: float32, bfloat16 or float16.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over an OUTPUT that exists.")
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made, as JSON.")] = False,
 ) -> None:
@@ -96,8 +96,8 @@ def command(
     from shira.errors import ConfigError
     from shira.fusing import fuse
 
-    if output.exists() and not force:
-        raise ConfigError(f"{output} exists; --force writes over it")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output} exists; overwrite it (--overwrite), or name another")
     stored = _dtype(dtype)
     pairs = [split_weight(argument) for argument in adapters]
     paths = [path for path, _ in pairs]

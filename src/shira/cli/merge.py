@@ -29,7 +29,10 @@ def command(
         ),
     ],
     output: Annotated[
-        Path, typer.Option(help="Where the merged checkpoint goes: a folder (a file for a file).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Where the merged checkpoint goes: a folder (a file for a file)."
+        ),
     ],
     scale: Annotated[float, typer.Option(help="Factor on the deltas.")] = 1.0,
     undo: Annotated[
@@ -42,9 +45,13 @@ def command(
             help="Refuse to merge if rounding swallows more than this share of the deltas."
         ),
     ] = 1.0,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Merge into a base with other values, too.")
-    ] = False,
+    check_base: Annotated[
+        bool,
+        typer.Option(
+            "--check-base/--no-check-base",
+            help="Refuse a base without the values that the adapter was trained on.",
+        ),
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there already.")
     ] = False,
@@ -74,7 +81,7 @@ def command(
             scale=scale,
             undo=undo,
             max_lost=max_lost,
-            check_base=not any_base,
+            check_base=check_base,
             overwrite=overwrite,
             progress=progress,
         )

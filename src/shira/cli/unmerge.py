@@ -22,7 +22,10 @@ def command(
     ],
     undo: Annotated[Path, typer.Option(help="The undo file that it wrote.")],
     output: Annotated[
-        Path, typer.Option(help="Where the restored checkpoint goes: a folder (a file for a file).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Where the restored checkpoint goes: a folder (or a file)."
+        ),
     ],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there already.")

@@ -59,6 +59,6 @@ def check_values(
             f"{where}: wrong base: it does not hold the values that the adapter was trained on "
             f"(fingerprint {found}, recorded {recorded})"
             f"{f'; its base is {base!r}' if base else ''}. To go on all the same, say so: "
-            "check_base=False, --any-base"
+            "check_base=False, --no-check-base"
         )
     return "another base"

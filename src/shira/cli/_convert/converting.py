@@ -41,7 +41,7 @@ class Request:
     r: int | None
     everywhere: bool
     scale: float
-    any_base: bool
+    check_base: bool
     overwrite: bool
 
 
@@ -86,14 +86,14 @@ def _check_options(request: Request, lora: bool) -> None:
             raise ConfigError("a patch holds replacement values, so it needs --base")
         if request.dtype is not None:
             raise ConfigError("a patch has the base's dtype, so --dtype is not for it")
-    elif request.scale != 1.0 or request.any_base:
-        raise ConfigError("--scale and --any-base are for --to patch")
+    elif request.scale != 1.0 or not request.check_base:
+        raise ConfigError("--scale and --no-check-base are for --format patch")
 
 
 def _saved(request: Request, adapter: Adapter, base: Path | None) -> Shown:
     if request.to == "patch":
         assert base is not None  # checked
-        patches = to_patches(adapter, base, scale=request.scale, check_base=not request.any_base)
+        patches = to_patches(adapter, base, scale=request.scale, check_base=request.check_base)
         save_patches(patches, request.output)
         size = size_of(request.output)
         saved: dict[str, Any] = {

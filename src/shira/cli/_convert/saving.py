@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving an adapter as the options ``--to``, ``--dtype`` and ``--overwrite`` say."""
+"""Saving an adapter as the options ``--format``, ``--dtype`` and ``--overwrite`` say."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_format(name: str, others: tuple[str, ...] = ()) -> None:
     known = (*FORMATS, *others)
     if name not in known:
         raise ConfigError(
-            f"--to is one of {', '.join(known)}, not {name!r}.{did_you_mean(name, known)}"
+            f"--format is one of {', '.join(known)}, not {name!r}.{did_you_mean(name, known)}"
         )
 
 
