@@ -20,6 +20,7 @@ from shira.masks import MASKS
 from shira.masks.block import check_options
 
 MaskFn = Callable[..., Any]
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -51,6 +52,9 @@ class ShiraConfig(PeftConfig):
         layers_to_transform: Adapt only the layers of these numbers.
         layers_pattern: Name of the list of layers that the numbers count.
         rank_pattern: ``{name or regular expression: r}`` for layers of another budget.
+        save_dtype: Dtype in which ``save_pretrained`` stores the values: ``"bfloat16"`` or
+            ``"float16"`` for half the bytes, ``"float32"``. ``None`` keeps theirs, which is what a
+            training run that is to be resumed needs.
         base_fingerprint: Written by shira: a hash of the base values under each parameter's
             entries, by which loading knows a wrong base.
         shira_shapes: Written by shira: shape of each adapted weight, so that a file can be
@@ -103,6 +107,9 @@ class ShiraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "{name or regular expression: r}"}
     )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "dtype of saved values: float32, bfloat16 or float16"}
+    )
     base_fingerprint: dict[str, str] | None = field(
         default=None, metadata={"help": "written by shira: hash of the base under each adapter"}
     )
@@ -118,6 +125,11 @@ class ShiraConfig(PeftConfig):
         self.peft_type = PeftType.SHIRA
         self._check_budget()
         self._check_targets()
+        if self.save_dtype is not None and self.save_dtype not in SAVE_DTYPES:
+            raise ConfigError(
+                f"save_dtype is one of {', '.join(SAVE_DTYPES)}, or None, not {self.save_dtype!r}."
+                f"{did_you_mean(str(self.save_dtype), SAVE_DTYPES)}"
+            )
         self.mask_fn: MaskFn | None = self._builtin_mask_fn()
         # Where the weights lie that belong to this config; set by from_pretrained, used once.
         self._source: str | None = None
@@ -234,6 +246,7 @@ _LEFT_OUT_WHEN_UNSET: dict[str, Any] = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "rank_pattern": {},
+    "save_dtype": None,
     "base_fingerprint": None,
     "shira_shapes": None,
     "fused": None,

@@ -36,7 +36,7 @@ from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
-from shira.tuner.saving import whole_values
+from shira.tuner.saving import in_few_bytes, whole_values
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
@@ -280,7 +280,7 @@ class ShiraModel(BaseTuner):
         result: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return result
+        return in_few_bytes(result, config.save_dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``save_pretrained`` writes of a model of which each process holds a part: `whole_values`."""
+"""What ``save_pretrained`` writes: whole values (`whole_values`), in few bytes (`in_few_bytes`)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from shira.errors import AdapterError
 from shira.store.sharded import gathered, is_partitioned, whole
 from shira.tuner.layer import ShiraLayer
 
@@ -38,4 +40,35 @@ def whole_values(
     for key in parameters:
         if key in result:
             result[key] = whole(result[key])
+    return result
+
+
+def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
+    """An adapter's state dict as it is stored: PEFT, stock PEFT too, casts back what it loads.
+
+    Args:
+        state_dict: Values ``...shira_weight...`` and indices ``...shira_indices...``; other entries
+            stay as they are.
+        save_dtype: As in `ShiraConfig`.
+
+    Returns:
+        Indices in int16 where all of them fit, values in the dtype.
+
+    Raises:
+        AdapterError: If a value is not finite in the dtype.
+    """
+    result = {}
+    for key, tensor in state_dict.items():
+        if "shira_indices" in key and tensor.dtype == torch.int32:
+            fits = not tensor.numel() or int(tensor.max()) < 2**15
+            tensor = tensor.to(torch.int16) if fits else tensor
+        elif "shira_weight" in key and save_dtype is not None:
+            stored = tensor.to(getattr(torch, save_dtype))
+            if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(tensor).all()):
+                raise AdapterError(
+                    f"{key}: a value of {float(tensor.abs().max()):.6g} is not finite in "
+                    f"{save_dtype}; set the config's save_dtype to None or 'bfloat16'"
+                )
+            tensor = stored
+        result[key] = tensor
     return result
