@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -260,10 +261,57 @@ def test_the_golden_file_is_what_the_specification_says() -> None:
     assert data("blocks.weight.blocks") == bytes([5, 0])
     assert data("blocks.weight.rest") == bytes([1, 189])
     assert data("seed.weight.values").hex() == "0000003f000080bf000000400000803e"
+    # The indices of the seed, and their checksum.
+    flat = from_the_seed((8, 10), 4, 3, 0, "seed.weight")
+    packed = b"".join(index.to_bytes(4, "little") for index in flat)
+    assert f"{zlib.crc32(packed):08x}" == "d7c615e5"
     # Widest first, so every tensor is aligned to its elements.
     kinds = [name for name in header if name != "__metadata__"]
     assert kinds[0] == "seed.weight.values"
     assert [header[name]["dtype"] for name in kinds] == ["F32", "BF16", "F16", "U8", "U8", "U8"]
+
+
+def from_the_seed(shape: tuple[int, ...], k: int, seed: int, slot: int, name: str) -> list[int]:
+    """The support of a seed, in plain Python from ``docs/file-format.md``."""
+    word = 2**64 - 1
+    n = math.prod(shape)
+    text = str(seed).encode() + b"\0" + name.encode()
+    digest = hashlib.blake2b(text, digest_size=64, person=b"shira.random").digest()
+    keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(8)]
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+
+    def f(x: int, key: int, size: int) -> int:
+        m = (x + key) * 0x9E3779B97F4A7C15 & word
+        m ^= m >> 32
+        m = m * 0xD1342543DE82EF95 & word
+        return (m >> 32) * size >> 32
+
+    def one_pass(p: int) -> int:
+        left, right = divmod(p, b)
+        for i in range(8):
+            if i % 2 == 0:
+                left = (left + f(right, keys[i], a)) % a
+            else:
+                right = (right + f(left, keys[i], b)) % b
+        return left * b + right
+
+    images = []
+    for point in range(slot * k, slot * k + k):
+        image = one_pass(point)
+        while image >= n:
+            image = one_pass(image)
+        images.append(image)
+    return sorted(images)
+
+
+@pytest.mark.parametrize("shape", [(8, 10), (37, 3, 3, 3), (1,), (5000, 1), (2**20, 2**13)])
+def test_the_seed_is_what_the_specification_says(shape: tuple[int, ...]) -> None:
+    k = min(60, math.prod(shape))
+    slot = 0 if k == math.prod(shape) or math.prod(shape) < 3 * k else 2
+    for seed, name in ((3, "seed.weight"), (-1, ""), (2**70, "h\u00f6he")):
+        made = random_support(shape, k, seed=seed, name=name, slot=slot)
+        assert made.indices.tolist() == from_the_seed(shape, k, seed, slot, name)
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
