@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from shira import ShiraConfig, get_peft_model
+from shira import Adapter, ShiraConfig, Switch, get_peft_model
 from shira.errors import AdapterError, MissingDependencyError, UnknownAdapterError
 from shira.serve.continuous_batching import AdapterBatching
 
@@ -17,12 +18,11 @@ PROMPTS = [[5, 9, 3, 40, 21, 7] * 6 + [n] for n in (1, 2, 3)]  # one long common
 NEW = 8
 
 
-@pytest.fixture(scope="module")
-def model():
+def plain_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    base = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64,
             hidden_size=32,
@@ -34,7 +34,12 @@ def model():
             eos_token_id=None,
             pad_token_id=0,
         )
-    )
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    base = plain_model()
     targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
     model = get_peft_model(base, ShiraConfig(r=4, target_modules=targets, random_seed=0), "fr")
     model.add_adapter("de", ShiraConfig(r=4, target_modules=targets, random_seed=1))
@@ -69,18 +74,24 @@ def expected(model):
     return answers
 
 
-@pytest.fixture
-def batching(model):
+@contextmanager
+def running(base):
+    """transformers' manager of a model, greedy."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     greedy = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     config = ContinuousBatchingConfig(
         num_blocks=64, page_size=32, max_batch_tokens=256, use_cuda_graph=False
     )
-    base = model.get_base_model()
     with base.continuous_batching_context_manager(
         generation_config=greedy, continuous_batching_config=config, warmup=False
     ) as manager:
+        yield manager
+
+
+@pytest.fixture
+def batching(model):
+    with running(model.get_base_model()) as manager:
         yield AdapterBatching(manager, model)
     if any(getattr(module, "merged", False) for module in model.modules()):
         model.unmerge_adapter()
@@ -139,6 +150,24 @@ def test_errors_leave_the_adapter_that_was_active(batching, expected):
     batching.add_request(PROMPTS[0], max_new_tokens=150)
     with pytest.raises(TimeoutError, match="nothing was switched"):
         batching.switch("de", timeout=0.0)
+
+
+def test_with_a_switch(model, expected):
+    base = plain_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    switch = Switch(base)
+    for name in ("fr", "de"):
+        switch.load(name, Adapter.from_model(model, name))
+    with running(base) as manager:
+        batching = AdapterBatching(manager, switch)
+        for name in ("fr", "de", None, "de"):
+            batching.switch(name)
+            assert collect(batching, batching.add_requests(PROMPTS)) == expected[name]
+        with pytest.raises(UnknownAdapterError, match="es"):
+            batching.switch("es")
+        assert collect(batching, batching.add_requests(PROMPTS)) == expected["de"]
+        batching.switch(None)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 class Recording:

@@ -47,7 +47,8 @@ def save_tokenizer(folder: Path) -> None:
 class Guide:
     """What a reader of the guide has before him after the first command."""
 
-    def __init__(self, port: int, folder: Path, env: dict[str, str]) -> None:
+    def __init__(self, port: int, folder: Path, env: dict[str, str], process) -> None:
+        self.process = process
         self.url = f"http://127.0.0.1:{port}"
         self.port, self.folder, self.env = port, folder, env
 
@@ -82,8 +83,8 @@ def guide(zoo, tmp_path_factory):
     command = commands()[0].strip() + f" {FLAGS} --port {port}"
     with server.running(
         ["bash", "-euc", f"exec env {command}"], port, folder / "log", cwd=folder, env=env
-    ):
-        yield Guide(port, folder, env)
+    ) as process:
+        yield Guide(port, folder, env, process)
 
 
 def test_the_five_commands_of_the_guide(guide, zoo):
@@ -208,6 +209,30 @@ def test_unload(guide, zoo):
         assert guide.post("/v1/completions", model=name, prompt=PROMPTS[0]).status_code == 404
     again = guide.post("/v1/load_shira_adapter", name="french", path="french")
     assert again.json()["digest"]
+
+
+def test_a_worker_killed_in_the_middle(guide):
+    """No answer, rather than a wrong one or none for ever; vLLM ends a server without workers."""
+    import psutil
+
+    async def main():
+        async with httpx.AsyncClient(base_url=guide.url, timeout=60) as client:
+            asking = [
+                asyncio.ensure_future(ask(client, ["german", "base-model"][i % 2], 0))
+                for i in range(24)
+            ]
+            await asyncio.sleep(0.1)
+            for child in psutil.Process(guide.process.pid).children(recursive=True):
+                if "Worker" in child.name() or "Worker" in " ".join(child.cmdline()):
+                    child.kill()
+            return await asyncio.gather(*asking, return_exceptions=True)
+
+    answers = asyncio.run(main())
+    failed = [answer for answer in answers if isinstance(answer, Exception)]
+    assert failed, "no worker was killed"
+    for error in failed:
+        assert isinstance(error, httpx.TransportError) or re.search("50[03]|error", str(error))
+    assert guide.process.wait(60) is not None
 
 
 def test_the_key_of_the_server_covers_the_routes():
