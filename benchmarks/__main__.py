@@ -10,9 +10,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import masks, merging, mixed_batch, report, training
+from benchmarks import masks, merging, mixed_batch, report, serving, training
 
-SUITES: dict[str, Any] = {suite.NAME: suite for suite in (training, masks, mixed_batch, merging)}
+SUITES: dict[str, Any] = {
+    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, serving)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, output = options.pop("suite"), options.pop("output", None)
     for name in [chosen] if chosen else SUITES:
         suite = SUITES[name]
+        why = suite.unavailable() if not chosen and hasattr(suite, "unavailable") else None
+        if why:
+            print(f"{name}: not measured: {why}\n")
+            continue
         result = suite.run(suite.Settings(**options), report.say)
         report.say("")
         path = output or report.RESULTS / f"{name}.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contenders, memory, merging, timing, training
+from benchmarks import contenders, memory, merging, serving, serving_models, timing, training
 from benchmarks.__main__ import main
 
 TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
@@ -176,3 +176,32 @@ def test_mixed_batch_suite(tmp_path: Path) -> None:
         assert set(rows) == {"floor", "grouped", "whole", "shira", "peft-lora"}
         assert rows["grouped"]["wall_ratio"]["median"] > 0
         assert written["answers"][case]["grouped"] <= written["answers"][case]["tolerance"]
+
+
+def test_serving_suite_says_why_it_cannot_run_here() -> None:
+    pytest.importorskip("transformers")
+    why = serving.unavailable()
+    if why is None:
+        pytest.skip("vLLM is installed")
+    assert "make test-vllm" in why
+    with pytest.raises(RuntimeError, match="vLLM"):
+        serving.run(serving.Settings())
+
+
+def test_loads_of_the_serving_suite() -> None:
+    assert set(serving._wanted("one", 8)) == {"one"}
+    assert serving._wanted("runs", 8) == [n for n in ("base", "one", "two", "three") for _ in "ab"]
+    mixed = serving._wanted("mixed", 200)
+    assert mixed == serving._wanted("mixed", 200)
+    assert all(30 < mixed.count(name) < 70 for name in ("base", "one", "two", "three"))
+
+
+def test_models_of_the_serving_suite(tmp_path: Path) -> None:
+    base = serving_models.save_base(tmp_path / "b", hidden=64, layers=1, vocab=50, length=32)
+    assert len(serving_models.targets(base)) == 7
+    merged = serving_models.save_shira(tmp_path / "s", base, r=2, seed=1)
+    serving_models.save_lora(tmp_path / "l", base, r=2, seed=1)
+    prompts = [[3, 4, 5], [6, 7, 8]]
+    plain = serving_models.greedy(base, {}, prompts, 6)
+    assert [len(answer) for answer in plain] == [6, 6]
+    assert serving_models.greedy(base, merged, prompts, 6) != plain

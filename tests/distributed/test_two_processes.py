@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 from tests.distributed import task
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, needs_deepspeed
 
 TOLERANCE = 1e-5
 
@@ -22,10 +20,6 @@ LLAMA = [
 EVERYTHING = ["ddp_all_layer_types", "fsdp2_each_layer_alone"]
 ZERO_LLAMA = ["zero2", "zero3", "zero3_accumulates", "zero3_checkpoints"]
 ZERO_EVERYTHING = ["zero3_all_layer_types"]
-
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
 
 
 @pytest.fixture(scope="module")

@@ -205,6 +205,7 @@ def main(cases: dict[str, Any]) -> None:
             result = cases[name]()
         except Exception:
             result = traceback.format_exc()
+            print(f"{name}: {result}", file=sys.stderr, flush=True)  # the ranks may part ways now
         results[name] = [None] * dist.get_world_size()
         dist.all_gather_object(results[name], result)
     if dist.get_rank() == 0:

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -38,6 +39,9 @@ from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
 
 __all__ = ["ShiraWorkerExtension"]
+
+HELD: WeakKeyDictionary[nn.Module, Held] = WeakKeyDictionary()
+"""What is held for each model of this worker, for `shira.serve.vllm_transfer`."""
 
 _logger = init_logger(f"vllm.{__name__}")
 _linear: Any = nn.functional.linear
@@ -130,6 +134,7 @@ class ShiraWorkerExtension:
                 lambda name, placements: _refuse(model, name, placements),
                 lambda name, indices: _stored(source if compare else None, name, indices),
             )
+            HELD[model] = self._shira_state
         return self._shira_state  # type: ignore[no-any-return]
 
     def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:

@@ -218,9 +218,12 @@ class ShiraConfig(PeftConfig):
         return self.random_seed
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary; what was not set of shira's own stays out of the file."""
+        """The fields as a dictionary; what was not set of shira's own stays out of the file.
+
+        Sets are sorted lists, so that every process writes the same file.
+        """
         return {
-            name: value
+            name: sorted(value) if isinstance(value, set) else value
             for name, value in super().to_dict().items()
             if not (name in _LEFT_OUT_WHEN_UNSET and value == _LEFT_OUT_WHEN_UNSET[name])
         }

@@ -163,6 +163,19 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             target = indices.device if values.is_meta else values.device
             self.shira_indices[adapter_name] = indices.to(target)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; without the positions while the values are sharded on ``meta``.
+
+        Accelerate's ``cpu_ram_efficient_loading`` fills such a state dict from rank 0, and knows
+        what to do with sharded parameters only. The positions are there on every rank.
+        """
+        result = super().state_dict(*args, **kwargs)
+        if any(
+            value.is_meta and hasattr(value, "full_tensor") for value in self.shira_weight.values()
+        ):
+            self.shira_indices.leave_out(result, f"{kwargs.get('prefix', '')}shira_indices.")
+        return result
+
     # ----------------------------------------------------------------- merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

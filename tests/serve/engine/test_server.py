@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.engine import server
+from benchmarks import vllm_server as server
 from tests.serve.engine.zoo import PROMPTS, TOKENS
 
 pytestmark = pytest.mark.vllm

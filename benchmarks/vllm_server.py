@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,12 +57,22 @@ def running(arguments: list[str], port: int, log: Path, **process) -> Iterator[s
     Raises:
         RuntimeError: If it ends, or does not answer in three minutes; with the end of its log.
     """
+    with started(arguments, log, **process) as server:
+        wait_until_it_answers(server, port, log)
+        yield server
+
+
+@contextmanager
+def started(arguments: list[str], log: Path, **process) -> Iterator[subprocess.Popen]:
+    """The process, which may not answer yet; stopped with all its children at the end."""
+    if "env" in process:  # programs are looked up where the server's own are
+        found = shutil.which(arguments[0], path=process["env"]["PATH"])
+        arguments = [found or arguments[0], *arguments[1:]]
     with log.open("w") as out:
         server = subprocess.Popen(
             arguments, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **process
         )
     try:
-        wait_until_it_answers(server, port, log)
         yield server
     finally:
         server.terminate()

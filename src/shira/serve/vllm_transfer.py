@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's weight transfer backend "shira": the worker's side of `shira.serve.value_sender`.
+
+``weight_transfer_config={"backend": "shira"}`` beside the worker extension. `register` makes the
+name known; vLLM calls it in every process through the entry point ``shira`` of the group
+``vllm.general_plugins``. Methods do not raise: vLLM's executor would lose the other workers'
+answers (see `shira.serve.vllm`). What went wrong travels back over the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from shira.delta import Adapter
+from shira.errors import ServeError
+from shira.serve.updating import Route
+from shira.serve.values_wire import Wire
+
+BACKEND = "shira"
+_DTYPES = {"float32", "bfloat16", "float16", "float64"}
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Which adapter, and where the trainer is; see `ValueSender`."""
+
+    adapter: str
+    path: str
+    support: str
+    address: str
+    port: int
+    size: int
+    timeout: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What is on its way."""
+
+    nnz: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"values are one of {sorted(_DTYPES)}, not {self.dtype!r}")
+        if not 0 <= self.nnz < 2**40:
+            raise ValueError(f"{self.nnz} values cannot be")
+
+
+class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
+    """One worker's end."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._wire: Wire | None = None
+        self._route: Route | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Meet the trainer and agree on the positions."""
+        parallel = self.parallel_config
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._wire = Wire(
+            init_info.address, init_info.port, rank + 1, init_info.size, init_info.timeout
+        )
+        self._answer(lambda: self._find_route(init_info))
+
+    def start_weight_update(self) -> None:
+        """Nothing: values are exchanged in place."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive values, and switch to them if the adapter is active."""
+        info = self.parse_update_info(update_info)
+        self.receive_weights(info)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """As `update_weights`."""
+        if self._wire is None:
+            raise RuntimeError("no trainer has met this worker: init_weight_transfer_engine first")
+        values = self._wire.receive(update_info.nnz, getattr(torch, update_info.dtype))
+        self._answer(lambda: self._update(values))
+
+    def shutdown(self) -> None:
+        """Leave the trainer."""
+        self._wire = self._route = None
+
+    def _find_route(self, info: InitInfo) -> None:
+        from shira.serve.vllm import HELD
+
+        held = HELD.get(self.model)
+        if held is None:
+            raise ServeError(
+                "this worker holds no adapters: start the engine with worker_extension_cls="
+                "'shira.serve.vllm.ShiraWorkerExtension' and load the adapter first"
+            )
+        self._route = Route(held, info.adapter, lambda: Adapter.load(info.path), info.support)
+
+    @torch.no_grad()
+    def _update(self, values: torch.Tensor) -> None:
+        if self._route is None:
+            raise ServeError("trainer and worker have not agreed on positions")
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # steps in flight still read the weights
+        self._route.update(values)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def _answer(self, step: Callable[[], None]) -> None:
+        failure: Exception | None = None
+        try:
+            step()
+        except Exception as error:
+            failure = error
+        assert self._wire is not None
+        self._wire.answer(failure)
+
+
+def register() -> None:
+    """Make the backend known to vLLM; once or more."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "shira.serve.vllm_transfer", "ShiraWeightTransferEngine"
+        )
