@@ -36,6 +36,11 @@ class Part(NamedTuple):
         """How many entries."""
         return self.entry.patch.nnz
 
+    @property
+    def positions(self) -> Tensor:
+        """``(k,)`` int32 or int64, increasing."""
+        return self.entry.patch.offsets
+
     def with_values(self, values: Tensor) -> Part:
         """Other deltas ``(k,)`` at the same positions, which stay the same tensor.
 

@@ -22,7 +22,6 @@ from shira.serve.fixed_support import FixedSupport
 from shira.serve.held import Held
 from shira.serve.loading import Loaded
 from shira.serve.ranks import agree
-from shira.support import Support
 
 
 class Route:
@@ -45,7 +44,7 @@ class Route:
         self.held, self.name = held, name
         self.nnz = 0
         self._key = digest.encode()[:64]
-        self._supports: dict[int, Support] = {}
+        self._positions: dict[int, Tensor] = {}
         self._order = agree(held.ranks, lambda: self._ordered(FixedSupport.of(read()), digest))
 
     def update(self, values: Tensor) -> None:
@@ -59,11 +58,7 @@ class Route:
             ServeError: As `Held.activate`; the values are those of before.
         """
         held = self.held
-        before = agree(held.ranks, lambda: self._checked(values))
-        parts = {
-            key: Part(part.storage, _with_values(part.delta, values[self._order[key]]))
-            for key, part in before.parts.items()
-        }
+        before, parts = agree(held.ranks, lambda: self._new(values))
         raw = values.detach().contiguous().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
         held.adapters[self.name] = before._replace(parts=parts, digest=digest)
@@ -73,6 +68,11 @@ class Route:
             except Exception:
                 held.adapters[self.name] = before
                 raise
+
+    def _new(self, values: Tensor) -> tuple[Loaded, dict[int, Part]]:
+        loaded = self._checked(values)
+        parts = loaded.parts.items()
+        return loaded, {key: part.with_values(values[self._order[key]]) for key, part in parts}
 
     def _ordered(self, fixed: FixedSupport, digest: str) -> dict[int, Tensor]:
         parts = self._loaded().parts
@@ -87,20 +87,21 @@ class Route:
         for name, support in fixed.supports.items():
             for placement in self.held._place(name, support.shape):
                 entries, positions = placement.locate(support.indices)
-                key = placement.storage.untyped_storage()._cdata
-                found.setdefault(key, []).append((entries.cpu() + offset, positions.cpu()))
+                found.setdefault(placement.key, []).append(
+                    (entries.cpu() + offset, positions.cpu())
+                )
             offset += support.nnz
         order = {}
         for key, pieces in found.items():
             positions, by = torch.cat([where for _, where in pieces]).sort()
             order[key] = torch.cat([entries for entries, _ in pieces])[by]
-            here = parts[key].delta.support.indices.cpu().long() if key in parts else positions[:0]
+            here = parts[key].positions.cpu().long() if key in parts else positions[:0]
             if not torch.equal(positions, here):
                 raise AdapterError(
                     f"adapter {self.name!r} was loaded with other positions than those at the path"
                 )
             if key in parts:
-                self._supports[key] = parts[key].delta.support
+                self._positions[key] = parts[key].positions
         if not parts.keys() <= order.keys():
             raise AdapterError(f"adapter {self.name!r} was loaded with more than is at the path")
         return order
@@ -124,13 +125,9 @@ class Route:
             raise AdapterError(f"{odd} of the values sent for adapter {self.name!r} are not finite")
         loaded = self._loaded()
         if any(
-            part.delta.support is not self._supports.get(key) for key, part in loaded.parts.items()
+            part.positions is not self._positions.get(key) for key, part in loaded.parts.items()
         ):
             raise AdapterError(
                 f"adapter {self.name!r} was loaded anew since the positions were agreed on"
             )
         return loaded
-
-
-def _with_values(delta: SparseDelta, values: Tensor) -> SparseDelta:
-    return SparseDelta(delta.support, values.to(delta.values.device))
