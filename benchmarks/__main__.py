@@ -10,10 +10,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import masks, merging, mixed_batch, report, serving, training
+from benchmarks import fusing, masks, merging, mixed_batch, report, serving, training
 
 SUITES: dict[str, Any] = {
-    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, serving)
+    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, fusing, serving)
 }
 
 
