@@ -9,8 +9,10 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     merging.py      into a checkpoint on disk and back: seconds and peak memory
     fusing.py       two adapters made one, and compared
     serving.py      vLLM's server with shira's plugin and with LoRA: requests a second, latency
+    gpu.py          one training step of a 3-billion-parameter model on a CUDA device
 
-    contenders.py   the models that the training suite compares
+    contenders.py   the models that the training suite compares; gpu_contenders.py on a GPU
+    gpu_kernels.py  the weight gradient alone, on a GPU
     memory.py       peak memory of a step, each contender in a process of its own
     timing.py       interleaved timing and the statistics of its ratios
     environment.py  hardware and versions

@@ -10,10 +10,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fusing, masks, merging, mixed_batch, report, serving, training
+from benchmarks import fusing, gpu, masks, merging, mixed_batch, report, serving, training
 
 SUITES: dict[str, Any] = {
-    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, fusing, serving)
+    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, fusing, serving, gpu)
 }
 
 
@@ -22,9 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, output = options.pop("suite"), options.pop("output", None)
     for name in [chosen] if chosen else SUITES:
         suite = SUITES[name]
-        why = suite.unavailable() if not chosen and hasattr(suite, "unavailable") else None
+        why = suite.unavailable() if hasattr(suite, "unavailable") else None
         if why:
             print(f"{name}: not measured: {why}\n")
+            if chosen:
+                return 1
             continue
         result = suite.run(suite.Settings(**options), report.say)
         report.say("")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gpu suite at its smallest, on whatever device there is; as a command it needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import gpu, gpu_contenders, report
+
+TINY = gpu.Settings(
+    layers=1,
+    hidden=64,
+    intermediate=96,
+    heads=2,
+    kv_heads=1,
+    vocab=64,
+    batch=1,
+    tokens=16,
+    r=2,
+    repeats=2,
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run(tmp_path: Path, dtype: str) -> None:
+    result = gpu.run(replace(TINY, dtype=dtype), device=DEVICE)
+    report.write(result, tmp_path / "gpu.json")
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["settings"]["device"] == DEVICE
+    assert written["answers"]["base_weights_unchanged"] is True
+    for which in ("qv", "all"):
+        answers, rows = written["answers"][which], written["results"][which]
+        assert answers["merged_equals_unmerged"] is True
+        assert {"floor", "shira", "shira-block", "peft-shira", "peft-lora"} <= set(rows)
+        assert len({row["trained"] for name, row in rows.items() if name != "floor"}) == 1
+        assert rows["floor"]["wall_ratio"]["median"] == 1
+        for row in rows.values():
+            assert len(row["wall_seconds"]["samples"]) == 2
+            assert (row["memory_bytes"] is None) == (DEVICE == "cpu")
+    # q and v share one input of 16 tokens; o, the MLP's two and its last layer have their own
+    size = 4 if dtype == "float32" else 2
+    assert written["answers"]["qv"]["saved_inputs_bytes"] == 16 * 64 * size
+    assert written["answers"]["all"]["saved_inputs_bytes"] == 16 * (3 * 64 + 96) * size
+    assert set(written["kernels"]) == {"64x64", "96x64", "64x96"}
+    assert written["kernels"]["96x64"]["dense"]["over_dense"]["median"] == 1
+    tables = gpu.tables(written)
+    assert len(tables) == 3
+    for table in tables:
+        table.print()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_run_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "_compare", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert command.main(["gpu"]) == 1
+    assert "not measured" in capsys.readouterr().out
+    monkeypatch.setattr(command, "SUITES", {"gpu": gpu})
+    assert command.main([]) == 0  # among all suites it is passed over
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        gpu.run(TINY)
+
+
+def contenders_of(which: str = "qv"):
+    base = gpu_contenders.base_model(TINY.shape(), TINY.tokens, DEVICE, torch.float32)
+    makers = gpu_contenders.makers(base, gpu_contenders.TARGETS[which], TINY.r, [])
+    inputs = gpu_contenders.batch(TINY.shape(), 1, TINY.tokens, DEVICE, torch.float32)
+    field = {name: gpu_contenders.build(name, maker, base) for name, maker in makers.items()}
+    return base, field, inputs
+
+
+def test_contenders_share_the_memory_of_one_base() -> None:
+    base, field, _ = contenders_of()
+    weights = {p.data_ptr() for p in base.parameters()}
+    for contender in field.values():
+        frozen = [p for p in contender.model.parameters() if not p.requires_grad]
+        assert {p.data_ptr() for p in frozen} == weights
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    _, field, inputs = contenders_of()
+    layer = next(m for m in field["peft-shira"].model.modules() if hasattr(m, "shira_weight"))
+    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight * 1.5, False)
+    with pytest.raises(RuntimeError, match="answers differ"):
+        gpu.check_answers(field, inputs)
+
+
+def test_one_changed_entry_of_the_base_shows() -> None:
+    base, _, _ = contenders_of()
+    before = gpu._bits(base)
+    with torch.no_grad():
+        weight = next(base.parameters()).view(-1)
+        weight[3] = torch.nextafter(weight[3], weight.new_tensor(9.0))
+    assert gpu._bits(base) != before
