@@ -192,3 +192,51 @@ def test_needs_the_core_alone(saved, checkpoint):
     out = subprocess.check_output([sys.executable, "-c", code], text=True)
     loaded = {name.partition(".")[0] for name in out.partition("MODULES")[2].split()}
     assert not {"peft", "transformers", "accelerate", "huggingface_hub"} & loaded
+
+
+def test_a_compact_file(shira, adapter, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    adapter.save(path, dtype=torch.int8, indices="gaps")
+    found = json.loads(shira("inspect", path, "--json").out)
+    assert found["format"] == "compact"
+    assert found["written_by"].startswith("shira ")
+    assert (found["nnz"], found["dtypes"]) == (160, ["int8"])
+    assert found["file_bytes"] == path.stat().st_size
+    assert {target["indices"] for target in found["targets"]} == {"gaps"}
+    assert found["config"]["base_model_name_or_path"] == "some/model"
+    assert found["targets"][0]["base_fingerprint"] is not None
+    said = shira("inspect", path).out
+    assert "compact" in said
+    assert "gaps (16 weights)" in said
+    assert json.loads(shira("inspect", tmp_path, "--json").out)["nnz"] == 160
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    answer = shira("inspect", path)
+    assert answer.status == 2
+    assert "out of range" in answer.err
+
+
+@pytest.mark.parametrize("options", [[], ["--all"]])
+def test_plot(shira, saved, tmp_path, options):
+    picture = tmp_path / "adapter.png"
+    answer = shira("inspect", saved, "--plot", picture, *options)
+    assert answer.status == 0
+    assert str(picture) in answer.out
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    assert width > 400
+    assert height > 400
+
+
+def test_plot_needs_shapes_and_a_folder(shira, saved, tmp_path):
+    answer = shira("inspect", saved, "--plot", tmp_path / "absent" / "a.png")
+    assert answer.status == 2
+    assert "there is no folder" in answer.err
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["shira_shapes"]
+    path.write_text(json.dumps(config))
+    answer = shira("inspect", saved, "--plot", tmp_path / "a.png")
+    assert answer.status == 2
+    assert "--base" in answer.err
+    assert not (tmp_path / "a.png").exists()

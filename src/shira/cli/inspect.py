@@ -15,6 +15,7 @@ EXAMPLES = (
     "shira inspect adapter --json | jq .density",
     "shira inspect adapter --base sentence-transformers/all-MiniLM-L6-v2",
     "shira inspect adapter --base ./my-model/model.safetensors",
+    "shira inspect adapter.safetensors --plot adapter.png",
 )
 
 
@@ -33,6 +34,13 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw into this PNG where in each weight the entries are, like weights of "
+            "different layers together (--all: each), and a histogram of the values."
+        ),
+    ] = None,
 ) -> None:
     """Show what is in an adapter.
 
@@ -45,6 +53,10 @@ def command(
 
     checkpoint = None if base is None else find_checkpoint(base)
     summary = summarize(path, checkpoint)
+    if plot is not None:
+        from shira.cli._inspect.plot import plot_adapter
+
+        plot_adapter(summary, plot, each=each)
     if as_json:
         print(json.dumps(summary.as_json(), indent=2))
         return
@@ -55,3 +67,5 @@ def command(
     out = console()
     out.print(tables.whole(summary))
     out.print(tables.targets(summary, each=each, width=out.width))
+    if plot is not None:
+        print(f"{plot}: where the entries are, and a histogram of the values")

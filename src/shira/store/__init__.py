@@ -25,7 +25,7 @@ import torch
 from shira.delta import Adapter
 from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
 from shira.store.base_shapes import Base, shapes_of
-from shira.store.compact_read import CompactFile, is_compact, read_compact
+from shira.store.compact_read import COMPACT_NAME, CompactFile, is_compact, read_compact
 from shira.store.compact_write import write_compact
 from shira.store.peft_config import CONFIG_NAME
 from shira.store.peft_format import (
@@ -45,6 +45,7 @@ __all__ = [
     "Format",
     "PeftFile",
     "RawDelta",
+    "is_compact",
     "load",
     "read_compact",
     "read_peft",
@@ -55,9 +56,6 @@ __all__ = [
     "write_compact",
     "write_peft",
 ]
-
-COMPACT_NAME = "adapter.safetensors"
-"""The compact file in a folder that is given in its place."""
 
 
 class _Read(Protocol):
@@ -89,7 +87,7 @@ class Format(NamedTuple):
 
 
 def _read_compact(path: Path, base: Base | None, mapped: bool) -> Adapter:
-    read = read_compact(_compact_in(path), mapped=mapped)
+    read = read_compact(path, mapped=mapped)
     shapes = {} if base is None else shapes_of(base)
     for name, record in read.records.items() if base is not None else ():
         if name not in shapes:
@@ -120,12 +118,6 @@ def _write_compact(
     write_compact(adapter, path, dtype, indices)
 
 
-def _compact_in(path: Path) -> Path:
-    """The file that a path means: a folder stands for the one of the usual name in it."""
-    in_folder = path.is_dir() and not (path / WEIGHTS_NAME).exists()
-    return path / COMPACT_NAME if in_folder else path
-
-
 def _read_peft(path: Path, base: Base | None, mapped: bool) -> Adapter:
     return to_adapter(read_peft(path), None if base is None else shapes_of(base))
 
@@ -144,7 +136,7 @@ def _write_peft(
 # Asked in this order. PEFT's format comes last and claims everything: its reader says best what is
 # wrong with a path that is no adapter at all.
 FORMATS: Mapping[str, Format] = {
-    "compact": Format(lambda path: is_compact(_compact_in(path)), _read_compact, _write_compact),
+    "compact": Format(is_compact, _read_compact, _write_compact),
     "peft": Format(lambda path: True, _read_peft, _write_peft),
 }
 

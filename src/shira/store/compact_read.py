@@ -29,6 +29,7 @@ from shira.store import blocks, gaps, int8
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, Record, Table, parse
 from shira.store.compact_write import crc_of
 from shira.store.entries import EntryError, check_values
+from shira.store.peft_format import WEIGHTS_NAME
 from shira.store.safetensors_header import (
     Header,
     TensorInfo,
@@ -56,8 +57,13 @@ class CompactFile:
     library: str
 
 
+COMPACT_NAME = "adapter.safetensors"
+"""The compact file in a folder that is given in its place."""
+
+
 def is_compact(path: Path) -> bool:
-    """Whether a path is a file that says it is in the compact format."""
+    """Whether a path is, or as a folder has, a file that says it is in the compact format."""
+    path = _file_at(path)
     if not path.is_file():
         return False
     with open_regular(path) as file:
@@ -71,7 +77,7 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
     """Read an adapter in the compact format.
 
     Args:
-        path: The file.
+        path: The file, or a folder with an ``adapter.safetensors``.
         mapped: Leave the values in the file, mapped into memory, where they are stored in a
             floating dtype; writing to such a tensor makes a private copy of the page and does not
             reach the file. The file must not be shortened or written to in place meanwhile
@@ -81,7 +87,7 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
         FileNotFoundError: If there is nothing at ``path``.
         FileFormatError: If something in it cannot be meant; names file, parameter and cause.
     """
-    where = Path(path)
+    where = _file_at(Path(path))
     with open_regular(where) as file:
         header = read_header(file, where)
         table = _table(header, os.fstat(file.fileno()).st_size)
@@ -107,6 +113,12 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
         table.metadata,
     )
     return CompactFile(where, adapter, table.records, table.library)
+
+
+def _file_at(path: Path) -> Path:
+    """The file that a path means; a folder in PEFT's format has none that is meant."""
+    folder = path.is_dir() and not (path / WEIGHTS_NAME).exists()
+    return path / COMPACT_NAME if folder else path
 
 
 class _Source:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from shira.cli._inspect.checkpoint import Checkpoint
 from shira.cli._inspect.figures import Figures, vanishing
 from shira.delta import Adapter, fingerprint
-from shira.store import FORMATS, PeftFile, read_peft, to_adapter
+from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
 
 MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
 BASE_FIELD = "base_model_name_or_path"
@@ -35,6 +35,7 @@ class Target:
         fingerprint: what the file says of the base values at the entries.
         vanishing: deltas that a bfloat16 base swallows; None without the base.
         same_base: whether the base given has that fingerprint; None if either is missing.
+        indices: how a compact file stores them: ``"gaps"``, ``"blocks"``, ``"seed"``.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Target:
     fingerprint: str | None
     vanishing: int | None
     same_base: bool | None
+    indices: str | None = None
 
     @property
     def numel(self) -> int | None:
@@ -68,6 +70,7 @@ class Summary:
     metadata: Mapping[str, Any]
     base: str | None
     other: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    library: str | None = None
 
     @property
     def nnz(self) -> int:
@@ -103,6 +106,7 @@ class Summary:
         return {
             "path": str(self.path),
             "format": self.format,
+            "written_by": self.library,
             "file_bytes": self.file_bytes,
             "parameters": len(self.targets),
             "nnz": self.nnz,
@@ -123,6 +127,7 @@ class Summary:
                     "nnz": target.nnz,
                     "density": target.density,
                     "dtype": target.dtype,
+                    "indices": target.indices,
                     "values": target.figures.summary(),
                     "vanishing_in_bfloat16": target.vanishing,
                     "base_fingerprint": target.fingerprint,
@@ -154,11 +159,8 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     """
     if not path.exists():
         raise FileNotFoundError(2, "no such file or folder", str(path))
-    kind = next(name for name, known in FORMATS.items() if known.claims(path))
-    if kind != "peft":
-        adapter = Adapter.load(path)
-        targets = tuple(_targets(adapter, adapter.metadata, base))
-        return Summary(path, kind, _size(path), targets, adapter.metadata, _name(base))
+    if is_compact(path):
+        return _of_compact(path, base)
     file = read_peft(path)
     shapes = file.shapes
     if shapes is None and base is not None:
@@ -170,6 +172,21 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     metadata = {name: value for name, value in file.config.items() if name != "shira_shapes"}
     size = _size(file.path)
     return Summary(path, "PEFT", size, targets, metadata, _name(base), file.other)
+
+
+def _of_compact(path: Path, base: Checkpoint | None) -> Summary:
+    file = read_compact(path)
+    metadata = file.adapter.metadata
+    targets = tuple(
+        replace(
+            target,
+            dtype="int8" if file.records[target.name].values == "I8" else target.dtype,
+            indices=file.records[target.name].indices,
+        )
+        for target in _targets(file.adapter, metadata, base)
+    )
+    size = _size(file.path)
+    return Summary(path, "compact", size, targets, metadata, _name(base), library=file.library)
 
 
 def _targets(

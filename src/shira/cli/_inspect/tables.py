@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -75,8 +76,9 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         given["r"] = None  # density takes its place
     lost, unlike = summary.vanishing, summary.unlike_base
     fingerprints = sum(target.fingerprint is not None for target in summary.targets)
+    bytes_each = f", {summary.file_bytes / summary.nnz:.2f} bytes an entry" if summary.nnz else ""
     lines = [
-        ("format", f"{summary.format}, {megabytes(summary.file_bytes)}"),
+        ("format", f"{summary.format}, {megabytes(summary.file_bytes)}{bytes_each}"),
         (
             "entries",
             f"{summary.nnz:,} in {len(summary.targets)} weights, density "
@@ -103,6 +105,10 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         ("base", str(summary.metadata.get(BASE_FIELD) or "not recorded")),
         ("base fingerprint", f"of {fingerprints} weights" if fingerprints else "not recorded"),
     ]
+    if summary.library is not None:
+        codings = Counter(target.indices for target in summary.targets)
+        ways = ", ".join(f"{way} ({count} weights)" for way, count in codings.items())
+        lines[1:1] = [("written by", summary.library), ("indices as", ways)]
     if unlike is not None:
         lines.append(
             (
@@ -119,11 +125,16 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     return lines
 
 
+def without_number(name: str) -> str:
+    """A parameter's name with ``*`` for the number of its layer."""
+    return _NUMBER.sub("*", name)
+
+
 def _grouped(rows: Sequence[Target]) -> list[tuple[Target, int]]:
     """Targets of one name but for the layer, one shape and one dtype, as one with a count."""
     groups: dict[tuple[str, tuple[int, ...] | None, str], list[Target]] = {}
     for target in rows:
-        name = _NUMBER.sub("*", target.name)
+        name = without_number(target.name)
         groups.setdefault((name, target.shape, target.dtype), []).append(target)
     return [(_together(name, members), len(members)) for (name, _, _), members in groups.items()]
 
