@@ -169,24 +169,41 @@ class _Reader:
         self.total = sum(math.prod(old.shapes[name]) for name in names)
         self._done, self._progress = 0, progress
 
-    def differences(self, name: str) -> Iterator[Tensor]:
-        """Absolute differences of a tensor, piece by piece: float32 or float64, on the CPU."""
+    def differences(self, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Where a tensor differs and by how much, piece by piece.
+
+        Yields:
+            The entries of the piece; int64 ``(d,)`` positions in it of those that differ; their
+            absolute differences ``(d,)``, float32 or float64, on the CPU.
+        """
         dtype = self.old.dtype(name)
+        wide = accumulation_dtype(dtype)
         for a, b in zip(self.old.blocks(name), self.new.blocks(self.names[name]), strict=True):
-            wide = accumulation_dtype(dtype)
-            # what the base's dtype can hold of the tuned value is what a merge can reach
-            difference = (b.to(dtype).to(wide) - a.to(wide)).abs_()
-            if not bool(difference.isfinite().all()):
+            numel = a.numel()
+            b = b.to(dtype)  # what the base's dtype can hold is what a merge can reach
+            here = (a != b).nonzero().squeeze(1)
+            if here.numel() < numel:
+                a, b = a[here], b[here]
+            size = (b.to(wide) - a.to(wide)).abs_()
+            if size.numel() and not math.isfinite(float(size.max())):
                 raise AdapterError(
                     f"{name!r}: values or differences that are not finite: there is NaN or "
                     f"infinity in {self.old.label} or {self.new.label}"
                 )
-            self.differing[name] += int(difference.count_nonzero())
-            self.energy[name] += float(difference.double().square().sum())
-            self._done += difference.numel()
+            self.differing[name] += here.numel()
+            self.energy[name] += float(size.double().square().sum())
+            self._done += numel
             if self._progress is not None:
                 self._progress(self._done, self.total)
-            yield difference
+            yield numel, here, size
+
+    def scores(self, name: str) -> Iterator[Tensor]:
+        """Absolute differences of all entries of a tensor, piece by piece."""
+        for numel, here, size in self.differences(name):
+            if here.numel() == numel:
+                yield size
+            else:
+                yield size.new_zeros(numel).index_put_((here,), size)
 
 
 def _chosen(
@@ -229,8 +246,7 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
     supports, found = {}, 0
     for name in reader.names:
         pieces, start = [], 0
-        for difference in reader.differences(name):
-            here = difference.nonzero().squeeze(1)
+        for numel, here, _ in reader.differences(name):
             found += here.numel()
             if found > SPARSE * reader.total:
                 raise AdapterError(
@@ -240,7 +256,7 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
                     "(--density, --r), to keep the entries that changed most"
                 )
             pieces.append(here + start)
-            start += difference.numel()
+            start += numel
         flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
         supports[name] = Support._trusted(reader.old.shapes[name], flat)
     return supports
@@ -257,13 +273,13 @@ def _largest(reader: _Reader, name: str, budget: Budget) -> Support:
     k = budget.entries(shape)
     if not k:
         return Support._trusted(shape, torch.empty(0, dtype=torch.int64))
-    return Support._trusted(shape, top_k(reader.differences(name), k))
+    return Support._trusted(shape, top_k(reader.scores(name), k))
 
 
 def _largest_of_all(reader: _Reader, budget: Budget) -> dict[str, Support]:
     """The entries of all tensors that changed most, seen as one long tensor."""
     shapes = {name: reader.old.shapes[name] for name in reader.names}
-    pieces = itertools.chain.from_iterable(reader.differences(name) for name in shapes)
+    pieces = itertools.chain.from_iterable(reader.scores(name) for name in shapes)
     flat = top_k(pieces, budget.total(shapes))
     supports, start = {}, 0
     for name, shape in shapes.items():
@@ -292,7 +308,8 @@ def _assemble(
             deltas[name] = SparseDelta(kept, values)
             prints[name] = fingerprint(before)
         wide = accumulation_dtype(before.dtype)
-        held = float((after.to(wide) - before.to(wide)).double().square_().sum())
+        held = float((after.to(wide) - before.to(wide)).double().square().sum())
+        whole = values.numel() == reader.differing[name]
         changes.append(
             Change(
                 name=name,
@@ -300,7 +317,7 @@ def _assemble(
                 differing=reader.differing[name],
                 kept=values.numel(),
                 energy=reader.energy[name],
-                energy_kept=held,
+                energy_kept=reader.energy[name] if whole else held,
                 missed=missed,
             )
         )

@@ -19,8 +19,8 @@ from shira.convert.entries import read_entries, read_span
 from shira.errors import AdapterError
 from shira.store.names import base_module_name, unwrapped
 
-BLOCK = 2**21
-"""Entries of a piece: 8 MiB of float32."""
+BLOCK = 2**20
+"""Entries of a piece: 4 MiB of float32."""
 
 Model: TypeAlias = "str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]"
 """The path of a safetensors checkpoint, a module, or a state dict."""

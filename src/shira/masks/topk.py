@@ -36,11 +36,13 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
     Raises:
         MaskError: If a score is NaN, or there are fewer than k.
     """
-    # The best so far, in order of their index. Selecting among them is numpy's: on large k it is
-    # several times as fast as torch, and only what beats the limit comes over from a GPU.
-    best, where = np.empty(0, np.float32), np.empty(0, np.int64)
+    # Candidates in order of their index: the best k at the last look, and what came since and was
+    # better than the worst of them. They are looked through when there are twice as many as needed,
+    # so that a large k costs no pass for each block. Selecting is numpy's: on large k it is several
+    # times as fast as torch, and only what beats the limit comes over from a GPU.
+    best, where = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
     limit: float | None = None  # the lowest of k scores; an equal one that comes now is too late
-    start, device = 0, torch.device("cpu")
+    start, count, device = 0, 0, torch.device("cpu")
     for scores in blocks:
         numel, device = scores.numel(), scores.device
         _refuse_nan(scores, start)
@@ -49,16 +51,18 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
         else:
             found = (scores > limit).nonzero().squeeze(1)
             scores = scores[found]
-        best = np.concatenate((best, scores.cpu().numpy()))
-        where = np.concatenate((where, found.cpu().numpy() + start))
+        if found.numel():
+            best.append(scores.cpu().numpy())
+            where.append(found.cpu().numpy() + start)
+            count += found.numel()
         start += numel
-        if best.size >= k:
-            limit = float(np.partition(best, best.size - k)[best.size - k])
-            kept = _first_of_highest(best, k, limit)
-            best, where = best[kept], where[kept]
-    if where.size < k:
+        if count >= (k if limit is None else 2 * k):
+            best, where, limit = _highest(best, where, k)
+            count = k
+    if count < k:
         raise MaskError(f"{k} entries cannot be chosen among {start}")
-    return torch.from_numpy(where).to(device)
+    _, (chosen,), _ = _highest(best, where, k)
+    return torch.from_numpy(chosen).to(device)
 
 
 def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
@@ -94,6 +98,16 @@ def check_scored(tensor: Tensor, what: str) -> Tensor:
             "choose by position: mask_type 'random' or 'struct'"
         )
     return tensor.detach()
+
+
+def _highest(
+    best: list[NDArray[np.floating]], where: list[NDArray[np.int64]], k: int
+) -> tuple[list[NDArray[np.floating]], list[NDArray[np.int64]], float]:
+    """The k best of some scores and their indices, each as one piece, and the worst of them."""
+    scores, indices = np.concatenate(best), np.concatenate(where)
+    limit = float(np.partition(scores, scores.size - k)[scores.size - k])
+    kept = _first_of_highest(scores, k, limit)
+    return [scores[kept]], [indices[kept]], limit
 
 
 def _first_of_highest(
