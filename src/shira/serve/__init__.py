@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving engines: adapters loaded and switched in place while a server runs.
 
-Engine-neutral: ``boxes`` and ``placement`` find where an entry of a checkpoint's weight lives on a
-rank, ``exchange`` and ``held`` keep one rank's adapters and what undoes them, ``ranks`` lets all
-ranks agree or none change; ``scheduler`` gives each adapter its turn. For vLLM: ``vllm`` is the
-extension of its workers, ``client`` drives it through ``LLM`` and ``AsyncLLM``,
-``vllm_endpoints`` with ``http`` adds adapters to its server. For transformers' continuous batching:
-``continuous_batching``. Nothing here is imported before it is asked for.
+Nothing here is imported before it is asked for; only the files called ``vllm`` import an engine.
+
+Engine-neutral, on a rank::
+
+    boxes, placement     where an entry of a checkpoint's weight lives
+    exchange             what an adapter changes in a storage, on `shira.ops.patch`
+    ranks                all ranks agree or none changes
+    checking, loading    an adapter, placed and compared with the base
+    held                 a rank's adapters, what is active, what takes it back
+    fixed_support, updating, values_wire, value_sender    new values at the same positions
+
+For vLLM: ``vllm`` is the extension of its workers, ``client`` (with ``async_client``) drives it
+through ``LLM`` and ``AsyncLLM``; below them ``reports``, ``watch``, ``shared`` and ``gate``.
+``vllm_endpoints`` with ``http`` and ``scheduler`` adds adapters to its server, ``vllm_transfer``
+takes values in, ``export`` gives patches of vLLM's own. For transformers' continuous batching:
+``continuous_batching``.
 """

@@ -164,7 +164,6 @@ class _EngineRanks:
     def __init__(self, rank: int) -> None:
         groups = [parallel_state.get_tp_group(), parallel_state.get_pp_group()]
         self._groups = [group for group in groups if group.world_size > 1]
-        self._at = [group.rank_in_group for group in self._groups]
         self.rank = 0  # among those that `gather` lists
         self.rank = self.gather(rank).index(rank)
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
-from shira.errors import ServeError
+from shira.errors import PlacementError, ServeError
 from shira.serve.client import Client
-from tests.serve.engine.zoo import ENGINE
+from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS
 
 pytestmark = pytest.mark.vllm
 
@@ -35,3 +35,23 @@ def test_a_worker_killed_in_the_middle_of_a_switch(zoo, monkeypatch):
     finally:
         llm.llm_engine.engine_core.shutdown()
     assert {file: file.read_bytes() for file in zoo.base.iterdir()} == before
+
+
+def test_a_quantized_base(zoo):
+    options = ENGINE | {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
+    llm = LLM(model=str(zoo.base), worker_extension_cls=EXTENSION, **options)
+    params = SamplingParams(max_tokens=4, temperature=0, detokenize=False, ignore_eos=True)
+
+    def tokens():
+        (out,) = llm.generate({"prompt_token_ids": PROMPTS[0]}, params, use_tqdm=False)
+        return list(out.outputs[0].token_ids)
+
+    try:
+        client = Client(llm)
+        before, weights = tokens(), client.fingerprint()
+        with pytest.raises(PlacementError, match="quantization='fp8_per_channel'"):
+            client.load("a", zoo.path("a"))
+        assert client.list()["adapters"] == {}
+        assert (tokens(), client.fingerprint()) == (before, weights)
+    finally:
+        llm.llm_engine.engine_core.shutdown()

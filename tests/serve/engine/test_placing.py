@@ -13,6 +13,7 @@ from shira.delta import Adapter, SparseDelta
 from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
 from shira.serve.held import Held
+from shira.serve.placement import trace
 from tests.serve.engine import placing
 from tests.serve.engine.zoo import make_adapter, merged, save_merged, save_model, weights_of
 
@@ -96,6 +97,28 @@ def test_patches_in_vllms_own_form(cases, alone):
     held.load("a", lambda: adapters["a"])
     held.activate({"a": 0.5})
     placing.same(model, expected)
+
+
+def test_weights_that_vllm_does_not_compute_with():
+    """There, as the loader says, but packed on this CPU or absorbed into other matrices."""
+    from shira.serve.vllm import _refuse
+
+    model = torch.nn.Module()
+    model.packed, model.plain, model.kv = (torch.nn.Linear(4, 4) for _ in range(3))
+    model.packed.cpu_linear = lambda x, weight, bias: x
+    model.plain.cpu_linear = torch.nn.functional.linear
+    model.mla = torch.nn.Module()
+    model.mla.kv_b_proj, model.mla.W_UV = model.kv, torch.zeros(2)
+    model.load_weights = lambda weights: [
+        model.get_parameter(name).data.copy_(weight) for name, weight in weights
+    ]
+    for name, message in [("packed", "packed copy"), ("kv", "derived from"), ("plain", None)]:
+        placements = trace(model, f"{name}.weight", (4, 4), torch.float32)
+        if message is None:
+            _refuse(model, name, placements)
+            continue
+        with pytest.raises(PlacementError, match=message):
+            _refuse(model, name, placements)
 
 
 def test_experts_that_are_packed_after_loading_are_refused(cases, alone):
