@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from shira.support import Support
+from shira.tuner.elsewhere import readable
 from shira.tuner.quantized import backend_of
 
 
@@ -18,13 +21,21 @@ def base_values(layer: nn.Module, support: Support) -> Tensor | None:
         support: On a weight of that shape.
 
     Returns:
-        None where the values are not there as numbers: on the meta device, packed by quantization,
-        or partitioned over processes.
+        None where the values are not there as numbers: on the meta device, or packed by
+        quantization. What Accelerate has offloaded or ZeRO-3 has partitioned is fetched, weight by
+        weight.
     """
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    base: Any = layer
+    base = base.get_base_layer() if hasattr(base, "get_base_layer") else base
+    if backend_of(base) is not None:
+        return None
+    with readable(base):
+        return _values(base.weight, support)
+
+
+def _values(weight: Tensor, support: Support) -> Tensor | None:
     if (
         weight.is_meta
-        or backend_of(layer) is not None
         or not weight.is_floating_point()
         or weight.shape != torch.Size(support.shape)
     ):

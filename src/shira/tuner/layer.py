@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
+from shira.tuner.elsewhere import device_of_work, fetched
 from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
@@ -144,6 +145,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def _delta(self, adapter: str) -> Tensor:
         values: Tensor = self.shira_weight[adapter]
+        if values.is_meta:
+            values = fetched(self.shira_weight, adapter, self.weight_name)
         scale = self.scaling[adapter]
         return values if scale == 1.0 else values * scale
 
@@ -153,6 +156,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
+        # Not to the meta device with an offloaded weight: nobody would bring them from there.
+        device = device or device_of_work(self.get_base_layer())
         # Indices follow the values, and never change their dtype; see IndexDict.
         indices = (
             self.shira_indices.pop(adapter_name) if adapter_name in self.shira_indices else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from shira.errors import MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
 from shira.store.names import full_shape
 from shira.support import Support, matrix_shape
+from shira.tuner.elsewhere import readable
 from shira.tuner.quantized import unpacked
 
 if TYPE_CHECKING:
@@ -35,17 +37,18 @@ class BuiltinMask:
         """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
         config, weight = self.config, weight_of(base_layer)
         shape = shape_of(weight)
-        needs = MASKS[config.mask_type].needs_with(config.mask_options)
-        return choose(
-            config.mask_type,
-            shape,
-            entries(config, shape, r, name),
-            weight=_values_of(base_layer, name) if "weight" in needs else None,
-            seed=config.draw_seed(),
-            name=name,
-            slot=config.mask_slot,
-            **(config.mask_options or {}),
-        )
+        looks = "weight" in MASKS[config.mask_type].needs_with(config.mask_options)
+        with readable(base_layer) if looks else nullcontext():
+            return choose(
+                config.mask_type,
+                shape,
+                entries(config, shape, r, name),
+                weight=_values_of(base_layer, name) if looks else None,
+                seed=config.draw_seed(),
+                name=name,
+                slot=config.mask_slot,
+                **(config.mask_options or {}),
+            )
 
 
 class SupportTable:
@@ -92,7 +95,8 @@ def support_of_layer(config: ShiraConfig, base_layer: nn.Module, name: str, r: i
         support = mask_fn(base_layer, r, name=name)
     else:
         given = {"name": name, "random_seed": config.random_seed}
-        mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
+        with readable(base_layer):
+            mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
         support = custom_support(
             mask, shape, entries(config, shape, r, name), what=f"mask_fn for {name}"
         )

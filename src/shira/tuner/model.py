@@ -28,6 +28,7 @@ from shira.support import Support
 from shira.tuner.base_values import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.conv2d import Conv2d
+from shira.tuner.elsewhere import readable
 from shira.tuner.embedding import Embedding
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.linear import Linear, is_conv1d
@@ -137,19 +138,23 @@ class ShiraModel(BaseTuner):
         prepared = getattr(self, "_prepared", {}).get(current_key)
         layer_class, name, r, support = prepared or prepare(config, current_key, target, None)
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
-        if isinstance(target, ShiraLayer):
-            target.update_layer(adapter_name, support, r, config=config, **kwargs)
-            if adapter_name == REFERENCE:
-                self._copy_adapter_of_same_config(target, config)
-        else:
-            if backend_of(base_layer_of(target)) is None:  # a packed weight is never written to
-                own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
-            new_module = layer_class(target, support, adapter_name, config=config, r=r, **kwargs)
-            if adapter_name not in self.active_adapters:
-                new_module.requires_grad_(False)
-            new_module.weight_name = name
-            self._replace_module(parent, target_name, new_module, target)
-        _record(config, base_layer_of(target), name, support)
+        # PEFT moves what is new to where the weight is: not to the meta device, if it is offloaded
+        with readable(base_layer_of(target)):
+            if isinstance(target, ShiraLayer):
+                target.update_layer(adapter_name, support, r, config=config, **kwargs)
+                if adapter_name == REFERENCE:
+                    self._copy_adapter_of_same_config(target, config)
+            else:
+                if backend_of(base_layer_of(target)) is None:  # a packed weight is never written to
+                    own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
+                new_module = layer_class(
+                    target, support, adapter_name, config=config, r=r, **kwargs
+                )
+                if adapter_name not in self.active_adapters:
+                    new_module.requires_grad_(False)
+                new_module.weight_name = name
+                self._replace_module(parent, target_name, new_module, target)
+            _record(config, base_layer_of(target), name, support)
 
     def _copy_adapter_of_same_config(self, layer: ShiraLayer, config: ShiraConfig) -> None:
         """TRL adds its reference with the policy's config object and means a copy of the policy.
