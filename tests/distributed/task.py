@@ -29,10 +29,12 @@ class Result(NamedTuple):
     base_intact: bool
 
 
-def adapted_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def adapted_llama(
+    seed: int = 0, dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options: Any
+) -> nn.Module:
     # The density leaves odd numbers of entries, which two ranks cannot halve.
-    config = ShiraConfig(density=0.13, target_modules=PROJECTIONS, random_seed=seed)
-    model = get_peft_model(llama().to(dtype), config)
+    config = ShiraConfig(density=0.13, target_modules=PROJECTIONS, random_seed=seed, **options)
+    model = get_peft_model(llama().to(dtype) if base is None else base, config)
     randomize(model, scale=0.1)
     return model
 

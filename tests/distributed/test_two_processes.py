@@ -143,6 +143,18 @@ def test_zero_writes_the_file_of_one_process(zero_runs, file_alone, name):
 
 
 @needs_deepspeed
+def test_zero_with_a_base_in_parts_and_a_mask_from_weights(zero_runs, tmp_path):
+    model = task.adapted_llama(mask_type="magnitude")
+    file, fingerprint = task.save(model, tmp_path), model.peft_config["default"].base_fingerprint
+    alone = task.train(model, task.llama_loss)
+    for result in results(zero_runs, "zero3_partitioned_before"):
+        assert_same(result, alone)
+    for found in zero_runs["zero3_partitioned_before"]:
+        assert found["fingerprint"] == fingerprint
+        assert found["file"] == file
+
+
+@needs_deepspeed
 def test_zero_lets_the_values_go_after_use(zero_runs):
     assert [found["left"] for found in zero_runs["zero3"]] == [[], []]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shira.store.sharded import is_sharded
 from tests.distributed import task
 from tests.distributed.worker import folder, main, mean, share
+from tests.tuner.models import llama
 
 CASES = {}
 
@@ -108,6 +109,21 @@ def zero3_checkpoints():
 @case
 def zero3_all_layer_types():
     return train(engine_of(task.adapted_everything(), 3), task.everything_loss)
+
+
+@case
+def zero3_partitioned_before():
+    """The base is in parts when the adapter is made, and the mask looks at the weights."""
+    base = llama()
+    deepspeed.zero.Init(module=base, config_dict_or_path=settings(3))
+    assert all(is_sharded(weight) for weight in base.parameters())
+    model = task.adapted_llama(base=base, mask_type="magnitude")
+    assert all(is_sharded(w) for n, w in model.named_parameters() if "shira_weight" not in n)
+    engine = engine_of(model, 3)
+    first = task.save(engine, folder())
+    fingerprint = model.peft_config["default"].base_fingerprint
+    result = train(engine, task.llama_loss)
+    return {"result": result, "file": first, "fingerprint": fingerprint}
 
 
 @case
