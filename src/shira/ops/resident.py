@@ -55,8 +55,8 @@ def resident(
         return
     # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
     data = weight.data
-    kernels = native.load().library
-    if kernels is not None and _compiled(data, delta):
+    kernels = compiled_for(data, delta)
+    if kernels is not None:
         matrix = data.view(plan.shape)
         delta = delta.detach().float().contiguous()
         with lock_of(data):
@@ -78,14 +78,18 @@ def resident(
             memory.index_copy_(0, offsets, originals)
 
 
-def _compiled(data: Tensor, delta: Tensor) -> bool:
-    """Whether the compiled kernels take such a weight and delta, which give the same bits."""
-    return (
+def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
+    """The compiled kernels, if they are there and take such a weight and values for it.
+
+    They give the same bits as torch.
+    """
+    fits = (
         data.device.type == "cpu"
         and data.dtype in native.KINDS
-        and delta.dtype != torch.float64
+        and values.dtype != torch.float64
         and data.is_contiguous()
     )
+    return native.load().library if fits else None
 
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:

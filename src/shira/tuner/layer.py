@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from shira.tuner.elsewhere import device_of_work, fetched
 from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
-from shira.tuner.merging import Undo, merge_into, prepare
+from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling
 from shira.tuner.zero import fetch
@@ -202,21 +203,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
         with torch.no_grad():
-            # Several adapters are summed before the one rounding, so always from the originals;
-            # the union holds the entries of an earlier merge, so nothing of that one stays.
-            plan, originals, new = prepare(
+            self._undo = merge_into(
                 weight,
                 [self._delta(name) for name in together],
                 [self.shira_indices[name] for name in together],
                 self._undo,
+                partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
-            if safe_merge and not torch.isfinite(new).all():
-                raise AdapterError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems "
-                    f"to be broken: {int((~torch.isfinite(new)).sum())} of its "
-                    f"{new.numel()} results are not finite. Nothing was merged"
-                )
-            self._undo = merge_into(weight, plan, originals, new, self._undo)
         self.merged_adapters = together
 
     def unmerge(self) -> None:
@@ -346,3 +339,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def extra_repr(self) -> str:
         """What PEFT's layers say of a quantized base."""
         return str(quantization_extra_repr(self))
+
+
+def _refuse_not_finite(adapter_name: str, merged: Tensor) -> None:
+    finite = torch.isfinite(merged)
+    if not finite.all():
+        raise AdapterError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: "
+            f"{int((~finite).sum())} of its {merged.numel()} results are not finite. Nothing was "
+            "merged"
+        )
