@@ -6,6 +6,7 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     training.py     one training step: seconds and peak memory
     masks.py        making the masks: seconds for a layer and for a model
     mixed_batch.py  one batch, several adapters: seconds of a forward pass
+    switching.py    from one adapter to another: seconds, and whether the base comes back
     merging.py      into a checkpoint on disk and back: seconds and peak memory
     fusing.py       two adapters made one, and compared
     serving.py      vLLM's server with shira's plugin and with LoRA: requests a second, latency

@@ -10,7 +10,17 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import fusing, gpu, masks, merging, mixed_batch, report, serving, training
+from benchmarks import (
+    fusing,
+    gpu,
+    masks,
+    merging,
+    mixed_batch,
+    report,
+    switching,
+    serving,
+    training,
+)
 
 SUITES: dict[str, Any] = {
     suite.NAME: suite for suite in (training, masks, mixed_batch, merging, fusing, serving, gpu)

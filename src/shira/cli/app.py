@@ -28,6 +28,7 @@ COMMANDS = {
     "unmerge": "shira.cli.unmerge",
     "extract": "shira.cli.extract",
     "convert": "shira.cli.convert",
+    "switch-bench": "shira.cli.switch_bench",
 }
 """Subcommands in the order in which ``shira --help`` lists them, and their modules."""
 

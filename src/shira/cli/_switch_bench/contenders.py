@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.cli._switch_bench.scene import touched_lines
 from shira.delta import Adapter, SparseDelta
+from shira.errors import MissingDependencyError
 from shira.ops import native
+from shira.ops.patch import Patch
 from shira.switch import Switch
+from shira.switch.targets import Target
 
 
 class Ours:
@@ -33,6 +37,11 @@ class Ours:
         for name, adapter in adapters.items():
             self.switch.load(name, adapter, check_base=False)
 
+    def patches(self, number: int) -> Mapping[Target, Patch]:
+        """What an adapter writes, by weight."""
+        with self.switch.using(self.names[number]):
+            return self.switch._state.plan
+
     def there_and_back(self) -> None:
         """In with the first adapter and out again: what PEFT's merge and unmerge are."""
         self.switch.activate(self.names[0])
@@ -46,44 +55,70 @@ class Ours:
 
 
 class Limit:
-    """Reading and writing one word of each cache line that an adapter touches, twice.
+    """The least that switching could do: one word of each touched cache line, read and written.
 
-    And reading as many bytes beside it as the offsets, originals and replacement values have.
+    Beside it as many bytes are read as the offsets, originals and replacement values have.
 
     Args:
-        weights: Each with the lines that are touched and the bytes that are read beside it.
+        ours: Whose adapters are meant; the first and the second one.
+
+    Raises:
+        MissingDependencyError: If there are no compiled kernels to measure it with.
     """
 
-    def __init__(self, weights: list[tuple[Tensor, Tensor, int]]) -> None:
-        kernels = native.load().library
-        assert kernels is not None
-        self.kernels = kernels
-        most = max((size for *_, size in weights), default=0)
-        self.stream = torch.zeros(most // 8 + 1, dtype=torch.int64)
-        self.weights = [(w, lines, self.stream[: size // 8]) for w, lines, size in weights]
+    def __init__(self, ours: Ours) -> None:
+        loaded = native.load()
+        if loaded.library is None:
+            raise MissingDependencyError(loaded.why)
+        self.kernels = loaded.library
+        first, second = ours.patches(0), ours.patches(min(1, len(ours.names) - 1))
+        self._first = [_walk(target.weight, [patch]) for target, patch in first.items()]
+        self._both = [
+            _walk(target.weight, [p[target] for p in (first, second) if target in p])
+            for target in {**first, **second}
+        ]
+        longest = max(words for *_, words in self._both)
+        self._stream = torch.zeros(longest, dtype=torch.int64)
 
-    def once(self) -> None:
-        """One walk over all weights."""
-        for weight, lines, stream in self.weights:
-            self.kernels.touch(weight.data, lines, stream)
+    def there_and_back(self) -> None:
+        """Two walks over what the first adapter touches."""
+        self._run(self._first)
+        self._run(self._first)
 
-    def twice(self) -> None:
-        """Two, as there and back takes."""
-        self.once()
-        self.once()
+    def onwards(self) -> None:
+        """One over what the first or the second one touches."""
+        self._run(self._both)
+
+    def _run(self, walks: list[tuple[Tensor, Tensor, int]]) -> None:
+        for weight, lines, words in walks:
+            self.kernels.touch(weight.data, lines, self._stream[:words])
 
 
-def peft_shira(linear: nn.Linear, delta: SparseDelta) -> MergeAndUnmerge:
-    """PEFT's own SHiRA with these entries and values on a layer; one run is merge and unmerge."""
+def _walk(weight: Tensor, patches: list[Patch]) -> tuple[Tensor, Tensor, int]:
+    """A weight, which of its lines patches touch, and the 8-byte words in the patches."""
+    tensors = [t for patch in patches for t in (patch.offsets, patch.originals, patch.replacement)]
+    words = sum(t.numel() * t.element_size() for t in tensors) // 8
+    return weight, touched_lines(weight, *(patch.offsets for patch in patches)), words
+
+
+def peft_shira(
+    linear: nn.Linear, delta: SparseDelta, dtype: torch.dtype = torch.float32
+) -> MergeAndUnmerge:
+    """PEFT's own SHiRA with these entries and values on a layer; one run is merge and unmerge.
+
+    Args:
+        linear: The layer.
+        delta: The entries.
+        dtype: Of the values. `get_peft_model` makes them float32 unless told not to.
+    """
     from peft.tuners.shira.config import ShiraConfig
     from peft.tuners.shira.model import ShiraModel
 
     config = ShiraConfig(r=1, target_modules=["layer"])
-    config.mask_fn = _first_entries  # its own takes seconds; these are replaced at once
+    config.mask_fn = _first_entries  # type: ignore[assignment]  # its own takes seconds; these are replaced at once
     model = ShiraModel(nn.ModuleDict({"layer": linear}), {"default": config}, "default")
     layer = model.model["layer"]
-    values = delta.values.to(linear.weight.dtype)  # as PEFT keeps them
-    layer.shira_weight["default"] = nn.Parameter(values, requires_grad=False)
+    layer.shira_weight["default"] = nn.Parameter(delta.values.to(dtype), requires_grad=False)
     layer.shira_indices["default"] = delta.support.coordinates()
     return MergeAndUnmerge(layer)
 
@@ -114,7 +149,7 @@ def peft_lora(linear: nn.Linear, r: int) -> MergeAndUnmerge:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=r, target_modules=["layer"], init_lora_weights=False)
-    model = get_peft_model(nn.ModuleDict({"layer": linear}), config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(nn.ModuleDict({"layer": linear}), config)  # type: ignore[arg-type]
     layer = model.base_model.model["layer"]
     with torch.no_grad():
         layer.lora_B["default"].weight.mul_(0.01)

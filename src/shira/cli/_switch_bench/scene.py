@@ -43,7 +43,9 @@ def module_of(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> nn.Mod
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         weight = torch.empty(tuple(shape), dtype=dtype)
-        for piece in weight.view(-1).split(pool.numel()):
+        flat = weight.view(-1)
+        for start in range(0, flat.numel(), pool.numel()):
+            piece = flat[start : start + pool.numel()]
             piece.copy_(pool[: piece.numel()])
         owner.register_parameter(rest[-1], nn.Parameter(weight, requires_grad=False))
     return root
@@ -80,5 +82,6 @@ def shapes_in(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
 def touched_lines(weight: Tensor, *offsets: Tensor) -> Tensor:
     """int32: which 64-byte lines of a weight's memory hold one of these entries."""
     per_line = 64 // weight.element_size()
-    lines = torch.cat([at.long() for at in offsets]) // per_line
-    return torch.unique(lines).to(torch.int32)
+    lines: Tensor = torch.cat([at.long() for at in offsets]) // per_line
+    unique: Tensor = torch.unique_consecutive(lines.sort().values)
+    return unique.to(torch.int32)
