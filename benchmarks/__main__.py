@@ -17,13 +17,14 @@ from benchmarks import (
     merging,
     mixed_batch,
     report,
-    switching,
     serving,
+    switching,
     training,
 )
 
 SUITES: dict[str, Any] = {
-    suite.NAME: suite for suite in (training, masks, mixed_batch, merging, fusing, serving, gpu)
+    suite.NAME: suite
+    for suite in (training, masks, mixed_batch, switching, merging, fusing, serving, gpu)
 }
 
 

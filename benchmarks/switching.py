@@ -43,6 +43,7 @@ from shira.cli._switch_bench.contenders import (
     shira_in_peft,
 )
 from shira.cli._switch_bench.measure import digest
+from shira.ops import native
 
 NAME = "switching"
 DTYPES = scene.DTYPES
@@ -63,6 +64,12 @@ class Settings:
     peft_rounds: int = field(default=1, metadata={"help": "rounds for the model, PEFT"})
     drift_size: int = field(default=256, metadata={"help": "rows and columns of the weight"})
     drift_switches: int = field(default=1000, metadata={"help": "how many; 0 leaves it out"})
+
+
+def unavailable() -> str | None:
+    """Why the suite cannot run here, if it cannot: the limit is measured with compiled code."""
+    loaded = native.load()
+    return None if loaded.library else loaded.why
 
 
 def run(settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:

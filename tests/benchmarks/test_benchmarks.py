@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contenders, memory, merging, serving, serving_models, timing, training
+from benchmarks import (
+    contenders,
+    memory,
+    merging,
+    serving,
+    serving_models,
+    switching,
+    timing,
+    training,
+)
 from benchmarks.__main__ import main
 
 TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
@@ -118,6 +127,48 @@ def test_merging_suite(tmp_path: Path) -> None:
     assert set(written["results"]["contenders"]) == set(merging.CONTENDERS)
     assert all(row["seconds"]["min"] > 0 for row in written["results"]["contenders"].values())
     assert [file.name for file in tmp_path.iterdir()] == ["merging.json"]  # nothing is left
+
+
+@pytest.mark.skipif(switching.unavailable() is not None, reason="needs the compiled kernels")
+def test_switching_suite(tmp_path: Path) -> None:
+    path = tmp_path / "switching.json"
+    size = "--shape 64x48 --r 2 --repeats 2 --blocks 1 --hidden 32 --intermediate 64"
+    drift = "--drift-size 32 --drift-switches 30 --model-repeats 1"
+    assert main(["switching", *size.split(), *drift.split(), "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    back = written["answers"]["base_came_back_bit_for_bit"]
+    assert back["shira"] is back["shira_in_peft"] is True
+    assert back["peft_shira"] is back["peft_lora"] is False
+    layer = written["results"]["layer"]
+    assert layer["entries"] == 2 * (64 + 48)
+    assert layer["there_and_back"]["shira"]["ratio"]["median"] == 1
+    assert set(layer["against_the_limit"]) == {"there_and_back", "onwards"}
+    model = written["results"]["model"]
+    assert model["weights"] == 7
+    assert model["parameters"] == 2 * 32 * 32 + 2 * 8 * 32 + 3 * 32 * 64
+    assert all(seconds > 0 for seconds in model["peft_seconds"].values())
+    for row in written["results"]["drift"].values():
+        assert row["changed_by_shira"] == 0
+        assert 0 < row["changed_by_peft"] <= row["entries_touched"]
+
+
+@pytest.mark.skipif(switching.unavailable() is not None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("spoilt", ["shira_in_peft", "peft_shira", "peft_lora"])
+def test_a_wrong_switch_is_not_timed(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = getattr(switching, spoilt)
+
+    def wrong(linear, *args):
+        contender = build(linear, *args)
+        if spoilt == "peft_lora":
+            contender.layer.scaling["default"] = 0.0
+        else:
+            contender.layer.shira_weight["default"].data.mul_(30)
+        return contender
+
+    monkeypatch.setattr(switching, spoilt, wrong)
+    settings = switching.Settings(shape="32x32", r=2, repeats=1, blocks=0, drift_switches=0)
+    with pytest.raises(RuntimeError, match="answers differ"):
+        switching.run(settings, lambda text: None)
 
 
 def test_allocator_peak_counts_what_is_alive_together() -> None:

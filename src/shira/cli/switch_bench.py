@@ -60,6 +60,9 @@ def command(
             f"--dtype is one of {', '.join(scene.DTYPES)}, not {dtype!r}."
             f"{did_you_mean(dtype, scene.DTYPES)}"
         )
+    for path in adapters or ():
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file or folder")
     if adapters:
         loaded = {str(path): Adapter.load(path, base=base) for path in adapters}
     else:

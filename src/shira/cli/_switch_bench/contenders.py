@@ -132,8 +132,7 @@ def shira_in_peft(linear: nn.Linear, delta: SparseDelta) -> MergeAndUnmerge:
     config.density = delta.support.density
     model = ShiraModel(nn.ModuleDict({"layer": linear}), {"default": config}, "default")
     layer = model.model["layer"]
-    with torch.no_grad():
-        layer.shira_weight["default"].copy_(delta.values)
+    layer.shira_weight["default"] = nn.Parameter(delta.values.clone(), requires_grad=False)
     return MergeAndUnmerge(layer)
 
 

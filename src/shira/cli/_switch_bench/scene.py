@@ -34,7 +34,8 @@ def shape_of(text: str) -> tuple[int, int]:
 
 def module_of(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> nn.Module:
     """A module whose parameters have these names and shapes; it computes nothing."""
-    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    random = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    pool = (0.02 * random).to(dtype)  # as large as weights of language models are
     root = nn.Module()
     for name, shape in shapes.items():
         owner, *rest = root, *name.split(".")
