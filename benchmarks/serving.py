@@ -88,11 +88,9 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
         right["lora"] = {
             name: _alone(urls["lora"], name, prompts, settings) for name in (*ADAPTERS, BASE)
         }
-        neighbours = environment.Neighbours()
         results = _rounds(urls, prompts, right, settings, progress)
         progress("serving: switching")
         switching = _switching(urls["shira"], settings.switches)
-        surroundings["cpu_share_of_others"] = neighbours.share()
     of_a_run = settings.requests * (settings.repeats + 1)
     body = {
         "answers": {
@@ -330,12 +328,12 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             f"{result['answers']['lora_requests']} differ from the same server's to the request "
             "alone.",
             "A switch of the idle server takes "
-            f"{1e3 * results['switch_seconds']['engine']['median']:.1f} ms (median). Loading one "
+            f"{1e3 * results['switch_seconds']['engine']['median']:.1f} ms (median), of which vLLM's "
+            "own pause sleeps 20. Loading one "
             f"adapter: shira {1e3 * results['load_seconds']['shira']['median']:.0f} ms, "
             f"lora {1e3 * results['load_seconds']['lora']['median']:.0f} ms.",
             "shira's server keeps linear weights plain where vLLM packs them on a CPU: compare "
             "'shira, base' with 'base, base' for what that costs.",
-            *report.busy_note(result),
         ],
     )
     for name, row in results["loads"].items():
