@@ -328,8 +328,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             f"{result['answers']['lora_requests']} differ from the same server's to the request "
             "alone.",
             "A switch of the idle server takes "
-            f"{1e3 * results['switch_seconds']['engine']['median']:.1f} ms (median), of which vLLM's "
-            "own pause sleeps 20. Loading one "
+            f"{1e3 * results['switch_seconds']['engine']['median']:.1f} ms (median), of "
+            "which vLLM's own pause sleeps 20. Loading one "
             f"adapter: shira {1e3 * results['load_seconds']['shira']['median']:.0f} ms, "
             f"lora {1e3 * results['load_seconds']['lora']['median']:.0f} ms.",
             "shira's server keeps linear weights plain where vLLM packs them on a CPU: compare "
