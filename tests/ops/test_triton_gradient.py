@@ -20,7 +20,7 @@ from shira.errors import MissingDependencyError
 from shira.masks import block_support
 from shira.ops import make_plan, reference
 from shira.ops import triton_gradient as module
-from shira.ops.triton_gradient import TILE_FLOAT, TILE_HALF, Tile, available, make_tiles
+from shira.ops.triton_gradient import TILE_FLOAT, TILE_HALF, Tile, available, make_tile_lists
 from shira.ops.triton_gradient import triton_weight_gradient as kernel
 
 from .cases import close, random_indices
@@ -107,7 +107,7 @@ def test_every_entry_is_in_the_list_of_its_tile(rows, cols, share, tile):
     plan = make_plan(
         [random_indices((rows, cols), max(1, round(rows * cols * share)))], (rows, cols), (cols, 1)
     )
-    tiles = make_tiles(plan, tile)
+    tiles = make_tile_lists(plan, tile)
     counts = tiles.start.diff()
     assert int(counts.min()) > 0  # no tile without entries is computed
     assert tiles.most == int(counts.max())
@@ -122,13 +122,13 @@ def test_every_entry_is_in_the_list_of_its_tile(rows, cols, share, tile):
 def test_only_the_tiles_of_chosen_blocks_are_computed():
     support = block_support((1024, 1024), 5 * 64 * 64, seed=0, block_size=64)
     plan = make_plan([support.coordinates()], (1024, 1024), (1024, 1))
-    assert make_tiles(plan, TILE_FLOAT).row.numel() == 5
+    assert make_tile_lists(plan, TILE_FLOAT).row.numel() == 5
 
 
 def test_lists_live_as_long_as_their_plan():
     plan = make_plan([random_indices((20, 30), 50)], (20, 30), (30, 1))
     before = len(module._KEPT)
-    assert module.tiles_of(plan, SMALL) is module.tiles_of(plan, SMALL)
+    assert module.tile_lists(plan, SMALL) is module.tile_lists(plan, SMALL)
     assert len(module._KEPT) == before + 1
     del plan
     assert len(module._KEPT) == before

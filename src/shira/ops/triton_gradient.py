@@ -58,7 +58,7 @@ TILE_FLOAT = Tile(64, 64, 32, 4)
 """For float32."""
 
 
-class Tiles(NamedTuple):
+class TileLists(NamedTuple):
     """The entries of a plan, tile by tile."""
 
     row: Tensor
@@ -135,7 +135,7 @@ def triton_weight_gradient(
     if not plan.nnz or not tokens:
         return out.to(wide)
     tile = tile or (TILE_FLOAT if left.dtype == torch.float32 else TILE_HALF)
-    tiles = tiles_of(plan, tile)
+    tiles = tile_lists(plan, tile)
     tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     sampled_tile[(tiles.row.numel(),)](
         left,
@@ -161,18 +161,18 @@ def triton_weight_gradient(
     return out.to(wide)
 
 
-_KEPT: weakref.WeakKeyDictionary[Plan, dict[Tile, Tiles]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[Plan, dict[Tile, TileLists]] = weakref.WeakKeyDictionary()
 
 
-def tiles_of(plan: Plan, tile: Tile) -> Tiles:
+def tile_lists(plan: Plan, tile: Tile) -> TileLists:
     """The lists for a plan, made once and kept as long as the plan. O(k log k) the first time."""
     kept = _KEPT.setdefault(plan, {})
     if tile not in kept:
-        kept[tile] = make_tiles(plan, tile)
+        kept[tile] = make_tile_lists(plan, tile)
     return kept[tile]
 
 
-def make_tiles(plan: Plan, tile: Tile) -> Tiles:
+def make_tile_lists(plan: Plan, tile: Tile) -> TileLists:
     """Sort the entries of a plan by tile; tiles come in the order in which they should run."""
     down, across = (-(-size // edge) for size, edge in zip(plan.shape, tile[:2], strict=True))
     row, col = plan.row.long(), plan.col.long()
@@ -186,7 +186,7 @@ def make_tiles(plan: Plan, tile: Tile) -> Tiles:
     group = ids // _GROUP
     local = (row % tile.rows * tile.cols + col % tile.cols)[dest]
     small = tile.rows * tile.cols <= 2**15
-    return Tiles(
+    return TileLists(
         ((group // across * _GROUP + ids % _GROUP) * tile.rows).int(),
         (group % across * tile.cols).int(),
         start,
