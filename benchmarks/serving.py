@@ -302,6 +302,7 @@ def _switching(url: str, count: int) -> dict[str, Any]:
     import httpx
 
     inside, outside = [], []
+    httpx.post(f"{url}/v1/activate_shira_adapter", json={"name": BASE})
     for i in range(count):
         began = time.perf_counter()
         answer = httpx.post(f"{url}/v1/activate_shira_adapter", json={"name": ADAPTERS[i % 3]})
