@@ -8,6 +8,7 @@ which lie above and load on use.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,17 +29,17 @@ class Operators:
 
     def __mul__(self, factor: float) -> Adapter:
         """Each value times a finite number; float32, or float64 if the values are."""
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
         from shira.fusing import fuse
 
-        return fuse([self._adapter], [factor])
+        return fuse([self._adapter], [float(factor)])
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Adapter:
         """Each value times ``1 / divisor``."""
-        if isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+        if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
             return NotImplemented
         if divisor == 0:
             raise ConfigError("an adapter cannot be divided by 0")

@@ -68,6 +68,21 @@ def test_fuse_as_json_in_another_dtype(shira, folders):
     assert again == fuse(list(made.values())[::2], method="magnitude", k=10).to(torch.bfloat16)
 
 
+def test_fill_for_peft(shira, folders):
+    path, made = folders
+    options = ("-o", path / "both", "--fill", "--format", "peft")
+    assert shira("fuse", path / "poems", path / "code", *options).status == 0
+    filled = Adapter.load(path / "both")
+    assert {d.nnz for d in filled.values()} == {2 * (16 + 24)}
+    assert filled.compare(fuse([made["poems"], made["code"]])).largest_difference == 0
+    assert json.loads((path / "both" / "adapter_config.json").read_text())["r"] == 2
+    full = random_adapter(9, {"w.weight": (4, 6)}, k=24)
+    full.save(path / "full", format="peft")
+    answer = shira("fuse", path / "full", "-o", path / "no", "--fill")
+    assert (answer.status, "'w.weight' of shape (4, 6)" in answer.err) == (2, True)
+    assert not (path / "no").exists()
+
+
 def test_mistakes_write_nothing(shira, folders):
     path, _ = folders
     out = ("-o", path / "out")

@@ -85,6 +85,9 @@ def test_an_adapter_like_any_other(tmp_path):
         warnings.simplefilter("error")
         again = PeftModel.from_pretrained(mlp(), tmp_path / "ab").eval()
     assert torch.equal(again(X), merged)
+    trained_on = PeftModel.from_pretrained(mlp(), tmp_path / "ab", is_trainable=True)
+    trained_on(X).sum().backward()
+    assert all(p.grad is not None for n, p in trained_on.named_parameters() if "shira_weight" in n)
     assert Adapter.load(tmp_path / "ab") == Adapter.from_model(model, "ab")
     assert again.peft_config["default"].fused == model.peft_config["ab"].fused
     model.delete_adapter("ab")

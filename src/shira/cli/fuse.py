@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from shira.delta import Adapter
 
 EXAMPLES = (
     "shira fuse poems code -o both",
@@ -15,6 +18,7 @@ EXAMPLES = (
     "shira fuse poems code law --method ties --density 0.5 -o all",
     "shira fuse poems code --method dare --density 0.5 --seed 1 -o both",
     "shira fuse poems code --method magnitude --k 100000 -o both",
+    "shira fuse poems code -o both --format peft --fill",
     "shira fuse poems=-1 -o unpoetic --dtype bfloat16",
 )
 
@@ -75,6 +79,14 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the stored values: float32, bfloat16 or float16.")
     ] = None,
+    fill: Annotated[
+        bool,
+        typer.Option(
+            "--fill",
+            help="Fill up with zeros to r (m + n) entries in every weight: PEFT's own SHiRA loads "
+            "nothing else.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there already.")
     ] = False,
@@ -117,6 +129,8 @@ def command(
             names=short_names(paths),
             progress=lambda done, total: steps.update(done),
         )
+    if fill:
+        fused = _filled(fused, output)
     options: dict[str, str] = {} if file_format is None else {"format": file_format}
     fused.save(output, dtype=stored, **options)  # type: ignore[arg-type]
     if as_json:
@@ -134,6 +148,22 @@ def command(
         f"{output}: {fused.nnz:,} entries in {len(fused)} weights, density {fused.density:.2%}, "
         f"by {method} from {len(read)} adapters of {whole:,} entries together"
     )
+
+
+def _filled(fused: Adapter, output: Path) -> Adapter:
+    from shira.errors import ConfigError
+    from shira.fusing import fill_to_rank
+    from shira.support import matrix_shape
+
+    r, filled = fill_to_rank(fused)
+    for name, delta in filled.items():
+        if delta.nnz != r * sum(matrix_shape(delta.support.shape)):
+            raise ConfigError(
+                f"--fill: {output} would have {delta.nnz} entries in {name!r} of shape "
+                f"{delta.support.shape}, and no r has room for them all in every weight as "
+                "r (m + n); fuse fewer entries (--method magnitude --k), or leave out --fill"
+            )
+    return filled
 
 
 def _dtype(name: str | None) -> object:

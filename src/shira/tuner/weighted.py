@@ -12,16 +12,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
-from shira.fusing import METHODS, fuse
+from shira.fusing import METHODS, fill_to_rank, fuse
 from shira.fusing.metadata import FUSED, MASK_FIELDS, TARGET_FIELDS
 from shira.store.names import base_module_name, weight_name
-from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import SupportTable
@@ -63,7 +61,7 @@ def add_weighted_adapter(
     kept_mask = fused.metadata.get("mask_type") != FUSED
     r = fused.metadata.get("r") if kept_mask else None
     if not isinstance(r, int):
-        r, fused = _with_even_budget(fused)
+        r, fused = fill_to_rank(fused)
     config = _config(model, adapters, fused, r, kept_mask)
     config.modules_to_save = sorted({name for name, _, _ in owners}) or None
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -155,35 +153,6 @@ def _scaled(model: ShiraModel, adapter_name: str) -> Adapter:
         {name: SparseDelta(d.support, d.values * scales[name]) for name, d in adapter.items()},
         adapter.metadata,
     )
-
-
-def _with_even_budget(fused: Adapter) -> tuple[int, Adapter]:
-    """The least r with room for every delta, and the adapter filled up to r * (m + n) entries.
-
-    PEFT's own SHiRA loads nothing else: it makes room for r * (m + n) values in each weight before
-    it reads a file. What is filled in are entries of value 0. Where a weight is too small for that,
-    all stay as they are.
-    """
-    sides = {name: sum(matrix_shape(d.support.shape)) for name, d in fused.items()}
-    r = max([1, *(-(-delta.nnz // sides[name]) for name, delta in fused.items())])
-    if all(r * sides[name] <= delta.support.numel for name, delta in fused.items()):
-        filled = {name: _filled_up(d, r * sides[name]) for name, d in fused.items()}
-        return r, Adapter(filled, fused.metadata)
-    most = min(delta.support.numel // sides[name] for name, delta in fused.items())
-    return max(1, min(r, most)), fused
-
-
-def _filled_up(delta: SparseDelta, k: int) -> SparseDelta:
-    """The delta with zeros at its first free positions, so that it has k entries."""
-    missing = k - delta.nnz
-    if not missing:
-        return delta
-    taken = torch.zeros(k, dtype=torch.bool)  # of the first k positions at least `missing` are free
-    taken[delta.support.indices[delta.support.indices < k].long()] = True
-    free = (~taken).nonzero().squeeze(1)[:missing]
-    indices, order = torch.cat((delta.support.indices.long(), free)).sort()
-    values = torch.cat((delta.values, delta.values.new_zeros(missing)))
-    return SparseDelta(Support._trusted(delta.support.shape, indices), values[order])
 
 
 def _config(
