@@ -20,6 +20,18 @@ def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether torch computes on these tensors now, op by op: nothing traces, fakes or transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def shape_like(tensor: Tensor, needed: bool) -> Tensor:
     """For fake kernels: an empty tensor of this shape, or of none."""
     return tensor.new_empty(tensor.shape if needed else 0)

@@ -5,14 +5,15 @@
 //
 // Both operands are (tokens, features), so the tokens of one feature lie far apart. A chunk of T
 // tokens of `right` is transposed into scratch memory that stays in the second-level cache, and of
-// `left` RB rows at a time into scratch that stays in the first. Then each entry is T/VL products
-// of vectors; the sums over lanes are made for VL entries at once.
+// `left` RB rows at a time. Then each entry is T/VL products of vectors, the left one of them in
+// registers for a whole row; the sums over lanes are made for VL entries at once.
 //
 // Threads share the tokens first (each has its own scratch, no waiting), then the rows. Each entry
 // is summed in an order that depends on the shapes and the number of threads alone.
 #include "vector.h"
 
-#define RB 32
+#define RB 256                   // rows of `left` at a time
+#define CACHE (1024 * 1024)      // bytes of `right`, transposed, that are to stay in the cache
 
 // VL x VL tile: log2(VL) rounds of interleaving the first half of the rows with the second.
 INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float *out, ptrdiff_t T,
@@ -32,21 +33,16 @@ INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float
 // out[(c - from) * T + t] = in[t, c] for from <= c < to; beyond `tokens` zeros, up to T.
 INLINE void transpose(const void *in, ptrdiff_t at, ptrdiff_t stride, int tokens, int from, int to,
                       float *out, const int T, const int kind) {
-    int c = from;
-    for (; c + VL <= to; c += VL) {
+    int t = 0, whole = from + (to - from) / VL * VL;
+    for (; t + VL <= tokens; t += VL)  // the tokens' rows are read along their memory
+        for (int c = from; c < whole; c += VL)
+            transpose_tile(in, at + t * stride + c, stride, out + (ptrdiff_t)(c - from) * T + t, T,
+                           kind);
+    for (int c = from; c < to; c++) {
         float *o = out + (ptrdiff_t)(c - from) * T;
-        int t = 0;
-        for (; t + VL <= tokens; t += VL)
-            transpose_tile(in, at + t * stride + c, stride, o + t, T, kind);
-        for (int j = 0; j < VL; j++) {
-            for (int u = t; u < tokens; u++) o[j * T + u] = scalar_as(in, at + u * stride + c + j, kind);
-            for (int u = tokens; u < T; u++) o[j * T + u] = 0;
-        }
-    }
-    for (; c < to; c++) {
-        float *o = out + (ptrdiff_t)(c - from) * T;
-        for (int t = 0; t < tokens; t++) o[t] = scalar_as(in, at + t * stride + c, kind);
-        for (int t = tokens; t < T; t++) o[t] = 0;
+        for (int u = c < whole ? t : 0; u < tokens; u++)
+            o[u] = scalar_as(in, at + u * stride + c, kind);
+        for (int u = tokens; u < T; u++) o[u] = 0;
     }
 }
 
@@ -104,7 +100,7 @@ typedef struct {
 static layout lay_out(int64_t tokens, int64_t cols, int64_t nnz, int threads) {
     layout l;
 #if VL == 16
-    l.chunk = cols * 128 * 4 <= 1536 * 1024 ? 128 : 64;
+    l.chunk = cols * 128 * 4 <= CACHE ? 128 : 64;
 #else
     l.chunk = 64;
 #endif
