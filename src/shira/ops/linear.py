@@ -212,9 +212,7 @@ class _Eager(torch.autograd.Function):
         dbias = _bias_gradient(ctx, grad)
         if not any(needs):
             return None, None, dbias, None, *[None] * len(rest)
-        dx, dweight, *dvalues = _gradients(
-            grad, x, weight, deltas, indices, ctx.transposed, needs
-        )
+        dx, dweight, *dvalues = _gradients(grad, x, weight, deltas, indices, ctx.transposed, needs)
         return (
             dx if need_x else None,
             dweight if need_weight else None,
