@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that the training suite compares, all made from the same random base.
 
-===========  =======================================================================================
-floor        the base, frozen; the backward pass goes to the inputs only
-shira        this library's SHiRA on all linear layers
-peft-shira   PEFT's own SHiRA: same positions, same values
-peft-lora    PEFT's LoRA with the same number of trained parameters in each layer
-===========  =======================================================================================
+====================  ==============================================================================
+floor                 the base, frozen; the backward pass goes to the inputs only
+shira                 this library's SHiRA on all linear layers, at random positions
+shira-struct, ...     the same with the masks ``struct``, ``magnitude``, ``block``, ``block_diagonal``
+                      (``grad`` and ``snip`` choose single entries too, and cost what ``shira`` does)
+peft-shira            PEFT's own SHiRA: the positions and values of ``shira``
+peft-lora             PEFT's LoRA with the same number of trained parameters in each layer
+full                  full fine-tuning of the same layers; only when asked for
+====================  ==============================================================================
 
 The budget is one rank ``r`` for all: a layer of shape (m, n) trains exactly ``r * (m + n)`` values
-in each of the three adapters, and ``r`` is the one that comes nearest to the wanted density of the
-whole model. Every contender's inputs require a gradient, as they do under gradient checkpointing or
+in each of the adapters, and ``r`` is the one that comes nearest to the wanted density of the whole
+model. All are trained with the fused AdamW, which transformers' Trainer takes by default. Every contender's inputs require a gradient, as they do under gradient checkpointing or
 with a trained layer below, so that nobody skips the backward pass through the first layer.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +50,21 @@ class Workload:
     @property
     def rank(self) -> int:
         """The r for which ``sum(r * (m + n)) / sum(m * n)`` comes nearest to the density."""
-        h, i = self.hidden, self.intermediate
-        entries = 4 * h * h + 3 * h * i
-        per_rank = 4 * (h + h) + 3 * (h + i)
-        return max(1, round(self.density * entries / per_rank))
+        return max(1, round(self.density * self.adapted_entries / self._per_rank))
+
+    @property
+    def adapted_entries(self) -> int:
+        """Entries of all adapted weights."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+    @property
+    def trained_entries(self) -> int:
+        """Trained parameters of an adapter."""
+        return self.rank * self._per_rank
+
+    @property
+    def _per_rank(self) -> int:
+        return self.layers * (8 * self.hidden + 3 * (self.hidden + self.intermediate))
 
 
 def base_model(work: Workload) -> nn.Module:
@@ -112,6 +126,27 @@ def _shira(model: nn.Module, work: Workload) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def _with_mask(mask_type: str) -> Callable[[nn.Module, Workload], nn.Module]:
+    def make(model: nn.Module, work: Workload) -> nn.Module:
+        from shira import ShiraConfig, get_peft_model
+
+        config = ShiraConfig(
+            r=work.rank,
+            target_modules=list(TARGETS),
+            random_seed=work.seed,
+            mask_type=mask_type,
+        )
+        return get_peft_model(model, config)
+
+    return make
+
+
+def _full(model: nn.Module, work: Workload) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-2] in TARGETS)
+    return model
+
+
 def _peft_shira(model: nn.Module, work: Workload) -> nn.Module:
     # From the defining submodules: importing shira replaces the names in peft and peft.tuners, and
     # leaves these as they are.
@@ -133,9 +168,15 @@ def _peft_lora(model: nn.Module, work: Workload) -> nn.Module:
 BUILDERS: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
     "floor": _floor,
     "shira": _shira,
+    "shira-struct": _with_mask("struct"),
+    "shira-magnitude": _with_mask("magnitude"),
+    "shira-block": _with_mask("block"),
+    "shira-block-diagonal": _with_mask("block_diagonal"),
     "peft-shira": _peft_shira,
     "peft-lora": _peft_lora,
+    "full": _full,
 }
+DEFAULT = tuple(name for name in BUILDERS if name != "full")
 REFERENCE = "floor"
 
 
@@ -170,14 +211,14 @@ def build(name: str, base: nn.Module, work: Workload) -> Contender:
     """Wrap ``base`` itself (not a copy) as the contender of that name."""
     model = BUILDERS[name](base, work).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True) if trained else None
     return Contender(name, model, optimizer)
 
 
-def build_all(work: Workload) -> dict[str, Contender]:
-    """Every contender on its own copy of the same base."""
+def build_all(work: Workload, names: Sequence[str] = DEFAULT) -> dict[str, Contender]:
+    """Each contender on its own copy of the same base."""
     base = base_model(work)
-    return {name: build(name, copy.deepcopy(base), work) for name in BUILDERS}
+    return {name: build(name, copy.deepcopy(base), work) for name in names}
 
 
 def shira_layers(contender: Contender) -> Iterator[nn.Module]:

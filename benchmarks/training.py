@@ -10,9 +10,10 @@ Checked before anything is timed, with the largest difference relative to the la
 - shira and peft-shira, given the same positions and values, agree in the logits and the loss, in
   the gradient of every layer's values, and in the gradient of the inputs;
 - untrained, every contender has the floor's logits;
-- all three adapters train the same number of values in each layer.
+- all adapters train the same number of values.
 
-Checked afterwards: the base weights of every contender are bit for bit the floor's.
+Checked afterwards: the base weights of every contender are bit for bit the floor's (but for
+``full``, whose base is what it trains).
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ class Settings:
     repeats: int = field(default=15, metadata={"help": "timed rounds"})
     threads: int = field(default=0, metadata={"help": "torch threads; 0: torch's own choice"})
     memory: bool = field(default=True, metadata={"help": "measure peak memory too"})
+    contenders: str = field(
+        default=",".join(contenders.DEFAULT), metadata={"help": "names, separated by commas"}
+    )
+
+    def names(self) -> list[str]:
+        chosen = self.contenders.split(",")
+        for name in chosen:
+            if name not in contenders.BUILDERS:
+                raise SystemExit(f"no contender {name!r}; known: {', '.join(contenders.BUILDERS)}")
+        return list(dict.fromkeys([REFERENCE, *chosen]))
 
     def workload(self) -> Workload:
         chosen = {f.name: getattr(self, f.name) for f in fields(Workload) if hasattr(self, f.name)}
@@ -64,7 +75,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     surroundings = environment.describe()
     work = settings.workload()
     progress("training: building the contenders")
-    field_of = contenders.build_all(work)
+    field_of = contenders.build_all(work, settings.names())
     inputs = contenders.batch(work)
 
     progress("training: comparing the answers")
@@ -83,13 +94,12 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     for name in results if settings.memory else ():
         progress(f"training: peak memory of {name}")
         results[name]["memory_bytes"] = memory.measure_apart(name, work)
-    adapted = work.layers * (4 * work.hidden**2 + 3 * work.hidden * work.intermediate)
     chosen = {
         **asdict(settings),
         **asdict(work),
         "r": work.rank,
-        "adapted_entries": adapted,
-        "density_reached": results["shira"]["trained"] / adapted,
+        "adapted_entries": work.adapted_entries,
+        "density_reached": work.trained_entries / work.adapted_entries,
     }
     return report.document(NAME, chosen, surroundings, {"answers": answers, "results": results})
 
@@ -118,12 +128,15 @@ def check_answers(field_of: dict[str, Contender], inputs: dict[str, Tensor]) -> 
     found["untrained_logits"] = max(
         _difference(field_of[name].logits(inputs), floor) for name in field_of if name != REFERENCE
     )
-    counts = {n: sum(p.numel() for p in c.trained) for n, c in field_of.items() if n != REFERENCE}
+    adapters = [name for name in field_of if name not in (REFERENCE, "full")]
+    counts = {name: sum(p.numel() for p in field_of[name].trained) for name in adapters}
     if len(set(counts.values())) != 1:
         raise RuntimeError(f"the adapters train different numbers of values: {counts}")
 
-    for contender in field_of.values():
-        contenders.fill(contender)
+    for name in adapters:
+        contenders.fill(field_of[name])
+    if not {"shira", "peft-shira"} <= set(adapters):
+        return found
     ours = _loss_and_gradients(field_of["shira"], inputs)
     theirs = _loss_and_gradients(field_of["peft-shira"], inputs)
     logits = field_of["shira"].logits(inputs)
@@ -146,6 +159,8 @@ def check_base(field_of: dict[str, Contender]) -> bool:
     """True when every contender's base is bit for bit the floor's; an error otherwise."""
     reference = contenders.base_weights(field_of[REFERENCE])
     for name, contender in field_of.items():
+        if name == "full":
+            continue
         pairs = zip(contenders.base_weights(contender), reference, strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
             raise RuntimeError(f"training changed the base weights of {name}")
@@ -202,8 +217,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
         ],
         notes=[
             f"{s['repeats']} interleaved rounds; ratios are taken within a round. "
-            "Logits, loss and gradients of shira and peft-shira agree to "
-            f"{max(result['answers'][name] for name in COMPARED):.1e}.",
+            "Answers that should agree do so to "
+            f"{max(result['answers'].get(name, 0) for name in COMPARED):.1e}.",
             *report.busy_note(result),
         ],
     )
