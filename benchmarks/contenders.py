@@ -211,7 +211,9 @@ def build(name: str, base: nn.Module, work: Workload) -> Contender:
     """Wrap ``base`` itself (not a copy) as the contender of that name."""
     model = BUILDERS[name](base, work).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True) if trained else None
+    optimizer = (
+        torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True) if trained else None
+    )
     return Contender(name, model, optimizer)
 
 
