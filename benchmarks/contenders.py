@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that the training suite compares, all made from the same random base.
 
-====================  ==============================================================================
-floor                 the base, frozen; the backward pass goes to the inputs only
-shira                 this library's SHiRA on all linear layers, at random positions
-shira-struct, ...     the same with the masks ``struct``, ``magnitude``, ``block``, ``block_diagonal``
-                      (``grad`` and ``snip`` choose single entries too, and cost what ``shira`` does)
-peft-shira            PEFT's own SHiRA: the positions and values of ``shira``
-peft-lora             PEFT's LoRA with the same number of trained parameters in each layer
-full                  full fine-tuning of the same layers; only when asked for
-====================  ==============================================================================
+==============  ====================================================================================
+floor           the base, frozen; the backward pass goes to the inputs only
+shira           this library's SHiRA on all linear layers, at random positions
+shira-...       the same with the masks ``struct``, ``magnitude``, ``block``, ``block_diagonal``;
+                ``grad`` and ``snip`` choose single entries too, and cost what ``shira`` does
+peft-shira      PEFT's own SHiRA: the positions and values of ``shira``
+peft-lora       PEFT's LoRA with the same number of trained parameters in each layer
+full            full fine-tuning of the same layers; only when asked for
+==============  ====================================================================================
 
 The budget is one rank ``r`` for all: a layer of shape (m, n) trains exactly ``r * (m + n)`` values
 in each of the adapters, and ``r`` is the one that comes nearest to the wanted density of the whole
-model. All are trained with the fused AdamW, which transformers' Trainer takes by default. Every contender's inputs require a gradient, as they do under gradient checkpointing or
-with a trained layer below, so that nobody skips the backward pass through the first layer.
+model. All are trained with the fused AdamW, which transformers' Trainer takes by default. Every
+contender's inputs require a gradient, as they do under gradient checkpointing or with a trained
+layer below, so that nobody skips the backward pass through the first layer.
 """
 
 from __future__ import annotations
