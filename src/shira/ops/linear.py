@@ -113,7 +113,7 @@ def linear(
         SupportError: If indices are out of range, unsorted or repeated.
     """
     if runs_eagerly(x, weight, *deltas):
-        return _Eager.apply(x, weight, bias, transposed, *deltas, *indices)  # type: ignore[no-any-return]
+        return _Eager.apply(x, weight, bias, transposed, *deltas, *indices)  # type: ignore[no-any-return,no-untyped-call]
     result: Tensor = torch.ops.shira.linear(
         x, weight, bias, list(deltas), list(indices), transposed
     )

@@ -22,7 +22,7 @@ def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether torch computes on these tensors op by op: nothing traces, fakes, transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
