@@ -58,7 +58,7 @@ class Neighbours:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds of all cores, of those busy, and of this process."""
+        """Seconds of all cores, of those busy, and of this process and those it waited for."""
         try:
             line = Path("/proc/stat").read_text().splitlines()[0]
         except OSError:
@@ -66,7 +66,7 @@ class Neighbours:
         ticks = [int(field) for field in line.split()[1:9]]
         seconds = [tick / os.sysconf("SC_CLK_TCK") for tick in ticks]
         idle = seconds[3] + seconds[4]
-        return sum(seconds), sum(seconds) - idle, time.process_time()
+        return sum(seconds), sum(seconds) - idle, time.process_time() + sum(os.times()[2:4])
 
 
 def _cpu_model() -> str:

@@ -8,7 +8,8 @@ its own that has done the same on a tiny checkpoint first:
 - ``copy``: the files copied and flushed to the disk, nothing else. The floor.
 - ``merge``: ``shira.convert.merge`` with an undo file.
 - ``unmerge``: ``shira.convert.unmerge`` of what that wrote.
-- ``in-memory``: the model loaded by transformers, the entries overwritten, the model saved.
+- ``in-memory``: the model loaded by transformers, the entries overwritten, the model saved. It
+  neither checks the base nor keeps an undo file, nor waits until its files are on the disk.
 
 Seconds include loading the adapter. Memory is the highest resident set above that before the work
 began; mapped pages of files count, as the operating system counts them.

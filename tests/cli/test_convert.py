@@ -115,7 +115,7 @@ def test_merge_refuses_in_one_line(shira, base, saved, tensors, tmp_path):
 
 
 def test_a_full_disk_is_one_line(shira, base, saved, tmp_path, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shira.convert.rewriting.copy_file", full)

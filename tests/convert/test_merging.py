@@ -152,6 +152,11 @@ def test_tied_weights_are_refused_and_explained(tensors, tmp_path):
         merge(adapter, folder, tmp_path / "out")
     (folder / "config.json").write_text('{"architectures": ["LlamaModel"]}')
     merge(adapter, folder, tmp_path / "out")  # a model without a head ties nothing
+    apart = {**tensors, "own_head.weight": tensors["lm_head.weight"]}
+    folder = tied(tmp_path / "apart", apart, architectures=["LlamaForCausalLM"])
+    merge(adapter, folder, tmp_path / "out2")
+    tied(tmp_path / "told", tensors, architectures=["XForCausalLM"], tie_word_embeddings=False)
+    merge(adapter, tmp_path / "told", tmp_path / "out3")
 
 
 # Refusals: nothing is written

@@ -44,18 +44,26 @@ def replacing(target: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def copy_file(source: Path, target: Path, done: Callable[[int], None] = lambda count: None) -> None:
-    """Copy the bytes and permissions of a file and flush them; symbolic links are followed.
+def copy_file(
+    source: Path,
+    target: Path,
+    done: Callable[[int], None] = lambda count: None,
+    *,
+    flush: bool = True,
+) -> None:
+    """Copy the bytes and permissions of a file; symbolic links are followed.
 
     Args:
         source: A regular file.
         target: A path that is not there yet.
         done: Told the number of bytes after each piece.
+        flush: Wait until they are on the disk; a caller that writes on flushes later.
     """
     with open(source, "rb", buffering=0) as old, open(target, "xb", buffering=0) as new:
         for count in _copied(old, new, os.fstat(old.fileno()).st_size):
             done(count)
-        os.fsync(new.fileno())
+        if flush:
+            os.fsync(new.fileno())
     shutil.copymode(source, target)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from shira.convert.checkpoint import Checkpoint, Stored
 from shira.errors import MergeError, WrongBaseError, did_you_mean
 
-HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "embed_out.weight", "output.weight")
+_HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight.absmax", "weight_blocks")
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
@@ -89,15 +89,16 @@ def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:
     """Refuse an embedding that the model's output head shares.
 
     The adapter was trained on the embedding alone; written into the shared tensor, it would change
-    the head as well.
+    the head as well. A head of its own is a second tensor of the embedding's shape.
 
     Raises:
-        MergeError: If the config ties the two and the checkpoint holds no head.
+        MergeError: If the config of a language model does not say that the two are apart, and the
+            checkpoint holds no head.
     """
-    if any(key.endswith(HEADS) for key in checkpoint.tensors) or not _ties(checkpoint):
-        return
     for stored in located:
-        if stored.key.endswith(_EMBEDDINGS):
+        if not stored.key.endswith(_EMBEDDINGS) or not _ties(checkpoint):
+            continue
+        if sum(other.shape == stored.shape for other in checkpoint.tensors.values()) == 1:
             raise MergeError(
                 f"{checkpoint.path}: {stored.key!r} is tied: the checkpoint has no output head of "
                 "its own, so writing there would change the head too. Save the base with the two "
@@ -130,7 +131,7 @@ def _not_found(names: list[str], checkpoint: Checkpoint) -> Exception:
             "into the checkpoint that it was quantized from"
         )
     embedding = next((key for key in keys if key.endswith(_EMBEDDINGS)), None)
-    if name.endswith(HEADS) and embedding:
+    if name.endswith(_HEADS) and embedding:
         return MergeError(
             f"{where}: {name!r} is not in the checkpoint: it is tied to {embedding!r}, and writing "
             "there would change both. Save the base with the two apart "

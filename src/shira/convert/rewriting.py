@@ -132,7 +132,7 @@ def rewrite(
         for source, name in files.items():
             target = temporary / name if name else temporary
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(source, target, done)
+            copy_file(source, target, done, flush=source not in by_file)
             if source in by_file:
                 _patch(target, by_file[source])
     patched = [name or source.name for source, name in files.items() if source in by_file]
