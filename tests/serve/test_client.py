@@ -34,14 +34,15 @@ class Ranks:
             error = self.fail[method]
             if isinstance(error, Exception):
                 raise error
-            return [{"ok": False, "rank": r, "error": error, "message": "no"} for r in (0, 1)]
+            no = {"ok": False, "method": method, "error": error, "message": "no"}
+            return [{**no, "rank": rank} for rank in (0, 1)]
         if method == "shira_load":
             self.adapters[args[0]] = args[1]
         previous = self.active
         if method == "shira_activate":
             self.active = dict(args[0])
         state = {"active": dict(self.active), "state": str(self.active), "previous": previous}
-        return [{"ok": True, "rank": rank, **state} for rank in (0, 1)]
+        return [{"ok": True, "method": method, "rank": rank, **state} for rank in (0, 1)]
 
 
 class Engine:
@@ -533,11 +534,13 @@ def test_a_cancelled_wait_leaves_the_gate_open():
 
 def test_ranks_in_different_states():
     answers = [
-        {"ok": True, "rank": 0, "active": {"a": 1.0}, "state": "x"},
-        {"ok": True, "rank": 1, "active": {}, "state": "base"},
+        {"ok": True, "method": "shira_list", "rank": 0, "active": {"a": 1.0}, "state": "x"},
+        {"ok": True, "method": "shira_list", "rank": 1, "active": {}, "state": "base"},
     ]
     with pytest.raises(ServeError, match="different states"):
         checked(answers, "shira_list")
+    with pytest.raises(ServeError, match="out of step"):
+        checked([answers[0], {**answers[0], "method": "shira_load"}], "shira_list")
     with pytest.raises(ServeError, match="no report"):
         checked([None], "shira_list")
 

@@ -45,6 +45,11 @@ def checked(answers: Sequence[Any], method: str) -> Reports:
     for answer in answers:
         if not isinstance(answer, Mapping) or "ok" not in answer:
             raise ServeError(f"{method}: a worker answered {answer!r}, which is no report")
+        if answer["method"] != method:
+            raise ServeError(
+                f"{method}: a worker answered to {answer['method']}: vLLM's answers are out of "
+                "step, as they are once a call has failed on some workers only. Restart the engine"
+            )
         if not answer["ok"]:
             raise Failure(answer["error"], answer["message"], answer["rank"]).error()
     if len({answer["state"] for answer in answers}) != 1:

@@ -7,9 +7,9 @@ below, to be called on all of them with ``collective_rpc``. `shira.serve.client`
 right order; called by hand, a switch leaves answers of the old weights in the prefix cache.
 
 A method never raises: vLLM's executor stops reading at the first worker that fails and takes the
-answers of the others for those of the next call. It returns a plain dict, ``{"ok": True, "rank": 0,
-...}``, or ``{"ok": False, "rank": 0, "error": "WrongBaseError", "message": "..."}`` on all ranks,
-and then nothing has changed on any.
+answers of the others for those of the next call. It returns a plain dict, ``{"ok": True, "method":
+"shira_load", "rank": 0, ...}``, or ``{"ok": False, "method": "shira_load", "rank": 0, "error":
+"WrongBaseError", "message": "..."}`` on all ranks, and then nothing has changed on any.
 
 On a CPU vLLM packs linear weights for its kernels and drops or bypasses the plain ones. Importing
 this module there, which a worker does before it loads its model, keeps them plain. Runs inside
@@ -62,7 +62,9 @@ class ShiraWorkerExtension:
             ``digest`` of the whole adapter, ``nnz``, ``nnz_here`` (on this rank), ``parameters``,
             ``checked`` (for how many the base's fingerprint was compared).
         """
-        return self._shira_do(lambda held: self._shira_load(held, name, path, compare))
+        return self._shira_do(
+            "shira_load", lambda held: self._shira_load(held, name, path, compare)
+        )
 
     def shira_activate(
         self, weights: str | Mapping[str, float] | None, scale: float = 1.0
@@ -78,49 +80,53 @@ class ShiraWorkerExtension:
             active, ``"base"`` if nothing is.
         """
         wanted = {weights: scale} if isinstance(weights, str) else dict(weights or {})
-        return self._shira_do(lambda held: self._shira_switch(held, wanted))
+        return self._shira_do("shira_activate", lambda held: self._shira_switch(held, wanted))
 
     def shira_deactivate(self) -> dict[str, Any]:
         """The base again, bit for bit; returns as `shira_activate`."""
-        return self._shira_do(lambda held: self._shira_switch(held, {}))
+        return self._shira_do("shira_deactivate", lambda held: self._shira_switch(held, {}))
 
     def shira_unload(self, name: str) -> dict[str, Any]:
         """Forget an adapter that is not active."""
-        return self._shira_do(lambda held: held.unload(name))
+        return self._shira_do("shira_unload", lambda held: held.unload(name))
 
     def shira_list(self) -> dict[str, Any]:
         """What is held: ``adapters`` as ``{name: what shira_load said}``; and ``discarded``."""
         return self._shira_do(
+            "shira_list",
             lambda held: {
                 "adapters": {name: _described(each) for name, each in held.adapters.items()},
                 "discarded": held.discarded,
-            }
+            },
         )
 
     def shira_fingerprint(self) -> dict[str, Any]:
         """Hashes of all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
-        return self._shira_do(lambda held: held.fingerprint())
+        return self._shira_do("shira_fingerprint", lambda held: held.fingerprint())
 
     def shira_sleep(self, level: int) -> dict[str, Any]:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
-        return self._shira_do(lambda held: held.discard() if level >= 2 else None)
+        return self._shira_do("shira_sleep", lambda held: held.discard() if level >= 2 else None)
 
     def shira_rebase(self, check: bool = True) -> dict[str, Any]:
         """Apply what was active to weights that were loaded anew; see `Held.rebase`."""
-        return self._shira_do(lambda held: held.rebase(check=check))
+        return self._shira_do("shira_rebase", lambda held: held.rebase(check=check))
 
-    def _shira_do(self: Any, step: Callable[[Held], dict[str, Any] | None]) -> dict[str, Any]:
+    def _shira_do(
+        self: Any, method: str, step: Callable[[Held], dict[str, Any] | None]
+    ) -> dict[str, Any]:
+        which = {"method": method, "rank": self.rank}
         try:
             held = self._shira_held()
             with torch.no_grad():
                 said = step(held) or {}
             self.synchronize_device()
-            return {"ok": True, "rank": self.rank, **_state(held), **said}
+            return {"ok": True, **which, **_state(held), **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, error)
             _logger.debug("%s", traceback.format_exc())
             kind, message, _ = Failure.of(error, self.rank)
-            return {"ok": False, "rank": self.rank, "error": kind, "message": message}
+            return {"ok": False, **which, "error": kind, "message": message}
 
     def _shira_held(self: Any) -> Held:
         if not hasattr(self, "_shira_state"):
