@@ -138,6 +138,14 @@ def test_prune_keeps_the_largest_and_their_bits(adapter, k):
         assert torch.equal(part.values, adapter[name].values[at])
 
 
+def test_of_equal_magnitudes_the_first_are_kept_in_whatever_order_parameters_come():
+    parts = {"b": delta((4,), {0: 1.0, 3: -1.0}), "a": delta((4,), {1: -1.0, 2: 1.0})}
+    pruned = Adapter(parts).prune(3)
+    assert list(pruned) == ["b", "a"]
+    assert pruned == Adapter({"a": parts["a"], "b": delta((4,), {0: 1.0})})
+    assert pruned == Adapter(dict(reversed(parts.items()))).prune(3)
+
+
 def test_prune_to_a_density():
     a = random_adapter(1)
     assert a.density == pytest.approx(18 / 55)
