@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    files,
     fusing,
     gpu,
     masks,
@@ -24,7 +25,7 @@ from benchmarks import (
 
 SUITES: dict[str, Any] = {
     suite.NAME: suite
-    for suite in (training, masks, mixed_batch, switching, merging, fusing, serving, gpu)
+    for suite in (training, masks, mixed_batch, switching, merging, fusing, files, serving, gpu)
 }
 
 
