@@ -4,6 +4,8 @@
 Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``. A suite is a file::
 
     training.py     one training step: seconds and peak memory
+    kernel.py       the weight gradient of one layer, every backend, beside the machine's roofline
+    growth.py       a step's time and memory over density, tokens, width and depth
     masks.py        making the masks: seconds for a layer and for a model
     mixed_batch.py  one batch, several adapters: seconds of a forward pass
     switching.py    from one adapter to another: seconds, and whether the base comes back
@@ -15,6 +17,7 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     contenders.py   the models that the training suite compares; gpu_contenders.py on a GPU
     gpu_kernels.py  the weight gradient alone, on a GPU
     memory.py       peak memory of a step, each contender in a process of its own
+    roofline.py     what this machine's cache, memory and arithmetic allow (roofline.c)
     timing.py       interleaved timing and the statistics of its ratios
     environment.py  hardware and versions
     report.py       JSON files and tables

@@ -14,6 +14,8 @@ from benchmarks import (
     files,
     fusing,
     gpu,
+    growth,
+    kernel,
     masks,
     merging,
     mixed_batch,
@@ -25,7 +27,19 @@ from benchmarks import (
 
 SUITES: dict[str, Any] = {
     suite.NAME: suite
-    for suite in (training, masks, mixed_batch, switching, merging, fusing, files, serving, gpu)
+    for suite in (
+        training,
+        kernel,
+        growth,
+        masks,
+        mixed_batch,
+        switching,
+        merging,
+        fusing,
+        files,
+        serving,
+        gpu,
+    )
 }
 
 

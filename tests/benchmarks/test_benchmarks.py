@@ -88,6 +88,28 @@ def test_a_changed_base_is_noticed() -> None:
         training.check_base(field)
 
 
+def test_kernel_suite(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.json"
+    assert main(["kernel", "--shapes", "96x64", "--repeats", "2", "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["answers"]["largest_error"] <= written["answers"]["tolerance"]
+    row = written["results"]["96x64"]
+    assert row["k"] == round(0.02 * 96 * 64)
+    assert row["roofline_seconds"] > 0
+
+
+def test_growth_suite(tmp_path: Path) -> None:
+    path = tmp_path / "growth.json"
+    axes = "--density 0.02 --tokens 16,32 --width 128 --depth 1 --middle 0.02,16,128,1 --repeats 2"
+    assert main(["growth", *axes.split(), "--output", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert set(results) == {"density", "tokens", "width", "depth"}
+    few, many = results["tokens"]["16"], results["tokens"]["32"]
+    assert set(few) == {"floor", "shira", "shira-block", "peft-shira", "peft-lora", "full"}
+    assert all(many[name]["peak_bytes"] > few[name]["peak_bytes"] for name in few)
+    assert all(0 < row["activation_bytes"] <= row["peak_bytes"] for row in few.values())
+
+
 def test_masks_suite(tmp_path: Path) -> None:
     path = tmp_path / "masks.json"
     size = "--shapes 64x48 --r 2 --repeats 2 --blocks 2 --hidden 32 --intermediate 64"
