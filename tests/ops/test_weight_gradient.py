@@ -194,6 +194,9 @@ def test_a_backend_can_be_asked_for(monkeypatch):
     assert close(weight_gradient(left, right, plan), one, torch.float32)
     with pytest.raises(ConfigError, match=r"sampled.*not on cuda"):
         choose("cuda", torch.float32, 0.02)
+    monkeypatch.setitem(os.environ, "SHIRA_BACKEND", "triton")
+    with pytest.raises(ConfigError, match=r"triton.*float64"):
+        choose("cpu", torch.float64, 0.02)
     with pytest.raises(ConfigError, match="Did you mean 'chunked'"), use_backend("chunkd"):
         pass
 

@@ -8,6 +8,8 @@ backend      runs on   what it is
 ``native``   CPU       a dot product for each entry, compiled (``native/entries.c``)
 ``sampled``  CPU       the same through torch's ``sparse.sampled_addmm``
 ``chunked``  any       the dense product, some rows at a time in bounded scratch (``chunked.py``)
+``triton``   CUDA      tiles of the product, of which only the entries are written
+                       (``triton_gradient.py``); not yet measured, so taken only when asked for
 ===========  ========  =============================================================================
 
 The first that can is taken. ``SHIRA_BACKEND=name`` in the environment or `use_backend` takes
@@ -26,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from shira.errors import ConfigError, did_you_mean
-from shira.ops import native
+from shira.ops import native, triton_gradient
 from shira.ops.util import quiet_about_csr
 
 DENSE_FROM = {"native": 0.2, "sampled": 0.1}
@@ -74,12 +76,18 @@ def _chunked(case: Case) -> str | None:
     return None
 
 
+def _triton(case: Case) -> str | None:
+    able, why = triton_gradient.available(case.device, case.dtype)
+    return None if able else why
+
+
 # In order of preference: name -> why it cannot compute the case, or None if it can.
 BACKENDS: dict[str, Callable[[Case], str | None]] = {
     "tiles": _tiles,
     "native": _native,
     "sampled": _sampled,
     "chunked": _chunked,
+    "triton": _triton,
 }
 
 _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)

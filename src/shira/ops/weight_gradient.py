@@ -16,6 +16,7 @@ from shira.ops.dispatch import choose
 from shira.ops.plan import Plan
 from shira.ops.sampled import sampled
 from shira.ops.tiles import tiled
+from shira.ops.triton_gradient import triton_weight_gradient
 
 
 def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
@@ -45,4 +46,10 @@ def compiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tens
     return kernels.entries(left, right, plan.crow, plan.col)
 
 
-_WAYS = {"tiles": tiled, "native": compiled, "sampled": sampled, "chunked": chunked}
+_WAYS = {
+    "tiles": tiled,
+    "native": compiled,
+    "sampled": sampled,
+    "chunked": chunked,
+    "triton": triton_weight_gradient,
+}
