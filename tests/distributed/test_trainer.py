@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from tests.distributed import task
 from tests.distributed.launch import launch, needs_deepspeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+TRAINER = ["ddp", "fsdp2", "fsdp2_loads_on_one_rank"]
+ACCELERATE = ["accelerate_ddp", "accelerate_fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def alone():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("trainer") / "out.pt"
-    return launch("trainer", out, "ddp", "fsdp2", "fsdp2_loads_on_one_rank")
+    return launch("trainer", out, *TRAINER, *ACCELERATE)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +61,27 @@ def test_alone_it_learns_and_resumes(alone):
     assert alone["files"]["broken"] == alone["files"]["whole"] != alone["files"]["unmoved"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_loads_on_one_rank"])
+@pytest.mark.parametrize("name", TRAINER)
 def test_two_processes(runs, alone, name):
     assert_same(runs[name], alone)
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_a_loop_written_with_accelerate(runs, name, tmp_path):
+    model = task.adapted_llama()
+    alone = task.train(model, task.llama_loss)
+    model.save_pretrained(tmp_path)
+    want = load((tmp_path / "adapter_model.safetensors").read_bytes())
+    for found in runs[name]:
+        assert not isinstance(found, str), found
+        assert found["losses"] == pytest.approx(alone.losses, rel=1e-5)
+        for key, values in alone.values.items():
+            torch.testing.assert_close(found["values"][key], values, rtol=1e-5, atol=1e-5)
+        got = load(found["file"])
+        assert {key: value.shape for key, value in got.items()} == {
+            key: value.shape for key, value in want.items()
+        }
+        assert all(torch.equal(got[k], want[k]) for k in want if "shira_indices" in k)
 
 
 @needs_deepspeed

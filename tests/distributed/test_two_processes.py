@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.distributed import task
 from tests.distributed.launch import launch, needs_deepspeed
@@ -108,6 +110,19 @@ def test_mixed_precision_keeps_the_values_in_float32(torch_runs, llama_alone):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_the_file_is_that_of_one_process(torch_runs, file_alone, name):
     assert [found["file"] for found in torch_runs[name]] == [file_alone] * 2
+
+
+def test_save_pretrained_of_a_sharded_model(torch_runs, tmp_path):
+    if Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT 0.20 writes what the model's state dict has")
+    task.adapted_llama().save_pretrained(tmp_path)
+    want = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert [found["written by PEFT"] for found in torch_runs["fsdp2"]] == [want] * 2
+
+
+def test_a_sharded_weight_is_not_merged_into(torch_runs):
+    for found in torch_runs["fsdp2_does_not_merge"]:
+        assert found["error"].startswith("MergeError: model.layers.0.")
 
 
 def test_ddp_does_not_send_the_positions_around(torch_runs):

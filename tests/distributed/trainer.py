@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -31,6 +31,20 @@ def case(function):
     return function
 
 
+def use_fsdp2(state: AcceleratorState, cpu_ram_efficient_loading: bool) -> None:
+    """What Accelerate does with an FSDP plugin, had it an accelerator."""
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=cpu_ram_efficient_loading,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 class InOrderTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -41,17 +55,7 @@ class Fsdp2Trainer(InOrderTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            reshard_after_forward=True,
-            cpu_ram_efficient_loading=self.cpu_ram_efficient_loading,
-            state_dict_type="FULL_STATE_DICT",
-        )
-        state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        use_fsdp2(self.accelerator.state, self.cpu_ram_efficient_loading)
         self.is_fsdp_enabled = True
 
 
@@ -117,6 +121,50 @@ def check_wrapping(trainer: Trainer, trainer_class: type[Trainer]) -> None:
         assert kind == "DeepSpeedEngine", kind
     elif dist.is_initialized():
         assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel), kind
+
+
+def accelerated(fsdp: bool) -> dict[str, Any]:
+    """The training of `task`, written with Accelerate."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if fsdp:
+        use_fsdp2(accelerator.state, cpu_ram_efficient_loading=False)
+    model = task.adapted_llama()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=task.RATE)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert isinstance(
+        model, torch.distributed.fsdp.FSDPModule if fsdp else nn.parallel.DistributedDataParallel
+    )
+    losses = []
+    each = task.BATCH // accelerator.num_processes // 2
+    for step in range(task.STEPS):
+        total = torch.zeros(())
+        for piece in range(2):
+            first = (accelerator.process_index * 2 + piece) * each
+            with accelerator.accumulate(model):
+                loss = task.llama_loss(model, slice(first, first + each), step)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach() / 2
+        losses.append(accelerator.reduce(total, "mean").item())
+    home = shared_folder()
+    state_dict = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(home, state_dict=state_dict)
+    accelerator.wait_for_everyone()
+    file = (home / "adapter_model.safetensors").read_bytes()
+    return {"losses": losses, "values": task.values_of(model), "file": file}
+
+
+@case
+def accelerate_ddp():
+    return accelerated(fsdp=False)
+
+
+@case
+def accelerate_fsdp2():
+    return accelerated(fsdp=True)
 
 
 def shared_folder() -> Path:

@@ -101,8 +101,21 @@ def sharded(model: nn.Module, checkpoint: bool = False, **options: Any) -> nn.Mo
 @case
 def fsdp2():
     model = sharded(task.adapted_llama(), reshard_after_forward=True)
-    first = task.save(model, folder())
-    return {"result": train(model, task.llama_loss, share()), "file": first}
+    first, theirs = task.save(model, folder()), folder()
+    model.save_pretrained(theirs)
+    written = (theirs / "adapter_model.safetensors").read_bytes()
+    result = train(model, task.llama_loss, share())
+    return {"result": result, "file": first, "written by PEFT": written}
+
+
+@case
+def fsdp2_does_not_merge():
+    model = sharded(task.adapted_llama())
+    try:
+        model.merge_adapter()
+    except RuntimeError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
 
 
 @case

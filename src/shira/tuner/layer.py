@@ -19,6 +19,7 @@ from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, TargetError
+from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
@@ -193,7 +194,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
         Raises:
             AdapterError: If ``safe_merge`` finds NaN or infinity; nothing was changed.
-            MergeError: If the base weight is quantized.
+            MergeError: If the base weight is quantized, or this process has a part of it only.
         """
         adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
@@ -202,6 +203,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             raise cannot_merge(adapter_names, self.quantization_backend)
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
+        if is_sharded(weight):
+            raise MergeError(
+                f"{self.weight_name}: adapters {adapter_names} cannot be merged into a weight of "
+                "which this process has a part only (FSDP2, ZeRO-3); save the adapter, and merge "
+                "it into a model in one process"
+            )
         with torch.no_grad():
             self._undo = merge_into(
                 weight,
