@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.store.sharded import is_sharded
 from shira.support import Support
 from shira.tuner.elsewhere import readable
 from shira.tuner.quantized import backend_of
@@ -36,6 +37,7 @@ def base_values(layer: nn.Module, support: Support) -> Tensor | None:
 def _values(weight: Tensor, support: Support) -> Tensor | None:
     if (
         weight.is_meta
+        or is_sharded(weight)
         or not weight.is_floating_point()
         or weight.shape != torch.Size(support.shape)
     ):

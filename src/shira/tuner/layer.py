@@ -203,12 +203,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             raise cannot_merge(adapter_names, self.quantization_backend)
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
-        if is_sharded(weight):
-            raise MergeError(
-                f"{self.weight_name}: adapters {adapter_names} cannot be merged into a weight of "
-                "which this process has a part only (FSDP2, ZeRO-3); save the adapter, and merge "
-                "it into a model in one process"
-            )
+        self.refuse_sharded()
         with torch.no_grad():
             self._undo = merge_into(
                 weight,
@@ -218,6 +213,15 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
         self.merged_adapters = together
+
+    def refuse_sharded(self) -> None:
+        """Raise MergeError if this process has a part of the weight only."""
+        if is_sharded(weight_of(self.get_base_layer())):
+            raise MergeError(
+                f"{self.weight_name}: adapters cannot be merged into a weight of which this "
+                "process has a part only (FSDP2, ZeRO-3); save the adapter, and merge it into a "
+                "model in one process"
+            )
 
     def unmerge(self) -> None:
         """Put the originals back, bit for bit."""

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from shira.errors import TargetError, did_you_mean
+from shira.store.sharded import is_sharded
 from shira.tuner.config import ShiraConfig
 from shira.tuner.masking import weight_of
 
