@@ -238,7 +238,7 @@ class ShiraModel(BaseTuner):
             yield
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a packed weight, or into one that an unadapted module shares.
+        """Refuse to merge into a packed or sharded weight, or one that an unadapted module shares.
 
         Before anything is merged, so that no model is left half merged.
 
@@ -247,8 +247,11 @@ class ShiraModel(BaseTuner):
         """
         super()._check_merge_allowed()
         for layer in self.model.modules():
-            if isinstance(layer, ShiraLayer) and layer.quantization_backend is not None:
+            if not isinstance(layer, ShiraLayer):
+                continue
+            if layer.quantization_backend is not None:
                 raise cannot_merge(list(layer.shira_weight), layer.quantization_backend)
+            layer.refuse_sharded()
         adapted = {
             layer.weight.data_ptr(): name
             for name, layer in self.model.named_modules()

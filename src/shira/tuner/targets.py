@@ -80,7 +80,7 @@ def refuse_shared_weights(
         if not supported(base):
             continue
         weight = weight_of(base)
-        if weight.is_meta or not weight.numel():
+        if weight.is_meta or is_sharded(weight) or not weight.numel():
             continue
         # A packed tensor subclass (torchao) has no memory of its own to be known by.
         place = (weight.data_ptr() or id(weight), weight.numel())
