@@ -73,6 +73,9 @@ def command(
     A LoRA adds B A to a weight, which is no sparse thing: the entries of largest magnitude are
     kept, without --density or --r as many as the LoRA has parameters, and what share of the squared
     update they hold is printed.
+
+    Exit status 2: the source cannot be read or is not supported, or options do not go together;
+    nothing is written.
     """
     from shira.cli.quiet import share_cores
 

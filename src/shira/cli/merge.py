@@ -65,6 +65,9 @@ def command(
     overwritten in the copy: memory is that of the adapter, and the result has the bits of a model
     that was loaded, merged and saved. The output appears as a whole or not at all. Deltas too small
     for the checkpoint's dtype are lost to rounding; they are counted.
+
+    Exit status 2: the base is another one, quantized or tied, too many deltas are lost, or the
+    output exists; nothing is written.
     """
     from shira.cli.quiet import share_cores
 

@@ -36,6 +36,8 @@ def command(
 
     The merged checkpoint is copied and the originals are put back in the copy. An undo file of
     another merge, or a checkpoint that has changed since, is refused.
+
+    Exit status 2: it was refused, or the output exists; nothing is written.
     """
     from shira.cli.quiet import share_cores
 
