@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from shira.delta import Adapter, SparseDelta, fingerprint
 from shira.errors import AdapterError, TargetError, WrongBaseError
 from shira.ops.patch import Patch
+from shira.store.peft_config import FINGERPRINT_FIELD
 from shira.switch.plan import Entry, make_entry
 from shira.switch.targets import Target, Targets, check_writable
-
-_FINGERPRINTS = "base_fingerprint"  # in an adapter's metadata: {parameter name: fingerprint}
 
 
 class Loaded:
@@ -54,7 +53,7 @@ class Loaded:
             raise AdapterError(
                 f"adapter {self.name!r}, parameter {target.name!r}: {error}"
             ) from None
-        recorded = self.adapter.metadata.get(_FINGERPRINTS)
+        recorded = self.adapter.metadata.get(FINGERPRINT_FIELD)
         # An untrained adapter changes nothing, so it fits every base.
         if self.check_base and isinstance(recorded, Mapping) and delta.values.any():
             self._check_fingerprint(target, fingerprint(originals), recorded.get(target.name))
