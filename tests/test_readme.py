@@ -25,15 +25,27 @@ def test_python_blocks(tmp_path, monkeypatch):
     assert namespace["mixed"].logits.isfinite().all()  # type: ignore[attr-defined]
 
 
-def test_commands_exist():
-    """The demo itself, training and inspecting run in tests/cli."""
-    from shira.cli.app import COMMANDS
+def test_commands_and_their_options_exist():
+    """The demo, training and the others run in tests/cli."""
+    from typer.testing import CliRunner
+
+    from shira.cli.app import COMMANDS, build_app
 
     makefile = README.with_name("Makefile").read_text()
-    commands = re.findall(r"^(make|shira) (\w+)", "\n".join(blocks("sh")), re.MULTILINE)
-    assert len(commands) == 5
-    for program, command in commands:
-        assert command in COMMANDS if program == "shira" else f"\n{command}:" in makefile
+    lines = re.findall(r"^(make|shira) ([\w-]+)(.*)", "\n".join(blocks("sh")), re.MULTILINE)
+    assert len(lines) >= 12
+    for program, command, rest in lines:
+        if program == "make":
+            assert f"\n{command}:" in makefile
+            continue
+        assert command in COMMANDS
+        shown = (
+            CliRunner()
+            .invoke(build_app([command]), [command, "--help"], env={"COLUMNS": "200"})
+            .output
+        )
+        for option in re.findall(r" (--[\w-]+)", rest):
+            assert option in shown, f"shira {command} has no {option}"
 
 
 def test_the_table_of_masks_is_complete():
