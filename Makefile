@@ -100,7 +100,7 @@ test-vllm:
 	fi
 
 # The main test run comes last, so that its summary is the last line.
-check: format-check lint types test-lowest-peft test-quantized test
+check: format-check lint types test-lowest-peft test-quantized test-triton test-vllm test
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

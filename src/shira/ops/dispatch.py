@@ -109,7 +109,7 @@ def choose(
             compute this.
     """
     case = Case(torch.device(device).type, dtype, density, tiled)
-    told = _forced.get() or os.environ.get("SHIRA_BACKEND")
+    told = backend_told()
     if told:
         return _as_told(_known(told), case)
     passed_over = []
@@ -119,6 +119,11 @@ def choose(
             break
         passed_over.append(f"not {name}: {reason}")
     return Choice(name, "; ".join(passed_over) or "the support fills square tiles")
+
+
+def backend_told() -> str | None:
+    """The backend that `use_backend` or ``SHIRA_BACKEND`` names, if one does."""
+    return _forced.get() or os.environ.get("SHIRA_BACKEND")
 
 
 @contextmanager

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.support import Support, matrix_shape
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+_LATEST = 100_000  # tensors whose latest plan is found without searching
 
 
 class Tiles(NamedTuple):
@@ -57,6 +58,8 @@ class Plan:
     """If the support fills square tiles, as those of block masks do."""
     host_crow: list[int] = field(default_factory=list)
     """``crow`` as Python integers, filled on first need by what loops over rows."""
+    ways: dict[Any, str] = field(default_factory=dict)
+    """Which backend the weight gradient takes, by what that depends on besides the support."""
 
     @property
     def nnz(self) -> int:
@@ -166,14 +169,57 @@ def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
+class _Latest:
+    """A tensor's latest plan, and what the tensor was then."""
+
+    __slots__ = ("plan", "pointer", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, plan: Plan) -> None:
+        self.tensor, self.plan = TensorWeakRef(tensor), weakref.ref(plan)
+        self.version, self.pointer = tensor._version, tensor.data_ptr()
+
+    def plan_for(self, tensor: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Plan | None:
+        """The plan, if tensor and weight are what they were."""
+        plan: Plan | None = self.plan()
+        if (
+            plan is not None
+            and self.tensor() is tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.pointer
+            and plan.weight_shape == shape
+            and plan.stride == stride
+        ):
+            return plan
+        return None
+
+
 class _Cache:
     """Plans by the index tensors they were made from."""
 
     def __init__(self) -> None:
         self._by_first: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
+        self._latest: dict[int, _Latest] = {}
 
     def get(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
+        """The plan for these index tensors on such a weight, made anew if it has to be."""
+        if len(indices) != 1:
+            return self._kept(indices, shape, stride)
+        # The same tensor as last time, on the same weight: what a training step asks again and
+        # again. Only weak references here; the plan lives as long as the tensor.
+        latest = self._latest.get(id(indices[0]))
+        if latest is not None:
+            plan = latest.plan_for(indices[0], shape, stride)
+            if plan is not None:
+                return plan
+        plan = self._kept(indices, shape, stride)
+        if not indices[0].is_inference():
+            if len(self._latest) >= _LATEST:
+                self._latest.clear()
+            self._latest[id(indices[0])] = _Latest(indices[0], plan)
+        return plan
+
+    def _kept(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
         versions = _versions(indices)
         if versions is None:
             return make_plan(indices, shape, stride)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,10 +32,9 @@ def lock_of(weight: Tensor) -> threading.Lock:
     return _LOCKS[(weight.untyped_storage().data_ptr() >> 6) % len(_LOCKS)]
 
 
-@contextmanager
 def resident(
     weight: Tensor, plan: Plan, deltas: Sequence[Tensor], dtype: torch.dtype
-) -> Iterator[Tensor]:
+) -> AbstractContextManager[Tensor]:
     """The weight with the deltas inside, for as long as the context lasts.
 
     Args:
@@ -46,26 +45,60 @@ def resident(
             copy, as torch itself makes one; the replacement values are rounded to the weight's
             dtype first, so that what is multiplied is the merged weight, cast.
 
-    Yields:
-        A tensor of the weight's shape and of ``dtype``; not to be kept.
+    Returns:
+        A context of a tensor of the weight's shape and of ``dtype``; not to be kept.
     """
     delta = plan.combine(deltas)
-    if weight.dtype != dtype or _overlaps_itself(weight):
-        yield _cast_copy(weight, plan, delta, dtype)
-        return
-    # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
-    data = weight.data
-    kernels = compiled_for(data, delta)
-    if kernels is not None:
-        matrix = data.view(plan.shape)
-        delta = delta.detach().float().contiguous()
-        with lock_of(data):
-            originals = kernels.enter(matrix, plan.crow, plan.col, delta)
-            try:
-                yield data
-            finally:
-                kernels.leave(matrix, plan.crow, plan.col, originals)
-        return
+    if weight.dtype == dtype:
+        kernels = compiled_for(weight, delta)
+        if kernels is not None:
+            return _Compiled(kernels, weight, plan, delta)
+        if not _overlaps_itself(weight):
+            return _through_torch(weight, plan, delta)
+    return nullcontext(_cast_copy(weight, plan, delta, dtype))
+
+
+class _Compiled:
+    """`resident` through the compiled kernels.
+
+    A plain class: between large products the code and data of each Python step come from memory
+    again, so steps count.
+    """
+
+    __slots__ = ("data", "delta", "kernels", "lock", "originals", "plan")
+
+    def __init__(self, kernels: native.Kernels, weight: Tensor, plan: Plan, delta: Tensor) -> None:
+        self.kernels, self.plan = kernels, plan
+        # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
+        self.data = weight.data
+        self.delta = delta if delta.dtype == torch.float32 else delta.float()
+        if not delta.is_contiguous():
+            self.delta = self.delta.contiguous()
+
+    def __enter__(self) -> Tensor:
+        data, plan = self.data, self.plan
+        matrix = data if data.dim() == 2 else data.view(plan.shape)
+        self.lock = lock_of(data)
+        self.lock.acquire()
+        try:
+            self.originals = self.kernels.enter(matrix, plan.crow, plan.col, self.delta)
+        except BaseException:
+            self.lock.release()
+            raise
+        return data
+
+    def __exit__(self, *_: object) -> None:
+        data, plan = self.data, self.plan
+        matrix = data if data.dim() == 2 else data.view(plan.shape)
+        try:
+            self.kernels.leave(matrix, plan.crow, plan.col, self.originals)
+        finally:
+            self.lock.release()
+
+
+@contextmanager
+def _through_torch(weight: Tensor, plan: Plan, delta: Tensor) -> Iterator[Tensor]:
+    data = weight.data  # see _Compiled
     memory = memory_of(data)
     offsets = plan.offsets()
     with lock_of(data):

@@ -12,7 +12,7 @@ from torch import Tensor
 from shira.delta import accumulation_dtype
 from shira.ops import native
 from shira.ops.chunked import chunked
-from shira.ops.dispatch import choose
+from shira.ops.dispatch import backend_told, choose
 from shira.ops.plan import Plan
 from shira.ops.sampled import sampled
 from shira.ops.tiles import tiled
@@ -33,9 +33,13 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
     wide = accumulation_dtype(left.dtype, right.dtype)
     if not plan.nnz or not left.shape[0]:
         return torch.zeros(plan.nnz, dtype=wide, device=left.device)
-    tiled_support = plan.tiles is not None
-    way = choose(left.device, left.dtype, plan.density, tiled=tiled_support)
-    return _WAYS[way.name](left, right, plan, wide)
+    case = (backend_told(), left.device, left.dtype)
+    way = plan.ways.get(case)
+    if way is None:
+        tiled_support = plan.tiles is not None
+        way = choose(left.device, left.dtype, plan.density, tiled=tiled_support).name
+        plan.ways[case] = way
+    return _WAYS[way](left, right, plan, wide)
 
 
 def compiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
