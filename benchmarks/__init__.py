@@ -20,7 +20,8 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     roofline.py     what this machine's cache, memory and arithmetic allow (roofline.c)
     timing.py       interleaved timing and the statistics of its ratios
     environment.py  hardware and versions
-    report.py       JSON files and tables
+    report.py       JSON files and tables; python -m benchmarks.report makes one page of all
+    page.py         that page; panels.py is what it draws of each suite, figures.py how
 
 Rules that all suites keep: the answers are compared before anything is timed; contenders take
 turns inside one run, so that a slow minute of the machine hits them all; what is reported is the

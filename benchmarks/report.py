@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as JSON files and as tables: rich on a terminal, plain ASCII everywhere else."""
+"""Results as JSON files and as tables: rich on a terminal, plain ASCII or Markdown elsewhere.
+
+``python -m benchmarks.report`` draws all results that are there, as a page (`benchmarks.page`).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,14 @@ class Table:
         ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([self.title, lines[0], rule, *lines[1:], *self.notes, ""])
+
+    def markdown(self) -> str:
+        """The rows as a Markdown table, the notes below it; the title is the caller's."""
+        lines = [self.columns, ["---"] + ["--:"] * (len(self.columns) - 1), *self.rows]
+        table = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        return "\n\n".join([table, *self.notes]) + "\n"
 
     def _print_rich(self) -> bool:
         try:
@@ -103,3 +114,9 @@ def say(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from benchmarks.page import main
+
+    sys.exit(main())

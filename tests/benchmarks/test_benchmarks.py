@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     contenders,
+    figures,
     memory,
     merging,
     serving,
@@ -20,6 +21,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.__main__ import main
+from benchmarks.panels import PANELS
 
 TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
 
@@ -92,6 +94,9 @@ def test_kernel_suite(tmp_path: Path) -> None:
     path = tmp_path / "kernel.json"
     assert main(["kernel", "--shapes", "96x64", "--repeats", "2", "--output", str(path)]) == 0
     written = json.loads(path.read_text())
+    (panel,) = PANELS["kernel"](written)
+    assert panel.bars is not None
+    assert {"products", "native", "tiles"} <= panel.bars.keys()
     assert written["answers"]["largest_error"] <= written["answers"]["tolerance"]
     row = written["results"]["96x64"]
     assert row["k"] == round(0.02 * 96 * 64)
@@ -103,6 +108,7 @@ def test_growth_suite(tmp_path: Path) -> None:
     axes = "--density 0.02 --tokens 16,32 --width 128 --depth 1 --middle 0.02,16,128,1 --repeats 2"
     assert main(["growth", *axes.split(), "--output", str(path)]) == 0
     results = json.loads(path.read_text())["results"]
+    assert figures.draw(PANELS["growth"]({"results": results})).count(b'<g id="axes_') == 8
     assert set(results) == {"density", "tokens", "width", "depth"}
     few, many = results["tokens"]["16"], results["tokens"]["32"]
     assert set(few) == {"floor", "shira", "shira-block", "peft-shira", "peft-lora", "full"}

@@ -50,6 +50,9 @@ def test_a_run(tmp_path: Path, dtype: str) -> None:
     assert written["answers"]["all"]["saved_inputs_bytes"] == 16 * (3 * 64 + 96) * size
     assert set(written["kernels"]) == {"64x64", "96x64", "64x96"}
     assert written["kernels"]["96x64"]["dense"]["over_dense"]["median"] == 1
+    assert [list(panel.bars or ()) for panel in PANELS["gpu"](written)] == [
+        list(rows) for rows in written["results"].values()
+    ]
     tables = gpu.tables(written)
     assert len(tables) == 3
     for table in tables:
