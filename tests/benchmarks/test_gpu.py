@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import gpu, gpu_contenders, report
+from benchmarks.panels import PANELS
 
 TINY = gpu.Settings(
     layers=1,
