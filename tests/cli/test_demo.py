@@ -47,13 +47,22 @@ def test_prints_tables_and_proofs_in_plain_ascii(quick):
     assert "Warning" not in done.stderr
 
 
+def test_ends_with_the_path_of_its_report(quick):
+    done, folder = quick
+    assert done.stdout.splitlines()[-1].endswith(f": {folder / 'out' / 'report.html'}")
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    for words in ("Overlap", "Lost to rounding", "From trainer_state.json.", "library", "kind"):
+        assert words in page
+
+
 def test_writes_into_its_folder_alone(quick):
     _, folder = quick
     assert {path.name for path in folder.iterdir()} <= {"out", "home"}
     assert not list(folder.glob("home/**/*.safetensors"))
     names = {path.relative_to(folder / "out").as_posix() for path in folder.glob("out/**/*")}
     assert names == {
-        *("demo.json", "predictions.safetensors", "library.jsonl", "kind.jsonl"),
+        *("demo.json", "report.html", "predictions.safetensors", "library.jsonl", "kind.jsonl"),
+        *("library/trainer_state.json", "kind/trainer_state.json"),
         *("library", "library/adapter_config.json", "library/adapter_model.safetensors"),
         *("kind", "kind/adapter_config.json", "kind/adapter_model.safetensors"),
     }

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "shira.cli.demo",
     "train": "shira.cli.train",
     "inspect": "shira.cli.inspect",
+    "report": "shira.cli.report",
     "fuse": "shira.cli.fuse",
     "overlap": "shira.cli.overlap",
     "merge": "shira.cli.merge",

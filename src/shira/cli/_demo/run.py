@@ -67,8 +67,9 @@ def run_demo(root: Path, settings: Settings) -> bool:
     for proof in results:
         out.print(f"  {'holds ' if proof.holds else 'FAILS '} {proof.statement}", soft_wrap=True)
     out.print(f"  {switch_line(found)}", soft_wrap=True)
+    say("drawing the report")
+    _write_report(files, [task.name for task in tasks])
     seconds = time.perf_counter() - started
-    out.print(f"Files in {root}, {seconds:.0f} seconds in all.", soft_wrap=True)
     _add_to_results(
         files,
         runs={
@@ -79,6 +80,8 @@ def run_demo(root: Path, settings: Settings) -> bool:
         proofs=[asdict(proof) for proof in results],
         seconds=seconds,
     )
+    out.print(f"Files in {root}, {seconds:.0f} seconds in all.", soft_wrap=True)
+    out.print(f"Everything about both adapters, on one page: {files.report}", soft_wrap=True)
     return all(proof.holds for proof in results)
 
 
@@ -140,6 +143,14 @@ def _verify(files: Files) -> dict[str, Any]:
         )
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
+
+
+def _write_report(files: Files, tasks: Sequence[str]) -> None:
+    from shira.cli._inspect.checkpoint import Checkpoint
+    from shira.cli._report.writing import write_report
+
+    adapters = [files.adapter(task) for task in tasks]
+    write_report(adapters, files.report, Checkpoint(model_path()))
 
 
 def _write_examples(task: Task, files: Files) -> None:

@@ -62,6 +62,11 @@ class Files:
         """Logits of the test sets as the training process saw them, one tensor a task."""
         return self.root / "predictions.safetensors"
 
+    @property
+    def report(self) -> Path:
+        """The page that shows both adapters."""
+        return self.root / "report.html"
+
     def adapter(self, task: str) -> Path:
         """The folder of a task's adapter, in PEFT's format."""
         return self.root / task

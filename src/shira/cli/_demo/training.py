@@ -55,9 +55,8 @@ def train_frozen(task: Task, tokenizer: Any, settings: Settings, *, outputs: int
     model = load_base(outputs, settings.seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier."))
-    run, _ = _train(
-        model, task, tokenizer, settings, total=_size(model), what=f"{task.name}: frozen encoder"
-    )
+    what = f"{task.name}: frozen encoder"
+    run, _ = _train(model, task, tokenizer, settings, total=_size(model), what=what)
     return run
 
 
@@ -88,7 +87,10 @@ def train_shira(
     base = load_base(outputs, settings.seed)
     total = _size(base)
     model = get_peft_model(base, config, adapter_name=task.name)
-    run, logits = _train(model, task, tokenizer, settings, total=total, what=f"{task.name}: SHiRA")
+    log = files.adapter(task.name) / "trainer_state.json"
+    run, logits = _train(
+        model, task, tokenizer, settings, total=total, what=f"{task.name}: SHiRA", log=log
+    )
     model.save_pretrained(str(files.root))
     (files.root / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
     size = (files.adapter(task.name) / "adapter_model.safetensors").stat().st_size
@@ -100,7 +102,14 @@ def _size(model: nn.Module) -> int:
 
 
 def _train(
-    model: nn.Module, task: Task, tokenizer: Any, settings: Settings, *, total: int, what: str
+    model: nn.Module,
+    task: Task,
+    tokenizer: Any,
+    settings: Settings,
+    *,
+    total: int,
+    what: str,
+    log: Path | None = None,
 ) -> tuple[Run, Tensor]:
     progress = ProgressCallback(what)
     started = time.perf_counter()
@@ -118,6 +127,9 @@ def _train(
             trainer.train()
         finally:
             progress.close()
+        if log is not None:
+            log.parent.mkdir(exist_ok=True)
+            trainer.state.save_to_json(str(log))
     seconds = time.perf_counter() - started
     ids = encode(tokenizer, [example.text for example in task.test], max_length=settings.max_length)
     logits = predict_logits(

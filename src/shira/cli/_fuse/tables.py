@@ -12,14 +12,14 @@ from shira.cli.console import table
 from shira.measure import Estimate, Overlap, Rank
 
 _FEW = 24  # weights that are listed without --all
-_FIGURES = ("k a", "k b", "shared", "jaccard", "conflicts", "cosine", "AWOM", "AWOR")
+FIGURE_NAMES = ("k a", "k b", "shared", "jaccard", "conflicts", "cosine", "AWOM", "AWOR")
 
 
 def pairs(found: Sequence[Overlap]) -> Table:
     """A row for each pair."""
-    result = table("Pairs", "a", "b", *_FIGURES, right=_FIGURES)
+    result = table("Pairs", "a", "b", *FIGURE_NAMES, right=FIGURE_NAMES)
     for pair in found:
-        result.add_row(pair.a, pair.b, *_figures(pair))
+        result.add_row(pair.a, pair.b, *figures(pair))
     return result
 
 
@@ -30,12 +30,12 @@ def parameters(pair: Overlap, *, each: bool) -> Table:
     result = table(
         f"{pair.a} and {pair.b}, weight by weight" + (f" ({more} more with --all)" if more else ""),
         "weight",
-        *_FIGURES,
+        *FIGURE_NAMES,
         "AWOR if random",
-        right=(*_FIGURES, "AWOR if random"),
+        right=(*FIGURE_NAMES, "AWOR if random"),
     )
     for parameter in shown:
-        result.add_row(parameter.name, *_figures(parameter), f"{parameter.awor_of_random:.4g}")
+        result.add_row(parameter.name, *figures(parameter), f"{parameter.awor_of_random:.4g}")
     return result
 
 
@@ -70,7 +70,8 @@ def _number(values: dict[frozenset[str], float], name: str, other: str) -> str:
     return f"{values[frozenset((name, other))]:.4g}"
 
 
-def _figures(of: Either) -> tuple[str, ...]:
+def figures(of: Either) -> tuple[str, ...]:
+    """`FIGURE_NAMES` of a pair, or of one weight of it."""
     return (
         f"{of.nnz_a:,}",
         f"{of.nnz_b:,}",

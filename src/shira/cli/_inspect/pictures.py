@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `shira inspect --plot` draws, as numbers: where the entries are, how large the values are.
+"""What `shira inspect --plot` and `shira report` draw: where the entries are, how large the values.
 
 Both are counted entry by entry, O(k); no picture of the size of a weight is made.
 """
@@ -19,18 +19,19 @@ CELLS = 96
 """Rows and columns of a heat map at most."""
 
 
-def heat_map(support: Support) -> NDArray[np.float64]:
+def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> NDArray[np.float64]:
     """Share of the entries that are trained, in each of up to 96 x 96 parts of the weight.
 
     Args:
         support: Of a weight; more than two dimensions count as a matrix of ``shape[0]`` rows.
+        parts: Rows and columns of parts at most.
 
     Returns:
         float64, rows by columns of parts; each between 0 and 1. The parts are as even as they can
         be: part i of p holds the rows from ``ceil(i * rows / p)`` on.
     """
     rows, cols = matrix_shape(support.shape)
-    down, across = min(rows, CELLS), min(cols, CELLS)
+    down, across = min(rows, parts[0]), min(cols, parts[1])
     if not down or not across:
         return np.zeros((0, 0))
     row, col = np.divmod(support.indices.cpu().numpy().astype(np.int64), cols)

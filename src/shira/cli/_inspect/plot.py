@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shira.cli._inspect.pictures import heat_map, histogram
-from shira.cli._inspect.summary import Summary
+from shira.cli._inspect.summary import Summary, known_shapes
 from shira.cli._inspect.tables import without_number
 from shira.delta import Adapter
 from shira.errors import ConfigError, MissingDependencyError
@@ -45,7 +44,7 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
         raise MissingDependencyError("--plot needs matplotlib: pip install matplotlib") from error
     if not path.parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
-    adapter = Adapter.load(summary.path, base=_shapes(summary))
+    adapter = Adapter.load(summary.path, base=known_shapes(summary, "--plot"))
     maps = mean_maps(adapter, each=each)
     shown = list(maps.items())[:_MOST]
     across = min(_ACROSS, max(1, len(shown)))
@@ -72,17 +71,6 @@ def mean_maps(adapter: Adapter, *, each: bool) -> dict[str, Map]:
         / count
         for (name, shape), (total, count) in sums.items()
     }
-
-
-def _shapes(summary: Summary) -> Mapping[str, tuple[int, ...]]:
-    shapes = {target.name: target.shape for target in summary.targets}
-    unknown = [name for name, shape in shapes.items() if shape is None]
-    if unknown:
-        raise ConfigError(
-            f"--plot needs the shape of {unknown[0]!r}, which the file does not record; give the "
-            "base model with --base"
-        )
-    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _draw_maps(figure: Any, shown: list[tuple[str, Map]], of: int, size: tuple[int, int]) -> None:

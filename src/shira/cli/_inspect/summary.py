@@ -15,6 +15,7 @@ from torch import Tensor
 from shira.cli._inspect.checkpoint import Checkpoint
 from shira.cli._inspect.figures import Figures, vanishing
 from shira.delta import Adapter, fingerprint
+from shira.errors import ConfigError
 from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
 
 MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
@@ -172,6 +173,26 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     metadata = {name: value for name, value in file.config.items() if name != "shira_shapes"}
     size = _size(file.path)
     return Summary(path, "PEFT", size, targets, metadata, _name(base), file.other)
+
+
+def known_shapes(summary: Summary, what: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each target.
+
+    Args:
+        summary: Of the adapter.
+        what: What needs them, for the message: ``"--plot"``.
+
+    Raises:
+        ConfigError: If one is not known.
+    """
+    shapes = {target.name: target.shape for target in summary.targets}
+    unknown = [name for name, shape in shapes.items() if shape is None]
+    if unknown:
+        raise ConfigError(
+            f"{what} needs the shape of {unknown[0]!r}, which the file does not record; give the "
+            "base model with --base"
+        )
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _of_compact(path: Path, base: Checkpoint | None) -> Summary:

@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def whole(summary: Summary) -> Table:
     """One line for each thing to know of the adapter."""
     result = table(str(summary.path), "what", "", show_header=False)
-    for name, value in _lines(summary):
+    for name, value in lines(summary):
         result.add_row(name, value)
     return result
 
@@ -69,7 +69,8 @@ _WIDE = 150
 _LEFT_OUT = ("dtype", "min", "max", "std", "zeros")
 
 
-def _lines(summary: Summary) -> list[tuple[str, str]]:
+def lines(summary: Summary) -> list[tuple[str, str]]:
+    """What there is to know of the adapter, and what it is; no name: more of the line before."""
     figures = summary.figures.summary()
     given = {name: summary.metadata.get(name) for name in MASK_FIELDS}
     if given["density"] is not None:
@@ -77,7 +78,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     lost, unlike = summary.vanishing, summary.unlike_base
     fingerprints = sum(target.fingerprint is not None for target in summary.targets)
     bytes_each = f", {summary.file_bytes / summary.nnz:.2f} bytes an entry" if summary.nnz else ""
-    lines = [
+    found = [
         ("format", f"{summary.format}, {megabytes(summary.file_bytes)}{bytes_each}"),
         (
             "entries",
@@ -108,9 +109,9 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     if summary.library is not None:
         codings = Counter(target.indices for target in summary.targets)
         ways = ", ".join(f"{way} ({count} weights)" for way, count in codings.items())
-        lines[1:1] = [("written by", summary.library), ("indices as", ways)]
+        found[1:1] = [("written by", summary.library), ("indices as", ways)]
     if unlike is not None:
-        lines.append(
+        found.append(
             (
                 "",
                 f"{summary.base} is the same base"
@@ -121,8 +122,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         )
     if summary.other:
         names = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in summary.other.items())
-        lines.append(("other tensors", names))
-    return lines
+        found.append(("other tensors", names))
+    return found
 
 
 def without_number(name: str) -> str:

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira report`: what the page says, that nothing can be injected, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shira import Adapter, SparseDelta, Support
+from shira.cli._report.curve import training_curve
+from shira.cli._report.html import Html, escape, joined, json_block, tag, verbatim
+from shira.cli._report.maps import mask_map, side
+from shira.masks import random_support
+from shira.store.compact_read import COMPACT_NAME
+from tests.cli.browser import look, need_browser
+
+SHAPES = {f"model.layers.{i}.{kind}.weight": (40, 24) for i in range(3) for kind in ("up", "down")}
+HOSTILE = (
+    "</script><script>document.title='hacked'</script><img src=x onerror=\"alert(1)\">'\ud800\x00&"
+)
+
+
+def make(folder, slot=0, metadata=None, rename=lambda name: name):
+    deltas = {}
+    for name, shape in SHAPES.items():
+        support = random_support(shape, 48, seed=5, name=name, slot=slot)
+        values = torch.linspace(-1, 1, 48) * 0.1
+        values[:5] = 1e-9  # too small for a bfloat16 1.0, as is the least positive of the others
+        deltas[rename(name)] = SparseDelta(support, values)
+    folder.mkdir()
+    metadata = {"mask_type": "random", "random_seed": 5, **(metadata or {})}
+    Adapter(deltas, metadata).save(folder / COMPACT_NAME, "compact")
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [make(tmp_path / name, slot) for slot, name in enumerate(("poems", "code"))]
+
+
+@pytest.fixture
+def base(tmp_path):
+    save_file({name: torch.ones(shape) for name, shape in SHAPES.items()}, tmp_path / "base.st")
+    return tmp_path / "base.st"
+
+
+@pytest.fixture
+def written(shira, two, base, tmp_path):
+    """A page with everything on it."""
+    history = [{"step": step, "loss": 2.0 / step} for step in range(1, 9)]
+    history.append({"step": 8, "eval_loss": 0.5})
+    (two[0] / "metrics.json").write_text(json.dumps({"history": history}))
+    answer = shira("report", *two, "--base", base, "-o", tmp_path / "report.html")
+    assert (answer.status, answer.err) == (0, "")
+    return tmp_path / "report.html"
+
+
+class Outline(HTMLParser):
+    """Elements and attributes of a page, and its text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        if not self.tags or self.tags[-1] not in ("script", "style"):
+            self.text += data + "\n"
+
+
+def test_the_page_says_what_inspect_and_overlap_say(written, two):
+    page = written.read_text(encoding="utf-8")
+    text = Outline(page).text
+    assert "288 in 6 weights, density 5.00%" in text
+    assert "36 of 288 deltas other than zero (12.5%)" in text
+    for words in ("poems", "code", *SHAPES, "Overlap", "AWOM", "From metrics.json."):
+        assert words in text
+    assert page.count("<svg") == 4 + 5  # values, sizes, ranks, lost; and one training curve
+    maps = json.loads(re.search(r'id="maps">(.*?)</script>', page)[1])
+    assert [made["name"] for made in maps] == [name for path in two for name in Adapter.load(path)]
+
+
+def test_the_page_loads_nothing(written):
+    page = written.read_text(encoding="utf-8")
+    outline = Outline(page)
+    assert not {"link", "img", "iframe", "base", "object", "embed", "form"} & set(outline.tags)
+    assert not {"src", "href", "action", "onclick", "onload"} & {
+        key for key, _ in outline.attributes
+    }
+    assert "://" not in page
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "default-src &#x27;none&#x27;" in page
+
+
+def test_the_same_adapters_give_the_same_page(shira, two, tmp_path):
+    for name in ("a.html", "b.html"):
+        assert shira("report", *two, "--fast", "-o", tmp_path / name).status == 0
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_fast_leaves_out_ranks_and_interference(shira, two, tmp_path):
+    assert shira("report", *two, "--fast", "-o", tmp_path / "fast.html").status == 0
+    text = Outline((tmp_path / "fast.html").read_text(encoding="utf-8")).text
+    assert "Rank of the deltas" not in text
+    assert "jaccard" in text
+    assert "needs --base" in text
+    assert "Lost to rounding" not in text
+
+
+def test_one_adapter_has_no_overlap(shira, two, tmp_path):
+    assert shira("report", two[0], "-o", tmp_path / "one.html").status == 0
+    assert "Overlap" not in Outline((tmp_path / "one.html").read_text(encoding="utf-8")).text
+
+
+def test_a_log_that_could_be_of_either_adapter_is_of_neither(shira, two, tmp_path):
+    page = tmp_path / "page.html"
+    for number, path in enumerate(two):
+        (path / COMPACT_NAME).rename(tmp_path / f"{number}.safetensors")
+    (tmp_path / "metrics.json").write_text('{"history": [{"step": 1, "loss": 1.0}]}')
+    files = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    for given, drawn in ((files, False), (files[:1], True), (files[:1] * 2, True)):
+        assert shira("report", *given, "--fast", "-o", page).status == 0
+        assert ("From metrics.json." in page.read_text(encoding="utf-8")) == drawn
+
+
+def test_mistakes_are_named_and_an_old_page_stays(shira, two, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("old")
+    for arguments, words in (
+        ((two[0], tmp_path / "gone", "-o", page), "no such file or folder"),
+        ((two[0], "-o", tmp_path / "no" / "page.html"), "there is no folder"),
+        ((two[0], "-o", tmp_path), "is a folder"),
+    ):
+        answer = shira("report", *arguments)
+        assert answer.status == 2
+        assert words in answer.err
+    assert page.read_text() == "old"
+
+
+def hostile_page(shira, tmp_path):
+    metadata = {"mask_type": HOSTILE, "base_model_name_or_path": HOSTILE, HOSTILE: HOSTILE}
+    one, other = (
+        make(
+            tmp_path / f"{slot}<b onclick=alert(1)>",
+            slot,
+            metadata,
+            lambda name: HOSTILE[:-3] + name,
+        )
+        for slot in (0, 1)
+    )
+    (one / "trainer_state.json").write_text(
+        '{"log_history": "</script><img src=x onerror=alert(1)>' + "\\ud800"
+    )
+    assert shira("report", one, other, "-o", tmp_path / "hostile.html").status == 0
+    return tmp_path / "hostile.html"
+
+
+def test_nothing_that_comes_from_a_file_becomes_markup(shira, tmp_path):
+    page = hostile_page(shira, tmp_path).read_text(encoding="utf-8")
+    outline = Outline(page)
+    assert outline.tags.count("script") == 2  # the maps, and the script
+    assert not {"img", "b"} & set(outline.tags)
+    assert not {key for key, _ in outline.attributes if key.startswith("on")}
+    assert "onerror" in outline.text  # it is there, as text
+    assert "Not drawn:" in outline.text
+
+
+def test_text_is_escaped_unless_it_is_markup():
+    assert tag("p", "a<b", tag("i", '"'), 3, None) == "<p>a&lt;b<i>&quot;</i>3</p>"
+    assert tag("p", title='">', class_="x", hidden=True, data_no=None) == (
+        '<p title="&quot;&gt;" class="x" hidden></p>'
+    )
+    bold = tag("b", "x")
+    assert isinstance(bold, Html)
+    assert joined(f"{bold}") == "&lt;b&gt;x&lt;/b&gt;"  # no longer markup once it is formatted
+    assert escape("a\x00\u202eb") == "a\ufffd\ufffdb"
+    assert "</" not in json_block(["</script>", "<!--"])
+    assert json.loads(json_block(["</script>", "\u2028"])) == ["</script>", "\u2028"]
+    with pytest.raises(ValueError, match="cannot hold"):
+        verbatim("x</script>")
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"), [((7, 5), 3), ((40, 24), 384), ((1000, 6), 384), ((9,), 4)]
+)
+def test_maps_hold_every_entry(shape, most):
+    support = random_support(shape, 5, seed=1, name="w")
+    made = mask_map("w", support, most)
+    cells = np.frombuffer(made.cells, np.uint8).reshape(made.down, made.across)
+    assert max(made.down, made.across) <= most
+    rows, cols = made.shape
+    wanted = np.zeros((made.down, made.across), bool)
+    for index in support.indices.tolist():
+        row, col = divmod(index, cols)
+        wanted[row * made.down // rows, col * made.across // cols] = True
+    assert np.array_equal(cells > 0, wanted)
+    assert cells.max() == 255
+
+
+def test_maps_of_nothing_and_of_many():
+    empty = mask_map("w", Support((4, 4), torch.zeros(0, dtype=torch.int64)), 8)
+    assert (empty.top, empty.cells) == (0.0, bytes(16))
+    assert mask_map("w", Support((0, 4), torch.zeros(0, dtype=torch.int64)), 8).cells == b""
+    assert side(1) == 384
+    assert side(200) == 102
+    assert side(10**6) == 24
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0, 0.5]])
+def test_adapters_with_hardly_anything_are_drawn(shira, tmp_path, values):
+    support = Support((4, 4), torch.arange(len(values)))
+    Adapter({"w.weight": SparseDelta(support, torch.tensor(values))}).save(
+        tmp_path / "a", "compact"
+    )
+    answer = shira("report", tmp_path / "a", tmp_path / "a", "-o", tmp_path / "page.html")
+    assert (answer.status, answer.err) == (0, "")
+    page = (tmp_path / "page.html").read_text()
+    assert "nan" not in re.sub("<script.*", "", page, flags=re.DOTALL).lower().split("<body>")[1]
+
+
+def test_the_curve_of_either_log(tmp_path):
+    assert training_curve(tmp_path) is None
+    rows = [
+        {"step": 2, "loss": 1.0},
+        {"step": 1, "loss": 3},
+        {"step": 3, "loss": "x"},
+        7,
+        {"loss": 1},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    curve = training_curve(tmp_path / "adapter_model.safetensors")  # a file: beside it
+    assert (curve.file, curve.series) == (
+        "trainer_state.json",
+        {"training loss": [(1.0, 3.0), (2.0, 1.0)]},
+    )
+    (tmp_path / "metrics.json").write_text('{"accuracy": 1}')  # somebody else's
+    assert training_curve(tmp_path).file == "trainer_state.json"
+    many = [{"step": step, "loss": 1.0} for step in range(2500)]
+    (tmp_path / "metrics.json").write_text(json.dumps({"history": many}))
+    curve = training_curve(tmp_path)
+    assert (curve.file, curve.every, len(curve.series["training loss"])) == ("metrics.json", 3, 834)
+    (tmp_path / "metrics.json").write_text("{")
+    assert training_curve(tmp_path).file == "trainer_state.json"
+    (tmp_path / "trainer_state.json").unlink()
+    assert "not valid JSON" in training_curve(tmp_path).problem
+
+
+LOOKS = """
+  const root = page.documentElement, viewer = page.getElementById("viewer");
+  const wide = root.scrollWidth - view.innerWidth;
+  page.querySelector('[data-map="4"]').click();
+  const large = page.getElementById("large"), box = large.getBoundingClientRect();
+  const before = viewer.dataset.zoom;
+  const at = {clientX: box.left + 3, clientY: box.top + 3, bubbles: true, cancelable: true};
+  large.dispatchEvent(new view.WheelEvent("wheel", {...at, deltaY: -200}));
+  const after = viewer.dataset.zoom, told = page.getElementById("readout").textContent;
+  const size = viewer.getBoundingClientRect();
+  const pixels = [...large.getContext("2d").getImageData(0, 0, large.width, large.height).data];
+  const colours = new Set();
+  for (let i = 0; i < pixels.length; i += 4) colours.add(pixels.slice(i, i + 4).join());
+  page.querySelector('[data-do="on"]').click();
+  const next = page.getElementById("name").textContent;
+  page.querySelector('[data-do="close"]').click();
+  return {drawn: root.dataset.drawn, wide, before, after, told, next, colours: colours.size,
+    fits: size.left >= 0 && size.right <= view.innerWidth, open: viewer.open,
+    paper: view.getComputedStyle(page.body).backgroundColor, title: page.title};
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)]
+)
+def test_a_browser_shows_it(written, two, tmp_path, width, dark):
+    need_browser()
+    seen = look(written, tmp_path, LOOKS, width=width, dark=dark)
+    assert seen.console == []
+    found = seen.found
+    assert isinstance(found, dict), found
+    assert found["drawn"] == "12"
+    assert found["wide"] <= 0, "the page is wider than the window"
+    assert (found["before"], float(found["after"])) == ("1.00", pytest.approx(1.95, abs=0.01))
+    assert re.fullmatch(r"rows 0, columns 0: (none|about 100 %) trained", found["told"])
+    assert found["colours"] == 2  # entries of one each: none or all
+    assert found["next"] == list(Adapter.load(two[0]))[5]
+    assert found["fits"]
+    assert not found["open"]
+    brightness = sum(map(int, re.findall(r"\d+", found["paper"])[:3]))
+    assert brightness < 150 if dark else brightness > 600
+
+
+def test_a_browser_runs_nothing_of_a_hostile_file(shira, tmp_path):
+    need_browser()
+    script = (
+        "page.querySelector('[data-map]').click();"
+        "return {title: page.title, images: page.images.length, scripts: page.scripts.length,"
+        "drawn: page.documentElement.dataset.drawn, name: page.getElementById('name').textContent}"
+    )
+    seen = look(hostile_page(shira, tmp_path), tmp_path, script, width=390)
+    assert seen.console == []
+    assert seen.found["title"].endswith("shira report")
+    assert (seen.found["images"], seen.found["scripts"], seen.found["drawn"]) == (0, 2, "12")
+    assert seen.found["name"].startswith("</script><script>document.title=")
+
+
+def test_the_browser_test_sees_errors(tmp_path):
+    need_browser()
+    page = tmp_path / "bad.html"
+    page.write_text("<!doctype html><script>null.x</script><p>")
+    assert "TypeError" in look(page, tmp_path, "return 1", width=390).console[0]
