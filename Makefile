@@ -6,6 +6,7 @@
 #   make check     formatting, lint, types and tests: what CI runs
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
 #   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
+#   make docs      the site, strictly, into build/site
 #   make bench     the benchmarks; results go to benchmarks/results/
 #   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
 #
@@ -31,7 +32,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lowest-peft test-triton test-vllm check bench format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-triton test-vllm check docs bench format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -101,6 +102,10 @@ test-vllm:
 
 # The main test run comes last, so that its summary is the last line.
 check: format-check lint types test-lowest-peft test-quantized test-triton test-vllm test
+
+# Any warning is an error. Nothing is fetched.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -14,7 +14,16 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["block-masks.md", "training.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "block-masks.md",
+        "choose-a-mask.md",
+        "concepts.md",
+        "index.md",
+        "training.md",
+    ],
+)
 def test_python_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
