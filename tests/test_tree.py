@@ -22,7 +22,7 @@ BELOW = {
     "blocks": {"errors", "support"},
     "operators": {"errors", "support"},
     "delta": {"errors", "support", "operators"},
-    "masks": {"errors", "support", "blocks", "delta"},
+    "masks": {"errors", "support", "blocks", "delta", "ops"},
     "ops": {"errors", "support", "blocks", "delta"},
     # A compact file names its writer, and may hold the seed of a random mask instead of indices.
     "store": {"_version", "errors", "support", "blocks", "delta", "masks"},

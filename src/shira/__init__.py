@@ -9,7 +9,7 @@ a name of the tuner is asked for.
 
 The tree, each part importing only from its left::
 
-    errors -> support -> delta -> masks, ops, store
+    errors -> support -> delta -> ops -> masks -> store
         -> fusing, measure, convert, switch -> tuner, serve -> cli
 """
 

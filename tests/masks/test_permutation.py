@@ -7,11 +7,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira.errors import MaskError
-from shira.masks.permutation import ROUNDS, permute, round_keys
+from shira.masks.permutation import (
+    ROUNDS,
+    permute,
+    permute_in_numpy,
+    round_keys,
+    sort_points,
+)
+from shira.ops import native
 
 MASK64 = 2**64 - 1
 
@@ -105,3 +113,37 @@ def test_round_keys_are_the_same_for_ever():
 def test_round_keys_tell_seed_from_name():
     cases = [(1, "2"), (12, ""), (-12, ""), (0, "12"), (1, "\0" + "2"), (2**70, ""), (0, "\udc80")]
     assert len({tuple(round_keys(*case).tolist()) for case in cases}) == len(cases)
+
+
+@pytest.mark.skipif(native.load().library is None, reason=native.load().why)
+@settings(deadline=None)
+@given(
+    numel=st.one_of(st.integers(1, 5000), st.integers(2**31 - 3, 2**31 + 3), st.just(2**40 + 7)),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_compiled_and_numpy_agree(numel, seed, data):
+    start = data.draw(st.integers(0, numel - 1))
+    count = data.draw(st.integers(1, min(3000, numel - start)))
+    keys = round_keys(seed, "name")
+    a = math.isqrt(numel - 1) + 1
+    want = permute_in_numpy(start, count, numel, (a, -(-numel // a)), keys)
+    got = permute(start, count, numel, keys)
+    assert got.dtype == want.dtype
+    assert np.array_equal(got, want)
+    for isa in ("base", "avx2"):
+        words = torch.from_numpy(keys.view(np.int64).copy())
+        kernels = native.kernels_for(isa)
+        assert np.array_equal(
+            kernels.permute(start, count, numel, (a, -(-numel // a)), words), want
+        )
+
+
+@settings(deadline=None)
+@given(numel=st.integers(1, 20_000), data=st.data())
+def test_sorted_points(numel, data):
+    count = data.draw(st.integers(1, numel))
+    points = permute(0, count, numel, round_keys(0, ""))
+    want = np.sort(points)
+    sort_points(points, numel)
+    assert np.array_equal(points, want)

@@ -21,13 +21,16 @@ import hashlib
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shira.errors import MaskError
+from shira.ops import native
 
 ROUNDS = 8
 _CHUNK = 2**15  # points at a time: all buffers stay in the cache
 _LIMIT = 2**62
+_DENSE = 256  # entries of the weight a point: above it marking each of them costs more than sorting
 _U32 = np.uint64(32)
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: 2^64 over the golden ratio
 _FINISHER = np.uint64(0xD1342543DE82EF95)  # odd, without visible pattern in its bits
@@ -71,11 +74,26 @@ def permute(
         raise MaskError(f"random masks are for weights of up to 2^62 entries, not {numel}")
     if start < 0 or count < 0 or start + count > numel:
         raise MaskError(f"points {start} to {start + count - 1} are not all in [0, {numel})")
-    images = np.empty(count, dtype=np.int32 if numel <= 2**31 else np.int64)
     if not count:
-        return images
+        return np.empty(0, dtype=np.int32 if numel <= 2**31 else np.int64)
     a = math.isqrt(numel - 1) + 1
     b = -(-numel // a)
+    kernels = native.load().library
+    if kernels is not None:
+        words = torch.from_numpy(keys.view(np.int64).copy())
+        images: NDArray[np.signedinteger] = kernels.permute(
+            start, count, numel, (a, b), words
+        ).numpy()
+        return images
+    return permute_in_numpy(start, count, numel, (a, b), keys)
+
+
+def permute_in_numpy(
+    start: int, count: int, numel: int, grid: tuple[int, int], keys: NDArray[np.uint64]
+) -> NDArray[np.signedinteger]:
+    """`permute` without the compiled kernels: their reference, and their replacement."""
+    a, b = grid
+    images = np.empty(count, dtype=np.int32 if numel <= 2**31 else np.int64)
     for low in range(0, count, _CHUNK):
         high = min(low + _CHUNK, count)
         points = np.arange(start + low, start + high, dtype=np.uint64)
@@ -84,6 +102,15 @@ def permute(
             points[outside] = _shuffle(points[outside], a, b, keys)
         images[low:high] = points
     return images
+
+
+def sort_points(points: NDArray[np.signedinteger], numel: int) -> None:
+    """Sort, in place, distinct points of ``[0, numel)``, which one then has in O(k)."""
+    kernels = native.load().library
+    if kernels is not None and points.dtype == np.int32 and numel <= _DENSE * points.size:
+        kernels.ascending(torch.from_numpy(points), numel)
+    else:
+        points.sort()
 
 
 def _shuffle(

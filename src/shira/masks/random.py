@@ -9,7 +9,7 @@ import torch
 
 from shira.errors import MaskError
 from shira.masks.budget import check_fits
-from shira.masks.permutation import permute, round_keys
+from shira.masks.permutation import permute, round_keys, sort_points
 from shira.support import Support
 
 
@@ -45,5 +45,5 @@ def random_support(
             "train fewer entries to have more slots"
         )
     indices = permute(slot * k, k, numel, round_keys(seed, name))
-    indices.sort()
+    sort_points(indices, numel)
     return Support._trusted(shape, torch.from_numpy(indices))

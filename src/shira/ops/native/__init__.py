@@ -16,6 +16,8 @@ function     does                                        file
 `exchange`   values to offsets, what was there returned  ``exchange.c``
 `swap`       one patch out, another in, compared first   ``patch.c``
 `touch`      the least that `swap` could do, to compare  ``patch.c``
+`permute`    images under a keyed permutation            ``points.c``
+`ascending`  distinct points sorted                      ``points.c``
 ===========  ==========================================  ==================================
 """
 
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from shira.ops.native.build import LIBRARY
 
-VERSION = 2  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 3  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -48,6 +50,8 @@ _SIGNATURES = {
     "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
     "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
     "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _I]),
+    "permute": (None, [_L, _L, _L, _L, _L, _P, _I, _P, _I, _I]),
+    "ascending": (None, [_P, _L, _P, _L]),
     "touch": (ctypes.c_uint64, [_P, _P, _L, _P, _L, _I]),
 }
 
@@ -206,6 +210,34 @@ class Kernels:
             memory.data_ptr(), lines.data_ptr(), lines.numel(), stream.data_ptr(), stream.numel(),
             torch.get_num_threads(),
         )  # fmt: skip
+
+    def permute(
+        self, start: int, count: int, numel: int, grid: tuple[int, int], keys: Tensor
+    ) -> Tensor:
+        """Images of ``start, ...`` under the permutation of ``shira.masks.permutation``.
+
+        Args:
+            start: First point.
+            count: How many points.
+            numel: Size of the domain.
+            grid: Rows and columns of the network's grid.
+            keys: 64-bit words ``(rounds,)``, contiguous.
+
+        Returns:
+            ``(count,)``, int32 where they fit, else int64.
+        """
+        wide = numel > 2**31
+        images = torch.empty(count, dtype=torch.int64 if wide else torch.int32)
+        self._call["permute"](
+            start, count, numel, *grid, keys.data_ptr(), keys.numel(), images.data_ptr(),
+            int(wide), _threads(count),
+        )  # fmt: skip
+        return images
+
+    def ascending(self, points: Tensor, numel: int) -> None:
+        """Sort, in place, distinct int32 points of ``[0, numel)``; takes ``numel / 8`` bytes."""
+        marks = torch.zeros((numel + 63) // 64, dtype=torch.int64)
+        self._call["ascending"](points.data_ptr(), points.numel(), marks.data_ptr(), marks.numel())
 
 
 @cache

@@ -2,7 +2,7 @@
 // What this library is, and what this CPU can run of it. Compiled for the plainest CPU.
 
 // Changed whenever a signature changes.
-int shira_native_version(void) { return 2; }
+int shira_native_version(void) { return 3; }
 
 // The best of the instruction sets that the other files are compiled for: 2 AVX-512, 1 AVX2, 0.
 int shira_instruction_set(void) {
