@@ -1,14 +1,14 @@
 # The same few commands for people and for CI. Each makes .venv when there is none, and
 # installs again when pyproject.toml or the constraints have changed.
 #
-#   make demo      adapt a real model, save, reload, switch and restore it
-#   make test      the test suite
-#   make check     formatting, lint, types and tests: what CI runs
+#   make demo            adapt a real model, save, reload, switch and restore it
+#   make test            the test suite
+#   make check           formatting, lint, types, docs and all tests: what CI runs
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
-#   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
-#   make docs      the site, strictly, into build/site
-#   make bench     the benchmarks; results go to benchmarks/results/
-#   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
+#   make test-triton     the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
+#   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
+#   make docs            the site, strictly, into build/site
+#   make bench           the benchmarks; results go to benchmarks/results/
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
 # (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
@@ -101,7 +101,7 @@ test-vllm:
 	fi
 
 # The main test run comes last, so that its summary is the last line.
-check: format-check lint types test-lowest-peft test-quantized test-triton test-vllm test
+check: format-check lint types docs test-lowest-peft test-quantized test-triton test-vllm test
 
 # Any warning is an error. Nothing is fetched.
 docs: $(STAMP)
