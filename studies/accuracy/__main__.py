@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m studies.accuracy``: rebuild tables and figures. ``... run``: make missing runs first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from studies.accuracy import data as rows
+from studies.accuracy import store
+from studies.accuracy.plan import plan
+from studies.accuracy.protocol import TASKS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, and do it. 0 also where runs are missing: it says how many."""
+    parser = argparse.ArgumentParser(prog="python -m studies.accuracy", description=__doc__)
+    parser.add_argument("action", nargs="?", choices=("report", "run", "plan"), default="report")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("SHIRA_STUDY_DATA"),
+        help="folder with a folder of rows for each task (default: $SHIRA_STUDY_DATA)",
+    )
+    parser.add_argument("--tasks", default=",".join(TASKS), help="names, with commas between")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    arguments = parser.parse_args(argv)
+    tasks = arguments.tasks.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        parser.error(f"unknown tasks: {', '.join(unknown)}; known are {', '.join(TASKS)}")
+    if arguments.action == "plan":
+        missing = plan(store.load(), tasks)
+        for run in missing.runs:
+            print(run.key, run.stage, run.task, run.method, run.size or "-", run.rate, run.seed)
+        print(f"and {missing.unknown_finals} final runs whose rate is not known yet")
+        return 0
+    if arguments.action == "run":
+        from studies.accuracy.runner import continue_runs
+
+        reasons = {task: rows.absent(arguments.data, task) for task in tasks}
+        for task, reason in reasons.items():
+            if reason:
+                print(f"skipped: {task}: {reason}")
+        here = [task for task in tasks if reasons[task] is None]
+        made = 0
+        if here:
+            made = continue_runs(
+                arguments.data.resolve(), here, jobs=arguments.jobs, minutes=arguments.minutes
+            )
+        print(f"{made} runs made")
+    from studies.accuracy.document import rebuild
+
+    for line in rebuild():
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a task: training, validation and test, as token ids.
+
+A task is a folder with ``train.jsonl`` and ``test.jsonl`` (one ``{"text": ..., "label": int}`` a
+line) and ``labels.json`` (the names by index). The rows are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILES = ("labels.json", "train.jsonl", "test.jsonl")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Token ids and labels, row by row, and a hash of the file they came from."""
+
+    ids: list[list[int]]
+    labels: list[int]
+    sha256: str
+
+
+def absent(data: Path | None, task: str) -> str | None:
+    """Why a task cannot be run from this folder; None where it can."""
+    if data is None:
+        return "no folder of data was named: --data FOLDER, or SHIRA_STUDY_DATA"
+    missing = [name for name in FILES if not (data / task / name).is_file()]
+    return f"{data / task} has no {', '.join(missing)}" if missing else None
+
+
+@functools.lru_cache
+def label_names(data: Path, task: str) -> tuple[str, ...]:
+    """The names of a task's labels."""
+    return tuple(json.loads((data / task / "labels.json").read_text(encoding="utf-8")))
+
+
+@functools.lru_cache
+def splits(data: Path, task: str, *, validation_rows: int, max_tokens: int) -> tuple[Split, Split]:
+    """Training and validation rows: a draw from ``train.jsonl`` that is the same for every run."""
+    rows, digest = _rows(data / task / "train.jsonl")
+    chosen = set(random.Random(f"validation {task}").sample(range(len(rows)), validation_rows))
+    kept = [row for i, row in enumerate(rows) if i not in chosen]
+    held_out = [row for i, row in enumerate(rows) if i in chosen]
+    return _split(kept, max_tokens, digest), _split(held_out, max_tokens, digest)
+
+
+@functools.lru_cache
+def test_split(data: Path, task: str, *, test_rows: int, max_tokens: int) -> Split:
+    """Rows of ``test.jsonl``: all, or a draw of `test_rows` that is the same for every run."""
+    rows, digest = _rows(data / task / "test.jsonl")
+    if len(rows) > test_rows:
+        rows = random.Random(f"test {task}").sample(rows, test_rows)
+    return _split(rows, max_tokens, digest)
+
+
+@functools.lru_cache
+def tokenizer() -> Any:
+    """The base model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from shira.cli._demo.settings import model_path
+
+    return AutoTokenizer.from_pretrained(model_path())
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:
+    content = path.read_bytes()
+    rows = [json.loads(line) for line in content.decode("utf-8").split("\n") if line]
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def _split(rows: list[dict[str, Any]], max_tokens: int, digest: str) -> Split:
+    from shira.cli._demo.predict import encode
+
+    ids = encode(tokenizer(), [row["text"] for row in rows], max_length=max_tokens)
+    return Split(ids, [row["label"] for row in rows], digest)
