@@ -9,6 +9,11 @@
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
+#   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
+#   make docs      the site, strictly, into build/site
+#   make bench     the benchmarks; results go to benchmarks/results/
+#   make study     tables and figure of docs/study.md from the committed runs; RUN=1 makes more
+#   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
 # (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
@@ -32,7 +37,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lowest-peft test-triton test-vllm check docs bench format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-triton test-vllm check docs bench study format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -109,6 +114,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+study: $(STAMP)
+	$(BIN)/python -m studies.accuracy $(if $(filter 1,$(RUN)),run)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: what was measured about learning, as `benchmarks` holds what was measured about speed."""
+"""Studies: measurements of what is learnt, as `benchmarks` holds those of speed and memory."""

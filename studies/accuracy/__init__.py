@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is SHiRA as good as LoRA? A small encoder, five tasks, twelve methods, rates tuned for each.
+"""Is SHiRA as good as LoRA? A small encoder, five tasks, thirteen methods, rates tuned for each.
 
 ``make study`` rebuilds every table and figure from the committed runs and says which are missing;
 ``make study RUN=1`` makes the missing ones. The protocol is described in ``docs/study.md``::

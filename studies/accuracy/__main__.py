@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m studies.accuracy``: rebuild tables and figures. ``... run``: make missing runs first."""
+"""``python -m studies.accuracy``: rebuild tables and figures; with ``run``, after missing runs."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from studies.accuracy.store import Done
 class Plan:
     """What is left to do.
 
-    `tuning` and `final` are runs that could be made now; `unknown_finals` counts those whose rate is
-    not known yet. Tuning runs beyond the grid are counted as soon as they are called for.
+    `tuning` and `final` are runs that could be made now; `unknown_finals` counts those whose rate
+    is not known yet. Tuning runs beyond the grid are counted as soon as they are called for.
     """
 
     tuning: list[Run]

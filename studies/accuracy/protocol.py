@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared, and all that is held equal. A change here is another study: raise `PROTOCOL`."""
+"""What is compared, and all that is held equal. Whoever changes it raises `PROTOCOL`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 PROTOCOL = 1
 
@@ -62,8 +62,8 @@ class Run:
     """The full configuration of one run. Two runs of one configuration are the same run.
 
     `rate_exponent` e means a learning rate of ``10 ** (e / 2)`` for what adapts the encoder (for
-    ``head``: of the head). The seed decides the head's first values, the order of the rows, dropout,
-    LoRA's first values and the random masks.
+    ``head``: of the head). The seed decides the head's first values, the order of the rows,
+    dropout, LoRA's first values and the random masks.
     """
 
     stage: str
@@ -96,7 +96,7 @@ class Run:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that stand for this configuration."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(vars(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's harness: equal counts, runs that repeat, a plan that ends, honest tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from studies.accuracy import document, runner, store, tables
+from studies.accuracy.__main__ import main
+from studies.accuracy.metrics import matthews
+from studies.accuracy.plan import chosen, plan
+from studies.accuracy.protocol import GRIDS, METHODS, SIZES, TASKS, Run, cells
+from studies.accuracy.store import Done
+
+SMALL = {"steps": 2, "batch_size": 4, "validation_rows": 8, "test_rows": 8, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "trec6"
+    folder.mkdir()
+    (folder / "labels.json").write_text('["fruit", "metal"]')
+    words = [("apple", 0), ("iron", 1), ("pear", 0), ("zinc", 1)]
+    for name, count in (("train", 10), ("test", 6)):
+        rows = [{"text": f"{word} {i}", "label": y} for i in range(count) for word, y in words]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder.parent
+
+
+def figure(run: Run) -> float:
+    """A made-up validation figure that is best at an exponent that differs from cell to cell."""
+    best = min(GRIDS[run.method]) + len(run.method) % 5 - 1
+    return 0.8 - abs(run.rate_exponent - best) / 10
+
+
+def fake(run: Run, data: Path | None = None) -> tuple[dict, dict]:
+    result = {"metric": TASKS[run.task], "validation": figure(run), "seconds": 0.0}
+    if run.stage == "final":
+        result["test"] = figure(run) + run.seed / 100
+    return result, {}
+
+
+def finished() -> dict[str, Done]:
+    done: dict[str, Done] = {}
+    while runs := plan(done).runs:
+        done |= {run.key: Done(run, fake(run)[0]) for run in runs}
+    return done
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, Done]:
+    return finished()
+
+
+def test_every_method_of_a_size_trains_equally_many_parameters(data: Path) -> None:
+    from shira.cli._demo.training import load_base
+    from studies.accuracy import data as rows
+    from studies.accuracy.methods import adapt, trained
+    from studies.accuracy.train import _batches
+
+    training, _ = rows.splits(data, "trec6", validation_rows=8, max_tokens=8)
+    for method in METHODS:
+        if method in ("head", "full"):
+            continue
+        for size, rank in SIZES.items():
+            run = Run("tuning", "trec6", method, size, -5, 0, **SMALL)
+            model = adapt(
+                load_base(2, 0), run, lambda run=run: list(_batches(training, run, 1, "m"))
+            )
+            assert trained(model) == {"encoder": rank * 41472, "head": 2 * 384 + 2}, (method, size)
+
+
+@pytest.mark.parametrize("method", ["lora", "peft-shira", "shira-snip"])
+def test_a_run_repeats_to_the_last_digit_and_learns(data: Path, method: str) -> None:
+    from studies.accuracy.train import execute
+
+    run = Run("final", "trec6", method, "small", -5, 1, **SMALL)
+    first, second = (execute(run, data) for _ in range(2))
+    for timing in ("seconds", "train_seconds"):
+        first.pop(timing), second.pop(timing)
+    assert first == second
+    assert first["finite"]
+    longer = execute(replace(run, steps=30), data)
+    assert longer["loss"] < first["loss"]
+
+
+def test_a_tuning_run_does_not_need_the_test_rows(data: Path, tmp_path: Path) -> None:
+    from studies.accuracy.train import execute
+
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "trec6" / "test.jsonl").unlink()
+    result = execute(Run("tuning", "trec6", "head", None, -3, 0, **SMALL), tmp_path / "data")
+    assert "test" not in result
+    with pytest.raises(FileNotFoundError):
+        execute(Run("final", "trec6", "head", None, -3, 0, **SMALL), tmp_path / "data")
+
+
+def test_validation_rows_are_not_trained_on(data: Path) -> None:
+    from studies.accuracy import data as rows
+
+    training, validation = rows.splits(data, "trec6", validation_rows=8, max_tokens=8)
+    assert (len(training.ids), len(validation.ids)) == (32, 8)
+    assert not {tuple(ids) for ids in training.ids} & {tuple(ids) for ids in validation.ids}
+
+
+def test_an_empty_study_begins_with_tuning() -> None:
+    left = plan({})
+    assert not left.final
+    assert len(left.tuning) == len(TASKS) * sum(len(GRIDS[method]) for method, _ in cells())
+    assert left.unknown_finals == len(TASKS) * len(cells()) * 3
+    assert len({run.key for run in left.tuning}) == len(left.tuning)
+
+
+def test_tuning_goes_beyond_an_edge_and_then_ends(everything: dict[str, Done]) -> None:
+    for task in TASKS:
+        for method, size in cells():
+            exponent = chosen(everything, task, method, size)
+            assert exponent == min(GRIDS[method]) + len(method) % 5 - 1
+    assert plan(everything).missing == 0
+
+
+def test_of_equal_rates_the_lower_is_chosen() -> None:
+    done = {
+        run.key: Done(run, {"validation": 0.5 if run.rate_exponent in (-5, -6) else 0.1})
+        for run in plan({}, ["subj"]).tuning
+    }
+    assert chosen(done, "subj", "lora", "small") == -6
+
+
+def test_the_runner_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Run] = []
+
+    def execute(run: Run, data: Path) -> tuple[dict, dict]:
+        if len(made) == 40:
+            raise KeyboardInterrupt
+        made.append(run)
+        return fake(run)
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(store.os, "fsync", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        runner.continue_runs(tmp_path, ["subj"], jobs=1, minutes=None, folder=tmp_path)
+    assert runner.continue_runs(tmp_path, ["subj"], jobs=2, minutes=0, folder=tmp_path) == 0
+    before = len(made)
+    made.append(made[0])  # past the number that interrupts
+    count = runner.continue_runs(tmp_path, ["subj"], jobs=2, minutes=None, folder=tmp_path)
+    assert plan(store.load(tmp_path), ["subj"]).missing == 0
+    assert len(store.load(tmp_path)) == before + count
+    kept = [run for i, run in enumerate(made) if i != before]
+    assert len(kept) == len(set(kept)), "a run was made twice"
+
+
+def test_a_cut_line_is_dropped_and_a_changed_one_refused(tmp_path: Path) -> None:
+    first, second = plan({}).tuning[:2]
+    store.append(first, fake(first)[0], {}, tmp_path)
+    path = tmp_path / "tuning.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:50])
+    assert list(store.load(tmp_path)) == [first.key]
+    store.append(second, fake(second)[0], {}, tmp_path)
+    assert list(store.load(tmp_path)) == [first.key, second.key]
+    path.write_text(whole.replace('"steps": 150', '"steps": 151'))
+    with pytest.raises(ValueError, match=r"tuning.jsonl, line 1: key"):
+        store.load(tmp_path)
+
+
+def test_tables_fill_only_when_all_runs_are_there(everything: dict[str, Done]) -> None:
+    row = next(x for x in tables.finals(everything).splitlines() if x.startswith("| lora | small"))
+    assert row.count("82.0 ± 1.0") == len(TASKS) + 1
+    lost = next(key for key, entry in everything.items() if entry.run.stage == "final")
+    without = {key: entry for key, entry in everything.items() if key != lost}
+    method, task = everything[lost].run.method, everything[lost].run.task
+    assert tables.final_figures(without, task, method, everything[lost].run.size) is None
+    assert plan(without).missing == 1
+    empty = tables.finals({}) + tables.paired({}) + tables.rates({})
+    assert "±" not in empty
+
+
+def test_pairs_are_of_one_task_and_seed(everything: dict[str, Done]) -> None:
+    differences = tables.paired_differences(everything, "dora", "small", "small")
+    assert differences == [[pytest.approx(0.0)] * len(TASKS)] * 3
+
+
+def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
+    shutil.copy(document.DOCS / "study.md", tmp_path)
+    document.rebuild(tmp_path)
+    written = (tmp_path / "study.md").read_text()
+    assert written == (document.DOCS / "study.md").read_text(), "run `make study`"
+
+
+def test_absent_tasks_are_skipped_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "rebuild", lambda: [])
+    assert main(["run", "--data", str(tmp_path), "--tasks", "cola"]) == 0
+    assert "skipped: cola: " in capsys.readouterr().out
+
+
+def test_matthews_correlation() -> None:
+    assert matthews([1, 1, 0, 0], [1, 1, 0, 0]) == 1
+    assert matthews([1, 1, 1, 1], [1, 1, 0, 0]) == 0
+    assert matthews([1, 1, 0, 1], [1, 1, 0, 0]) == pytest.approx(1 / 3**0.5)
