@@ -9,11 +9,7 @@
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
-#   make test-triton  the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
-#   make docs      the site, strictly, into build/site
-#   make bench     the benchmarks; results go to benchmarks/results/
-#   make study     tables and figure of docs/study.md from the committed runs; RUN=1 makes more
-#   make test-vllm serving on vLLM, in an environment of its own (.venv-vllm)
+#   make study           tables and figure of docs/study.md; RUN=1 makes missing runs first
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
 # (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
