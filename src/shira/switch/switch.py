@@ -168,7 +168,7 @@ class Switch:
         """Put an adapter, or several, in the place of what is active.
 
         Several are summed before the one rounding, in the order of their names, so the bits do
-        not depend on the order in which they are given.
+        not depend on the order in which they are given. After an error the weights are as before.
 
         Args:
             which: A name, or ``{name: scale}``; ``{}`` means the base.
@@ -178,8 +178,6 @@ class Switch:
             AdapterError: If a scale is not a finite number, or makes values that are not finite.
             MergeError: If the module has merged adapters of PEFT's.
             SwitchError: If somebody else has changed the weights.
-
-            In each case the weights are as before.
         """
         with self.lock:
             scales = self._scales(which)
