@@ -7,6 +7,7 @@ Rank 0 writes ``{case: [result of each rank]}`` to OUT; a case that raises has i
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import tempfile
 import traceback
@@ -223,7 +224,11 @@ def main(cases: dict[str, Any]) -> None:
         dist.all_gather_object(results[name], result)
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stderr.flush()
+    # Everything is written. DeepSpeed's and gloo's threads, still there when the interpreter ends,
+    # now and then abort the process, and torchrun would take that for a failure.
+    os._exit(0)
 
 
 if __name__ == "__main__":
