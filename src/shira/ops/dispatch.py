@@ -32,7 +32,11 @@ from shira.ops import native, triton_gradient
 from shira.ops.util import quiet_about_csr
 
 DENSE_FROM = {"native": 0.2, "sampled": 0.1}
-"""Density above which a dense product is faster than single dot products (measured, two cores)."""
+"""Density above which a dense product is faster than single dot products.
+
+``sampled`` was measured on two cores; ``native`` is extrapolated from its times at 2 %
+(``benchmarks/results/kernel.json``).
+"""
 
 
 class Case(NamedTuple):
