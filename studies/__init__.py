@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: measurements of what is learnt, as `benchmarks` holds those of speed and memory."""
+"""Studies: measurements of what is learnt, as `benchmarks` holds those of speed and memory.
+
+What they share: `store`, a run a JSON line, and `runner`, which makes the missing ones.
+"""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from studies import runner as common
 from studies.accuracy import document, runner, store, tables
 from studies.accuracy.__main__ import main
 from studies.accuracy.metrics import matthews
@@ -146,8 +148,8 @@ def test_the_runner_goes_on_where_it_stopped(
         return fake(run)
 
     monkeypatch.setattr(runner, "_execute", execute)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(store.os, "fsync", lambda _: None)
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         runner.continue_runs(tmp_path, ["subj"], jobs=1, minutes=None, folder=tmp_path)
     assert runner.continue_runs(tmp_path, ["subj"], jobs=2, minutes=0, folder=tmp_path) == 0

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make missing runs, some at a time. One process writes; it can be ended at any moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+Outcome = tuple[dict[str, Any], dict[str, Any]]
+"""The result of a run, and the environment it was made in."""
+
+
+def continue_runs(
+    missing: Callable[[], Sequence[R]],
+    execute: Callable[[R, Path], Outcome],
+    record: Callable[[R, Mapping[str, Any], Mapping[str, Any]], None],
+    data: Path,
+    *,
+    jobs: int,
+    minutes: float | None,
+) -> int:
+    """Make missing runs in order until none is left or the time is over.
+
+    Args:
+        missing: the runs that could be made now; asked again after each that was made.
+        execute: makes one, in a process of one thread: a function of a module, given the run and
+            the folder of data.
+        record: keeps it, in this process: given the run, its result and its environment.
+        data: the folder of data.
+        jobs: runs at a time.
+        minutes: begin no run after so long; None for no limit.
+
+    Returns:
+        How many runs were made.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    commit = _commit()
+    made = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_worker) as pool:
+        going: dict[Future[Outcome], R] = {}
+        while True:
+            in_time = deadline is None or time.monotonic() < deadline
+            for run in missing() if in_time else ():
+                if len(going) == jobs:
+                    break
+                if run not in going.values():
+                    going[pool.submit(execute, run, data)] = run
+            if not going:
+                return made
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                run = going.pop(future)
+                result, environment = future.result()
+                record(run, result, {**environment, "commit": commit})
+                made += 1
+
+
+def prepare_worker() -> None:
+    """Settings of a worker, before torch is imported there: one thread, no network, no noise."""
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    from shira.cli import quiet
+
+    quiet.offline()
+    quiet.share_cores()
+    import torch
+
+    torch.set_num_threads(1)
+    quiet.quiet(warnings_too=True)
+
+
+def _commit() -> str | None:
+    """The commit the runs are made with, where git knows it."""
+    try:
+        where = Path(__file__).parent
+        head = ["git", "-C", str(where), "rev-parse", "HEAD"]
+        return subprocess.check_output(head, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
