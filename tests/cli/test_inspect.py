@@ -240,3 +240,23 @@ def test_plot_needs_shapes_and_a_folder(shira, saved, tmp_path):
     assert answer.status == 2
     assert "--base" in answer.err
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("value", [1.7976931348623157e308, 2.3e-308, 5e-324, 0.0])
+def test_values_at_the_ends_of_float64(shira, tmp_path, value):
+    """Their squares are infinite or zero, and axes of matplotlib end in an error."""
+    support = Support((4, 10), torch.arange(3))
+    values = torch.tensor([value, -value, 0.0], dtype=torch.float64)
+    Adapter({"w.weight": SparseDelta(support, values)}).save(tmp_path / "a", "compact")
+    answer = shira("inspect", tmp_path / "a", "--json", "--plot", tmp_path / "a.png")
+    assert (answer.status, answer.err) == (0, "")
+    found = json.loads(answer.out, parse_constant=pytest.fail)["values"]
+    assert found == {
+        "min": -value,
+        "max": value,
+        "mean_abs": pytest.approx(2 / 3 * value, rel=1e-12, abs=5e-324),
+        "std": pytest.approx((2 / 3) ** 0.5 * value, rel=1e-12, abs=5e-324),
+        "zeros": 3 if value == 0 else 1,
+    }
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert shira("inspect", tmp_path / "a").status == 0

@@ -219,16 +219,46 @@ def test_maps_of_nothing_and_of_many():
     assert side(10**6) == 24
 
 
-@pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0, 0.5]])
-def test_adapters_with_hardly_anything_are_drawn(shira, tmp_path, values):
+LARGEST, TINY = 1.7976931348623157e308, 5e-324
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [0.0],
+        [0.0, 0.0, 0.5],
+        [LARGEST],
+        [LARGEST, -LARGEST, 1.0],
+        [1e308] * 9,
+        [TINY],
+        [TINY, -TINY, 0.0],
+        [2.3e-308, LARGEST],
+    ],
+)
+def test_adapters_with_hardly_anything_or_extreme_values_are_drawn(shira, tmp_path, values):
     support = Support((4, 4), torch.arange(len(values)))
-    Adapter({"w.weight": SparseDelta(support, torch.tensor(values))}).save(
-        tmp_path / "a", "compact"
-    )
+    delta = SparseDelta(support, torch.tensor(values, dtype=torch.float64))
+    Adapter({"w.weight": delta}).save(tmp_path / "a", "compact")
     answer = shira("report", tmp_path / "a", tmp_path / "a", "-o", tmp_path / "page.html")
     assert (answer.status, answer.err) == (0, "")
     page = (tmp_path / "page.html").read_text()
-    assert "nan" not in re.sub("<script.*", "", page, flags=re.DOTALL).lower().split("<body>")[1]
+    body = re.sub("<script.*", "", page, flags=re.DOTALL).lower().split("<body>")[1]
+    assert "nan" not in body
+    drawn = re.findall(r'[ (]([a-z0-9]+)="([^"]*)"', body)
+    assert not [(key, value) for key, value in drawn if "inf" in value]
+    bars = body.count('class="s0 bar"')
+    assert bars == 2 * len(
+        {(v > 0) - (v < 0) if abs(v) == abs(max(values, key=abs)) else 0 for v in values}
+    )
+    for key, value in drawn:
+        if key in ("cx", "cy", "x", "y", "width", "height"):
+            assert -1 <= float(value) <= 401
+    pairs = shira("overlap", tmp_path / "a", tmp_path / "a", "--figure", "awom", "--json", "--rank",
+                  "--plot", tmp_path / "a.png")  # fmt: skip
+    assert (pairs.status, pairs.err) == (0, "")
+    json.loads(pairs.out, parse_constant=pytest.fail)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_curve_of_either_log(tmp_path):

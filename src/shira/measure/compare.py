@@ -9,7 +9,9 @@ from typing import Any
 
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError
+from shira.measure.figures import finite_or_none
 from shira.measure.shared import shared_entries
+from shira.measure.wide import ZERO, Wide, dot, near_one, times_power, total
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Comparison:
         shared: Positions that both have.
         differing: Shared positions at which the values differ as numbers.
         largest_difference: Largest absolute difference of values at any position of a common
-            parameter; a position that one lacks counts as 0 there.
+            parameter; a position that one lacks counts as 0 there. Infinite beyond float64.
         relative_difference: Norm of the difference over the norm of the first, for common
             parameters; infinite if only the first is 0.
         where: The parameter with the largest difference.
@@ -49,8 +51,8 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold."""
         made = asdict(self)
-        if not math.isfinite(self.relative_difference):
-            made["relative_difference"] = None
+        for figure in ("largest_difference", "relative_difference"):
+            made[figure] = finite_or_none(made[figure])
         return {key: list(v) if isinstance(v, tuple) else v for key, v in made.items()}
 
     def __str__(self) -> str:
@@ -77,8 +79,8 @@ class _Sums:
     only_b: int = 0
     shared: int = 0
     differing: int = 0
-    square_a: float = 0.0
-    square: float = 0.0
+    square_a: Wide = ZERO
+    square: Wide = ZERO
     largest: float = 0.0
     where: str | None = None
     shapes: list[str] = field(default_factory=list)
@@ -94,10 +96,10 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     for name in a:
         if name in b:
             _compare_delta(name, a[name], b[name], sums)
-    if sums.square_a:
-        relative = math.sqrt(sums.square / sums.square_a)
+    if sums.square_a.mantissa:
+        relative = float((sums.square / sums.square_a).root())
     else:
-        relative = math.inf if sums.square else 0.0
+        relative = math.inf if sums.square.mantissa else 0.0
     return Comparison(
         equal=a == b,
         only_in_a=tuple(name for name in a if name not in b),
@@ -126,11 +128,15 @@ def _compare_delta(name: str, a: SparseDelta, b: SparseDelta, sums: _Sums) -> No
     sums.only_a += a.nnz - in_a.numel()
     sums.only_b += b.nnz - in_b.numel()
     sums.differing += int((left[in_a] != right[in_b]).sum())
-    sums.square_a += float(left @ left)
+    sums.square_a = total((sums.square_a, dot(left, left)))
+    exponent = max(near_one(left)[1], near_one(right)[1])  # so that no difference overflows
+    left, right = times_power(left, -exponent), times_power(right, -exponent)
     # what is left of a is a - b where both are, and a elsewhere
     left[in_a] -= right[in_b]
     right[in_b] = 0.0
-    sums.square += float(left @ left) + float(right @ right)
     for difference in (left, right):
-        if difference.numel() and float(difference.abs().max()) > sums.largest:
-            sums.largest, sums.where = float(difference.abs().max()), name
+        square = dot(difference, difference)
+        sums.square = total((sums.square, Wide.of(square.mantissa, square.exponent + 2 * exponent)))
+        largest = float(difference.abs().max()) if difference.numel() else 0.0
+        if float(Wide.of(largest, exponent)) > sums.largest:
+            sums.largest, sums.where = float(Wide.of(largest, exponent)), name

@@ -7,23 +7,31 @@ Sums are kept rather than ratios, so that the total of all parameters is made of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shira.measure.text import text_table
+from shira.measure.wide import Wide, ratio, total
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and how far off it may be: 0 where it was computed exactly."""
+    """A figure and how far off it may be: 0 where it was computed exactly.
+
+    Infinite if it is beyond float64, as products of values beyond 1e154 are.
+    """
 
     value: float
     error: float = 0.0
 
-    def as_json(self) -> dict[str, float]:
-        """``{"value": ..., "error": ...}``."""
-        return {"value": self.value, "error": self.error}
+    def as_json(self) -> dict[str, float | None]:
+        """``{"value": ..., "error": ...}``, null for what is beyond float64."""
+        return {"value": finite_or_none(self.value), "error": finite_or_none(self.error)}
+
+    def times_power(self, exponent: int) -> Estimate:
+        """Both times ``2^exponent``."""
+        return Estimate(float(Wide.of(self.value, exponent)), float(Wide.of(self.error, exponent)))
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" +- {self.error:.1g}" if self.error else "")
@@ -40,7 +48,8 @@ class ParameterOverlap:
         nnz_b: Entries of the second.
         shared: Positions that both have.
         sign_conflicts: Shared positions at which one value is positive, the other negative.
-        dot: Sum of the products of the values at shared positions, in float64.
+        dot: Sum of the products of the values at shared positions, made in float64; a number
+            wider than float64, as may be the next two: ``float()`` gives the nearest.
         square_a: Sum of the squares of the first's values.
         square_b: Sum of the squares of the second's.
         awom: AWOM, the spectral norm of ``A^T B`` (paper sec. 3.3); None if it was not asked for.
@@ -53,9 +62,9 @@ class ParameterOverlap:
     nnz_b: int
     shared: int
     sign_conflicts: int
-    dot: float
-    square_a: float
-    square_b: float
+    dot: Wide
+    square_a: Wide
+    square_b: Wide
     awom: Estimate | None = None
     awor: Estimate | None = None
 
@@ -67,7 +76,7 @@ class ParameterOverlap:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two, as vectors of the weight's size; 0 if one is 0."""
-        return _ratio(self.dot, math.sqrt(self.square_a) * math.sqrt(self.square_b))
+        return _cosine((self,))
 
     @property
     def conflict_share(self) -> float:
@@ -145,10 +154,7 @@ class Overlap:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two, all parameters strung together."""
-        square_a = math.fsum(p.square_a for p in self.parameters)
-        square_b = math.fsum(p.square_b for p in self.parameters)
-        dot = math.fsum(p.dot for p in self.parameters)
-        return _ratio(dot, math.sqrt(square_a) * math.sqrt(square_b))
+        return _cosine(self.parameters)
 
     @property
     def awom(self) -> Estimate | None:
@@ -225,6 +231,19 @@ def _known(estimates: Iterable[Estimate | None]) -> list[Estimate] | None:
     found = list(estimates)
     known = [estimate for estimate in found if estimate is not None]
     return known if len(known) == len(found) else None
+
+
+def finite_or_none(value: float) -> float | None:
+    """A number for JSON, which knows no infinite one."""
+    return value if math.isfinite(value) else None
+
+
+def _cosine(parameters: Sequence[ParameterOverlap]) -> float:
+    square_a, square_b = (
+        total(p.square_a for p in parameters),
+        total(p.square_b for p in parameters),
+    )
+    return ratio(total(p.dot for p in parameters), square_a.root() * square_b.root())
 
 
 def _ratio(part: float, whole: float) -> float:

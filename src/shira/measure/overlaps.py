@@ -13,6 +13,7 @@ from shira.measure.figures import Estimate, Overlap, ParameterOverlap
 from shira.measure.shared import shared_entries
 from shira.measure.sparse import entries_of
 from shira.measure.spectral import TOLERANCE, product_norm
+from shira.measure.wide import ZERO, Wide, check_finite, dot
 from shira.measure.zeros import EFFORT, zero_share
 from shira.support import matrix_shape
 
@@ -53,7 +54,8 @@ def overlap(
         progress: Told after each parameter how far it is.
 
     Raises:
-        AdapterError: If one is no adapter, or a parameter has different shapes.
+        AdapterError: If one is no adapter, a parameter has different shapes, or a value is not
+            finite.
         WrongBaseError: If they were trained on different base models.
     """
     for adapter in (a, b):
@@ -64,6 +66,9 @@ def overlap(
     found = []
     for done, name in enumerate(parameters, 1):
         one, other = (adapter.get(name) for adapter in (a, b))
+        for delta, of in zip((one, other), names, strict=True):
+            if delta is not None:
+                check_finite(delta.values, f"{name!r} of adapter {of!r}")
         measured = _positions(name, one, other)
         if interference:
             measured = _with_interference(measured, one, other, tolerance, effort, seed)
@@ -77,13 +82,13 @@ def _positions(name: str, a: SparseDelta | None, b: SparseDelta | None) -> Param
     present = a if a is not None else b
     assert present is not None  # a name comes from one of the two
     shared = conflicts = 0
-    dot = 0.0
+    common = ZERO
     if a is not None and b is not None:
         in_a, in_b = shared_entries(a.support, b.support)
-        left, right = a.values.detach()[in_a].double(), b.values.detach()[in_b].double()
+        left, right = a.values.detach()[in_a], b.values.detach()[in_b]
         shared = in_a.numel()
         conflicts = int((left.sign() * right.sign() < 0).sum())
-        dot = float(left @ right)
+        common = dot(left, right)
     return ParameterOverlap(
         name=name,
         shape=matrix_shape(present.support.shape),
@@ -91,7 +96,7 @@ def _positions(name: str, a: SparseDelta | None, b: SparseDelta | None) -> Param
         nnz_b=0 if b is None else b.nnz,
         shared=shared,
         sign_conflicts=conflicts,
-        dot=dot,
+        dot=common,
         square_a=_square(a),
         square_b=_square(b),
     )
@@ -115,8 +120,5 @@ def _with_interference(
     )
 
 
-def _square(delta: SparseDelta | None) -> float:
-    if delta is None:
-        return 0.0
-    wide = delta.values.detach().double()
-    return float(wide @ wide)
+def _square(delta: SparseDelta | None) -> Wide:
+    return ZERO if delta is None else dot(delta.values, delta.values)

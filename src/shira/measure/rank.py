@@ -18,6 +18,7 @@ from shira.delta import SparseDelta
 from shira.measure.figures import Estimate
 from shira.measure.sparse import Floats, SparseMatrix, entries_of
 from shira.measure.spectral import largest_singular_value
+from shira.measure.wide import check_finite
 from shira.support import matrix_shape
 
 LIMIT = 512
@@ -79,7 +80,11 @@ def numerical_rank(
         limit: Up to this rank the answer is a rank, beyond it "at least". The cost of the sketch is
             O(k limit + n limit^2), n the shorter side.
         seed: Of the sketch.
+
+    Raises:
+        AdapterError: If a value is not finite.
     """
+    check_finite(delta.values, "the delta")
     shape = matrix_shape(delta.support.shape)
     if tolerance is None:
         finest = min(torch.finfo(delta.values.dtype).eps, torch.finfo(torch.float32).eps)
@@ -88,6 +93,7 @@ def numerical_rank(
     entries = entries.where(entries.value != 0)
     if not entries.row.size:
         return Rank(0, 0, True, False, tolerance, Estimate(0.0), 0.0)
+    entries, power = entries.near_one()
     matrix = SparseMatrix(entries)
     bound = min(matrix.shape)
     if bound <= limit and matrix.shape[0] * matrix.shape[1] <= 4 * limit * limit:
@@ -103,7 +109,7 @@ def numerical_rank(
         exact=exact or rank == bound,
         at_least=not exact and rank == limit < bound,
         tolerance=tolerance,
-        spectral_norm=norm,
+        spectral_norm=norm.times_power(power),
         stable_rank=matrix.square / norm.value**2,
     )
 

@@ -8,12 +8,14 @@ out is limited by the method, not by rounding.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shira.delta import SparseDelta
+from shira.measure.wide import times_power
 from shira.support import matrix_shape
 
 Floats = NDArray[np.float64]
@@ -30,6 +32,11 @@ class Entries(NamedTuple):
     def where(self, chosen: NDArray[np.bool_]) -> Entries:
         """Some of them."""
         return Entries(self.row[chosen], self.col[chosen], self.value[chosen])
+
+    def near_one(self) -> tuple[Entries, int]:
+        """Values over a power of two, so that squares neither overflow nor vanish; the power."""
+        exponent = math.frexp(float(np.abs(self.value).max(initial=0.0)))[1]
+        return self._replace(value=times_power(self.value, -exponent)), exponent
 
 
 def entries_of(delta: SparseDelta) -> Entries:

@@ -38,14 +38,16 @@ def product_norm(
     b = b.where(np.isin(b.row, a.row))
     if not a.row.size:
         return Estimate(0.0)
+    (a, power), (b, more) = a.near_one(), b.near_one()
     left, right = SparseMatrix(a), SparseMatrix(b)  # with the same rows
-    return largest_singular_value(
+    found = largest_singular_value(
         lambda v: left.transposed_dot(right.dot(v)),
         lambda u: right.transposed_dot(left.dot(u)),
         (left.shape[1], right.shape[1]),
         tolerance=tolerance,
         seed=seed,
     )
+    return found.times_power(power + more)
 
 
 def largest_singular_value(
@@ -83,14 +85,14 @@ def largest_singular_value(
     for step in range(steps):
         right[step] = v
         u = _orthogonal(product(v), left[:step])
-        diagonal[step] = np.linalg.norm(u)
+        diagonal[step] = _norm(u)
         if diagonal[step] > _tiny(value):
             u /= diagonal[step]
         else:
             diagonal[step], u = 0.0, np.zeros_like(u)
         left[step] = u
         v = _orthogonal(transposed(u), right[: step + 1])
-        above[step] = np.linalg.norm(v)
+        above[step] = _norm(v)
         small = np.diag(diagonal[: step + 1]) + np.diag(above[:step], 1)
         vectors, values, _ = np.linalg.svd(small)
         value, residual = float(values[0]), float(above[step] * abs(vectors[-1, 0]))
@@ -107,6 +109,12 @@ def _orthogonal(vector: Floats, basis: Floats) -> Floats:
     for _ in range(2):
         vector = vector - (basis @ vector) @ basis
     return vector
+
+
+def _norm(vector: Floats) -> float:
+    """The norm of a vector whose squares may be too small for float64."""
+    largest = np.abs(vector).max(initial=0.0)
+    return float(largest * np.linalg.norm(vector / largest)) if largest else 0.0
 
 
 def _tiny(value: float) -> float:

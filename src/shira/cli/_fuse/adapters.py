@@ -53,17 +53,23 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
     Paths that are the same get a number.
     """
-    parts = [Path(path).resolve().parts for path in paths]
-    most = max((len(part) for part in parts), default=1)
-    names = ["/".join(part[-1:]) for part in parts]
-    for length in range(2, most + 1):
-        if len(set(names)) == len(names):
-            return names
+    real = [Path(path).resolve() for path in paths]
+    shown = dict(zip(dict.fromkeys(real), _ends(list(dict.fromkeys(real))), strict=True))
+    return [
+        shown[path] if real.count(path) == 1 else f"{shown[path]} ({real[:at].count(path) + 1})"
+        for at, path in enumerate(real)
+    ]
+
+
+def _ends(paths: Sequence[Path]) -> list[str]:
+    """Of paths that all differ."""
+    names = [path.name or str(path) for path in paths]
+    length = 1
+    while len(set(names)) < len(names):
+        length += 1
         twice = {name for name in names if names.count(name) > 1}
         names = [
-            "/".join(part[-length:]) if name in twice else name
-            for name, part in zip(names, parts, strict=True)
+            "/".join(path.parts[-length:]) if name in twice else name
+            for name, path in zip(names, paths, strict=True)
         ]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return names

@@ -40,15 +40,16 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
         values[i][j] = values[j][i] = FIGURES[figure](pair)
     known = [value for row in values for value in row if not math.isnan(value)]
     signed = figure == "cosine"
-    reach = max(map(abs, known), default=0.0) or 1.0
+    # AWOM may be beyond float64, and colours are of what is not
+    reach = max((abs(value) for value in known if math.isfinite(value)), default=0.0) or 1.0
     side = max(3.6, 0.9 * size + 1.8)
     drawing = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = drawing.add_subplot(title=f"{figure} of all pairs")
     image = axes.imshow(
-        values,
+        [[max(min(value / reach, 1.0), -1.0) for value in row] for row in values],
         cmap="RdBu_r" if signed else "viridis",
-        vmin=-reach if signed else 0.0,
-        vmax=reach,
+        vmin=-1.0 if signed else 0.0,
+        vmax=1.0,
     )
     axes.set_xticks(range(size), names, rotation=45, ha="right")
     axes.set_yticks(range(size), names)
@@ -64,6 +65,8 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
                     va="center",
                     color="white" if dark else "black",
                 )
-    drawing.colorbar(image, ax=axes, shrink=0.8)
+    drawing.colorbar(
+        image, ax=axes, shrink=0.8, format=lambda share, _position: f"{share * reach:.3g}"
+    )
     FigureCanvasAgg(drawing)
     drawing.savefig(path, format="png")

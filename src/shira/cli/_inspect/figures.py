@@ -2,7 +2,7 @@
 """Figures of an adapter's values, made weight by weight and added up.
 
 Sums are kept instead of the values, so that an adapter of any size is described in the memory of
-its largest weight.
+its largest weight. They are `Wide`, for the squares of values that float64 holds but not theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from shira.delta import replacement
+from shira.measure.wide import ZERO, Wide, dot, near_one
+from shira.measure.wide import total as added
 
 
 @dataclass(frozen=True)
@@ -24,24 +26,25 @@ class Figures:
     zeros: int = 0
     minimum: float = math.inf
     maximum: float = -math.inf
-    total: float = 0.0
-    total_absolute: float = 0.0
-    total_squares: float = 0.0
+    total: Wide = ZERO
+    total_absolute: Wide = ZERO
+    total_squares: Wide = ZERO
 
     @classmethod
     def of(cls, values: Tensor) -> Figures:
-        """The figures of a 1-D floating-point tensor, summed in float64."""
+        """The figures of a 1-D tensor of finite values, summed in float64."""
         if not values.numel():
             return cls()
         wide = values.detach().double()
+        scaled, exponent = near_one(wide)
         return cls(
             count=wide.numel(),
             zeros=int((wide == 0).sum()),
             minimum=float(wide.min()),
             maximum=float(wide.max()),
-            total=float(wide.sum()),
-            total_absolute=float(wide.abs().sum()),
-            total_squares=float(wide.square().sum()),
+            total=Wide.of(float(scaled.sum()), exponent),
+            total_absolute=Wide.of(float(scaled.abs().sum()), exponent),
+            total_squares=dot(wide, wide),
         )
 
     def __add__(self, other: Figures) -> Figures:
@@ -50,10 +53,15 @@ class Figures:
             zeros=self.zeros + other.zeros,
             minimum=min(self.minimum, other.minimum),
             maximum=max(self.maximum, other.maximum),
-            total=self.total + other.total,
-            total_absolute=self.total_absolute + other.total_absolute,
-            total_squares=self.total_squares + other.total_squares,
+            total=added((self.total, other.total)),
+            total_absolute=added((self.total_absolute, other.total_absolute)),
+            total_squares=added((self.total_squares, other.total_squares)),
         )
+
+    @property
+    def reach(self) -> float:
+        """The largest absolute value; 0 if there is none."""
+        return max(abs(self.minimum), abs(self.maximum)) if self.count else 0.0
 
     def summary(self) -> dict[str, float | int | None]:
         """What is printed: min, max, mean absolute value, (population) standard deviation, zeros.
@@ -62,13 +70,14 @@ class Figures:
         """
         if not self.count:
             return {"min": None, "max": None, "mean_abs": None, "std": None, "zeros": 0}
-        mean = self.total / self.count
-        variance = max(self.total_squares / self.count - mean * mean, 0.0)
+        count = Wide.of(float(self.count))
+        mean = self.total / count
+        std = (self.total_squares / count - mean * mean).root()
         return {
             "min": self.minimum,
             "max": self.maximum,
-            "mean_abs": self.total_absolute / self.count,
-            "std": math.sqrt(variance),
+            "mean_abs": min(float(self.total_absolute / count), self.reach),
+            "std": min(float(std), self.reach),
             "zeros": self.zeros,
         }
 

@@ -53,7 +53,7 @@ def histogram(
     Returns:
         int64 ``(bins,)`` counts and float64 ``(bins + 1,)`` edges.
     """
-    edges = np.linspace(-(reach or 1.0), reach or 1.0, bins + 1)
+    edges = np.linspace(-1.0, 1.0, bins + 1) * (reach or 1.0)  # 2 * reach may be too large
     counts = np.zeros(bins, np.int64)
     for delta in deltas:
         values = delta.values.detach().to("cpu", torch.float64).numpy()

@@ -95,9 +95,12 @@ def _draw_maps(figure: Any, shown: list[tuple[str, Map]], of: int, size: tuple[i
 
 def _draw_histogram(figure: Any, adapter: Adapter, summary: Summary) -> None:
     figures = summary.figures
-    reach = max(abs(figures.minimum), abs(figures.maximum)) if figures.count else 0.0
-    counts, edges = histogram(adapter.values(), reach)
-    axes = figure.add_subplot(xlabel="value", ylabel="entries")
+    counts, edges = histogram(adapter.values(), figures.reach)
+    label = "value"
+    if figures.reach and not 1e-30 < figures.reach < 1e30:  # such axes end in an error
+        label = f"value / {figures.reach:.3g}"
+        edges = np.linspace(-1.0, 1.0, len(edges))
+    axes = figure.add_subplot(xlabel=label, ylabel="entries")
     axes.set_title(f"Values: {figures.count:,} entries, {figures.zeros:,} zeros", fontsize=9)
     axes.stairs(counts, edges, fill=True)
     if counts.any():

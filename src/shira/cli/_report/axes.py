@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from shira.cli._report.html import Child, Html, tag
 
+_LARGEST, _SMALLEST = sys.float_info.max, 1e-300
 WIDTH, HEIGHT = 400, 230  # units of the drawing, which is scaled to the width there is
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 10, 38
 
@@ -25,15 +27,19 @@ class Axis:
 
     def share(self, value: float) -> float:
         """How far along the axis a value is: 0 at ``low``, 1 at ``high``."""
-        return (value - self.low) / (self.high - self.low)
+        unit = max(abs(self.low), abs(self.high))  # high - low may be too large for a float
+        return (value / unit - self.low / unit) / (self.high / unit - self.low / unit)
 
 
 def axis(label: str, low: float, high: float, show: Callable[[float], str] = "{:g}".format) -> Axis:
     """An axis that holds both values, with ticks at some four round numbers."""
     if not high > low:
         room = abs(low) * 0.1 or 0.5
-        low, high = low - room, high + room
-    step = _round_step((high - low) / 4)
+        low, high = max(low - room, -_LARGEST), min(high + room, _LARGEST)
+    quarter = high / 4 - low / 4
+    if quarter < _SMALLEST:  # no round numbers between them
+        return Axis(label, low, high, (low, high), "{:.2g}".format)
+    step = _round_step(quarter)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     ticks = tuple(float(f"{number * step:.12g}") for number in range(first, last + 1))
     return Axis(label, low, high, ticks, show)

@@ -42,7 +42,7 @@ def value_histogram(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> Ht
                     tag("title", f"{low:.3g} to {high:.3g}: {count:,}"),
                     x=left,
                     y=top,
-                    width=round(right - left, 1),
+                    width=max(round(right - left, 1), 0.5),
                     height=round(floor - top, 1),
                     class_="s0 bar",
                 )

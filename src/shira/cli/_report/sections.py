@@ -70,12 +70,11 @@ def _summary(described: Described) -> Html:
 def _charts(described: Described) -> Iterator[Html]:
     summary = described.summary
     every = summary.figures
-    reach = max(abs(every.minimum), abs(every.maximum)) if every.count else 0.0
     names = [target.name for target in summary.targets]
     yield _figure(
         "Values",
         f"{every.count:,} values, {every.zeros:,} of them zero.",
-        value_histogram(*histogram(described.adapter.values(), reach)),
+        value_histogram(*histogram(described.adapter.values(), every.reach)),
     )
     sizes = [target.figures.summary()["mean_abs"] or 0.0 for target in summary.targets]
     yield _figure(
