@@ -19,6 +19,7 @@ from shira.cli._report.maps import mask_map, side
 from shira.masks import random_support
 from shira.store.compact_read import COMPACT_NAME
 from tests.cli.browser import look, need_browser
+from tests.cli.page_checks import FAULTS, WAYS_TO_ZOOM
 
 SHAPES = {f"model.layers.{i}.{kind}.weight": (40, 24) for i in range(3) for kind in ("up", "down")}
 HOSTILE = (
@@ -290,7 +291,6 @@ def test_the_curve_of_either_log(tmp_path):
 
 LOOKS = """
   const root = page.documentElement, viewer = page.getElementById("viewer");
-  const wide = root.scrollWidth - view.innerWidth;
   page.querySelector('[data-map="4"]').click();
   const large = page.getElementById("large"), box = large.getBoundingClientRect();
   const before = viewer.dataset.zoom;
@@ -304,15 +304,33 @@ LOOKS = """
   page.querySelector('[data-do="on"]').click();
   const next = page.getElementById("name").textContent;
   page.querySelector('[data-do="close"]').click();
-  return {drawn: root.dataset.drawn, wide, before, after, told, next, colours: colours.size,
+  return {drawn: root.dataset.drawn, before, after, told, next, colours: colours.size,
     fits: size.left >= 0 && size.right <= view.innerWidth, open: viewer.open,
     paper: view.getComputedStyle(page.body).backgroundColor, title: page.title};
 """
 
 
-@pytest.mark.parametrize(
+windows = pytest.mark.parametrize(
     ("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)]
 )
+
+
+@windows
+@pytest.mark.parametrize("hostile", [False, True], ids=["ordinary", "hostile"])
+def test_the_page_fits_can_be_read_and_asks_for_nothing(
+    request, shira, tmp_path, width, dark, hostile
+):
+    need_browser()
+    page = hostile_page(shira, tmp_path) if hostile else request.getfixturevalue("written")
+    seen = look(page, tmp_path, FAULTS, width=width, dark=dark)
+    assert seen.console == []
+    looked = seen.found.pop("looked")
+    assert seen.found == {"requests": [], "wide": 0, "faint": []}
+    assert looked["text"] > 300
+    assert looked["marks"] > 60
+
+
+@windows
 def test_a_browser_shows_it(written, two, tmp_path, width, dark):
     need_browser()
     seen = look(written, tmp_path, LOOKS, width=width, dark=dark)
@@ -320,7 +338,6 @@ def test_a_browser_shows_it(written, two, tmp_path, width, dark):
     found = seen.found
     assert isinstance(found, dict), found
     assert found["drawn"] == "12"
-    assert found["wide"] <= 0, "the page is wider than the window"
     assert (found["before"], float(found["after"])) == ("1.00", pytest.approx(1.95, abs=0.01))
     assert re.fullmatch(r"rows 0, columns 0: (none|about 100 %) trained", found["told"])
     assert found["colours"] == 2  # entries of one each: none or all
@@ -329,6 +346,25 @@ def test_a_browser_shows_it(written, two, tmp_path, width, dark):
     assert not found["open"]
     brightness = sum(map(int, re.findall(r"\d+", found["paper"])[:3]))
     assert brightness < 150 if dark else brightness > 600
+
+
+def test_a_heat_map_can_be_looked_at_closely(written, two, tmp_path):
+    need_browser()
+    seen = look(written, tmp_path, WAYS_TO_ZOOM, width=390)
+    assert seen.console == []
+    assert isinstance(seen.found, dict), seen.found
+    zooms = {name: zoom for name, zoom, _ in seen.found["seen"]}
+    inks = {name: ink for name, _, ink in seen.found["seen"]}
+    assert zooms == {
+        "open": 1, "in": 2, "in again": 4, "right": 4, "left": 4, "down": 4, "drag": 4, "let go": 4,
+        "out": 2, "whole": 1, "plus": 2, "whole button": 1, "pinch": 2, "as near as it goes": 5,
+    }  # fmt: skip
+    assert inks["open"] == inks["whole"] == inks["whole button"]
+    assert inks["plus"] == inks["in"]
+    assert inks["left"] == inks["in again"] != inks["right"]
+    assert inks["drag"] == inks["let go"]
+    assert len({inks[name] for name in ("open", "in", "in again", "right", "down", "drag")}) == 6
+    assert seen.found["name"] == list(Adapter.load(two[1]))[-1]  # before the first stands the last
 
 
 def test_a_browser_runs_nothing_of_a_hostile_file(shira, tmp_path):
@@ -345,8 +381,21 @@ def test_a_browser_runs_nothing_of_a_hostile_file(shira, tmp_path):
     assert seen.found["name"].startswith("</script><script>document.title=")
 
 
-def test_the_browser_test_sees_errors(tmp_path):
+def test_the_browser_tests_see_what_is_wrong(tmp_path):
     need_browser()
     page = tmp_path / "bad.html"
-    page.write_text("<!doctype html><script>null.x</script><p>")
-    assert "TypeError" in look(page, tmp_path, "return 1", width=390).console[0]
+    page.write_text(
+        "<!doctype html><script>null.x</script><body style='margin: 0; background: #111'>"
+        "<p style='color: #333'>faint</p><p style='color: #999; width: 391px'>wide</p>"
+        "<svg class=s0><text style='fill: #444' y=9>faint too</text><rect class=bar width=9 "
+        "height=9 style='fill: #222'></rect></svg><img src='http://127.0.0.1:9/picture.png'>"
+    )
+    seen = look(page, tmp_path, FAULTS, width=390)
+    assert "TypeError" in seen.console[0]
+    assert seen.found["requests"] == ["http://127.0.0.1:9/picture.png"]
+    assert seen.found["wide"] == 1
+    assert [fault.partition(":")[0] for fault in seen.found["faint"]] == [
+        "faint P.null",
+        "faint too text.null",
+        " rect.bar",
+    ]
