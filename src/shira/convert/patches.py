@@ -12,30 +12,24 @@ A patch file is a safetensors file with ``<name>.indices`` ``(k,)`` I32 and ``<n
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from shira.convert.base_check import check_values
-from shira.convert.checkpoint import FLOATS
+from shira.convert.entry_file import Entries, Kind, read, sizes, write
 from shira.convert.naming import match_names
 from shira.convert.sources import Model, source_of
 from shira.delta import Adapter, SparseDelta
-from shira.errors import AdapterError, FileFormatError, ShiraError, WrongBaseError, did_you_mean
-from shira.store.atomic import write_atomically
-from shira.store.json_text import parse_object
-from shira.store.safetensors_header import open_regular, read_header, read_tensor
+from shira.errors import AdapterError, FileFormatError, WrongBaseError, did_you_mean
 from shira.support import Support
 
-FORMAT = "shira-sparse-patch"
-VERSION = "1"
-INDICES, VALUES = ".indices", ".values"
 _LIMIT = 2**31
+_FILE = Kind(
+    "shira-sparse-patch", "1", "a file of sparse weight patches", ".values", "shapes", sizes
+)
 
 
 class SparsePatch(NamedTuple):
@@ -105,15 +99,11 @@ def to_patches(
 
 def save_patches(patches: Iterable[SparsePatch], path: str | os.PathLike[str]) -> None:
     """Write a patch file, atomically."""
-    tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for patch in patches:
-        tensors[patch.name + INDICES] = patch.indices.contiguous()
-        tensors[patch.name + VALUES] = patch.values.contiguous()
-        shapes[patch.name] = list(patch.full_shape)
-    metadata = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(shapes)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_bytes(tensors, metadata=metadata))
+    entries = (
+        Entries(p.name, list(p.full_shape), Support(p.full_shape, p.indices), p.values)
+        for p in patches
+    )
+    write(path, _FILE, entries)
 
 
 def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
@@ -123,32 +113,9 @@ def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
         FileNotFoundError: If there is none.
         FileFormatError: If it is damaged, or no patch file.
     """
-    with open_regular(path) as file:
-        header = read_header(file, path)
-        if header.metadata.get("format") != FORMAT:
-            raise FileFormatError(f"{header.path}: not a file of sparse weight patches")
-        if header.metadata.get("version") != VERSION:
-            raise FileFormatError(
-                f"{header.path}: version {header.metadata.get('version')!r} of patch files is not "
-                f"known (this is {VERSION!r}); update shira"
-            )
-        shapes = parse_object(header.metadata.get("shapes", "").encode(), header.path, "shapes")
-        wanted = {name + part for name in shapes for part in (INDICES, VALUES)}
-        if wanted != set(header.tensors):
-            odd = sorted(wanted ^ set(header.tensors))[0]
-            raise FileFormatError(f"{header.path}: tensor {odd!r} is missing or not listed")
-        patches = []
-        for name, shape in shapes.items():
-            try:
-                if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-                    raise FileFormatError("a shape is a list of sizes")
-                if header.tensors[name + VALUES].dtype not in FLOATS:
-                    raise FileFormatError("values are floating point")
-                if header.tensors[name + INDICES].dtype != "I32":
-                    raise FileFormatError("indices are int32")
-                support = Support(shape, read_tensor(file, header, name + INDICES))
-                values = SparseDelta(support, read_tensor(file, header, name + VALUES)).values
-            except ShiraError as error:
-                raise FileFormatError(f"{header.path}: {name!r}: {error}") from error
-            patches.append(SparsePatch(name, support.indices, values, support.shape))
+    patches = []
+    for name, _, support, values in read(path, _FILE):
+        if support.numel >= _LIMIT:
+            raise FileFormatError(f"{path}: {name!r}: more entries than int32 indices can count")
+        patches.append(SparsePatch(name, support.indices, values, support.shape))
     return patches
