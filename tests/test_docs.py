@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages of docs/ show in Python runs, each page as one program.
+"""What the pages of docs/ show in Python runs, each page as one program; and no block is left out.
 
 Pages whose commands run too have tests of their own beside the code they describe.
 """
@@ -7,28 +7,49 @@ Pages whose commands run too have tests of their own beside the code they descri
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from tests.pages import DOCS, README, ROOT, blocks, fences
+
+HERE = ["block-masks.md", "choose-a-mask.md", "concepts.md", "index.md", "training.md"]
+# Which test runs the blocks of a page in a language.
+ELSEWHERE = {
+    ("README.md", "python"): "tests/test_readme.py",
+    ("README.md", "sh"): "tests/test_readme.py",
+    ("converting.md", "python"): "tests/convert/test_docs.py",
+    ("converting.md", "sh"): "tests/convert/test_docs.py",
+    ("distributed.md", "python"): "tests/distributed/test_docs.py",
+    ("distributed.md", "sh"): "tests/distributed/test_docs.py",
+    ("examples.md", "{.python}"): "tests/examples/test_examples.py",  # the scripts, whole
+    ("fusing.md", "python"): "tests/fusing/test_docs.py",
+    ("fusing.md", "sh"): "tests/fusing/test_docs.py",
+    ("quantized.md", "python"): "tests/tuner/test_quantized.py",
+    ("serving.md", "sh"): "tests/serve/engine/test_server.py",
+    ("study.md", "sh"): "tests/studies/test_accuracy.py",
+    ("switching.md", "python"): "tests/switch/test_docs.py",
+}
+NOT_CODE = {"text", "json"}
+NOT_YET = {("serving.md", "python")}
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "block-masks.md",
-        "choose-a-mask.md",
-        "concepts.md",
-        "index.md",
-        "training.md",
-    ],
-)
+@pytest.mark.parametrize("page", HERE)
 def test_python_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
+    code = "\n".join(blocks(DOCS / page, "python"))
     assert "import" in code
     exec(compile(code, page, "exec"), {})
+
+
+def test_every_block_is_run_by_a_test():
+    pages = [README, *sorted(DOCS.rglob("*.md"))]
+    assert len({page.name for page in DOCS.glob("*.md")} | {"README.md"}) > 15
+    shown = {(page.name, head) for page in pages for head, _ in fences(page)}
+    code = {(page, head) for page, head in shown if head not in NOT_CODE}
+    run = {(page, "python") for page in HERE} | set(ELSEWHERE)
+    assert code - NOT_YET == run, "say in ELSEWHERE which test runs it"
+    for (page, _), test in ELSEWHERE.items():
+        assert page in (ROOT / test).read_text(), f"{test} does not know {page}"
 
 
 def test_the_table_of_backends_is_complete():

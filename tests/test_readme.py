@@ -1,51 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows runs, block after block, as one program."""
+"""What README.md shows runs: its Python as one program, its commands in turn."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-README = Path(__file__).parents[1] / "README.md"
+from tests.pages import README, blocks, commands
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+WORDS = ["[PAD]", "[UNK]", "[SEP]", "the", "film", "book", "was", "good", "bad"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_python_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks("python"))
+    code = "\n".join(blocks(README, "python"))
     assert code.count("import") > 3
     namespace: dict[str, object] = {}
     exec(compile(code, str(README), "exec"), namespace)
     assert namespace["mixed"].logits.isfinite().all()  # type: ignore[attr-defined]
 
 
-def test_commands_and_their_options_exist():
-    """The demo, training and the others run in tests/cli."""
-    from typer.testing import CliRunner
+def test_commands(tmp_path, monkeypatch):
+    """In their order, in a folder that holds what their reader has: a model, rows, adapters."""
+    from shira.cli import main
 
-    from shira.cli.app import COMMANDS, build_app
-
-    makefile = README.with_name("Makefile").read_text()
-    lines = re.findall(r"^(make|shira) ([\w-]+)(.*)", "\n".join(blocks("sh")), re.MULTILINE)
-    assert len(lines) >= 12
-    for program, command, rest in lines:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    what_a_reader_has()
+    lines = [shlex.split(line) for line in commands(README)]
+    assert len(lines) >= 13
+    for program, command, *arguments in lines:
         if program == "make":
-            assert f"\n{command}:" in makefile
+            assert f"\n{command}: " in README.with_name("Makefile").read_text()
             continue
-        assert command in COMMANDS
-        shown = (
-            CliRunner()
-            .invoke(build_app([command]), [command, "--help"], env={"COLUMNS": "200"})
-            .output
-        )
-        for option in re.findall(r" (--[\w-]+)", rest):
-            assert option in shown, f"shira {command} has no {option}"
+        assert program == "shira"
+        if command == "demo":
+            continue  # takes minutes; tests/cli/test_demo.py runs it with --quick
+        arguments = ["llama" if word == "MODEL" else word for word in arguments]
+        with pytest.raises(SystemExit) as stop:
+            main([command, *arguments])
+        assert not stop.value.code, (command, *arguments)
+        if command == "merge":
+            shutil.copytree("llama-merged", "llama-tuned")
+    for made in ("masks.png", "both", "overlap.png", "report.html", "extracted.safetensors"):
+        assert Path(made).exists(), made
+    for file in Path("llama").iterdir():
+        assert file.read_bytes() == Path("llama-again", file.name).read_bytes()
+
+
+def what_a_reader_has() -> None:
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from shira import ShiraConfig, get_peft_model
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    ).save_pretrained("llama")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"vocab_size": len(WORDS), "num_attention_heads": 4, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained("llama")
+    rows = ["the film was good,yes", "the book was bad,no"] * 8
+    Path("train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    for name, config in {
+        "poems": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=0),
+        "code": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=1),
+        "my-lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    }.items():
+        model = get_peft_model(LlamaForCausalLM.from_pretrained("llama"), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(name)
 
 
 def test_the_table_of_masks_is_complete():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from studies.accuracy.metrics import matthews
 from studies.accuracy.plan import chosen, plan
 from studies.accuracy.protocol import GRIDS, METHODS, SIZES, TASKS, Run, cells
 from studies.accuracy.store import Done
+from tests.pages import ROOT, commands
 
 SMALL = {"steps": 2, "batch_size": 4, "validation_rows": 8, "test_rows": 8, "max_tokens": 8}
 
@@ -198,6 +200,15 @@ def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
     document.rebuild(tmp_path)
     written = (tmp_path / "study.md").read_text()
     assert written == (document.DOCS / "study.md").read_text(), "run `make study`"
+
+
+def test_the_commands_of_the_page_do_what_it_says() -> None:
+    shown = commands(document.DOCS / "study.md")
+    assert shown == ["make study", "make study RUN=1"]
+    for line, end in zip(shown, ("studies.accuracy", "studies.accuracy run"), strict=True):
+        command = ["make", "--no-print-directory", "-n", *line.split()[1:]]
+        planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert planned.stdout.rstrip().endswith(end)
 
 
 def test_absent_tasks_are_skipped_with_a_reason(

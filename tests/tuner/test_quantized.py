@@ -18,6 +18,7 @@ from shira import Adapter, PeftModel, ShiraConfig, calibrate, get_peft_model
 from shira.errors import MaskError, MergeError, TargetError
 from shira.masks import magnitude_support
 from shira.tuner.quantized import unpacked
+from tests.pages import DOCS, blocks
 
 from .models import randomize
 from .quantizers import EVERY, QUANTIZERS, StandInBackend, needs, patched
@@ -397,3 +398,30 @@ def test_a_model_that_transformers_quantizes(tmp_path, kind):
         _loaded_quantized(kind, tmp_path / "base"), tmp_path / "adapter"
     )
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+@needs("bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_page_shows(tmp_path, monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    shape |= {"vocab_size": 32, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained("some/model")
+    page = DOCS / "quantized.md"
+    shown: dict[str, object] = {}
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), shown)
+    model = shown["model"]
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert type(layer.get_base_layer()).__name__ == "Linear4bit"
+    ids = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
