@@ -42,7 +42,7 @@ def continue_runs(
         How many runs were made.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    commit = _commit()
+    head = commit()
     made = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_worker) as pool:
@@ -59,7 +59,7 @@ def continue_runs(
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 run = going.pop(future)
                 result, environment = future.result()
-                record(run, result, {**environment, "commit": commit})
+                record(run, result, {**environment, "commit": head})
                 made += 1
 
 
@@ -76,7 +76,7 @@ def prepare_worker() -> None:
     quiet.quiet(warnings_too=True)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit the runs are made with, where git knows it."""
     try:
         where = Path(__file__).parent
