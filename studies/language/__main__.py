@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m studies.language``: rebuild tables and figure.
+"""``python -m studies.language``: how much of the study is made.
 
 ``base`` makes the base model, ``run`` makes missing runs (and the base before them), ``plan`` lists
 them.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from studies.language import data as texts
 from studies.language import store
+from studies.language.plan import plan
 from studies.language.protocol import SOURCE, TARGETS
 
 FOLDER = Path(__file__).parents[2] / "build" / "study-language"
@@ -39,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [target for target in targets if target not in TARGETS]:
         parser.error(f"unknown targets: {', '.join(unknown)}; known are {', '.join(TARGETS)}")
     if arguments.action == "plan":
-        from studies.language.plan import plan
-
         missing = plan(store.load(), targets)
         for run in missing.runs:
             print(run.key, run.stage, run.target, run.method, run.rate, run.seed)
@@ -65,10 +64,8 @@ def main(argv: list[str] | None = None) -> int:
                     minutes=arguments.minutes,
                 )
                 print(f"{count} runs made")
-    from studies.language.document import rebuild
-
-    for line in rebuild():
-        print(line)
+    left = plan(store.load())
+    print(f"{len(store.load())} runs made, at least {left.missing} missing")
     return 0
 
 

@@ -23,9 +23,9 @@ FILES = ("train.txt", "test.txt")
 
 @dataclass(frozen=True)
 class Training:
-    """Token ids, int64: `blocks` (blocks, block length) to train on, `validation` (windows, window).
+    """Token ids, int64, to train on and to validate on, and the hash of the file.
 
-    `sha256` is that of the file.
+    `blocks` is (blocks, tokens of a block), `validation` (windows, tokens of a window).
     """
 
     blocks: Tensor
@@ -71,8 +71,8 @@ def training(
     held_out = -(-validation // block_windows)
     if len(blocks) <= held_out:
         raise ValueError(
-            f"lm/{name}/train.txt gives {len(blocks)} blocks of {length} tokens; {held_out} of them "
-            "are for validation and none would be left to train on"
+            f"lm/{name}/train.txt gives {len(blocks)} blocks of {length} tokens: {held_out} of "
+            "them are for validation, and none would be left to train on"
         )
     chosen = sorted(random.Random(f"validation {name}").sample(range(len(blocks)), held_out))
     kept = [i for i in range(len(blocks)) if i not in set(chosen)]

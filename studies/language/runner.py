@@ -13,6 +13,7 @@ from typing import Any
 
 from studies import runner as common
 from studies.language import base, store
+from studies.language.plan import plan
 from studies.language.protocol import BASE, Run
 
 
@@ -64,7 +65,6 @@ def continue_runs(
     Returns:
         How many runs were made.
     """
-    from studies.language.plan import plan
 
     def record(run: Run, result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         store.append(run, result, about, results)
