@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m studies.language``: how much of the study is made.
+"""``python -m studies.language``: rebuild tables and figure.
 
 ``base`` makes the base model, ``run`` makes missing runs (and the base before them), ``plan`` lists
 them.
@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
                     minutes=arguments.minutes,
                 )
                 print(f"{count} runs made")
-    left = plan(store.load())
-    print(f"{len(store.load())} runs made, at least {left.missing} missing")
+    from studies.language.document import rebuild
+
+    for line in rebuild():
+        print(line)
     return 0
 
 

@@ -37,6 +37,9 @@ GRIDS = {
 BEYOND = 3
 """Where the best rate is the first or last of those tried, the next one is tried too: so often."""
 
+BELOW = 4
+"""How many still lower rates are tried, where need be, to compare forgetting at equal gain."""
+
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3)
 
