@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from studies.language.frontier import frontier_runs, level, source_at
 from studies.language.plan import plan
 from studies.language.protocol import GRIDS, METHODS, TARGETS, Base, Run
 from studies.language.store import Done
+from tests.pages import ROOT, commands
 
 TINY = Base(
     vocabulary=300,
@@ -301,10 +303,19 @@ def test_pairs_are_of_one_target_and_seed(everything: dict[str, Done]) -> None:
 
 
 def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
-    shutil.copy(document.DOCS / document.PAGE, tmp_path)
+    shutil.copy(document.DOCS / "study-language.md", tmp_path)
     document.rebuild(tmp_path)
-    written = (tmp_path / document.PAGE).read_text()
-    assert written == (document.DOCS / document.PAGE).read_text(), "run `make study`"
+    written = (tmp_path / "study-language.md").read_text()
+    assert written == (document.DOCS / "study-language.md").read_text(), "run `make study`"
+
+
+def test_the_commands_of_the_page_do_what_it_says() -> None:
+    shown = commands(document.DOCS / "study-language.md")
+    assert shown == ["make study", "make study RUN=1"]
+    for line, end in zip(shown, ("studies.language", "studies.language run"), strict=True):
+        command = ["make", "--no-print-directory", "-n", *line.split()[1:]]
+        planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert planned.stdout.rstrip().endswith(end)
 
 
 def test_committed_runs_name_what_they_were_made_with() -> None:
