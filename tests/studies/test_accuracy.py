@@ -208,7 +208,9 @@ def test_the_commands_of_the_page_do_what_it_says() -> None:
     for line, end in zip(shown, ("studies.accuracy", "studies.accuracy run"), strict=True):
         command = ["make", "--no-print-directory", "-n", *line.split()[1:]]
         planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert planned.stdout.splitlines()[-2].endswith(end)  # the other study's comes after it
+        assert (
+            planned.stdout.splitlines()[-2].rstrip().endswith(end)
+        )  # the other study's comes after it
 
 
 def test_absent_tasks_are_skipped_with_a_reason(
