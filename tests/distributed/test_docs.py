@@ -37,7 +37,8 @@ def run(command: str, folder: Path) -> str:
 
 
 def test_python_blocks(tmp_path):
-    program = "\n".join([*blocks(PAGE, "python"), "torch.distributed.destroy_process_group()"])
+    end = "from tests.workers import leave\nleave()"
+    program = "\n".join([*blocks(PAGE, "python"), end])
     (tmp_path / "page.py").write_text(program)
     run("torchrun --standalone --nproc-per-node 2 page.py", tmp_path)
     found = Adapter.load(tmp_path / "adapter")

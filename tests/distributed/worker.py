@@ -7,7 +7,6 @@ Rank 0 writes ``{case: [result of each rank]}`` to OUT; a case that raises has i
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 import traceback
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import task
+from tests.workers import leave
 
 CASES: dict[str, Any] = {}
 
@@ -224,11 +224,7 @@ def main(cases: dict[str, Any]) -> None:
         dist.all_gather_object(results[name], result)
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.barrier()
-    sys.stderr.flush()
-    # Everything is written. DeepSpeed's and gloo's threads, still there when the interpreter ends,
-    # now and then abort the process, and torchrun would take that for a failure.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from shira.errors import PlacementError
 from shira.serve.held import Held
 from shira.support import Support
 from tests.serve.engine.zoo import ENGINE
+from tests.workers import leave
 
 WEIGHTS = {"a": 0.7, "b": -0.3}
 
@@ -89,3 +90,4 @@ def on_two_ranks(rank: int, port: int, cases) -> None:
     initialize(rank, 2, port)
     for base, merged, adapters in cases:
         check(rank, 2, base, merged, adapters)
+    leave()
