@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a task: training, validation and test, as token ids.
+"""Rows of a task: training, validation and test, as states of the frozen blocks.
 
 A task is a folder with ``train.jsonl`` and ``test.jsonl`` (one ``{"text": ..., "label": int}`` a
 line) and ``labels.json`` (the names by index). The rows are not part of this repository.
@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from studies.accuracy import model
+
 FILES = ("labels.json", "train.jsonl", "test.jsonl")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids and labels, row by row, and a hash of the file they came from."""
+    """States (tokens, width) and labels, row by row, and a hash of the file they came from."""
 
-    ids: list[list[int]]
+    states: list[Tensor]
     labels: list[int]
     sha256: str
 
@@ -42,22 +46,33 @@ def label_names(data: Path, task: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache
-def splits(data: Path, task: str, *, validation_rows: int, max_tokens: int) -> tuple[Split, Split]:
-    """Training and validation rows: a draw from ``train.jsonl`` that is the same for every run."""
+def splits(
+    data: Path,
+    task: str,
+    *,
+    training_rows: int,
+    validation_rows: int,
+    max_tokens: int,
+    frozen_blocks: int,
+) -> tuple[Split, Split]:
+    """Training and validation rows: draws from ``train.jsonl`` that are the same for every run."""
     rows, digest = _rows(data / task / "train.jsonl")
-    chosen = set(random.Random(f"validation {task}").sample(range(len(rows)), validation_rows))
-    kept = [row for i, row in enumerate(rows) if i not in chosen]
-    held_out = [row for i, row in enumerate(rows) if i in chosen]
-    return _split(kept, max_tokens, digest), _split(held_out, max_tokens, digest)
+    order = random.Random(f"validation {task}").sample(range(len(rows)), len(rows))
+    held_out = [rows[i] for i in order[:validation_rows]]
+    kept = [rows[i] for i in order[validation_rows:][:training_rows]]
+    training = _split(kept, max_tokens, frozen_blocks, digest)
+    return training, _split(held_out, max_tokens, frozen_blocks, digest)
 
 
 @functools.lru_cache
-def test_split(data: Path, task: str, *, test_rows: int, max_tokens: int) -> Split:
+def test_split(
+    data: Path, task: str, *, test_rows: int, max_tokens: int, frozen_blocks: int
+) -> Split:
     """Rows of ``test.jsonl``: all, or a draw of `test_rows` that is the same for every run."""
     rows, digest = _rows(data / task / "test.jsonl")
     if len(rows) > test_rows:
         rows = random.Random(f"test {task}").sample(rows, test_rows)
-    return _split(rows, max_tokens, digest)
+    return _split(rows, max_tokens, frozen_blocks, digest)
 
 
 @functools.lru_cache
@@ -76,8 +91,9 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, hashlib.sha256(content).hexdigest()
 
 
-def _split(rows: list[dict[str, Any]], max_tokens: int, digest: str) -> Split:
+def _split(rows: list[dict[str, Any]], max_tokens: int, frozen_blocks: int, digest: str) -> Split:
     from shira.cli._demo.predict import encode
 
     ids = encode(tokenizer(), [row["text"] for row in rows], max_length=max_tokens)
-    return Split(ids, [row["label"] for row in rows], digest)
+    states = model.states(ids, frozen_blocks, tokenizer().pad_token_id)
+    return Split(states, [row["label"] for row in rows], digest)

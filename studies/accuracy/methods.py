@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base model with each method in it, all at the same number of trained parameters.
 
-The adapted weights are the six linear layers of each of the encoder's blocks. LoRA and SHiRA train
-``r * (m + n)`` parameters of an m x n weight. DoRA has m more, so every second block gets
-``r - 1``: for this encoder that is LoRA's count to the parameter.
+The adapted weights are the six linear layers of each block that is not frozen. LoRA and SHiRA
+train ``r * (m + n)`` parameters of an m x n weight. DoRA has m more, so half of the weights, those
+of `_DORA_LOWER`, get ``r - 1``: for three blocks of this encoder that is LoRA's count to the
+parameter.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ TARGETS = (
     r".*encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|"
     r"intermediate\.dense|output\.dense)"
 )
+_DORA_LOWER = (
+    r"encoder\.layer\.(0\..*|1\.(intermediate\.dense|attention\.self\.query|attention\.self\.key))"
+)
 HEAD = "classifier."
 
 
@@ -31,7 +35,7 @@ def adapt(base: nn.Module, run: Run, batches: Callable[[], Sequence[Any]]) -> nn
     """Put the run's method into `base`; what is to be trained requires gradients, the rest not.
 
     Args:
-        base: encoder and head.
+        base: the blocks that are not frozen, and the head.
         run: method, size and seed.
         batches: gives the batches from which ``grad`` and ``snip`` choose.
     """
@@ -64,7 +68,7 @@ def _low_rank(base: nn.Module, run: Run) -> nn.Module:
 
     rank = run.rank
     assert rank is not None
-    lower = r"encoder\.layer\.\d*[02468]\..*" if run.method == "dora" else None
+    lower = _DORA_LOWER if run.method == "dora" else None
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs are missing, in which order, given those that were made. A pure function of them.
 
-Every tuning run comes before every final one, the tasks with the shortest texts first. The rate of
-a cell (task, method, size) is that of the best validation figure on the tuning seed; where that is
-the first or the last rate tried, the next one is tried too, up to `protocol.BEYOND` of them on
-either side. The final runs of a cell are known once its rate is.
+Every tuning run comes before every final one, and the final ones seed by seed. The rate of a cell
+(method, size) is that of the best mean validation figure over the tuning tasks on the tuning seed;
+where that is the first or the last rate tried, the next one is tried too, up to `protocol.BEYOND`
+of them on either side. The final runs of a cell are known once its rate is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import mean
 
 from studies.accuracy.protocol import (
     BEYOND,
@@ -18,6 +19,7 @@ from studies.accuracy.protocol import (
     GRIDS,
     TASKS,
     TUNING_SEED,
+    TUNING_TASKS,
     Run,
     cells,
 )
@@ -53,64 +55,64 @@ def plan(
     defaults: Mapping[str, int] | None = None,
 ) -> Plan:
     """The missing runs of `tasks`; `defaults` overrides fields of `Run`, for tests."""
+    tasks = tuple(tasks)
     tuning: list[Run] = []
-    final: list[tuple[int, Run]] = []
+    final: list[Run] = []
     unknown = 0
-    for task in tasks:
-        for method, size in cells():
-            wanted = [
-                run
-                for run in _tuning(done, task, method, size, defaults or {})
-                if run.key not in done
-            ]
-            tuning += wanted
-            if wanted:
-                unknown += len(FINAL_SEEDS)
-                continue
-            exponent = chosen(done, task, method, size, defaults)
-            assert exponent is not None
-            for seed in FINAL_SEEDS:
-                run = Run("final", task, method, size, exponent, seed, **(defaults or {}))
-                if run.key not in done:
-                    final.append((seed, run))
-    return Plan(tuning, [run for _, run in sorted(final, key=lambda pair: pair[0])], unknown)
+    for method, size in cells():
+        exponent = chosen(done, method, size, defaults)
+        if exponent is None:
+            rows = tuning_runs(done, method, size, defaults).values()
+            tuning += [r for runs in rows for r in runs if r.key not in done and r.task in tasks]
+            unknown += len(FINAL_SEEDS) * len(tasks)
+            continue
+        for task in tasks:
+            runs = final_runs(task, method, size, exponent, defaults)
+            final += [run for run in runs if run.key not in done]
+    return Plan(tuning, sorted(final, key=lambda run: run.seed), unknown)
 
 
 def chosen(
     done: Mapping[str, Done],
-    task: str,
     method: str,
     size: str | None,
     defaults: Mapping[str, int] | None = None,
 ) -> int | None:
-    """The exponent of a cell's rate: best on validation, the lower one of equals.
+    """The exponent of a cell's rate: best mean validation figure, the lower one of equals.
 
     None while a tuning run of the cell is missing.
     """
-    runs = _tuning(done, task, method, size, defaults or {})
-    if any(run.key not in done for run in runs):
+    tried = validation(done, tuning_runs(done, method, size, defaults))
+    if any(figure is None for figure in tried.values()):
         return None
-    return _best(done, runs)
+    return _best({exponent: figure for exponent, figure in tried.items() if figure is not None})
 
 
-def _tuning(
+def tuning_runs(
     done: Mapping[str, Done],
-    task: str,
     method: str,
     size: str | None,
-    defaults: Mapping[str, int],
-) -> list[Run]:
-    """The tuning runs of a cell: its grid and, once that is made, what lies beyond a best edge."""
+    defaults: Mapping[str, int] | None = None,
+) -> dict[int, list[Run]]:
+    """A cell's tuning runs by exponent: its grid and, once that is made, what lies beyond an edge.
+
+    In each list one run for every tuning task.
+    """
     low, high = min(GRIDS[method]), max(GRIDS[method])
     first, last = low, high
     while True:
-        runs = [
-            Run("tuning", task, method, size, exponent, TUNING_SEED, **defaults)
+        runs = {
+            exponent: [
+                Run("tuning", task, method, size, exponent, TUNING_SEED, **(defaults or {}))
+                for task in TUNING_TASKS
+            ]
             for exponent in range(first, last + 1)
-        ]
-        if any(run.key not in done for run in runs):
+        }
+        tried = validation(done, runs)
+        complete = {exponent: figure for exponent, figure in tried.items() if figure is not None}
+        if len(complete) < len(tried):
             return runs
-        best = _best(done, runs)
+        best = _best(complete)
         if best == first and first > low - BEYOND:
             first -= 1
         elif best == last and last < high + BEYOND:
@@ -119,6 +121,30 @@ def _tuning(
             return runs
 
 
-def _best(done: Mapping[str, Done], runs: Iterable[Run]) -> int:
-    best = max(runs, key=lambda run: (done[run.key].result["validation"], -run.rate_exponent))
-    return best.rate_exponent
+def final_runs(
+    task: str,
+    method: str,
+    size: str | None,
+    exponent: int,
+    defaults: Mapping[str, int] | None = None,
+) -> list[Run]:
+    """The final runs of a cell on a task, one for each seed."""
+    return [
+        Run("final", task, method, size, exponent, seed, **(defaults or {})) for seed in FINAL_SEEDS
+    ]
+
+
+def validation(
+    done: Mapping[str, Done], runs: Mapping[int, Iterable[Run]]
+) -> dict[int, float | None]:
+    """The mean validation figure over the tuning tasks by exponent; None where a run is missing."""
+    figures = {}
+    for exponent, of_tasks in runs.items():
+        made = [done.get(run.key) for run in of_tasks]
+        values = [entry.result["validation"] for entry in made if entry is not None]
+        figures[exponent] = mean(values) if len(values) == len(made) else None
+    return figures
+
+
+def _best(figures: Mapping[int, float]) -> int:
+    return max(figures, key=lambda exponent: (round(figures[exponent], 6), -exponent))

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
-PROTOCOL = 1
+from studies.store import key_of
+
+PROTOCOL = 2
 
 BASE = "all-MiniLM-L6-v2"
 
@@ -19,6 +19,9 @@ TASKS = {
     "ag_news": "accuracy",
 }
 """Each task with its metric; the ones with the shortest texts first."""
+
+TUNING_TASKS = ("trec6", "banking77", "subj")
+"""Where rates are tuned: one rate for a method and size, by the mean over these tasks."""
 
 SIZES = {"small": 3, "large": 8}
 """r of LoRA and of SHiRA: r * (m + n) parameters for an m x n weight, 1.2 % and 3.1 % in all."""
@@ -38,15 +41,13 @@ SHIRA_MASKS = {
 
 METHODS = ("head", "full", "lora", "dora", "peft-shira", *SHIRA_MASKS)
 
-_LOW_RANK = (-7, -6, -5, -4)
-_SPARSE = (-6, -5, -4, -3)
 GRIDS = {
-    "head": (-5, -4, -3, -2),
-    "full": (-9, -8, -7, -6),
-    "lora": _LOW_RANK,
-    "dora": _LOW_RANK,
-    "peft-shira": _SPARSE,
-    **dict.fromkeys(SHIRA_MASKS, _SPARSE),
+    "head": (-6, -5, -4),
+    "full": (-8, -7, -6),
+    "lora": (-6, -5, -4),
+    "dora": (-6, -5, -4),
+    "peft-shira": (-5, -4, -3),
+    **dict.fromkeys(SHIRA_MASKS, (-5, -4, -3)),
 }
 """Rates to begin with, in half decades: e stands for 10 ** (e / 2)."""
 
@@ -62,8 +63,9 @@ class Run:
     """The full configuration of one run. Two runs of one configuration are the same run.
 
     `rate_exponent` e means a learning rate of ``10 ** (e / 2)`` for what adapts the encoder (for
-    ``head``: of the head). The seed decides the head's first values, the order of the rows,
-    dropout, LoRA's first values and the random masks.
+    ``head``: of the head). The seed decides the head's first values, the rows of each batch, LoRA's
+    first values and the random masks. The first `frozen_blocks` blocks of the encoder are trained
+    by no method. Batches are made of `group_batches` batches of rows, sorted by length.
     """
 
     stage: str
@@ -72,13 +74,16 @@ class Run:
     size: str | None
     rate_exponent: int
     seed: int
-    steps: int = 150
+    steps: int = 64
     batch_size: int = 16
-    max_tokens: int = 64
-    warmup_steps: int = 10
+    group_batches: int = 8
+    max_tokens: int = 24
+    warmup_steps: int = 6
+    frozen_blocks: int = 3
     head_rate: float = 1e-2
-    validation_rows: int = 500
-    test_rows: int = 1000
+    training_rows: int = 2000
+    validation_rows: int = 300
+    test_rows: int = 600
     calibration_batches: int = 8
     base: str = BASE
     protocol: int = PROTOCOL
@@ -96,8 +101,7 @@ class Run:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that stand for this configuration."""
-        text = json.dumps(vars(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return key_of(vars(self))
 
 
 def rate_of(exponent: int) -> float:

@@ -34,8 +34,9 @@ def continue_runs(
         store.append(run, result, about, folder)
         print(
             f"{run.stage} {run.task} {run.method} {run.size or ''} rate {run.rate:g} "
-            f"seed {run.seed}: {result['metric']} {result['validation']:.3f}, "
-            f"{result['seconds']:.0f} s",
+            f"seed {run.seed}: {result['metric']} "
+            f"{result['test' if run.stage == 'final' else 'validation']:.3f}, "
+            f"{result['seconds']['wall']:.0f} s",
             flush=True,
         )
 

@@ -16,42 +16,53 @@ from torch import Tensor, nn
 from studies.accuracy import data as rows
 from studies.accuracy.methods import adapt, is_head, trained
 from studies.accuracy.metrics import METRICS
+from studies.accuracy.model import Classifier, predict
+from studies.accuracy.model import batch as as_batch
 from studies.accuracy.protocol import TASKS, Run
 
 
 def execute(run: Run, data: Path) -> dict[str, Any]:
-    """Train and measure. A tuning run never reads the test rows.
+    """Train and measure: a tuning run on the validation rows, a final one on those of the test.
 
     Returns:
-        ``validation`` and, for final runs, ``test`` (in the task's metric), the trained parameters,
-        the mean training loss of the last ten steps, whether it stayed finite, seconds, and hashes
-        of the files of rows.
+        ``validation`` or ``test`` (in the task's metric), the trained parameters, the mean training
+        loss of the last ten steps, whether it stayed finite, seconds, and hashes of the files of
+        rows.
     """
-    from shira.cli._demo.training import load_base
-
-    started = time.perf_counter()
+    started = _clocks()
+    sizes = {"max_tokens": run.max_tokens, "frozen_blocks": run.frozen_blocks}
     training, validation = rows.splits(
-        data, run.task, validation_rows=run.validation_rows, max_tokens=run.max_tokens
+        data,
+        run.task,
+        training_rows=run.training_rows,
+        validation_rows=run.validation_rows,
+        **sizes,
     )
-    base = load_base(len(rows.label_names(data, run.task)), run.seed)
+    read = _clocks()
+    base = Classifier(
+        len(rows.label_names(data, run.task)), frozen_blocks=run.frozen_blocks, seed=run.seed
+    )
     model = adapt(base, run, lambda: list(_batches(training, run, run.calibration_batches, "mask")))
-    torch.manual_seed(run.seed)  # dropout: the same draws whatever making the adapter drew
+    adapted = _clocks()
     losses = _train(model, run, _batches(training, run, run.steps, "training"))
-    seconds = time.perf_counter() - started
+    done = _clocks()
     result: dict[str, Any] = {
         "metric": TASKS[run.task],
-        "validation": _measure(model, validation, run.task),
         "trained": trained(model),
         "loss": _finite(sum(losses[-10:]) / len(losses[-10:])),
         "finite": all(math.isfinite(loss) for loss in losses),
-        "train_seconds": round(seconds, 2),
+        "read_seconds": _between(started, read),
+        "adapt_seconds": _between(read, adapted),
+        "train_seconds": _between(adapted, done),
         "train_sha256": training.sha256,
     }
     if run.stage == "final":
-        test = rows.test_split(data, run.task, test_rows=run.test_rows, max_tokens=run.max_tokens)
+        test = rows.test_split(data, run.task, test_rows=run.test_rows, **sizes)
         result["test"] = _measure(model, test, run.task)
         result["test_sha256"] = test.sha256
-    result["seconds"] = round(time.perf_counter() - started, 2)
+    else:
+        result["validation"] = _measure(model, validation, run.task)
+    result["seconds"] = _between(started, _clocks())
     return result
 
 
@@ -91,24 +102,40 @@ def _train(model: nn.Module, run: Run, batches: Iterator[dict[str, Tensor]]) -> 
 
 
 def _batches(split: rows.Split, run: Run, count: int, purpose: str) -> Iterator[dict[str, Tensor]]:
-    """`count` batches in an order that seed and purpose decide; round and round if need be."""
-    from shira.cli._demo.predict import pad
+    """`count` batches in an order that seed and purpose decide; round and round if need be.
 
+    Rows of similar length share a batch: a group of batches is drawn, sorted by length and cut.
+    """
     rng = random.Random(f"{purpose} {run.seed}")
     order: list[int] = []
-    for _ in range(count):
-        while len(order) < run.batch_size:
-            order += rng.sample(range(len(split.ids)), len(split.ids))
-        chosen, order = order[: run.batch_size], order[run.batch_size :]
-        batch = pad([split.ids[i] for i in chosen], pad_token_id=rows.tokenizer().pad_token_id)
-        yield {**batch, "labels": torch.tensor([split.labels[i] for i in chosen])}
+    made = 0
+    while made < count:
+        group = run.batch_size * min(run.group_batches, count - made)
+        while len(order) < group:
+            order += rng.sample(range(len(split.states)), len(split.states))
+        chosen = sorted(order[:group], key=lambda i: len(split.states[i]))
+        order = order[group:]
+        starts = list(range(0, group, run.batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            batch = chosen[start : start + run.batch_size]
+            yield as_batch([split.states[i] for i in batch], [split.labels[i] for i in batch])
+            made += 1
 
 
 def _measure(model: nn.Module, split: rows.Split, task: str) -> float:
-    from shira.cli._demo.predict import predict_logits
+    predicted = predict(model, split.states).argmax(dim=1).tolist()
+    return round(METRICS[TASKS[task]](predicted, split.labels), 6)
 
-    logits = predict_logits(model, split.ids, pad_token_id=rows.tokenizer().pad_token_id)
-    return round(METRICS[TASKS[task]](logits.argmax(dim=1).tolist(), split.labels), 6)
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _between(before: tuple[float, float], after: tuple[float, float]) -> dict[str, float]:
+    """Seconds of wall clock, and of this process on a processor."""
+    wall, processor = (round(b - a, 2) for a, b in zip(before, after, strict=True))
+    return {"wall": wall, "processor": processor}
 
 
 def _finite(value: float) -> float | None:
