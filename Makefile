@@ -9,7 +9,7 @@
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
-#   make study           tables and figures of the two studies; RUN=1 makes missing runs first
+#   make study           tables and figures of the studies; RUN=1 makes missing runs first
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
 # (CONSTRAINTS=/dev/null takes the newest of each), PYTEST_ARGS goes to pytest.
@@ -113,6 +113,7 @@ bench: $(STAMP)
 
 study: $(STAMP)
 	$(BIN)/python -m studies.accuracy $(if $(filter 1,$(RUN)),run)
+	$(BIN)/python -m studies.fusion $(if $(filter 1,$(RUN)),run)
 	$(BIN)/python -m studies.language $(if $(filter 1,$(RUN)),run)
 
 format: $(STAMP)

@@ -26,6 +26,7 @@ ELSEWHERE = {
     ("fusing.md", "sh"): "tests/fusing/test_docs.py",
     ("quantized.md", "python"): "tests/tuner/test_quantized.py",
     ("serving.md", "sh"): "tests/serve/engine/test_server.py",
+    ("study-fusion.md", "sh"): "tests/studies/test_fusion.py",
     ("study-language.md", "sh"): "tests/studies/test_language.py",
     ("study.md", "sh"): "tests/studies/test_accuracy.py",
     ("switching.md", "python"): "tests/switch/test_docs.py",

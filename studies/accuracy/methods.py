@@ -39,17 +39,21 @@ def adapt(base: nn.Module, run: Run, batches: Callable[[], Sequence[Any]]) -> nn
         run: method, size and seed.
         batches: gives the batches from which ``grad`` and ``snip`` choose.
     """
+    import peft
+
+    from shira import get_peft_model
+
     if run.method == "full":
         return base.requires_grad_(True)
     base.requires_grad_(False)
     if run.method == "head":
         model = base
     elif run.method in ("lora", "dora"):
-        model = _low_rank(base, run)
+        model = peft.get_peft_model(base, low_rank_config(run))
     elif run.method == "peft-shira":
         model = _peft_shira(base, run)
     else:
-        model = _shira(base, run, batches)
+        model = get_peft_model(base, shira_config(base, run, batches))
     for name, parameter in model.named_parameters():
         if is_head(name):
             parameter.requires_grad_(True)
@@ -63,13 +67,14 @@ def trained(model: nn.Module) -> dict[str, int]:
     return {"encoder": sum(sizes.values()) - head, "head": head}
 
 
-def _low_rank(base: nn.Module, run: Run) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def low_rank_config(run: Run) -> Any:
+    """The configuration of LoRA or DoRA."""
+    from peft import LoraConfig
 
     rank = run.rank
     assert rank is not None
     lower = _DORA_LOWER if run.method == "dora" else None
-    config = LoraConfig(
+    return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         use_dora=run.method == "dora",
@@ -77,21 +82,11 @@ def _low_rank(base: nn.Module, run: Run) -> nn.Module:
         rank_pattern={lower: rank - 1} if lower else {},
         alpha_pattern={lower: 2 * (rank - 1)} if lower else {},
     )
-    return get_peft_model(base, config)
 
 
-def _peft_shira(base: nn.Module, run: Run) -> nn.Module:
-    # From the defining submodules: importing shira replaces the names in peft and peft.tuners, and
-    # leaves these as they are.
-    from peft.tuners.shira.config import ShiraConfig
-    from peft.tuners.shira.model import ShiraModel
-
-    config = ShiraConfig(r=run.rank, target_modules=TARGETS, random_seed=run.seed)
-    return ShiraModel(base, {"default": config}, "default")
-
-
-def _shira(base: nn.Module, run: Run, batches: Callable[[], Sequence[Any]]) -> nn.Module:
-    from shira import ShiraConfig, calibrate, get_peft_model
+def shira_config(base: nn.Module, run: Run, batches: Callable[[], Sequence[Any]]) -> Any:
+    """Our configuration; ``grad`` and ``snip`` have chosen their positions in it."""
+    from shira import ShiraConfig, calibrate
 
     mask_type, options = SHIRA_MASKS[run.method]
     config = ShiraConfig(
@@ -103,4 +98,14 @@ def _shira(base: nn.Module, run: Run, batches: Callable[[], Sequence[Any]]) -> n
     )
     if mask_type in ("grad", "snip"):
         config = calibrate(base, config, batches(), progress=False)
-    return get_peft_model(base, config)
+    return config
+
+
+def _peft_shira(base: nn.Module, run: Run) -> nn.Module:
+    # From the defining submodules: importing shira replaces the names in peft and peft.tuners, and
+    # leaves these as they are.
+    from peft.tuners.shira.config import ShiraConfig
+    from peft.tuners.shira.model import ShiraModel
+
+    config = ShiraConfig(r=run.rank, target_modules=TARGETS, random_seed=run.seed)
+    return ShiraModel(base, {"default": config}, "default")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from studies.accuracy.plan import chosen, plan
-from studies.accuracy.protocol import FINAL_SEEDS, GRIDS, SIZES, TASKS, Run, cells, rate_of
+from studies.accuracy.plan import chosen, final_runs, plan, tuning_runs, validation
+from studies.accuracy.protocol import SIZES, TASKS, cells, rate_of
 from studies.accuracy.store import Done
 
 NOT_YET = "-"
@@ -15,36 +15,32 @@ REFERENCE = "lora"
 
 
 def progress(done: Mapping[str, Done]) -> str:
-    """Runs made and missing, task by task."""
-    rows = []
-    for task in TASKS:
-        left = plan(done, [task])
-        made = [entry.run for entry in done.values() if entry.run.task == task]
-        rows.append(
-            [
-                task,
-                *(
-                    f"{sum(run.stage == stage for run in made)} / {missing}"
-                    for stage, missing in (
-                        ("tuning", len(left.tuning)),
-                        ("final", len(left.final) + left.unknown_finals),
-                    )
-                ),
-            ]
-        )
-    return markdown(["task", "tuning: made / missing", "final: made / missing"], rows)
+    """Runs made and missing, by stage."""
+    left = plan(done)
+    made = [entry.run.stage for entry in done.values()]
+    missing = {"tuning": len(left.tuning), "final": len(left.final) + left.unknown_finals}
+    rows = [[stage, str(made.count(stage)), str(count)] for stage, count in missing.items()]
+    return markdown(["runs", "made", "missing"], rows)
 
 
 def rates(done: Mapping[str, Done]) -> str:
-    """The rate of each cell whose tuning is complete; * where it is the lowest or highest tried."""
+    """The rate of each cell that is tuned, and its figure beside those of its neighbours.
+
+    A neighbour that was not tried is a `-`.
+    """
     rows = []
     for method, size in cells():
+        tried = validation(done, tuning_runs(done, method, size))
+        exponent = chosen(done, method, size)
         row = [method, size or ""]
-        for task in TASKS:
-            exponent = chosen(done, task, method, size)
-            row.append(NOT_YET if exponent is None else _rate(done, task, method, size, exponent))
-        rows.append(row)
-    return markdown(["method", "size", *TASKS], rows)
+        if exponent is None:
+            rows.append([*row, *[NOT_YET] * 4])
+            continue
+        near = [tried.get(exponent + step) for step in (-1, 0, 1)]
+        figures = [NOT_YET if figure is None else f"{100 * figure:.1f}" for figure in near]
+        rows.append([*row, f"{rate_of(exponent):g}", *figures])
+    columns = ["method", "size", "rate", "a half decade lower", "at the rate", "higher"]
+    return markdown(columns, rows)
 
 
 def finals(done: Mapping[str, Done]) -> str:
@@ -54,11 +50,11 @@ def finals(done: Mapping[str, Done]) -> str:
         row = [method, size or ""]
         by_task = {task: final_figures(done, task, method, size) for task in TASKS}
         for figures in by_task.values():
-            row.append(NOT_YET if figures is None else _spread(figures))
+            row.append(NOT_YET if figures is None else spread(figures))
         complete = [figures for figures in by_task.values() if figures is not None]
         whole = len(complete) == len(TASKS)
         row.append(
-            _spread([mean(seed) for seed in zip(*complete, strict=True)]) if whole else NOT_YET
+            spread([mean(seed) for seed in zip(*complete, strict=True)]) if whole else NOT_YET
         )
         rows.append(row)
     return markdown(["method", "size", *TASKS, "mean of tasks"], rows)
@@ -84,10 +80,10 @@ def final_figures(
     done: Mapping[str, Done], task: str, method: str, size: str | None
 ) -> list[float] | None:
     """The test figure of each final seed; None while a run of the cell is missing."""
-    exponent = chosen(done, task, method, size)
+    exponent = chosen(done, method, size)
     if exponent is None:
         return None
-    runs = [Run("final", task, method, size, exponent, seed) for seed in FINAL_SEEDS]
+    runs = final_runs(task, method, size, exponent)
     if any(run.key not in done for run in runs):
         return None
     return [done[run.key].result["test"] for run in runs]
@@ -118,19 +114,9 @@ def _compared(differences: list[list[float]] | None) -> list[str]:
         return [NOT_YET, NOT_YET]
     signs = [round(value, 6) for seed in differences for value in seed]
     counts = (sum(s > 0 for s in signs), sum(s == 0 for s in signs), sum(s < 0 for s in signs))
-    return [_spread([mean(seed) for seed in differences]), " / ".join(map(str, counts))]
+    return [spread([mean(seed) for seed in differences]), " / ".join(map(str, counts))]
 
 
-def _rate(done: Mapping[str, Done], task: str, method: str, size: str | None, exponent: int) -> str:
-    tried = {
-        entry.run.rate_exponent
-        for entry in done.values()
-        if (entry.run.stage, entry.run.task, entry.run.method, entry.run.size)
-        == ("tuning", task, method, size)
-    } | set(GRIDS[method])
-    edge = " *" if exponent in (min(tried), max(tried)) else ""
-    return f"{rate_of(exponent):g}{edge}"
-
-
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over the seeds, in percent."""
     return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"

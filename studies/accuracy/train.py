@@ -29,7 +29,7 @@ def execute(run: Run, data: Path) -> dict[str, Any]:
         loss of the last ten steps, whether it stayed finite, seconds, and hashes of the files of
         rows.
     """
-    started = _clocks()
+    started = clocks()
     sizes = {"max_tokens": run.max_tokens, "frozen_blocks": run.frozen_blocks}
     training, validation = rows.splits(
         data,
@@ -38,31 +38,31 @@ def execute(run: Run, data: Path) -> dict[str, Any]:
         validation_rows=run.validation_rows,
         **sizes,
     )
-    read = _clocks()
+    read = clocks()
     base = Classifier(
         len(rows.label_names(data, run.task)), frozen_blocks=run.frozen_blocks, seed=run.seed
     )
-    model = adapt(base, run, lambda: list(_batches(training, run, run.calibration_batches, "mask")))
-    adapted = _clocks()
-    losses = _train(model, run, _batches(training, run, run.steps, "training"))
-    done = _clocks()
+    model = adapt(base, run, lambda: list(batches(training, run, run.calibration_batches, "mask")))
+    adapted = clocks()
+    losses = fit(model, run, batches(training, run, run.steps, "training"))
+    done = clocks()
     result: dict[str, Any] = {
         "metric": TASKS[run.task],
         "trained": trained(model),
         "loss": _finite(sum(losses[-10:]) / len(losses[-10:])),
         "finite": all(math.isfinite(loss) for loss in losses),
-        "read_seconds": _between(started, read),
-        "adapt_seconds": _between(read, adapted),
-        "train_seconds": _between(adapted, done),
+        "read_seconds": between(started, read),
+        "adapt_seconds": between(read, adapted),
+        "train_seconds": between(adapted, done),
         "train_sha256": training.sha256,
     }
     if run.stage == "final":
         test = rows.test_split(data, run.task, test_rows=run.test_rows, **sizes)
-        result["test"] = _measure(model, test, run.task)
+        result["test"] = measure(model, test, run.task)
         result["test_sha256"] = test.sha256
     else:
-        result["validation"] = _measure(model, validation, run.task)
-    result["seconds"] = _between(started, _clocks())
+        result["validation"] = measure(model, validation, run.task)
+    result["seconds"] = between(started, clocks())
     return result
 
 
@@ -84,12 +84,13 @@ def schedule(step: int, run: Run) -> float:
     return (run.steps - step) / max(1, run.steps - run.warmup_steps)
 
 
-def _train(model: nn.Module, run: Run, batches: Iterator[dict[str, Tensor]]) -> list[float]:
+def fit(model: nn.Module, run: Run, given: Iterator[dict[str, Tensor]]) -> list[float]:
+    """Train what requires gradients on the batches given; the loss of every step."""
     model.train()
     optimize = optimizer(model, run)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimize, lambda step: schedule(step, run))
     losses = []
-    for batch in batches:
+    for batch in given:
         loss = model(**batch).loss
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
@@ -101,7 +102,7 @@ def _train(model: nn.Module, run: Run, batches: Iterator[dict[str, Tensor]]) -> 
     return losses
 
 
-def _batches(split: rows.Split, run: Run, count: int, purpose: str) -> Iterator[dict[str, Tensor]]:
+def batches(split: rows.Split, run: Run, count: int, purpose: str) -> Iterator[dict[str, Tensor]]:
     """`count` batches in an order that seed and purpose decide; round and round if need be.
 
     Rows of similar length share a batch: a group of batches is drawn, sorted by length and cut.
@@ -123,17 +124,19 @@ def _batches(split: rows.Split, run: Run, count: int, purpose: str) -> Iterator[
             made += 1
 
 
-def _measure(model: nn.Module, split: rows.Split, task: str) -> float:
+def measure(model: nn.Module, split: rows.Split, task: str) -> float:
+    """The task's metric on these rows, in evaluation mode."""
     predicted = predict(model, split.states).argmax(dim=1).tolist()
     return round(METRICS[TASKS[task]](predicted, split.labels), 6)
 
 
-def _clocks() -> tuple[float, float]:
+def clocks() -> tuple[float, float]:
+    """Wall clock, and seconds of this process on a processor."""
     return time.perf_counter(), time.process_time()
 
 
-def _between(before: tuple[float, float], after: tuple[float, float]) -> dict[str, float]:
-    """Seconds of wall clock, and of this process on a processor."""
+def between(before: tuple[float, float], after: tuple[float, float]) -> dict[str, float]:
+    """What passed on either of `clocks`, in seconds."""
     wall, processor = (round(b - a, 2) for a, b in zip(before, after, strict=True))
     return {"wall": wall, "processor": processor}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from studies.accuracy.document import BEGIN, DOCS, END
 from studies.language import figures, store, tables
 from studies.language.plan import plan
+from studies.page import DOCS, fill
 
 PAGE = "study-language.md"
 FIGURE = "study-language-trade.svg"
@@ -30,9 +30,6 @@ def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
         "frontier."
     )
     page = docs / PAGE
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} should hold the lines {BEGIN!r} and {END!r}, once each")
     drawn = figures.trade(done, docs / FIGURE)
     parts = [
         said if left.missing else f"All {len(done)} runs made.",
@@ -53,6 +50,5 @@ def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
         "`*`: the lowest or highest rate that was tried.",
         tables.rates(done),
     ]
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text("\n\n".join([before + BEGIN, *parts, END]) + after, encoding="utf-8")
+    fill(page, parts)
     return [said, f"written: {page.name}" + (f", {FIGURE}" if drawn else "")]

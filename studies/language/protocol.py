@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from studies.store import key_of
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 SOURCE = "wikitext2"
 TARGETS = ("tinyshakespeare", "python_code", "whitman_poetry")
@@ -27,10 +27,10 @@ SHIRA_MASKS = {
 METHODS = ("full", "lora", "dora", *SHIRA_MASKS)
 
 GRIDS = {
-    "full": (-7, -6, -5),
-    "lora": (-6, -5, -4),
-    "dora": (-6, -5, -4),
-    **dict.fromkeys(SHIRA_MASKS, (-5, -4, -3)),
+    "full": (-6, -5, -4),
+    "lora": (-5, -4, -3),
+    "dora": (-5, -4, -3),
+    **dict.fromkeys(SHIRA_MASKS, (-4, -3, -2)),
 }
 """Rates to begin with, in half decades: e stands for 10 ** (e / 2)."""
 
@@ -59,7 +59,7 @@ class Base:
     block_windows: int = 16
     validation_windows: int = 160
     test_windows: int = 800
-    steps: int = 2000
+    steps: int = 1200
     batch_size: int = 8
     rate: float = 2e-3
     warmup_steps: int = 100
@@ -92,11 +92,11 @@ class Run:
     rate_exponent: int
     seed: int
     rank: int = 4
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 4
-    warmup_steps: int = 6
-    validation_windows: int = 64
-    test_windows: int = 96
+    warmup_steps: int = 4
+    validation_windows: int = 32
+    test_windows: int = 48
     calibration_batches: int = 8
     base: str = BASE.key
     protocol: int = PROTOCOL

@@ -68,10 +68,11 @@ def continue_runs(
 
     def record(run: Run, result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         store.append(run, result, about, results)
+        part = "test" if run.stage == "final" else "validation"
         print(
             f"{run.stage} {run.target} {run.method} rate {run.rate:g} seed {run.seed}: perplexity "
-            f"{_perplexity(result['target_validation'])}, of the source "
-            f"{_perplexity(result['source_validation'])}, {result['seconds']:.0f} s",
+            f"{_perplexity(result[f'target_{part}'])}, of the source "
+            f"{_perplexity(result[f'source_{part}'])}, {result['seconds']:.0f} s",
             flush=True,
         )
 

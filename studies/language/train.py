@@ -24,7 +24,7 @@ def execute(run: Run, data: Path, made: bases.Made, base: Base = BASE) -> dict[s
 
     Returns:
         The loss (mean negative log-likelihood of a token, in nats; None where it is not finite) on
-        validation windows of target and source and, for final runs, on their test windows, after
+        validation windows of target and source or, for final runs, on their test windows, after
         training and, as ``..._before``, of the base; the trained parameters, the mean training loss
         of the last ten steps, seconds, and hashes.
     """
@@ -41,6 +41,7 @@ def execute(run: Run, data: Path, made: bases.Made, base: Base = BASE) -> dict[s
     windows = {"target_validation": target.validation, "source_validation": source.validation}
     hashes = {"target_train_sha256": target.sha256, "source_train_sha256": source.sha256}
     if run.stage == "final":
+        windows = {}
         for part, name in (("target", run.target), ("source", base.source)):
             windows[f"{part}_test"], hashes[f"{part}_test_sha256"] = texts.test_windows(
                 data, name, made.tokenizer, window=base.window, count=run.test_windows

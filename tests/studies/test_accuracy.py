@@ -18,11 +18,12 @@ from studies.accuracy import document, runner, store, tables
 from studies.accuracy.__main__ import main
 from studies.accuracy.metrics import matthews
 from studies.accuracy.plan import chosen, plan
-from studies.accuracy.protocol import GRIDS, METHODS, SIZES, TASKS, Run, cells
+from studies.accuracy.protocol import GRIDS, METHODS, SIZES, TASKS, TUNING_TASKS, Run, cells
 from studies.accuracy.store import Done
 from tests.pages import ROOT, commands
 
 SMALL = {"steps": 2, "batch_size": 4, "validation_rows": 8, "test_rows": 8, "max_tokens": 8}
+ROWS = {"training_rows": 50, "validation_rows": 8, "max_tokens": 8, "frozen_blocks": 3}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,11 @@ def figure(run: Run) -> float:
 
 
 def fake(run: Run, data: Path | None = None) -> tuple[dict, dict]:
-    result = {"metric": TASKS[run.task], "validation": figure(run), "seconds": 0.0}
+    result = {"metric": TASKS[run.task], "seconds": {"wall": 0.0, "processor": 0.0}}
     if run.stage == "final":
         result["test"] = figure(run) + run.seed / 100
+    else:
+        result["validation"] = figure(run)
     return result, {}
 
 
@@ -64,21 +67,20 @@ def everything() -> dict[str, Done]:
 
 
 def test_every_method_of_a_size_trains_equally_many_parameters(data: Path) -> None:
-    from shira.cli._demo.training import load_base
     from studies.accuracy import data as rows
     from studies.accuracy.methods import adapt, trained
-    from studies.accuracy.train import _batches
+    from studies.accuracy.model import Classifier
+    from studies.accuracy.train import batches
 
-    training, _ = rows.splits(data, "trec6", validation_rows=8, max_tokens=8)
+    training, _ = rows.splits(data, "trec6", **ROWS)
     for method in METHODS:
         if method in ("head", "full"):
             continue
         for size, rank in SIZES.items():
             run = Run("tuning", "trec6", method, size, -5, 0, **SMALL)
-            model = adapt(
-                load_base(2, 0), run, lambda run=run: list(_batches(training, run, 1, "m"))
-            )
-            assert trained(model) == {"encoder": rank * 41472, "head": 2 * 384 + 2}, (method, size)
+            base = Classifier(2, frozen_blocks=3, seed=0)
+            model = adapt(base, run, lambda run=run: list(batches(training, run, 1, "m")))
+            assert trained(model) == {"encoder": rank * 20736, "head": 2 * 384 + 2}, (method, size)
 
 
 @pytest.mark.parametrize("method", ["lora", "peft-shira", "shira-snip"])
@@ -87,7 +89,7 @@ def test_a_run_repeats_to_the_last_digit_and_learns(data: Path, method: str) -> 
 
     run = Run("final", "trec6", method, "small", -5, 1, **SMALL)
     first, second = (execute(run, data) for _ in range(2))
-    for timing in ("seconds", "train_seconds"):
+    for timing in ("seconds", "read_seconds", "adapt_seconds", "train_seconds"):
         first.pop(timing), second.pop(timing)
     assert first == second
     assert first["finite"]
@@ -109,33 +111,89 @@ def test_a_tuning_run_does_not_need_the_test_rows(data: Path, tmp_path: Path) ->
 def test_validation_rows_are_not_trained_on(data: Path) -> None:
     from studies.accuracy import data as rows
 
-    training, validation = rows.splits(data, "trec6", validation_rows=8, max_tokens=8)
-    assert (len(training.ids), len(validation.ids)) == (32, 8)
-    assert not {tuple(ids) for ids in training.ids} & {tuple(ids) for ids in validation.ids}
+    training, validation = rows.splits(data, "trec6", **ROWS)
+    assert (len(training.states), len(validation.states)) == (32, 8)
+    seen = {tuple(row.flatten().tolist()) for row in training.states}
+    assert not seen & {tuple(row.flatten().tolist()) for row in validation.states}
+
+
+@pytest.mark.parametrize("frozen_blocks", [0, 3, 6])
+def test_the_two_parts_are_the_whole_encoder(frozen_blocks: int) -> None:
+    import torch
+    from transformers import AutoModel
+
+    from shira.cli._demo.predict import pad
+    from shira.cli._demo.settings import model_path
+    from studies.accuracy.model import Classifier, batch, states
+
+    ids = [[101, 7592, 102], [101, 2088, 2003, 2307, 102]]
+    whole = AutoModel.from_pretrained(model_path()).eval()
+    model = Classifier(3, frozen_blocks=frozen_blocks, seed=0).eval()
+    padded = pad(ids, pad_token_id=0)
+    with torch.no_grad():
+        last = whole(**padded).last_hidden_state
+        mask = padded["attention_mask"].unsqueeze(-1)
+        mean = (last * mask).sum(dim=1) / mask.sum(dim=1)
+        pooled = torch.nn.functional.normalize(mean, dim=1) * mean.shape[1] ** 0.5
+        logits = model(**batch(states(ids, frozen_blocks, 0))).logits
+        torch.testing.assert_close(logits, model.classifier(pooled), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_batch_are_of_similar_length_and_all_are_seen(data: Path) -> None:
+    import torch
+
+    from studies.accuracy.data import Split
+    from studies.accuracy.train import batches
+
+    split = Split([torch.full((1 + i % 7, 2), float(i)) for i in range(64)], [0] * 64, "")
+    run = Run("tuning", "trec6", "lora", "small", -5, 0, batch_size=8, group_batches=4)
+    made = list(batches(split, run, 8, "training"))
+    seen = [int(states[0, 0]) for batch in made for states in batch["states"]]
+    assert sorted(seen) == list(range(64))
+    lengths = [batch["attention_mask"].sum(dim=1) for batch in made]
+    assert max(int(row.max() - row.min()) for row in lengths) <= 3
+    again = list(batches(split, run, 8, "training"))
+    assert all(torch.equal(a["states"], b["states"]) for a, b in zip(made, again, strict=True))
 
 
 def test_an_empty_study_begins_with_tuning() -> None:
     left = plan({})
     assert not left.final
-    assert len(left.tuning) == len(TASKS) * sum(len(GRIDS[method]) for method, _ in cells())
+    assert len(left.tuning) == len(TUNING_TASKS) * sum(len(GRIDS[method]) for method, _ in cells())
     assert left.unknown_finals == len(TASKS) * len(cells()) * 3
     assert len({run.key for run in left.tuning}) == len(left.tuning)
 
 
 def test_tuning_goes_beyond_an_edge_and_then_ends(everything: dict[str, Done]) -> None:
-    for task in TASKS:
-        for method, size in cells():
-            exponent = chosen(everything, task, method, size)
-            assert exponent == min(GRIDS[method]) + len(method) % 5 - 1
+    for method, size in cells():
+        assert chosen(everything, method, size) == min(GRIDS[method]) + len(method) % 5 - 1
     assert plan(everything).missing == 0
 
 
-def test_of_equal_rates_the_lower_is_chosen() -> None:
-    done = {
-        run.key: Done(run, {"validation": 0.5 if run.rate_exponent in (-5, -6) else 0.1})
-        for run in plan({}, ["subj"]).tuning
-    }
-    assert chosen(done, "subj", "lora", "small") == -6
+def test_the_rate_is_that_of_the_best_mean_and_of_equals_the_lower() -> None:
+    runs = [run for run in plan({}).tuning if (run.method, run.size) == ("lora", "small")]
+    figures = {"trec6": (0.5, 0.8, 0.1), "banking77": (0.6, 0.3, 0.1), "subj": (0.7, 0.7, 0.1)}
+    low = min(GRIDS["lora"])
+
+    def result(run: Run) -> dict:
+        tried = run.rate_exponent - low
+        return {"validation": figures[run.task][tried] if tried >= 0 else 0.0}
+
+    done = {run.key: Done(run, result(run)) for run in runs}
+    assert chosen(done, "lora", "small") is None, "the lowest is as good as the middle: go lower"
+    more = [run for run in plan(done).tuning if (run.method, run.size) == ("lora", "small")]
+    assert {run.rate_exponent for run in more} == {low - 1}
+    done |= {run.key: Done(run, result(run)) for run in more}
+    assert chosen(done, "lora", "small") == low
+
+
+def test_final_runs_come_seed_by_seed() -> None:
+    done: dict[str, Done] = {}
+    while runs := plan(done).tuning:
+        done |= {run.key: Done(run, fake(run)[0]) for run in runs}
+    left = plan(done)
+    assert [run.seed for run in left.final] == sorted(run.seed for run in left.final)
+    assert len(left.final) == len(TASKS) * len(cells()) * 3
 
 
 def test_the_runner_goes_on_where_it_stopped(
@@ -152,13 +210,14 @@ def test_the_runner_goes_on_where_it_stopped(
     monkeypatch.setattr(runner, "_execute", execute)
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(os, "fsync", lambda _: None)
+    tasks = list(TUNING_TASKS)
     with pytest.raises(KeyboardInterrupt):
-        runner.continue_runs(tmp_path, ["subj"], jobs=1, minutes=None, folder=tmp_path)
-    assert runner.continue_runs(tmp_path, ["subj"], jobs=2, minutes=0, folder=tmp_path) == 0
+        runner.continue_runs(tmp_path, tasks, jobs=1, minutes=None, folder=tmp_path)
+    assert runner.continue_runs(tmp_path, tasks, jobs=2, minutes=0, folder=tmp_path) == 0
     before = len(made)
     made.append(made[0])  # past the number that interrupts
-    count = runner.continue_runs(tmp_path, ["subj"], jobs=2, minutes=None, folder=tmp_path)
-    assert plan(store.load(tmp_path), ["subj"]).missing == 0
+    count = runner.continue_runs(tmp_path, tasks, jobs=2, minutes=None, folder=tmp_path)
+    assert plan(store.load(tmp_path), tasks).missing == 0
     assert len(store.load(tmp_path)) == before + count
     kept = [run for i, run in enumerate(made) if i != before]
     assert len(kept) == len(set(kept)), "a run was made twice"
@@ -173,7 +232,7 @@ def test_a_cut_line_is_dropped_and_a_changed_one_refused(tmp_path: Path) -> None
     assert list(store.load(tmp_path)) == [first.key]
     store.append(second, fake(second)[0], {}, tmp_path)
     assert list(store.load(tmp_path)) == [first.key, second.key]
-    path.write_text(whole.replace('"steps": 150', '"steps": 151'))
+    path.write_text(whole.replace('"steps": 64', '"steps": 65'))
     with pytest.raises(ValueError, match=r"tuning.jsonl, line 1: key"):
         store.load(tmp_path)
 
@@ -205,12 +264,11 @@ def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
 def test_the_commands_of_the_page_do_what_it_says() -> None:
     shown = commands(document.DOCS / "study.md")
     assert shown == ["make study", "make study RUN=1"]
-    for line, end in zip(shown, ("studies.accuracy", "studies.accuracy run"), strict=True):
+    for line, end in zip(shown, ("", " run"), strict=True):
         command = ["make", "--no-print-directory", "-n", *line.split()[1:]]
         planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert (
-            planned.stdout.splitlines()[-2].rstrip().endswith(end)
-        )  # the other study's comes after it
+        ran = [line.rstrip().split("-m ")[1] for line in planned.stdout.splitlines()[-3:]]
+        assert ran == [f"studies.{study}{end}" for study in ("accuracy", "fusion", "language")]
 
 
 def test_absent_tasks_are_skipped_with_a_reason(

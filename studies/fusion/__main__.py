@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m studies.fusion``: rebuild the tables; with ``run``, after missing runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from studies.accuracy import data as rows
+from studies.fusion import runs
+from studies.fusion.protocol import TASKS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, and do it. 0 also where runs are missing: it says how many."""
+    parser = argparse.ArgumentParser(prog="python -m studies.fusion", description=__doc__)
+    parser.add_argument("action", nargs="?", choices=("report", "run", "plan"), default="report")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("SHIRA_STUDY_DATA"),
+        help="folder with a folder of rows for each task (default: $SHIRA_STUDY_DATA)",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "plan":
+        for run in runs.missing():
+            print(run.key, run.family, run.rate_exponent, run.seed)
+        return 0
+    if arguments.action == "run":
+        reasons = [reason for task in TASKS if (reason := rows.absent(arguments.data, task))]
+        for reason in reasons:
+            print(f"skipped: {reason}")
+        if not reasons:
+            made = runs.continue_runs(
+                arguments.data.resolve(), jobs=arguments.jobs, minutes=arguments.minutes
+            )
+            print(f"{made} runs made")
+    from studies.fusion.document import rebuild
+
+    for line in rebuild():
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
