@@ -83,6 +83,7 @@ def execute(run: Run, data: Path, **settings: int) -> dict[str, Any]:
         )
         model.set_adapter(way)
         fused[way] = figures()
+        model.set_adapter(TASKS[0])
         model.delete_adapter(way)
     return {
         "without": without,

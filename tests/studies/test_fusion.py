@@ -69,14 +69,15 @@ def test_the_overlap_of_low_rank_adapters_is_that_of_their_products() -> None:
 
     from studies.fusion.adapters import overlaps
 
+    names = ["first", "second"]
     base = torch.nn.Sequential(torch.nn.Linear(6, 5))
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    model: Any = get_peft_model(base, config, adapter_name="a")
-    model.add_adapter("b", config)
+    model: Any = get_peft_model(base, config, adapter_name=names[0])
+    model.add_adapter(names[1], config)
     layer = model.base_model.model[0]
-    a, b = (layer.get_delta_weight(name).flatten().double() for name in ("a", "b"))
+    a, b = (layer.get_delta_weight(name).detach().flatten().double() for name in names)
     expected = float(a @ b / (a.norm() * b.norm()))
-    assert overlaps(model, ["a", "b"]) == {
+    assert overlaps(model, names) == {
         "shared": 1.0,
         "cosine": pytest.approx(expected, abs=2e-6),
     }
