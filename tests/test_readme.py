@@ -17,13 +17,16 @@ WORDS = ["[PAD]", "[UNK]", "[SEP]", "the", "film", "book", "was", "good", "bad"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_python_blocks(tmp_path, monkeypatch):
+def test_python_blocks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(README, "python"))
     assert code.count("import") > 3
     namespace: dict[str, object] = {}
     exec(compile(code, str(README), "exec"), namespace)
-    assert namespace["mixed"].logits.isfinite().all()  # type: ignore[attr-defined]
+    mixed = namespace["mixed"].logits  # type: ignore[attr-defined]
+    assert mixed.isfinite().all()
+    total = next(line.split() for line in capsys.readouterr().out.splitlines() if "all  " in line)
+    assert not {"0", "0.0000", "+0.0000"} & set(total), total  # something to look at
 
 
 def test_commands(tmp_path, monkeypatch):
