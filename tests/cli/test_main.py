@@ -67,6 +67,40 @@ def test_a_wrong_name_is_refused_with_a_near_one(shira):
     assert answer.err.endswith("Did you mean 'inspect'?\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect"], "error: missing argument 'path'; see shira inspect --help\n"),
+        (
+            ["inspect", "x", "--nosuch"],
+            "error: no such option: --nosuch; see shira inspect --help\n",
+        ),
+        (["merge", "x"], "error: missing option '--base'; see shira merge --help\n"),
+        (["--nosuch"], "error: no such option: --nosuch; see shira --help\n"),
+    ],
+)
+def test_a_wrong_option_is_one_line_like_any_error(shira, arguments, said):
+    assert shira(*arguments) == (2, "", said)
+
+
+def test_without_a_command_there_is_help(shira):
+    answer = shira()
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith("Usage: shira")
+
+
+def test_the_status_of_a_command_is_that_of_the_process(shira, monkeypatch):
+    import typer
+
+    import shira.cli._inspect.summary as summary
+
+    def done(path, base):
+        raise typer.Exit(1)
+
+    monkeypatch.setattr(summary, "summarize", done)
+    assert shira("inspect", "x").status == 1
+
+
 def test_python_dash_m():
     done = subprocess.run(
         [sys.executable, "-m", "shira", "inspect", "/no/such/adapter"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,12 +42,16 @@ EXAMPLES = (
     "shira COMMAND --help",
 )
 
+# click's, or in later releases typer's own copy of it; no name of typer's leads there directly
+_UsageError: Any = typer.BadParameter.__base__
+
 
 def run(arguments: Sequence[str]) -> None:
     """Parse `arguments`, run the subcommand they name, and exit.
 
     Raises:
-        ConfigError: If there is no such subcommand.
+        ConfigError: If there is no such subcommand, or it has no such options.
+        SystemExit: With the exit status.
     """
     named = next((a for a in arguments if not a.startswith("-")), None)
     if named is not None and named not in COMMANDS:
@@ -56,7 +60,24 @@ def run(arguments: Sequence[str]) -> None:
             f"{did_you_mean(named, COMMANDS)}"
         )
     app = build_app(COMMANDS if named is None else [named])
-    app(args=list(arguments), prog_name="shira")
+    try:
+        status = app(args=list(arguments), prog_name="shira", standalone_mode=False)
+    except _UsageError as error:
+        if not arguments:  # "no arguments" is an error whose message is the help
+            error.show(sys.stderr)
+            sys.exit(error.exit_code)
+        raise ConfigError(_one_line(error, named)) from error
+    except typer.Abort:
+        status = 130  # ctrl-C, or the end of the input
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _one_line(error: Any, named: str | None) -> str:
+    """The message of typer's error as shira words its own, with what to do."""
+    message = error.format_message().rstrip(".")
+    return (
+        f"{message[:1].lower()}{message[1:]}; see {' '.join(filter(None, ('shira', named)))} --help"
+    )
 
 
 def build_app(names: Iterable[str]) -> typer.Typer:

@@ -3,9 +3,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
+
+
+def no_accelerator_note() -> None:
+    """Keep DeepSpeed from saying, on standard output, that it found no accelerator.
+
+    transformers imports DeepSpeed wherever it is installed, whether it is used or not. Call it
+    before transformers is imported; DeepSpeed's other messages come through.
+    """
+    logging.getLogger("DeepSpeed").addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def offline() -> None:

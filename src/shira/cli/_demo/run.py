@@ -33,6 +33,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
     started = time.perf_counter()
     quiet.offline()
     quiet.share_cores()
+    quiet.no_accelerator_note()
     model_path()  # the first thing to be missing
     say(
         f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "

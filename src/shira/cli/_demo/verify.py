@@ -150,5 +150,6 @@ def median_milliseconds(seconds: Sequence[float]) -> float:
 
 if __name__ == "__main__":
     quiet.offline()
+    quiet.no_accelerator_note()
     quiet.quiet(warnings_too=True)
     print(json.dumps(verify(Path(sys.argv[1]))))

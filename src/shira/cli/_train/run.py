@@ -58,6 +58,7 @@ def run_training(options: TrainOptions) -> None:
     output = Path(options.output or "")
     checkpoint = find_checkpoint(output, options.resume)
     check_output(output, options, checkpoint)
+    quiet.no_accelerator_note()
     _check_installed()
     from transformers import Trainer
 
