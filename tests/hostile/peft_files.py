@@ -279,7 +279,7 @@ HOSTILE: tuple[Hostile, ...] = (
     Hostile("tensor_not_an_object", _raw(raw_file({**_PAIR, VALUES: 7}, bytes(24))), VALUES,
             "data_offsets"),
     # The config
-    Hostile("config_of_lora", _config(peft_type="LORA"), None, "LORA", CONFIG),
+    Hostile("config_of_lora", _config(peft_type="LORA"), None, "shira convert", CONFIG),
     Hostile("config_without_type", _config(peft_type=None), None, "peft_type", CONFIG),
     Hostile("config_no_json", _config_text("{'peft_type': 'SHIRA'}"), None, "JSON", CONFIG),
     Hostile("config_a_list", _config_text("[]"), None, "object", CONFIG),

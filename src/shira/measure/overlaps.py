@@ -60,7 +60,10 @@ def overlap(
     """
     for adapter in (a, b):
         if not isinstance(adapter, Adapter):
-            raise AdapterError(f"overlap compares adapters, not {type(adapter).__name__}")
+            raise AdapterError(
+                f"overlap compares adapters, not {type(adapter).__name__}; Adapter.load reads one, "
+                "Adapter.from_model takes one out of a model"
+            )
     check_together((a, b), names, check_base=check_base)
     parameters = list(dict.fromkeys((*a, *b)))
     found = []

@@ -46,8 +46,9 @@ def read_config(path: Path) -> dict[str, Any]:
     config = parse_object(raw, path, "config")
     peft_type = config.get("peft_type")
     if peft_type != "SHIRA":
+        hint = "; shira convert makes one of a LoRA" if peft_type == "LORA" else ""
         raise FileFormatError(
-            f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter"
+            f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter{hint}"
         )
     _check_shapes(path, config.get(SHAPES_FIELD))
     check_fingerprints(path, config.get(FINGERPRINT_FIELD))

@@ -109,7 +109,6 @@ class ShiraModel(BaseTuner):
     def _check_targets(
         self, config: ShiraConfig, model: nn.Module, by_name: bool
     ) -> list[tuple[str, nn.Module]]:
-        warn_of_idle_names(config, model)
         _maybe_include_all_linear_layers(config, model)
         targets = matched_modules(config, model)
         # A further adapter that trains whole modules alone is for PEFT to judge: some versions
@@ -117,6 +116,7 @@ class ShiraModel(BaseTuner):
         leave_to_peft = bool(config.modules_to_save and self.targeted_module_names)
         if by_name and not targets and not leave_to_peft:
             raise nothing_matched(config, model)
+        warn_of_idle_names(config, model)
         refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
         return targets
 
