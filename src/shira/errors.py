@@ -16,6 +16,7 @@ catches it as usual::
     |-- FileFormatError        (ValueError)   a file that is damaged, hostile or not an adapter
     |-- MergeError             (RuntimeError) a merge that is not possible now
     |-- ServeError             (RuntimeError) an engine that cannot do it in its present state
+    |   `-- RestoreError                      adapters that a new engine could not be given again
     |-- RankMismatchError      (RuntimeError) processes of one run that train different positions
     |-- SwitchError            (RuntimeError) weights that were changed while an adapter was in them
     `-- MissingDependencyError (ImportError)  an optional package that is not installed
@@ -24,7 +25,7 @@ catches it as usual::
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ShiraError(Exception):
@@ -76,6 +77,18 @@ class MergeError(ShiraError, RuntimeError):
 
 class ServeError(ShiraError, RuntimeError):
     """A serving engine that cannot do it in its present state."""
+
+
+class RestoreError(ServeError):
+    """Adapters of before that a new engine could not be given again; it has the others.
+
+    Attributes:
+        failed: What went wrong, by the adapter's name.
+    """
+
+    def __init__(self, message: str, failed: Mapping[str, Exception] | None = None) -> None:
+        super().__init__(message)
+        self.failed = dict(failed or {})
 
 
 class RankMismatchError(ShiraError, RuntimeError):

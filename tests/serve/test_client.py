@@ -27,6 +27,7 @@ class Ranks:
 
     def __init__(self):
         self.adapters, self.active, self.calls, self.fail = {}, {}, [], {}
+        self.files = {}  # what stands at a path; else its name
 
     def call(self, method, args):
         self.calls.append((method, *args))
@@ -36,13 +37,22 @@ class Ranks:
                 raise error
             no = {"ok": False, "method": method, "error": error, "message": "no"}
             return [{**no, "rank": rank} for rank in (0, 1)]
+        more = {}
         if method == "shira_load":
-            self.adapters[args[0]] = args[1]
+            content = self.files.get(args[1], args[1])
+            if isinstance(content, str):
+                self.adapters[args[0]] = args[1]
+                more = {"digest": f"digest of {content}"}
+            else:
+                no = {"ok": False, "method": method, "error": content.__name__, "message": args[1]}
+                return [{**no, "rank": rank} for rank in (0, 1)]
+        if method == "shira_unload":
+            del self.adapters[args[0]]
         previous = self.active
         if method == "shira_activate":
             self.active = dict(args[0])
         state = {"active": dict(self.active), "state": str(self.active), "previous": previous}
-        return [{"ok": True, "method": method, "rank": rank, **state} for rank in (0, 1)]
+        return [{"ok": True, "method": method, "rank": rank, **state, **more} for rank in (0, 1)]
 
 
 class Engine:

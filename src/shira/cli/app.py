@@ -2,7 +2,8 @@
 """The table of subcommands, and the typer application made of them.
 
 A subcommand is a module with a function `command`, whose signature and docstring are its options
-and its help, and `EXAMPLES`, lines to try that are shown below the help. Only the module that is
+and its help, and `EXAMPLES`, lines to try that are shown below the help; `CONTEXT`, where there is
+one, is how its options are parsed. Only the module that is
 called is imported; all are for ``shira --help``, and so none may import torch at its head.
 """
 
@@ -30,6 +31,7 @@ COMMANDS = {
     "extract": "shira.cli.extract",
     "convert": "shira.cli.convert",
     "switch-bench": "shira.cli.switch_bench",
+    "serve": "shira.cli.serve",
 }
 """Subcommands in the order in which ``shira --help`` lists them, and their modules."""
 
@@ -95,7 +97,11 @@ def build_app(names: Iterable[str]) -> typer.Typer:
     app.callback()(_global_options)
     for name in names:
         module = importlib.import_module(COMMANDS[name])
-        app.command(name, epilog=_epilog(module.EXAMPLES, markup))(module.command)
+        app.command(
+            name,
+            epilog=_epilog(module.EXAMPLES, markup),
+            context_settings=getattr(module, "CONTEXT", None),
+        )(module.command)
     return app
 
 

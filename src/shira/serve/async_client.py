@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from shira.errors import ServeError
+from shira.serve.journal import Kept, Record
 from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.restoring import drive_async, steps
 from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
 from shira.serve.watch import unreachable, watched_async
 
@@ -53,15 +56,31 @@ class AsyncClient:
         """The ``cache_salt`` of the present state."""
         return self._shared.reports.salt
 
+    @property
+    def record(self) -> Record:
+        """As `Client.record`."""
+        return self._shared.record()
+
+    async def restore(self, record: Record) -> None:
+        """As `Client.restore`."""
+        do: dict[str, Callable[..., Awaitable[Any]]]
+        do = {"load": self.load, "unload": self.unload, "activate": self.activate}
+        await drive_async(
+            steps(replace(record, combinations={})), lambda kind, *args: do[kind](*args)
+        )
+
     async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """As `Client.load`; requests go on between its steps."""
         async with self._lock:
-            return (await self._call("shira_load", name, str(path), compare)).first
+            said = (await self._call("shira_load", name, str(path), compare)).first
+            self._shared.kept[name] = Kept(str(path), said["digest"])
+            return said
 
     async def unload(self, name: str) -> None:
         """As `Client.unload`."""
         async with self._lock:
             await self._call("shira_unload", name)
+            self._shared.kept.pop(name, None)
 
     async def list(self) -> dict[str, Any]:
         """As `Client.list`."""

@@ -17,11 +17,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from shira.errors import ServeError
 from shira.serve.async_client import AsyncClient
+from shira.serve.journal import Kept, Record
 from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.restoring import drive, steps
 from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
 from shira.serve.watch import unreachable, watched
 
@@ -60,6 +63,27 @@ class Client:
         """The ``cache_salt`` of the present state."""
         return self._shared.reports.salt
 
+    @property
+    def record(self) -> Record:
+        """What was loaded through clients of this engine, and is active; there without it too.
+
+        `shira.serve.journal` writes it to a file and reads it. Values that a `ValueSender` sent are
+        not in it: the adapter's file has those of before.
+        """
+        return self._shared.record()
+
+    def restore(self, record: Record) -> None:
+        """Load and activate in this engine, a new one, what another held.
+
+        Raises:
+            RestoreError: If files are gone or have changed since, each of them named; the others
+                are there, and the base is active if what was active could not be made so.
+            ServeError: If this engine is lost, too.
+        """
+        do: dict[str, Callable[..., Any]]
+        do = {"load": self.load, "unload": self.unload, "activate": self.activate}
+        drive(steps(replace(record, combinations={})), lambda kind, *args: do[kind](*args))
+
     def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """Let every worker hold the adapter at a path; returns what rank 0 said of it.
 
@@ -67,11 +91,14 @@ class Client:
             ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
             FileNotFoundError: If there is nothing at the path.
         """
-        return self._call("shira_load", name, str(path), compare).first
+        said = self._call("shira_load", name, str(path), compare).first
+        self._shared.kept[name] = Kept(str(path), said["digest"])
+        return said
 
     def unload(self, name: str) -> None:
         """Let every worker forget an adapter that is not active."""
         self._call("shira_unload", name)
+        self._shared.kept.pop(name, None)
 
     def list(self) -> dict[str, Any]:
         """What rank 0 holds: ``adapters``, ``active``, ``state``."""

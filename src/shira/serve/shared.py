@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from shira.errors import ConfigError
 from shira.serve.gate import Gate
+from shira.serve.journal import Kept, Record
 from shira.serve.reports import Reports
 
 Weights: TypeAlias = "str | Mapping[str, float] | None"
@@ -37,12 +38,18 @@ class Shared:
         gate: Requests share it, a switch is alone.
         discarded: Whether the engine sleeps without its weights.
         reports: What the workers last said.
+        kept: What was loaded through the clients, by name.
     """
 
     lock: Any
     gate: Gate = field(default_factory=Gate)
     discarded: bool = False
     reports: Reports = field(default_factory=lambda: Reports([{"active": {}, "state": "base"}]))
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+    def record(self) -> Record:
+        """What the engine holds, or held when it was lost."""
+        return Record(dict(self.kept), {}, dict(self.reports.active))
 
 
 _ENGINES: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()

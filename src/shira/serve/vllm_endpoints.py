@@ -11,7 +11,9 @@ lists the adapters among ``/v1/models``. ``--api-key`` covers them. Settings are
 variables:
 
 - ``SHIRA_ADAPTERS``: the folder below which clients' paths lie; without it none can be loaded;
-- ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given.
+- ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given;
+- ``SHIRA_JOURNAL``: the file from which a server that is started again has its adapters;
+- ``SHIRA_READY``: a file that is made when they are there; ``shira serve`` looks for it.
 
 One server process is supported: several would switch the weights under one another's requests.
 Imports vLLM and FastAPI, which vLLM brings, on use.
@@ -20,16 +22,19 @@ Imports vLLM and FastAPI, which vLLM brings, on use.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from shira.errors import ConfigError, ServeError
 from shira.serve.client import AsyncClient
 from shira.serve.http import routes
+from shira.serve.http.durable import DurableService
 from shira.serve.http.paths import folder_of_adapters
 from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import Turns, answering
 
 FOLDER, PATIENCE = "SHIRA_ADAPTERS", "SHIRA_PATIENCE"
+JOURNAL, READY = "SHIRA_JOURNAL", "SHIRA_READY"
 
 
 class ShiraEndpoints:
@@ -68,6 +73,7 @@ class ShiraEndpoints:
 
         Raises:
             ConfigError: If a setting cannot be meant.
+            FileFormatError: If the journal is none.
             ServeError: If the engine has no worker extension of shira, or several server processes
                 share it.
         """
@@ -84,14 +90,30 @@ class ShiraEndpoints:
         client = await AsyncClient.of(engine_client)
         if client.active:  # the engine has been in use; this server begins with the base
             await client.deactivate()
-        state.shira = AdapterService(
+        state.shira = await _service(
             client,
+            os.environ.get(JOURNAL),
             folder=folder_of_adapters(os.environ.get(FOLDER), FOLDER),
             base_models=[model.name for model in models.base_model_paths],
             patience=_seconds(os.environ.get(PATIENCE, "0.5")),
             taken=lambda name: name in models.lora_requests or bool(models.lora_resolvers),
         )
         _name_the_adapter(models)
+        if os.environ.get(READY):
+            Path(os.environ[READY]).touch()
+
+
+async def _service(client: AsyncClient, journal: str | None, **kwargs: Any) -> AdapterService:
+    """The service; with a journal it has again what is written there."""
+    if not journal:
+        return AdapterService(client, **kwargs)
+    from vllm.logger import init_logger
+
+    service = DurableService(client, journal=Path(journal).expanduser(), **kwargs)
+    logger = init_logger(f"vllm.{__name__}")
+    for name, why in (await service.restore()).items():
+        logger.error("not restored from %s: %s: %s", journal, name, why)
+    return service
 
 
 def _name_the_adapter(models: Any) -> None:

@@ -4,67 +4,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
-import subprocess
 from importlib import metadata
-from pathlib import Path
 
 import httpx
 import pytest
 
 from benchmarks import vllm_server as server
-from tests.serve.engine.zoo import PROMPTS, TOKENS
+from tests.serve.engine.guide import FLAGS, STATES, Guide, ask, commands, lay_out
+from tests.serve.engine.zoo import PROMPTS
 
 pytestmark = pytest.mark.vllm
-GUIDE = Path(__file__).parents[3] / "docs" / "serving.md"
-FLAGS = "--dtype float32 --enforce-eager --max-model-len 256 --gpu-memory-utilization 0.2"
-
-
-def commands() -> list[str]:
-    """The five commands of the guide's first section."""
-    section = GUIDE.read_text().split("\n## ")[1]
-    assert "in five commands" in section
-    found = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
-    assert len(found) == 5
-    return found
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<bos>", "<eos>", "the", "weather", "today"]
-    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(6, 250))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(folder)
-
-
-class Guide:
-    """What a reader of the guide has before him after the first command."""
-
-    def __init__(self, port: int, folder: Path, env: dict[str, str], process) -> None:
-        self.process = process
-        self.url = f"http://127.0.0.1:{port}"
-        self.port, self.folder, self.env = port, folder, env
-
-    def shell(self, command: str):
-        command = command.replace("localhost:8000", f"127.0.0.1:{self.port}")
-        out = subprocess.run(
-            ["bash", "-euc", command], cwd=self.folder, env=self.env, capture_output=True, text=True
-        )
-        assert out.returncode == 0, out.stderr
-        return json.loads(out.stdout)
-
-    def post(self, route: str, **fields):
-        return httpx.post(self.url + route, json=fields, timeout=60)
-
-    def listed(self):
-        return httpx.get(f"{self.url}/v1/shira_adapters").json()
+COMMANDS = commands("in five commands")
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +25,11 @@ def guide(zoo, tmp_path_factory):
     entry_points = metadata.entry_points(group="vllm.endpoint_plugins")
     assert "shira" in {entry.name for entry in entry_points}, "install shira: pip install -e ."
     folder = tmp_path_factory.mktemp("guide")
-    shutil.copytree(zoo.base, folder / "base-model")
-    save_tokenizer(folder / "base-model")
-    shutil.copytree(zoo.path("a"), folder / "adapters" / "french")
-    shutil.copytree(zoo.path("b"), folder / "adapters" / "german")
+    lay_out(zoo, folder)
     (folder / "adapters" / "out").symlink_to(zoo.root / "a")
     env = server.environment(server.command_line_on_cpu(folder / "packages"))
     port = server.free_port()
-    command = commands()[0].strip() + f" {FLAGS} --port {port}"
+    command = COMMANDS[0].strip() + f" {FLAGS} --port {port}"
     with server.running(
         ["bash", "-euc", f"exec env {command}"], port, folder / "log", cwd=folder, env=env
     ) as process:
@@ -88,7 +37,7 @@ def guide(zoo, tmp_path_factory):
 
 
 def test_the_five_commands_of_the_guide(guide, zoo):
-    _, load_french, load_german, ask_french, ask_german = commands()
+    _, load_french, load_german, ask_french, ask_german = COMMANDS
     assert guide.shell(load_french)["nnz"] == zoo.adapters["a"].nnz
     assert guide.shell(load_german)["nnz"] == zoo.adapters["b"].nnz
     french, german = guide.shell(ask_french), guide.shell(ask_german)
@@ -106,31 +55,6 @@ def test_the_five_commands_of_the_guide(guide, zoo):
         ("french", "base-model"),
         ("german", "base-model"),
     ]
-
-
-STATES = {"french": "a", "german": "b", "mix": "both", "base-model": "base"}
-
-
-async def ask(client, model, prompt, *, stream=False, tokens=TOKENS):
-    body = {
-        "model": model,
-        "prompt": PROMPTS[prompt],
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": stream,
-    }
-    response = await client.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    if not stream:
-        value = response.json()
-        return value["model"], value["choices"][0]["token_ids"]
-    events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
-    assert events.pop() == "[DONE]"
-    parts = [json.loads(event) for event in events]
-    tokens = [t for part in parts for c in part["choices"] for t in c["token_ids"]]
-    return parts[0]["model"], tokens
 
 
 def test_under_load_every_answer_is_its_own_adapters(guide, zoo):

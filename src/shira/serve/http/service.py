@@ -30,7 +30,10 @@ class Engine(Protocol):
     """What the service asks of an engine; `shira.serve.client.AsyncClient` is one."""
 
     async def load(self, name: str, path: str) -> dict[str, Any]:
-        """Hold the adapter at a path under a name; nothing that is served changes."""
+        """Hold the adapter at a path under a name; nothing that is served changes.
+
+        What it returns has the adapter's ``digest``.
+        """
 
     async def unload(self, name: str) -> None:
         """Forget an adapter that is not active."""

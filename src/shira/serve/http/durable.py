@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DurableService`: a service whose adapters outlive the engine and the server process.
+
+What is served and active is kept in a journal (`shira.serve.journal`). A change through the routes
+is in it before it is answered; a switch that a request made follows in the background. A new server
+process restores it before it takes requests. A name that cannot be restored stays known, with the
+reason, which requests for it are told, until it is loaded again or unloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shira.errors import RestoreError, ServeError, UnknownAdapterError
+from shira.serve import journal
+from shira.serve.http.service import AdapterService, Served
+from shira.serve.journal import Kept, Record
+from shira.serve.restoring import drive_async, steps
+
+_logger = logging.getLogger(__name__)
+
+
+class Lost(NamedTuple):
+    """A name that was served before and could not be restored."""
+
+    what: Kept | Mapping[str, float]
+    why: str
+
+
+class DurableService(AdapterService):
+    """The adapters that a server knows, and knows again after a restart.
+
+    Args:
+        journal: The file.
+        **kwargs: Of `AdapterService`.
+    """
+
+    def __init__(self, *args: Any, journal: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.journal = journal
+        self.lost: dict[str, Lost] = {}
+        self._written: Record | None = None
+        self._writing = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def record(self) -> Record:
+        """What the journal should say now; what was lost is still in it."""
+        adapters = {n: lost.what for n, lost in self.lost.items() if isinstance(lost.what, Kept)}
+        combinations = {
+            n: lost.what for n, lost in self.lost.items() if not isinstance(lost.what, Kept)
+        }
+        active: Mapping[str, float] = {}
+        for name, served in self.served.items():
+            if served.path is None:
+                combinations[name] = served.weights
+            else:
+                adapters[name] = Kept(served.path, served.report["digest"])
+            if name == self.scheduler.active:
+                active = served.weights
+        return Record(adapters, combinations, active)
+
+    async def restore(self) -> dict[str, str]:
+        """Serve what the journal says, before any request; returns why what could not be.
+
+        Raises:
+            FileFormatError: If the file is no journal.
+            OSError: If it cannot be read.
+            ServeError: If it cannot be written, the engine is lost, or the server has no folder of
+                adapters.
+        """
+        kept = await asyncio.to_thread(journal.read, self.journal)
+        if kept.adapters and self.folder is None:
+            raise ServeError(
+                f"the journal {self.journal} has adapters, but this server was given no folder of "
+                "adapters"
+            )
+        known: dict[str, Kept | Mapping[str, float]] = {**kept.combinations, **kept.adapters}
+        self.lost = {name: Lost(what, "not yet") for name, what in known.items()}
+        failed: dict[str, str] = {}
+        try:
+            await drive_async(steps(kept), self._restore_step)
+        except RestoreError as error:
+            failed = {name: str(why) for name, why in error.failed.items()}
+        self.lost = {n: Lost(known[n], why) for n, why in failed.items() if n in known}
+        await self._write()  # now, so that a file that cannot be written is known at the start
+        return failed
+
+    def resolve(self, model: object) -> str | None:
+        """As `AdapterService.resolve`; of a name that was lost the error says why."""
+        try:
+            return super().resolve(model)
+        except UnknownAdapterError:
+            self._explain(model)
+            raise
+
+    async def load(
+        self, name: object, path: object = None, adapters: object = None
+    ) -> dict[str, Any]:
+        """As `AdapterService.load`; nothing is loaded if the journal cannot be written."""
+        described = await super().load(name, path, adapters)
+        lost = self.lost.pop(str(name), None)
+        try:
+            await self._write()
+        except ServeError:
+            await super().unload(name)
+            if lost is not None:
+                self.lost[str(name)] = lost
+            raise
+        return described
+
+    async def unload(self, name: object) -> dict[str, Any]:
+        """As `AdapterService.unload`; also forgets a name that was lost."""
+        lost = self.lost.pop(str(name), None) if name not in self.served else None
+        if lost is None:
+            described = await super().unload(name)
+        else:
+            described = {"id": name, "object": "adapter", "not_restored": lost.why}
+        await self._write()
+        return described
+
+    async def activate(self, name: object) -> dict[str, Any]:
+        """As `AdapterService.activate`."""
+        said = await super().activate(name)
+        await self._write()
+        return said
+
+    def list(self) -> dict[str, Any]:
+        """As `AdapterService.list`, with ``not_restored``: reasons by name."""
+        return {**super().list(), "not_restored": {n: lost.why for n, lost in self.lost.items()}}
+
+    def _served(self, name: object) -> Served:
+        try:
+            return super()._served(name)
+        except UnknownAdapterError:
+            self._explain(name)
+            raise
+
+    def _explain(self, name: object) -> None:
+        if isinstance(name, str) and name in self.lost:
+            raise UnknownAdapterError(
+                f"The model `{name}` could not be restored when the server was started again: "
+                f"{self.lost[name].why}"
+            ) from None
+
+    async def _switch(self, adapter: str | None) -> None:
+        await super()._switch(adapter)
+        # The scheduler takes it for active once this has returned, before the task begins.
+        task = asyncio.get_running_loop().create_task(self._follow())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _follow(self) -> None:
+        try:
+            await self._write()
+        except ServeError as error:
+            _logger.warning("%s", error)
+
+    async def _write(self) -> None:
+        """Bring the journal up to date; whoever waited meanwhile finds it done."""
+        async with self._writing:
+            record = self.record()
+            if record == self._written:
+                return
+            try:
+                await asyncio.to_thread(journal.write, self.journal, record)
+            except OSError as error:
+                self._written = None
+                raise ServeError(
+                    f"the journal {self.journal.name} cannot be written ({error.strerror}): after "
+                    "a restart the server would not be as it is now"
+                ) from error
+            self._written = record
+
+    async def _restore_step(self, kind: str, *arguments: Any) -> Any:
+        if kind == "load":
+            return await super().load(arguments[0], path=arguments[1])
+        if kind == "combine":
+            return await super().load(arguments[0], adapters=arguments[1])
+        if kind == "unload":
+            return await super().unload(arguments[0])
+        (weights,) = arguments
+        if not weights:
+            return await self.engine.activate(None)
+        name = next((n for n, served in self.served.items() if served.weights == weights), None)
+        if name is None:
+            raise UnknownAdapterError(f"no name is served for {dict(weights)}")
+        return await super().activate(name)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep a server going: start it as a child, start it again when it died, end it in order.
+
+vLLM ends its server when a worker dies. `Supervisor` waits a little, longer each time, and starts
+the server anew; the journal (`shira.serve.http.durable`) gives it its adapters back before it takes
+requests. A server that was never ready is not started again: its command is wrong, not its luck.
+The child leads a process group of its own, and what is left of the group when the child has ended
+is ended too, so that no worker keeps a device. Imports neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shira.errors import ConfigError
+
+_LOOK = 0.1  # seconds between two looks at the child
+_SIGNALS = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Restarts:
+    """How long to wait before a restart, and when to give up.
+
+    Args:
+        limit: Restarts within the window; 0: none.
+        window: Seconds.
+        first: Seconds before the first restart; each further one in the window waits twice as long.
+        longest: Seconds that are waited at most.
+
+    Raises:
+        ConfigError: If one of them is negative.
+    """
+
+    def __init__(
+        self,
+        limit: int = 5,
+        window: float = 3600.0,
+        *,
+        first: float = 1.0,
+        longest: float = 60.0,
+    ) -> None:
+        if not all(each >= 0 for each in (limit, window, first, longest)):
+            raise ConfigError("restarts: the limit and all seconds are 0 or more")
+        self.limit, self.window, self.first, self.longest = limit, window, first, longest
+        self._past: deque[float] = deque()
+
+    @property
+    def count(self) -> int:
+        """Restarts that were granted and still count."""
+        return len(self._past)
+
+    def wait_after(self, died: float) -> float | None:
+        """Seconds to wait after a death, which then counts; None: it was one too many.
+
+        Args:
+            died: When, on any clock that does not go back.
+        """
+        while self._past and died - self._past[0] >= self.window:
+            self._past.popleft()
+        if len(self._past) >= self.limit:
+            return None
+        wait = min(self.first * 2.0 ** min(len(self._past), 64), self.longest)
+        self._past.append(died)
+        return wait
+
+
+class Supervisor:
+    """One server, for as long as it is wanted.
+
+    Args:
+        command: What starts it. It leads a process group of its own.
+        env: Its environment.
+        ready: The file that it makes when it is about to take requests.
+        restarts: When to start it again.
+        grace: Seconds it has to end in order; then it is killed.
+        say: Told what happens, a line at a time.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        ready: Path,
+        restarts: Restarts | None = None,
+        grace: float = 30.0,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        self.command, self.env, self.ready = list(command), dict(env), ready
+        self.restarts = restarts or Restarts()
+        self.grace = grace
+        self.say = say
+        self._asked = 0
+
+    def run(self) -> int:
+        """Until SIGTERM, SIGINT or SIGHUP asks for the end, or the server cannot be kept going.
+
+        A second signal kills the server rather than wait for it. To be called in the main thread.
+
+        Returns:
+            An exit status: 0 after a signal; the server's own if it ended before it was ever ready;
+            1 if it died too often.
+        """
+        with self._listening(), _adopting():
+            was_ready = False
+            while True:
+                self.ready.unlink(missing_ok=True)
+                began = time.monotonic()
+                status, ready = self._one_life()
+                was_ready |= ready
+                if self._asked:
+                    self.say("the server has ended")
+                    return 0
+                if not was_ready:
+                    self.say(f"the server {_how(status)} before it was ready; see its output")
+                    return status if status > 0 else int(status != 0)
+                lived = time.monotonic() - began
+                wait = self.restarts.wait_after(time.monotonic())
+                if wait is None:
+                    self.say(
+                        f"the server {_how(status)} after {lived:.0f} s and was started again "
+                        f"{self.restarts.count} times in {self.restarts.window:g} s; giving up"
+                    )
+                    return 1
+                self.say(
+                    f"the server {_how(status)} after {lived:.0f} s; starting it again in {wait:g} "
+                    f"s ({self.restarts.count} of {self.restarts.limit})"
+                )
+                self._pause(wait)
+                if self._asked:
+                    return 0
+
+    def _one_life(self) -> tuple[int, bool]:
+        """Start the server and wait for its end; its status, and whether it was ready once."""
+        began, ready = time.monotonic(), False
+        process = subprocess.Popen(
+            self.command, env=self.env, start_new_session=True, preexec_fn=_end_with(os.getpid())
+        )
+        kill_at: float | None = None
+        try:
+            while process.poll() is None:
+                if not ready and self.ready.exists():
+                    ready = True
+                    self.say(f"the server is ready after {time.monotonic() - began:.0f} s")
+                if self._asked and kill_at is None:
+                    self.say(f"ending the server, within {self.grace:g} s")
+                    process.terminate()
+                    kill_at = time.monotonic() + self.grace
+                if kill_at is not None and (self._asked > 1 or time.monotonic() > kill_at):
+                    _send(process.pid, signal.SIGKILL)
+                time.sleep(_LOOK)
+        finally:
+            if process.poll() is None:  # we are being ended by an exception
+                process.kill()
+                process.wait()
+            _end_group(process.pid)
+        return process.returncode, ready or self.ready.exists()
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._asked and time.monotonic() < end:
+            time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        def asked(number: int, frame: object) -> None:
+            self._asked += 1
+
+        numbers = [getattr(signal, name) for name in _SIGNALS]
+        before = [signal.signal(number, asked) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def _end_group(group: int, grace: float = 5.0) -> None:
+    """End what is left of a process group whose leader has ended."""
+    end = time.monotonic() + grace
+    number = signal.SIGTERM
+    while _send(group, number):
+        with suppress(ChildProcessError):  # orphans are ours, see `_adopting`: bury them
+            while os.waitpid(-group, os.WNOHANG)[0]:
+                pass
+        if time.monotonic() > end + 1:  # what is killed and still listed, nobody has buried
+            return
+        if time.monotonic() > end:
+            number = signal.SIGKILL
+        time.sleep(_LOOK / 2)
+
+
+def _send(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether there is anyone in it."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+@contextmanager
+def _adopting() -> Iterator[None]:
+    """Orphans below this process become its children (Linux), so that it can bury them."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """Lets a child end in order when its parent was killed, where the system can (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+
+    def in_the_child() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return in_the_child
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        with suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server process that takes the place of another: adapters, names, what is lost, the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from shira.errors import FileFormatError, ServeError
+from shira.serve import journal
+from shira.serve.http import routes
+from shira.serve.http.durable import DurableService
+from shira.serve.journal import Kept, Record
+
+from .fakes import FakeEngine
+from .test_turns import Site, lines
+
+MIX = {"fr": 0.5, "de": -1.0}
+
+
+class DurableSite(Site):
+    """A site whose service keeps a journal; `restart` is what a new process does."""
+
+    def __init__(self, folder, journal):
+        super().__init__(folder, seconds=0)
+        self.options["journal"] = journal
+
+    async def restart(self):
+        self.engine = self.server.engine = FakeEngine()
+        self.service = DurableService(self.engine, **self.options)
+        return await self.service.restore()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+def on_durable_site(test, folder, path=None):
+    async def main():
+        site = DurableSite(folder, path or folder.parent / "journal.json")
+        await site.restart()
+        for name, what in (("fr", "french"), ("de", "german")):
+            assert (await site.own(routes.LOAD, name=name, path=what))[0] == 200
+        assert (await site.own(routes.LOAD, name="mix", adapters=MIX))[0] == 200
+        await test(site)
+
+    asyncio.run(main())
+
+
+async def answers(site):
+    return {model: lines((await site.ask(model))[1])[0] for model in ("fr", "de", "mix", "base")}
+
+
+@pytest.mark.parametrize("active", ["fr", "mix", None])
+def test_a_restart_changes_nothing_that_is_served(folder, active):
+    async def test(site):
+        before = await answers(site)
+        assert (await site.own(routes.ACTIVATE, name=active))[0] == 200
+        listed = (await site.own(routes.LIST))[1]
+        assert await site.restart() == {}
+        again = (await site.own(routes.LIST))[1]
+        assert again["data"] == listed["data"]
+        assert again["active"] == listed["active"] == active
+        assert site.engine.active == {"fr": {"fr": 1.0}, "mix": MIX, None: {}}[active]
+        assert await answers(site) == before
+
+    on_durable_site(test, folder)
+
+
+def test_each_change_is_in_the_journal_before_it_is_answered(folder):
+    def now():
+        return journal.read(folder.parent / "journal.json")
+
+    async def test(site):
+        kept = {"fr": Kept("french", "french"), "de": Kept("german", "german")}
+        assert now() == Record(kept, {"mix": MIX}, {})
+        await site.own(routes.ACTIVATE, name="mix")
+        assert now() == Record(kept, {"mix": MIX}, MIX)
+        await site.own(routes.ACTIVATE, name=None)
+        assert now().active == {}
+        await site.own(routes.UNLOAD, name="mix")
+        await site.own(routes.UNLOAD, name="de")
+        assert now() == Record({"fr": kept["fr"]}, {}, {})
+
+    on_durable_site(test, folder)
+
+
+def test_a_switch_that_a_request_made_follows(folder):
+    async def test(site):
+        await asyncio.gather(*[site.ask(model) for model in ("fr", "de", "mix", "de")])
+        await asyncio.gather(*site.service._background)
+        active = journal.read(folder.parent / "journal.json").active
+        assert active == site.engine.active != {}
+
+    on_durable_site(test, folder)
+
+
+def test_what_is_gone_or_changed_is_named_and_the_others_are_served(folder):
+    async def test(site):
+        await site.own(routes.ACTIVATE, name="de")
+        (folder / "french" / "adapter").write_text("other")
+        failed = await site.restart()
+        assert set(failed) == {"fr", "mix"}
+        assert "'french' has changed" in failed["fr"]
+        assert "'fr' could not be restored" in failed["mix"]
+        assert site.engine.active == {"de": 1.0}
+        assert site.engine.held == {"de": "german"}
+        assert (await site.own(routes.LIST))[1]["not_restored"] == failed
+        status, data = await site.ask("fr")
+        assert status == 404
+        assert "could not be restored" in json.loads(data)["error"]["message"]
+        for model, active in (("de", {"de": 1.0}), ("base", {})):
+            assert lines((await site.ask(model))[1]) == [active, active]
+        status, value = await site.own(routes.LOAD, name="new", adapters={"fr": 1})
+        assert (status, "has changed" in value["error"]["message"]) == (404, True)
+
+    on_durable_site(test, folder)
+
+
+def test_what_is_lost_may_come_back_with_the_next_restart(folder):
+    async def test(site):
+        (folder / "french").rename(folder / "away")
+        failed = await site.restart()
+        assert "no adapter at 'french'" in failed["fr"]
+        assert (await site.own(routes.LOAD, name="third", path="german"))[0] == 200
+        (folder / "away").rename(folder / "french")
+        assert await site.restart() == {}
+        assert set(site.service.served) == {"fr", "de", "mix", "third"}
+
+    on_durable_site(test, folder)
+
+
+def test_what_is_lost_may_be_loaded_again_or_forgotten(folder):
+    async def test(site):
+        (folder / "french" / "adapter").write_text("other")
+        await site.restart()
+        assert (await site.own(routes.LOAD, name="fr", path="french"))[0] == 200
+        assert (await site.own(routes.UNLOAD, name="mix"))[0] == 200
+        assert (await site.own(routes.UNLOAD, name="mix"))[0] == 404
+        assert await site.restart() == {}
+        assert site.engine.held == {"fr": "other", "de": "german"}
+
+    on_durable_site(test, folder)
+
+
+def test_a_journal_that_cannot_be_written(folder, monkeypatch):
+    def full(path, record):
+        raise OSError(28, "No space left on device")
+
+    async def test(site):
+        before = site.service.journal.read_bytes()
+        monkeypatch.setattr(journal, "write", full)
+        status, value = await site.own(routes.LOAD, name="third", path="german")
+        assert status == 503
+        assert "No space left" in value["error"]["message"]
+        assert str(folder.parent) not in value["error"]["message"]
+        assert "third" not in site.service.served
+        assert "third" not in site.engine.held
+        assert (await site.own(routes.ACTIVATE, name="fr"))[0] == 503
+        assert lines((await site.ask("de"))[1])[0] == {"de": 1.0}  # requests go on
+        await asyncio.gather(*site.service._background)
+        monkeypatch.undo()
+        assert site.service.journal.read_bytes() == before
+        assert (await site.own(routes.LOAD, name="third", path="german"))[0] == 200
+        assert set(journal.read(site.service.journal).adapters) == {"fr", "de", "third"}
+
+    on_durable_site(test, folder)
+
+
+def test_a_file_that_is_no_journal_stops_the_start_and_is_left_alone(folder):
+    path = folder.parent / "journal.json"
+    path.write_text("{}")
+    site = DurableSite(folder, path)
+    with pytest.raises(FileFormatError, match="is no journal"):
+        asyncio.run(site.restart())
+    assert path.read_text() == "{}"
+
+
+def test_a_server_without_a_folder_does_not_forget(folder):
+    path = folder.parent / "journal.json"
+    journal.write(path, Record({"fr": Kept("french", "french")}))
+    site = DurableSite(folder, path)
+    site.options["folder"] = None
+    with pytest.raises(ServeError, match="no folder of adapters"):
+        asyncio.run(site.restart())
+    assert set(journal.read(path).adapters) == {"fr"}
+
+
+def test_a_lost_name_does_not_hide_the_base(folder):
+    path = folder.parent / "journal.json"
+    journal.write(path, Record({"base": Kept("french", "french")}))
+
+    async def main():
+        site = DurableSite(folder, path)
+        assert set(await site.restart()) == {"base"}
+        assert lines((await site.ask("base"))[1])[0] == {}
+
+    asyncio.run(main())
