@@ -14,6 +14,8 @@ Engine-neutral, on a rank::
 
 For vLLM: ``vllm`` is the extension of its workers, ``client`` (with ``async_client``) drives it
 through ``LLM`` and ``AsyncLLM``; below them ``reports``, ``watch``, ``shared`` and ``gate``.
+``journal`` and ``restoring`` give a new engine what a lost one held, ``supervisor`` starts a server
+again.
 ``vllm_endpoints`` with ``http`` and ``scheduler`` adds adapters to its server, ``vllm_transfer``
 takes values in, ``export`` gives patches of vLLM's own. For transformers' continuous batching:
 ``continuous_batching``.

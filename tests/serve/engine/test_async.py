@@ -12,7 +12,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from shira.errors import AdapterError, ServeError, UnknownAdapterError
+from shira.errors import AdapterError, RestoreError, ServeError, UnknownAdapterError
 from shira.serve.client import AsyncClient
 from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS, TOKENS
 
@@ -31,15 +31,23 @@ def loop():
     loop.close()
 
 
-@pytest.fixture(scope="module")
-def engine(loop, zoo):
+@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
+def engine(request, loop, zoo):
+    options = dict(ENGINE)
+    patch = pytest.MonkeyPatch()
+    if request.param == 2:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        options |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
     async def start():
-        arguments = AsyncEngineArgs(model=str(zoo.base), worker_extension_cls=EXTENSION, **ENGINE)
+        arguments = AsyncEngineArgs(model=str(zoo.base), worker_extension_cls=EXTENSION, **options)
         return AsyncLLM.from_engine_args(arguments)
 
     engine = loop.run_until_complete(start())
+    assert engine.vllm_config.parallel_config.world_size == request.param
     yield engine
     engine.shutdown()
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +161,38 @@ def test_refusals_leave_the_engine_running(loop, engine, client, zoo, tmp_path):
             await client.unload("b")
         assert not await engine.is_paused()
         assert await answers(engine) == expected(zoo, "b")
+
+    loop.run_until_complete(steps())
+
+
+def test_what_was_held_is_restored_but_not_what_has_changed_since(
+    loop, engine, client, zoo, tmp_path
+):
+    """Into this engine, emptied in the place of a new one."""
+
+    async def empty():
+        await client.deactivate()
+        for name in list(client.record.adapters):
+            await client.unload(name)
+        assert (await client.list())["adapters"] == {}
+
+    async def steps():
+        changing = tmp_path / "changing"
+        zoo.adapters["a"].save(changing, format="peft")
+        await client.load("changing", str(changing))
+        await client.activate(zoo.states["both"])
+        record = client.record
+        await empty()
+        await client.restore(record)
+        assert client.record == record
+        assert await answers(engine) == expected(zoo, "both")
+        await empty()
+        zoo.adapters["b"].save(changing, format="peft")
+        with pytest.raises(RestoreError, match="changing' has changed") as caught:
+            await client.restore(record)
+        assert set(caught.value.failed) == {"changing"}
+        assert set((await client.list())["adapters"]) == {"a", "b"}
+        assert await answers(engine) == expected(zoo, "both")
 
     loop.run_until_complete(steps())
 
