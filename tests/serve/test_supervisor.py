@@ -104,6 +104,22 @@ def test_other_signals_end_it_too(scene, number):
     assert scene.left() == []
 
 
+def test_a_signal_that_was_ignored_stays_so(scene):
+    def hang_up():
+        os.kill(os.getpid(), signal.SIGHUP)
+        scene.after["(1 of 3)"] = ask(signal.SIGTERM)
+        for server, _ in scene.lives():
+            os.kill(server, signal.SIGKILL)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        scene.after["is ready"] = hang_up
+        assert scene.run("serve") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert any("starting it again" in line for line in scene.said)
+
+
 def test_a_server_that_was_never_ready_is_not_started_again(scene):
     assert scene.run("fail", "serve") == 3
     assert len(scene.lives()) == 1

@@ -177,6 +177,7 @@ class Supervisor:
             self._asked += 1
 
         numbers = [getattr(signal, name) for name in _SIGNALS]
+        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup's stays
         before = [signal.signal(number, asked) for number in numbers]
         try:
             yield

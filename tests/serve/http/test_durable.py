@@ -140,7 +140,8 @@ def test_what_is_lost_may_be_loaded_again_or_forgotten(folder):
         await site.restart()
         assert (await site.own(routes.LOAD, name="fr", path="french"))[0] == 200
         assert (await site.own(routes.UNLOAD, name="mix"))[0] == 200
-        assert (await site.own(routes.UNLOAD, name="mix"))[0] == 404
+        for name in ("mix", ["mix"], {}, None):
+            assert (await site.own(routes.UNLOAD, name=name))[0] == 404
         assert await site.restart() == {}
         assert site.engine.held == {"fr": "other", "de": "german"}
 

@@ -114,7 +114,7 @@ class DurableService(AdapterService):
 
     async def unload(self, name: object) -> dict[str, Any]:
         """As `AdapterService.unload`; also forgets a name that was lost."""
-        lost = self.lost.pop(str(name), None) if name not in self.served else None
+        lost = self.lost.pop(str(name), None) if str(name) not in self.served else None
         if lost is None:
             described = await super().unload(name)
         else:
