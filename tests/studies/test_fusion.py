@@ -119,4 +119,5 @@ def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
 
 
 def test_the_commands_of_the_page_are_those_of_the_others() -> None:
+    """Those of study-fusion.md and of study.md, which tests/studies/test_accuracy.py runs."""
     assert commands(DOCS / document.PAGE) == commands(DOCS / "study.md")
