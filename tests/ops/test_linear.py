@@ -242,6 +242,40 @@ def test_compiles_without_a_break():
     assert torch.equal(weight, before)
 
 
+def test_indices_written_between_forward_and_backward_are_noticed():
+    weight, x = torch.randn(5, 6), torch.randn(3, 6)
+    v, i = values(4, torch.float32), random_indices((5, 6), 4)
+    y = ops.linear(x, weight, None, [v], [i])
+    i.copy_(random_indices((5, 6), 4, seed=1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_there_is_no_second_derivative():
+    x, v, i = torch.randn(3, 6), values(4, torch.float32), random_indices((5, 6), 4)
+    y = ops.linear(x.requires_grad_(), torch.randn(5, 6), None, [v], [i])
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_saved_tensors_may_come_back_as_copies_of_another_layout():
+    weight = torch.randn(6, 5).t()
+    leaves = [torch.randn(3, 6, requires_grad=True), values(4, torch.float32)]
+    i, other = random_indices((5, 6), 4), random_indices((5, 6), 9, seed=1)
+    more = values(9, torch.float32)
+    for deltas, indices in (([leaves[1]], [i]), ([leaves[1], more], [i, other])):
+        want = torch.autograd.grad(
+            reference.linear(leaves[0], weight, None, deltas, indices).square().sum(), leaves
+        )
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+        ):
+            y = ops.linear(leaves[0], weight, None, deltas, indices)
+        got = torch.autograd.grad(y.square().sum(), leaves)
+        assert all(close(a, b, torch.float32) for a, b in zip(got, want, strict=True))
+
+
 def test_plans_die_with_their_indices():
     import gc
     import weakref

@@ -80,8 +80,7 @@ def _conv2d_backward(
         )
     dvalues = [delta.new_empty(0) for delta in deltas]
     if need_values:
-        total = plan.split(_gather(dense, plan))
-        dvalues = [d.to(delta.dtype) for d, delta in zip(total, deltas, strict=True)]
+        dvalues = plan.split(_gather(dense, plan), deltas)
     return [
         dx if need_x else grad.new_empty(0),
         dense.to(weight.dtype) if need_weight else grad.new_empty(0),

@@ -63,8 +63,7 @@ def _embedding_backward(
     dvalues = [delta.new_empty(0) for delta in deltas]
     if need_values:
         plan = plan_for(indices, weight.shape, weight.stride())
-        total = plan.split(_value_gradient(grad, ids, plan, padding_idx))
-        dvalues = [d.to(delta.dtype) for d, delta in zip(total, deltas, strict=True)]
+        dvalues = plan.split(_value_gradient(grad, ids, plan, padding_idx), deltas)
     return [dweight, *dvalues]
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shira.ops.plan import plan_for
+from shira.ops.plan import Plan, plan_for
 from shira.ops.resident import resident
-from shira.ops.util import no_autocast, runs_eagerly, shape_like
+from shira.ops.util import as_matrix, autocasts, runs_eagerly, shape_like
 from shira.ops.weight_gradient import weight_gradient
 
 
@@ -31,15 +31,74 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     deltas: Sequence[Tensor],
+    plan: Plan,
+    transposed: bool,
+) -> Tensor:
+    if autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(x, weight, bias, deltas, plan, transposed)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    with resident(weight, plan, deltas, x.dtype) as adapted:
+        return F.linear(x, adapted.t() if transposed else adapted, bias)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    deltas: Sequence[Tensor],
+    plan: Plan,
+    transposed: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """``dx, dweight, dvalues``; None for what ``needs`` says no to."""
+    if autocasts(grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradients(grad, x, weight, deltas, plan, transposed, needs)
+    need_x, need_weight, need_values = needs
+    dx = dweight = None
+    dvalues: Sequence[Tensor | None] = [None] * len(deltas)
+    # dx last: it is not yet there while the others need room to work in
+    if need_weight or need_values:  # else x was not kept
+        left, right = as_matrix(grad), as_matrix(x)
+        if transposed:
+            left, right = right, left
+        if need_weight:
+            dweight = (left.t() @ right).to(weight.dtype)
+        if need_values:
+            dvalues = plan.split(weight_gradient(left, right, plan), deltas)
+    if need_x:
+        with resident(weight, plan, deltas, grad.dtype) as adapted:
+            dx = grad @ (adapted.t() if transposed else adapted)
+    return dx, dweight, dvalues
+
+
+@torch.library.custom_op(
+    "shira::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor[] deltas, Tensor[] indices, "
+    "bool transposed) -> Tensor",
+)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[Tensor],
     indices: Sequence[Tensor],
     transposed: bool,
 ) -> Tensor:
     plan = plan_for(indices, weight.shape, weight.stride())
-    with no_autocast(x), resident(weight, plan, deltas, x.dtype) as adapted:
-        return F.linear(x, adapted.t() if transposed else adapted, _cast(bias, x.dtype))
+    return _forward(x, weight, bias, deltas, plan, transposed)
 
 
-def _gradients(
+@torch.library.custom_op(
+    "shira::linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor[] deltas, Tensor[] indices, "
+    "bool transposed, bool[] needs) -> Tensor[]",
+)
+def _linear_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -48,42 +107,10 @@ def _gradients(
     transposed: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """``[dx, dweight, dvalues...]``; an empty tensor for what ``needs`` says no to."""
-    need_x, need_weight, need_values = needs
+    """``[dx, dweight, dvalues...]``; an op cannot say None: an empty tensor instead."""
     plan = plan_for(indices, weight.shape, weight.stride())
-    dx, dweight = grad.new_empty(0), grad.new_empty(0)
-    dvalues = [delta.new_empty(0) for delta in deltas]
-    with no_autocast(grad):
-        # dx last: it is not yet there while the others need room to work in
-        if need_weight or need_values:  # else x was not kept
-            left, right = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-            if transposed:
-                left, right = right, left
-            if need_weight:
-                dweight = (left.t() @ right).to(weight.dtype)
-            if need_values:
-                parts = plan.split(weight_gradient(left, right, plan))
-                dvalues = [d.to(delta.dtype) for d, delta in zip(parts, deltas, strict=True)]
-        if need_x:
-            with resident(weight, plan, deltas, grad.dtype) as adapted:
-                dx = grad @ (adapted.t() if transposed else adapted)
-    return [dx, dweight, *dvalues]
-
-
-_linear = torch.library.custom_op(
-    "shira::linear",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor[] deltas, Tensor[] indices, "
-    "bool transposed) -> Tensor",
-)
-_linear_backward = torch.library.custom_op(
-    "shira::linear_backward",
-    _gradients,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor[] deltas, Tensor[] indices, "
-    "bool transposed, bool[] needs) -> Tensor[]",
-)
+    dx, dweight, dvalues = _gradients(grad, x, weight, deltas, plan, transposed, needs)
+    return [grad.new_empty(0) if d is None else d for d in (dx, dweight, *dvalues)]
 
 
 def linear(
@@ -113,7 +140,7 @@ def linear(
         SupportError: If indices are out of range, unsorted or repeated.
     """
     if runs_eagerly(x, weight, *deltas):
-        return _Eager.apply(x, weight, bias, transposed, *deltas, *indices)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_eagerly(x, weight, bias, transposed, *deltas, *indices)  # type: ignore[no-any-return]
     result: Tensor = torch.ops.shira.linear(
         x, weight, bias, list(deltas), list(indices), transposed
     )
@@ -140,39 +167,24 @@ def _(
     return [dx, shape_like(weight, needs[1]), *(shape_like(d, needs[2]) for d in deltas)]
 
 
-def _save(
-    ctx: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    deltas: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    transposed: bool,
-) -> None:
-    # x is what the gradient of values and weight needs; without them it is not kept alive
-    keeps_x = weight.requires_grad or any(delta.requires_grad for delta in deltas)
-    ctx.save_for_backward(x if keeps_x else x.new_empty(0), weight, *deltas, *indices)
-    ctx.transposed = transposed
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
-    if not ctx.needs_input_grad[2]:
-        return None
+def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, *inputs)
+    x, weight, bias, deltas, indices, ctx.transposed = inputs
+    keeps_x = weight.requires_grad or any(delta.requires_grad for delta in deltas)
+    ctx.save_for_backward(x if keeps_x else x.new_empty(0), weight, *deltas, *indices)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *rest = ctx.saved_tensors
     deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    need_x, need_weight, _, need_deltas = ctx.needs_input_grad[:4]
+    need_x, need_weight, need_bias, need_deltas = ctx.needs_input_grad[:4]
     needs = [need_x, need_weight, any(need_deltas)]
     nothing: list[Tensor | None] = [None] * len(deltas)
-    dbias = _bias_gradient(ctx, grad)
+    dbias = _bias_gradient(ctx, grad) if need_bias else None
     if not any(needs):
         return None, None, dbias, nothing, nothing, None
     dx, dweight, *dvalues = torch.ops.shira.linear_backward(
@@ -198,30 +210,34 @@ class _Eager(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, *rest: Tensor
     ) -> Tensor:
-        deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        _save(ctx, x, weight, bias, deltas, indices, transposed)
-        return _forward(x, weight, bias, deltas, indices, transposed)
+        count = len(rest) // 2
+        deltas, indices = rest[:count], rest[count:]
+        _, need_weight, _, _, *need_rest = ctx.needs_input_grad
+        # x is what the gradient of values and weight needs; without them it is not kept alive
+        keeps_x = need_weight or True in need_rest
+        ctx.save_for_backward(x if keeps_x else None, weight, *rest)
+        plan = plan_for(indices, weight.shape, weight.stride())
+        ctx.plan, ctx.transposed = plan, transposed
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _forward(x, weight, bias, deltas, plan, transposed)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # a graph of this pass is wanted, which cannot be had
+            return _without_a_graph(ctx, grad)
         x, weight, *rest = ctx.saved_tensors
-        deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        need_x, need_weight, _, _, *need_rest = ctx.needs_input_grad
-        needs = [need_x, need_weight, any(need_rest)]
-        dbias = _bias_gradient(ctx, grad)
-        if not any(needs):
-            return None, None, dbias, None, *[None] * len(rest)
-        dx, dweight, *dvalues = _gradients(grad, x, weight, deltas, indices, ctx.transposed, needs)
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias,
-            None,
-            *(dvalues if needs[2] else [None] * len(deltas)),
-            *[None] * len(indices),
+        count, plan = len(rest) // 2, ctx.plan
+        need_x, need_weight, need_bias, _, *need_rest = ctx.needs_input_grad
+        needs = (need_x, need_weight, True in need_rest)
+        if weight.stride() != plan.stride:  # hooks on saved tensors may lay it out anew
+            plan = plan_for(rest[count:], weight.shape, weight.stride())
+        dx, dweight, dvalues = _gradients(
+            grad, x, weight, rest[:count], plan, ctx.transposed, needs
         )
+        dbias = _bias_gradient(ctx, grad) if need_bias else None
+        return dx, dweight, dbias, None, *dvalues, *[None] * count
 
 
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
+_without_a_graph = once_differentiable(_Eager.backward)
+# The class method of `Function`, without what it does for functorch and for a setup_context.
+_apply_eagerly: Any = super(torch.autograd.Function, _Eager).apply

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.blocks import block_layout
 from shira.errors import SupportError
@@ -59,7 +59,8 @@ class Plan:
     host_crow: list[int] = field(default_factory=list)
     """``crow`` as Python integers, filled on first need by what loops over rows."""
     ways: dict[Any, str] = field(default_factory=dict)
-    """Which backend the weight gradient takes, by what that depends on besides the support."""
+    """Which backend the weight gradient takes, by what that depends on besides the support and
+    its device."""
 
     @property
     def nnz(self) -> int:
@@ -105,11 +106,12 @@ class Plan:
             total.index_add_(0, place, delta.to(wide))
         return total
 
-    def split(self, values: Tensor) -> list[Tensor]:
-        """The reverse for gradients: the ``(k_i,)`` values at each adapter's entries."""
+    def split(self, values: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """The reverse for gradients: ``(k_i,)`` at each adapter's entries, in its delta's dtype."""
         if self.members is None:
-            return [values]
-        return [values.index_select(0, place) for place in self.members]
+            return [values.to(deltas[0].dtype)]
+        parts = [values.index_select(0, place) for place in self.members]
+        return [part.to(delta.dtype) for part, delta in zip(parts, deltas, strict=True)]
 
 
 def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
@@ -170,27 +172,25 @@ def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 class _Latest:
-    """A tensor's latest plan, and what the tensor was then."""
+    """The latest plan for some tensors, and what they were then."""
 
-    __slots__ = ("plan", "pointer", "tensor", "version")
+    __slots__ = ("plan", "seen")
 
-    def __init__(self, tensor: Tensor, plan: Plan) -> None:
-        self.tensor, self.plan = TensorWeakRef(tensor), weakref.ref(plan)
-        self.version, self.pointer = tensor._version, tensor.data_ptr()
+    def __init__(self, tensors: Sequence[Tensor], plan: Plan) -> None:
+        self.plan = weakref.ref(plan)
+        self.seen = [(weakref.ref(t), t._version, t.data_ptr()) for t in tensors]
 
-    def plan_for(self, tensor: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Plan | None:
-        """The plan, if tensor and weight are what they were."""
-        plan: Plan | None = self.plan()
-        if (
-            plan is not None
-            and self.tensor() is tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.pointer
-            and plan.weight_shape == shape
-            and plan.stride == stride
-        ):
-            return plan
-        return None
+    def plan_for(
+        self, tensors: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]
+    ) -> Plan | None:
+        """The plan, if tensors and weight are what they were."""
+        plan = self.plan()
+        if plan is None or plan.weight_shape != shape or plan.stride != stride:
+            return None
+        for (ref, version, pointer), tensor in zip(self.seen, tensors, strict=True):
+            if ref() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return None
+        return plan
 
 
 class _Cache:
@@ -199,30 +199,34 @@ class _Cache:
     def __init__(self) -> None:
         self._by_first: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
-        self._latest: dict[int, _Latest] = {}
+        self._latest: dict[tuple[int, ...], _Latest] = {}
 
     def get(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
         """The plan for these index tensors on such a weight, made anew if it has to be."""
-        if len(indices) != 1:
-            return self._kept(indices, shape, stride)
-        # The same tensor as last time, on the same weight: what a training step asks again and
-        # again. Only weak references here; the plan lives as long as the tensor.
-        latest = self._latest.get(id(indices[0]))
+        # The same tensors as last time, on the same weight: what a training step asks again and
+        # again. Only weak references here; the plan lives as long as the first tensor.
+        who = tuple(map(id, indices))
+        latest = self._latest.get(who)
         if latest is not None:
-            plan = latest.plan_for(indices[0], shape, stride)
+            plan = latest.plan_for(indices, shape, stride)
             if plan is not None:
                 return plan
-        plan = self._kept(indices, shape, stride)
-        if not indices[0].is_inference():
-            if len(self._latest) >= _LATEST:
-                self._latest.clear()
-            self._latest[id(indices[0])] = _Latest(indices[0], plan)
-        return plan
-
-    def _kept(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
         versions = _versions(indices)
         if versions is None:
             return make_plan(indices, shape, stride)
+        plan = self._kept(indices, shape, stride, versions)
+        if len(self._latest) >= _LATEST:
+            self._latest.clear()
+        self._latest[who] = _Latest(indices, plan)
+        return plan
+
+    def _kept(
+        self,
+        indices: Sequence[Tensor],
+        shape: Sequence[int],
+        stride: Sequence[int],
+        versions: tuple[int, ...],
+    ) -> Plan:
         key = (tuple(map(id, indices)), tuple(shape), tuple(stride))
         first = indices[0]
         with self._lock:

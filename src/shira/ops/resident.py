@@ -48,7 +48,7 @@ def resident(
     Returns:
         A context of a tensor of the weight's shape and of ``dtype``; not to be kept.
     """
-    delta = plan.combine(deltas)
+    delta = deltas[0] if plan.members is None else plan.combine(deltas)
     if weight.dtype == dtype:
         kernels = compiled_for(weight, delta)
         if kernels is not None:
@@ -68,30 +68,25 @@ class _Compiled:
     __slots__ = ("data", "delta", "kernels", "lock", "originals", "plan")
 
     def __init__(self, kernels: native.Kernels, weight: Tensor, plan: Plan, delta: Tensor) -> None:
-        self.kernels, self.plan = kernels, plan
         # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
-        self.data = weight.data
-        self.delta = delta if delta.dtype == torch.float32 else delta.float()
-        if not delta.is_contiguous():
-            self.delta = self.delta.contiguous()
+        self.kernels, self.data, self.plan, self.delta = kernels, weight.data, plan, delta
+        if delta.dtype != torch.float32 or not delta.is_contiguous():
+            self.delta = delta.float().contiguous()
 
     def __enter__(self) -> Tensor:
         data, plan = self.data, self.plan
-        matrix = data if data.dim() == 2 else data.view(plan.shape)
         self.lock = lock_of(data)
         self.lock.acquire()
         try:
-            self.originals = self.kernels.enter(matrix, plan.crow, plan.col, self.delta)
+            self.originals = self.kernels.enter(data, plan.crow, plan.col, self.delta)
         except BaseException:
             self.lock.release()
             raise
         return data
 
     def __exit__(self, *_: object) -> None:
-        data, plan = self.data, self.plan
-        matrix = data if data.dim() == 2 else data.view(plan.shape)
         try:
-            self.kernels.leave(matrix, plan.crow, plan.col, self.originals)
+            self.kernels.leave(self.data, self.plan.crow, self.plan.col, self.originals)
         finally:
             self.lock.release()
 
@@ -117,7 +112,7 @@ def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
     They give the same bits as torch.
     """
     fits = (
-        data.device.type == "cpu"
+        data.is_cpu
         and data.dtype in native.KINDS
         and values.dtype != torch.float64
         and data.is_contiguous()

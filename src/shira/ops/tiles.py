@@ -21,7 +21,6 @@ def tiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
     kernels = native.load().library
     if kernels is not None and left.device.type == "cpu" and left.dtype in native.KINDS:
         at = plan.tiles
-        left, right = native.rows_contiguous(left), native.rows_contiguous(right)
         return kernels.tiles(left, right, plan.crow, plan.col, at.size, at.row, at.col)
     return batched(left, right, plan, plan.tiles, wide)
 

@@ -14,10 +14,15 @@ from torch import Tensor
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """A context in which autocast leaves the dtypes alone: inside an op they are as wanted."""
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
+
+
+def autocasts(like: Tensor) -> bool:
+    """Whether autocast is on for tensors on the device of this one."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def runs_eagerly(*tensors: Tensor) -> bool:
@@ -30,6 +35,11 @@ def runs_eagerly(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """``(..., n)`` as ``(rows, n)``."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def shape_like(tensor: Tensor, needed: bool) -> Tensor:

@@ -33,7 +33,7 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
     wide = accumulation_dtype(left.dtype, right.dtype)
     if not plan.nnz or not left.shape[0]:
         return torch.zeros(plan.nnz, dtype=wide, device=left.device)
-    case = (backend_told(), left.device, left.dtype)
+    case = (backend_told(), left.dtype)
     way = plan.ways.get(case)
     if way is None:
         tiled_support = plan.tiles is not None
@@ -46,7 +46,6 @@ def compiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tens
     """The ``native`` backend."""
     kernels = native.load().library
     assert kernels is not None
-    left, right = native.rows_contiguous(left), native.rows_contiguous(right)
     return kernels.entries(left, right, plan.crow, plan.col)
 
 

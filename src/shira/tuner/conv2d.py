@@ -17,7 +17,7 @@ class Conv2d(ShiraLayer):
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         base: Any = self.get_base_layer()
-        x = self._cast_input(x)
+        x = self._cast_input(x, base.weight)
         padding = [0, 0]
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             # as nn.Conv2d itself does for padding other than a number of zeros

@@ -25,6 +25,7 @@ from torch import Tensor
 from shira import ops
 from shira.delta import replacement
 from shira.tuner.hooks import has_hooks
+from shira.tuner.masking import weight_of
 
 if TYPE_CHECKING:
     from shira.tuner.layer import ShiraLayer
@@ -53,7 +54,7 @@ def grouped_linear(layer: ShiraLayer, x: Tensor, groups: dict[str, list[int]]) -
     longest = tokens * max(map(len, adapted.values()), default=0)
     if has_hooks(layer.base_layer) or longest >= WHOLE_PRODUCT_FROM:
         return None
-    x = layer._cast_input(x)
+    x = layer._cast_input(x, weight_of(layer.get_base_layer()))
     result = _own(layer._base_forward(x))
     for name, samples in adapted.items():
         at = torch.tensor(samples, device=x.device)

@@ -33,7 +33,13 @@ def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
             hooks by which FSDP2 and DeepSpeed gather weights.
     """
     if not of_users:
-        return hasattr(module, "_hf_hook") or any(getattr(module, name) for name in _HOOKS)
+        return bool(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "_hf_hook" in module.__dict__
+        )
     return any(
         not str(getattr(hook, "__module__", "")).startswith(_MACHINERY)
         for name in _HOOKS

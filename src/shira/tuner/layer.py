@@ -23,6 +23,7 @@ from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
+from shira.tuner.held import held
 from shira.tuner.hooks import call_with_hooks, has_hooks
 from shira.tuner.indices import IndexDict
 from shira.tuner.masking import shape_of, weight_of
@@ -81,6 +82,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _stores_input_first(self) -> bool:
         """Whether the first dimension of the weight is that of the input."""
         return False
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer that is adapted, under whatever adapts it already."""
+        (base,) = held(self, "base_layer")
+        return super().get_base_layer() if "base_layer" in base._modules else base  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------- adapters
 
@@ -146,7 +152,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         super().delete_adapter(adapter_name)
 
     def _delta(self, adapter: str) -> Tensor:
-        values: Tensor = self.shira_weight[adapter]
+        return self._scaled(adapter, self.shira_weight[adapter])
+
+    def _scaled(self, adapter: str, values: Tensor) -> Tensor:
         if values.is_meta:
             values = fetched(self.shira_weight, adapter, self.weight_name)
         scale = self.scaling[adapter]
@@ -244,14 +252,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             **kwargs: The same; ``adapter_names``: one adapter name for each sample of ``x``.
         """
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters:
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
             return self._base_forward(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names)
-        active = self._present(self.active_adapters)
-        if self.merged or not active:
+        (values,), active = held(self, "shira_weight"), self._active_adapter
+        active = [active] if isinstance(active, str) else active
+        active = [name for name in active if name in values]
+        if self.merged_adapters or not active:
             return self._base_forward(x, *args, **kwargs)
         return self._adapted_forward(x, active)
 
@@ -260,28 +270,27 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return result
 
     def _adapted_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        values, positions, base = held(self, "shira_weight", "shira_indices", "base_layer")
+        deltas, indices, trains = [], [], False
+        for name, parameter in zip(adapter_names, held(values, *adapter_names), strict=True):
+            fetch(self, parameter)
+            deltas.append(self._scaled(name, parameter))
+            indices.append(positions[name])
+            trains |= parameter.requires_grad
         if torch.compiler.is_compiling():
             check_while_compiling()
-        elif self._ranks_unchecked and self._trains(adapter_names):
+        elif trains and self._ranks_unchecked and torch.is_grad_enabled():
             check_new_models(self)
-        fetch(self, [self.shira_weight[name] for name in adapter_names])
-        deltas = [self._delta(name) for name in adapter_names]
-        indices = [self.shira_indices[name] for name in adapter_names]
-        if not has_hooks(self.base_layer):
+        if not has_hooks(base):
             return self._product(x, deltas, indices)
         self._warn_once_about_module_hooks()
-        return call_with_hooks(self.base_layer, lambda x: self._product(x, deltas, indices), x)
-
-    def _trains(self, adapter_names: Sequence[str]) -> bool:
-        return torch.is_grad_enabled() and any(
-            self.shira_weight[name].requires_grad for name in adapter_names
-        )
+        return call_with_hooks(base, lambda x: self._product(x, deltas, indices), x)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         """The layer's product with these deltas in its weight."""
         raise NotImplementedError
 
-    def _cast_input(self, x: Tensor) -> Tensor:
+    def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:
         """The input in autocast's dtype, or in the weight's, which it must have already.
 
         Raises:
@@ -290,8 +299,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             return x.to(torch.get_autocast_dtype(kind))
-        weight = weight_of(self.get_base_layer())
-        if self.quantization_backend is None and x.dtype != weight.dtype:
+        if x.dtype != weight.dtype and self.quantization_backend is None:
             raise TargetError(
                 f"the input is {x.dtype} but the weight is {weight.dtype}; cast one of them, "
                 "or use torch.autocast"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shira import ops
 from shira.tuner.grouped import grouped_linear
+from shira.tuner.held import held
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.quantized import can_unpack, quantized_linear
 
@@ -21,7 +22,8 @@ class Linear(ShiraLayer):
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         base: Any = self.get_base_layer()
-        x = self._cast_input(x)
+        weight, bias = held(base, "weight", "bias")
+        x = self._cast_input(x, weight)
         backend = self.quantization_backend
         if backend is not None and can_unpack(backend):
             result: Tensor = quantized_linear(x, base, backend, deltas, indices)
@@ -31,9 +33,7 @@ class Linear(ShiraLayer):
             # zeros that takes no memory, is added to what the base layer computes.
             zeros = x.new_zeros(()).expand(self.weight_shape)
             return self._base_forward(x) + ops.linear(x, zeros, None, deltas, indices)
-        return ops.linear(
-            x, base.weight, base.bias, deltas, indices, transposed=self.fan_in_fan_out
-        )
+        return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
     def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
         return grouped_linear(self, x, groups)

@@ -31,8 +31,7 @@ class Undo:
         kernels = compiled_for(data, originals)
         with lock_of(weight):
             if kernels is not None:
-                matrix = data.view(self.plan.shape)
-                kernels.leave(matrix, self.plan.crow, self.plan.col, originals)
+                kernels.leave(data, self.plan.crow, self.plan.col, originals)
             else:
                 _overwrite(data, self.plan, originals)
         take_back(weight, self.count)
@@ -64,7 +63,7 @@ def merge_into(
     if kernels is not None:  # in one pass
         delta = delta.float().contiguous()
         with lock_of(weight):
-            originals = kernels.enter(data.view(plan.shape), plan.crow, plan.col, delta)
+            originals = kernels.enter(data, plan.crow, plan.col, delta)
     else:
         originals = _originals(data, plan, earlier)
         new = replacement(originals, delta)

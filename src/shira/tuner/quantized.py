@@ -160,8 +160,8 @@ class _Linear(torch.autograd.Function):
             if any(need_rest):
                 shape = full_shape(ctx.weight.layer.weight)
                 plan = plan_for(indices, shape, (shape[1], 1))
-                parts = plan.split(weight_gradient(left, x.reshape(-1, x.shape[-1]), plan))
-                dvalues = [d.to(delta.dtype) for d, delta in zip(parts, deltas, strict=True)]
+                values = weight_gradient(left, x.reshape(-1, x.shape[-1]), plan)
+                dvalues = list(plan.split(values, deltas))
             if need_x:  # last: the dense weight is not there while the others need room
                 dx = grad @ ctx.weight.with_deltas(deltas, indices, grad.dtype)
             if need_bias:

@@ -65,7 +65,7 @@ def check_new_models(layer: ShiraLayer | None = None) -> None:
         layer: The layer whose forward is about to run. A copy of a model is not noted, so its
             layers are checked one by one.
     """
-    if os.environ.get(SWITCH) == "0" or not _several_ranks():
+    if not _several_ranks() or os.environ.get(SWITCH) == "0":
         return
     models = [model for ref in _new_models if (model := ref()) is not None]
     layers = [found for model in models for found in _layers_of(model)]

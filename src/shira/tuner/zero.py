@@ -7,25 +7,22 @@ that their layer uses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from shira.store.sharded import is_partitioned, is_sharded
 
 
-def fetch(layer: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Gather parameters for the call of a layer that is under way, and for all later ones.
+def fetch(layer: nn.Module, parameter: Tensor) -> None:
+    """Gather a parameter for the call of a layer that is under way, and for all later ones.
 
     This is what DeepSpeed does itself where it sees a module use another's parameter.
 
     Args:
         layer: From whose forward this is called.
-        parameters: What it uses; those that are here, or not DeepSpeed's, are left alone.
+        parameter: What it uses; if it is here, or not DeepSpeed's, it is left alone.
     """
-    for parameter in parameters:
-        if is_partitioned(parameter) and is_sharded(parameter):
-            import deepspeed
+    if is_partitioned(parameter) and is_sharded(parameter):
+        import deepspeed
 
-            deepspeed.zero.register_external_parameter(layer, parameter)
-            parameter.all_gather()  # type: ignore[attr-defined]
+        deepspeed.zero.register_external_parameter(layer, parameter)
+        parameter.all_gather()  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,25 +76,28 @@ class Kernels:
             function: Any = library[f"shira_{name}_{instruction_set}"]
             function.restype, function.argtypes = result, arguments
             self._call[name] = function
+        self._enter, self._leave = self._call["enter"], self._call["leave"]
+        self._entries_scratch = lru_cache(1024)(self._call["entries_scratch"])
+        self._tiles_scratch = lru_cache(1024)(self._call["tiles_scratch"])
 
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         """``(left^T right)`` at the entries of a compressed row pattern: float32 ``(k,)``.
 
         Args:
-            left: ``(tokens, rows)`` of a dtype in `KINDS`, the last dimension contiguous.
-            right: ``(tokens, cols)``, likewise, of the same dtype.
+            left: ``(tokens, rows)`` of a dtype in `KINDS`.
+            right: ``(tokens, cols)`` of the same dtype.
             crow: int32 ``(rows + 1,)``, contiguous.
             col: int32 ``(k,)``, contiguous; sorted within each row.
         """
-        threads = torch.get_num_threads()
-        (tokens, rows), cols, k = left.shape, right.shape[1], col.numel()
+        left, right = _rows_contiguous(left), _rows_contiguous(right)
+        threads, k = torch.get_num_threads(), col.numel()
+        (tokens, rows), cols = left.shape, right.shape[1]
         out = torch.empty(k)
-        scratch = torch.empty(
-            self._call["entries_scratch"](tokens, cols, k, threads), dtype=torch.uint8
-        )
+        scratch = torch.empty(self._entries_scratch(tokens, cols, k, threads), dtype=torch.uint8)
         self._call["entries"](
-            *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
-            out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
+            left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
+            crow.data_ptr(), col.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+            KINDS[left.dtype], threads,
         )  # fmt: skip
         return out
 
@@ -113,14 +116,15 @@ class Kernels:
             block_row: int32 ``(tiles,)``: the tile's place in the grid of tiles, down.
             block_col: int32 ``(tiles,)``: the same, across.
         """
+        left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
         out = torch.empty(col.numel())
-        scratch = torch.empty(self._call["tiles_scratch"](size, threads), dtype=torch.uint8)
+        scratch = torch.empty(self._tiles_scratch(size, threads), dtype=torch.uint8)
         self._call["tiles"](
-            *_matrix(left), *_matrix(right), tokens, rows, cols, crow.data_ptr(), col.data_ptr(),
-            block_row.data_ptr(), block_col.data_ptr(), block_row.numel(), size,
-            out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
+            left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
+            crow.data_ptr(), col.data_ptr(), block_row.data_ptr(), block_col.data_ptr(),
+            block_row.numel(), size, out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
         )  # fmt: skip
         return out
 
@@ -128,23 +132,27 @@ class Kernels:
         """Write ``round(original + delta)`` to the entries of a pattern; the originals ``(k,)``.
 
         Args:
-            weight: ``(rows, cols)`` of a dtype in `KINDS`, the last dimension contiguous.
+            weight: Of a dtype in `KINDS`, contiguous: ``(rows, ...)``, a matrix of so many rows.
             crow: int32 ``(rows + 1,)``, contiguous.
             col: int32 ``(k,)``, contiguous.
             delta: float32 ``(k,)``, contiguous.
         """
-        originals = torch.empty(col.numel(), dtype=weight.dtype)
-        self._call["enter"](
-            *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(), delta.data_ptr(),
-            originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
+        k, kind = col.numel(), weight.dtype
+        originals = torch.empty(k, dtype=kind)
+        self._enter(
+            weight.data_ptr(), weight.stride(0), crow.numel() - 1, crow.data_ptr(), col.data_ptr(),
+            delta.data_ptr(), originals.data_ptr(), KINDS[kind],
+            1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
         return originals
 
     def leave(self, weight: Tensor, crow: Tensor, col: Tensor, originals: Tensor) -> None:
         """Write back what `enter` returned."""
-        self._call["leave"](
-            *_matrix(weight), weight.shape[0], crow.data_ptr(), col.data_ptr(),
-            originals.data_ptr(), KINDS[weight.dtype], _threads(col.numel()),
+        k = col.numel()
+        self._leave(
+            weight.data_ptr(), weight.stride(0), crow.numel() - 1, crow.data_ptr(), col.data_ptr(),
+            originals.data_ptr(), KINDS[originals.dtype],
+            1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
 
     def put(self, memory: Tensor, offsets: Tensor, values: Tensor) -> None:
@@ -269,13 +277,9 @@ def kernels_for(instruction_set: str) -> Kernels:
     return Kernels(ctypes.CDLL(str(LIBRARY)), instruction_set)
 
 
-def rows_contiguous(operand: Tensor) -> Tensor:
-    """The same values with each row in one piece of memory; a copy only where it must be."""
+def _rows_contiguous(operand: Tensor) -> Tensor:
+    # the same values with each row in one piece of memory; a copy only where it must be
     return operand if operand.stride(1) == 1 or operand.shape[1] == 1 else operand.contiguous()
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.stride(0)
 
 
 def _patch(
