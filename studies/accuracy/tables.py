@@ -12,6 +12,7 @@ from studies.accuracy.store import Done
 
 NOT_YET = "-"
 REFERENCE = "lora"
+ACCURACIES = [task for task, metric in TASKS.items() if metric == "accuracy"]
 
 
 def progress(done: Mapping[str, Done]) -> str:
@@ -51,13 +52,15 @@ def finals(done: Mapping[str, Done]) -> str:
         by_task = {task: final_figures(done, task, method, size) for task in TASKS}
         for figures in by_task.values():
             row.append(NOT_YET if figures is None else spread(figures))
-        complete = [figures for figures in by_task.values() if figures is not None]
-        whole = len(complete) == len(TASKS)
-        row.append(
-            spread([mean(seed) for seed in zip(*complete, strict=True)]) if whole else NOT_YET
-        )
+        for tasks in (list(TASKS), ACCURACIES):
+            figures_of = [by_task[task] for task in tasks]
+            complete = [figures for figures in figures_of if figures is not None]
+            whole = len(complete) == len(tasks)
+            row.append(
+                spread([mean(seed) for seed in zip(*complete, strict=True)]) if whole else NOT_YET
+            )
         rows.append(row)
-    return markdown(["method", "size", *TASKS, "mean of tasks"], rows)
+    return markdown(["method", "size", *TASKS, "mean of tasks", "mean of accuracies"], rows)
 
 
 def paired(done: Mapping[str, Done]) -> str:
