@@ -67,7 +67,7 @@ def paired(done: Mapping[str, Done]) -> str:
     """Each method minus LoRA of its size: pairs of one task and one seed.
 
     The mean of the tasks' differences and its standard deviation over the seeds, and in how many
-    pairs the method is above, level, below.
+    pairs the method is above, level, below. ``both``: over the seeds of the two sizes.
     """
     rows = []
     for method, size in cells():
@@ -75,6 +75,12 @@ def paired(done: Mapping[str, Done]) -> str:
             if method != REFERENCE:
                 differences = paired_differences(done, method, size, against)
                 rows.append([method, size or "", f"{REFERENCE} {against}", *_compared(differences)])
+    for method in dict.fromkeys(method for method, size in cells() if size):
+        if method != REFERENCE:
+            of_sizes = [paired_differences(done, method, size, size) for size in SIZES]
+            complete = [differences for differences in of_sizes if differences is not None]
+            together = None if len(complete) < len(SIZES) else [x for d in complete for x in d]
+            rows.append([method, "both", f"{REFERENCE}, the same", *_compared(together)])
     columns = ["method", "size", "against", "mean difference", "above / level / below"]
     return markdown(columns, rows)
 
