@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from shira.ops.native import build as building
 from .cases import random_indices
 from .test_weight_gradient import needs_kernels, supported, torch_threads
 
+NO_COMPILER = "there is no C compiler (cc, gcc or clang; CC names another)"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -115,6 +117,15 @@ def test_no_compiler_is_an_error_that_says_so(monkeypatch, tmp_path):
     with pytest.raises(building.BuildError, match="no C compiler"):
         building.build(tmp_path / "x.so")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_that_builds_says_in_a_line_what_is_missing(tmp_path):
+    assert native.LIBRARY == building.LIBRARY
+    command = [sys.executable, "-m", "shira.ops.native.build"]
+    environment = {**os.environ, "PATH": str(tmp_path), "CC": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: " + NO_COMPILER]
 
 
 def test_a_missing_or_foreign_library_is_told(monkeypatch, tmp_path):

@@ -26,12 +26,14 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shira.ops.native.build import LIBRARY
+# Not imported from `build`: that is also a program, which should not be loaded before it runs.
+LIBRARY = Path(__file__).with_name("_native.so")
 
 VERSION = 3  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -2,7 +2,7 @@
 """Compiles the C files beside this one: ``python -m shira.ops.native.build``.
 
 Installing shira runs this (``hatch_build.py``); where there is no compiler, shira works without and
-says so (`shira.ops.explain`). The library links neither torch nor Python, so one build serves every
+says so (`shira.ops.choose`). The library links neither torch nor Python, so one build serves every
 version of both. It imports nothing of shira, so that it can run before shira is installed.
 """
 
@@ -90,4 +90,7 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(build())
+    try:
+        print(build())
+    except BuildError as error:
+        sys.exit(f"error: {error}")
