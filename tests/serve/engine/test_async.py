@@ -61,10 +61,12 @@ def client(loop, engine, zoo):
     return loop.run_until_complete(start())
 
 
-async def ask(engine, prompt, tokens=TOKENS):
+async def ask(engine, prompt, tokens=TOKENS, begun=None):
     params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
     async for output in engine.generate({"prompt_token_ids": prompt}, params, f"r{next(numbers)}"):
         last = output
+        if begun is not None:
+            begun.set()
     return list(last.outputs[0].token_ids)
 
 
@@ -95,10 +97,12 @@ def test_a_switch_waits_for_what_runs_and_what_comes_meanwhile_waits_for_it(
     async def steps():
         await client.deactivate()
         alone = await ask(engine, PROMPTS[0], 100)
-        running = asyncio.ensure_future(ask(engine, PROMPTS[0], 100))
-        await asyncio.sleep(0.1)  # it is being answered now
+        begun = asyncio.Event()
+        running = asyncio.ensure_future(ask(engine, PROMPTS[0], 100, begun))
+        await begun.wait()
         switch = asyncio.ensure_future(client.activate("a"))
-        await asyncio.sleep(0.01)
+        while not (await engine.is_paused() or switch.done()):
+            pass  # what comes before the engine pauses would still be the base's
         assert not running.done()
         after = [asyncio.ensure_future(ask(engine, prompt)) for prompt in PROMPTS]
         await switch
