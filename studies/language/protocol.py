@@ -93,7 +93,7 @@ class Run:
     seed: int
     rank: int = 4
     steps: int = 40
-    batch_size: int = 4
+    batch_size: int = 2
     warmup_steps: int = 4
     validation_windows: int = 32
     test_windows: int = 48
