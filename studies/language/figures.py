@@ -56,9 +56,9 @@ def _points(done: Mapping[str, Done], target: str, method: str) -> list[tuple[fl
     found = []
     for entry in done.values():
         run, result = entry.run, entry.result
-        losses = result["target_validation"], result["source_validation"]
         if (run.target, run.method) != (target, method) or run.stage == "final":
             continue
+        losses = result["target_validation"], result["source_validation"]
         if None not in losses and losses[1] <= math.log(MOST):
             found.append((run.rate_exponent, math.exp(losses[0]), math.exp(losses[1])))
     return [(gained, kept) for _, gained, kept in sorted(found)]
