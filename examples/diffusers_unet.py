@@ -4,7 +4,7 @@
 Each style is an adapter of the attention's linear layers and of the ResNet blocks' convolutions
 (SHiRA adapts both). One learns pictures with stripes that run down, the other stripes that run
 across. Both are saved, loaded onto a fresh UNet by `Switch`, and exchanged there: each gives the
-outputs of the training run bit for bit, and without them the UNet is the one of before.
+outputs of the training run to rounding, and without them the UNet is the one of before.
 
 Run it:   python examples/diffusers_unet.py [FOLDER]   (without one, files go to a temporary one)
 Needs:    pip install 'shira[peft]' diffusers
@@ -90,8 +90,8 @@ with torch.no_grad():
         switch.load(style, folder / style)
     for style in ("across", "down", "across", "down"):
         switch.activate(style)
-        assert torch.equal(plain(*inputs).sample, trained[style])
-    print("switched four times: the outputs of training, bit for bit")
+        assert torch.allclose(plain(*inputs).sample, trained[style], atol=1e-5)
+    print("switched four times: the outputs of training, to rounding")
     switch.activate({"across": 0.5, "down": 0.5})  # a mixture
     assert not torch.equal(plain(*inputs).sample, base)
     switch.deactivate()

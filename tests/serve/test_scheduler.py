@@ -63,8 +63,8 @@ class Load:
 
     async def all(self, requests) -> None:
         tasks = [
-            asyncio.ensure_future(self.request(number, *request))
-            for number, request in enumerate(requests)
+            asyncio.ensure_future(self.request(number, at + number / 1000, *rest))
+            for number, (at, *rest) in enumerate(requests)  # no two things at one moment
         ]
         await asyncio.gather(*tasks)
 

@@ -78,8 +78,10 @@ def ask(number: int):
 @pytest.fixture
 def scene(tmp_path):
     scene = Scene(tmp_path)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     yield scene
+    signal.signal(signal.SIGHUP, hang_up)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     for pid in scene.left():  # of a test that failed
         os.kill(pid, signal.SIGKILL)
