@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
-
+from studies import command
 from studies.accuracy import data as rows
 from studies.accuracy import store
 from studies.accuracy.plan import plan
@@ -15,17 +12,8 @@ from studies.accuracy.protocol import TASKS
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, and do it. 0 also where runs are missing: it says how many."""
-    parser = argparse.ArgumentParser(prog="python -m studies.accuracy", description=__doc__)
-    parser.add_argument("action", nargs="?", choices=("report", "run", "plan"), default="report")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("SHIRA_STUDY_DATA"),
-        help="folder with a folder of rows for each task (default: $SHIRA_STUDY_DATA)",
-    )
+    parser = command.parser("accuracy", __doc__, "a folder of rows for each task")
     parser.add_argument("--tasks", default=",".join(TASKS), help="names, with commas between")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
     arguments = parser.parse_args(argv)
     tasks = arguments.tasks.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
@@ -52,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{made} runs made")
     from studies.accuracy.document import rebuild
 
-    for line in rebuild():
-        print(line)
-    return 0
+    return command.report(rebuild)
 
 
 if __name__ == "__main__":

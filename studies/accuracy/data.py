@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from studies.accuracy import model
+from studies.accuracy.protocol import Run
 
 FILES = ("labels.json", "train.jsonl", "test.jsonl")
 
@@ -73,6 +74,29 @@ def test_split(
     if len(rows) > test_rows:
         rows = random.Random(f"test {task}").sample(rows, test_rows)
     return _split(rows, max_tokens, frozen_blocks, digest)
+
+
+def splits_of(run: Run, data: Path) -> tuple[Split, Split]:
+    """Training and validation rows of a run."""
+    return splits(
+        data,
+        run.task,
+        training_rows=run.training_rows,
+        validation_rows=run.validation_rows,
+        max_tokens=run.max_tokens,
+        frozen_blocks=run.frozen_blocks,
+    )
+
+
+def test_split_of(run: Run, data: Path) -> Split:
+    """Test rows of a run."""
+    return test_split(
+        data,
+        run.task,
+        test_rows=run.test_rows,
+        max_tokens=run.max_tokens,
+        frozen_blocks=run.frozen_blocks,
+    )
 
 
 @functools.lru_cache

@@ -23,14 +23,16 @@ def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
     """
     done = store.load(results)
     left = plan(done)
-    said = (
-        f"{len(done)} runs made, at least {left.missing} missing: {len(left.tuning)} of tuning "
-        f"and {len(left.final) + left.unknown_finals} final ones."
-    )
+    said = f"All {len(done)} runs made."
+    if left.missing:
+        said = (
+            f"{len(done)} runs made, at least {left.missing} missing: {len(left.tuning)} of tuning "
+            f"and {len(left.final) + left.unknown_finals} final ones."
+        )
     page = docs / "study.md"
     drawn = figures.tuning(done, docs / FIGURE)
     parts = [
-        said if left.missing else f"All {len(done)} runs made.",
+        said,
         "### Runs",
         tables.progress(done),
         "### Test figures, in percent",

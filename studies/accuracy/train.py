@@ -30,14 +30,7 @@ def execute(run: Run, data: Path) -> dict[str, Any]:
         rows.
     """
     started = clocks()
-    sizes = {"max_tokens": run.max_tokens, "frozen_blocks": run.frozen_blocks}
-    training, validation = rows.splits(
-        data,
-        run.task,
-        training_rows=run.training_rows,
-        validation_rows=run.validation_rows,
-        **sizes,
-    )
+    training, validation = rows.splits_of(run, data)
     read = clocks()
     base = Classifier(
         len(rows.label_names(data, run.task)), frozen_blocks=run.frozen_blocks, seed=run.seed
@@ -57,7 +50,7 @@ def execute(run: Run, data: Path) -> dict[str, Any]:
         "train_sha256": training.sha256,
     }
     if run.stage == "final":
-        test = rows.test_split(data, run.task, test_rows=run.test_rows, **sizes)
+        test = rows.test_split_of(run, data)
         result["test"] = measure(model, test, run.task)
         result["test_sha256"] = test.sha256
     else:

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
-
+from studies import command
 from studies.accuracy import data as rows
 from studies.fusion import runs
 from studies.fusion.protocol import TASKS
@@ -14,16 +11,7 @@ from studies.fusion.protocol import TASKS
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, and do it. 0 also where runs are missing: it says how many."""
-    parser = argparse.ArgumentParser(prog="python -m studies.fusion", description=__doc__)
-    parser.add_argument("action", nargs="?", choices=("report", "run", "plan"), default="report")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("SHIRA_STUDY_DATA"),
-        help="folder with a folder of rows for each task (default: $SHIRA_STUDY_DATA)",
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser = command.parser("fusion", __doc__, "a folder of rows for each task")
     arguments = parser.parse_args(argv)
     if arguments.action == "plan":
         for run in runs.missing():
@@ -40,9 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{made} runs made")
     from studies.fusion.document import rebuild
 
-    for line in rebuild():
-        print(line)
-    return 0
+    return command.report(rebuild)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ def rebuild(docs: Path = DOCS, results: Path = runs.RESULTS) -> list[str]:
     """
     done = runs.load(results)
     missing = len(FAMILIES) * len(SEEDS) - len(done)
-    said = f"{len(done)} runs made, {missing} missing."
+    said = (
+        f"{len(done)} runs made, {missing} missing." if missing else f"All {len(done)} runs made."
+    )
     fill(
         docs / PAGE,
         [
-            said if missing else f"All {len(done)} runs made.",
+            said,
             "### Overlap, and what fusing loses",
             tables.overlaps(done),
             "### Before fusing, in percent",

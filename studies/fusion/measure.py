@@ -35,14 +35,14 @@ def execute(run: Run, data: Path, **settings: int) -> dict[str, Any]:
 
     started = clocks()
     trainings = {task: run.training(task, **settings) for task in TASKS}
-    splits = {task: _splits(data, training) for task, training in trainings.items()}
+    training_rows = {task: rows.splits_of(each, data)[0] for task, each in trainings.items()}
     any_training = trainings[TASKS[0]]
     base = Classifier(1, frozen_blocks=any_training.frozen_blocks, seed=run.seed)
     heads = {task: _head(base, len(rows.label_names(data, task)), run.seed) for task in TASKS}
 
     def calibration(task: str) -> list[Any]:
         training = trainings[task]
-        return list(batches(splits[task][0], training, training.calibration_batches, "mask"))
+        return list(batches(training_rows[task], training, training.calibration_batches, "mask"))
 
     base.requires_grad_(False)
     chosen = configs(run, base, heads, calibration)
@@ -58,14 +58,14 @@ def execute(run: Run, data: Path, **settings: int) -> dict[str, Any]:
         training = trainings[task]
         torch.manual_seed(run.seed)
         encoder_parameters = trained(model)["encoder"]
-        fit(model, training, batches(splits[task][0], training, training.steps, "training"))
+        fit(model, training, batches(training_rows[task], training, training.steps, "training"))
         heads[task].requires_grad_(False)
 
     def figures() -> dict[str, float]:
         found = {}
         for task in TASKS:
             base.classifier = heads[task]
-            found[task] = measure(model, _test(data, trainings[task], run.test_rows), task)
+            found[task] = measure(model, rows.test_split_of(trainings[task], data), task)
         return found
 
     with_each: dict[str, dict[str, float]] = {}
@@ -103,24 +103,3 @@ def _head(base: Classifier, labels: int, seed: int) -> nn.Module:
     """A head that the seed alone decides: the one that `Classifier` would make."""
     torch.manual_seed(seed)
     return nn.Linear(base.classifier.in_features, labels)
-
-
-def _splits(data: Path, run: Any) -> tuple[rows.Split, rows.Split]:
-    return rows.splits(
-        data,
-        run.task,
-        training_rows=run.training_rows,
-        validation_rows=run.validation_rows,
-        max_tokens=run.max_tokens,
-        frozen_blocks=run.frozen_blocks,
-    )
-
-
-def _test(data: Path, run: Any, test_rows: int) -> rows.Split:
-    return rows.test_split(
-        data,
-        run.task,
-        test_rows=test_rows,
-        max_tokens=run.max_tokens,
-        frozen_blocks=run.frozen_blocks,
-    )

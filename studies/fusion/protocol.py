@@ -90,4 +90,5 @@ class Run:
     def training(self, task: str, **settings: int) -> Training:
         """How the adapter of a task is trained; `settings` overrides fields, for tests."""
         method = FAMILIES[self.family]
+        settings = {"test_rows": self.test_rows, **settings}
         return Training("final", task, method, self.size, self.rate_exponent, self.seed, **settings)

@@ -16,35 +16,30 @@ Figures = Mapping[str, float]
 def overlaps(done: Mapping[str, Done]) -> str:
     """How the adapters of each family overlap, the mean of the seeds, beside what a sum keeps."""
     names = ["shared", "cosine", "sign_conflicts", "awor"]
-    rows = []
-    for family in FAMILIES:
-        runs = of_family(done, family)
-        if runs is None:
-            rows.append([family, *[NOT_YET] * (len(names) + 2)])
-            continue
+
+    def cells(runs: list[Done]) -> list[str]:
         given = [[run.result["overlap"].get(name) for run in runs] for name in names]
-        cells = [NOT_YET if None in values else f"{mean(values):.3f}" for values in given]
-        rows.append([family, *cells, *(lost(runs, way) for way in ("sum", "mean"))])
+        figures = [NOT_YET if None in values else f"{mean(values):.3f}" for values in given]
+        return [*figures, *(lost(runs, way) for way in ("sum", "mean"))]
+
     columns = ["adapters", "positions shared", "cosine", "sign conflicts", "AWOR"]
-    return markdown([*columns, "lost by the sum", "lost by the mean"], rows)
+    return _families(done, [*columns, "lost by the sum", "lost by the mean"], cells)
 
 
 def alone(done: Mapping[str, Done]) -> str:
     """Each task with its own adapter, with none, and with another task's: the mean of the tasks."""
-    rows = []
-    for family in FAMILIES:
-        runs = of_family(done, family)
-        if runs is None:
-            rows.append([family, *[NOT_YET] * (len(TASKS) + 3)])
-            continue
+
+    def cells(runs: list[Done]) -> list[str]:
         by_task = [spread([run.result["alone"][task] for run in runs]) for task in TASKS]
         means = [
             spread([mean(run.result[what].values()) for run in runs])
             for what in ("alone", "others", "without")
         ]
-        rows.append([family, *by_task, *means])
+        return [*by_task, *means]
+
     own = [f"{task}, its own adapter" for task in TASKS]
-    return markdown(["adapters", *own, "mean", "mean, another's", "mean, none"], rows)
+    columns = ["adapters", *own, "mean", "mean, another's", "mean, none"]
+    return _families(done, columns, cells)
 
 
 def kept(done: Mapping[str, Done]) -> str:
@@ -70,6 +65,17 @@ def lost(runs: list[Done], way: str) -> str:
     return spread(
         [mean(run.result["fused"][way][t] - run.result["alone"][t] for t in TASKS) for run in runs]
     )
+
+
+def _families(
+    done: Mapping[str, Done], columns: list[str], cells: Callable[[list[Done]], list[str]]
+) -> str:
+    """A table of one line a family, without figures where a run is missing."""
+    rows = []
+    for family in FAMILIES:
+        runs = of_family(done, family)
+        rows.append([family, *([NOT_YET] * (len(columns) - 1) if runs is None else cells(runs))])
+    return markdown(columns, rows)
 
 
 def _kept(runs: list[Done], way: str) -> str:

@@ -7,10 +7,9 @@ them.
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 
+from studies import command
 from studies.language import data as texts
 from studies.language import store
 from studies.language.plan import plan
@@ -21,20 +20,11 @@ FOLDER = Path(__file__).parents[2] / "build" / "study-language"
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, and do it. 0 also where runs are missing: it says how many."""
-    parser = argparse.ArgumentParser(prog="python -m studies.language", description=__doc__)
-    parser.add_argument(
-        "action", nargs="?", choices=("report", "base", "run", "plan"), default="report"
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("SHIRA_STUDY_DATA"),
-        help="folder with lm/NAME/train.txt and test.txt (default: $SHIRA_STUDY_DATA)",
+    parser = command.parser(
+        "language", __doc__, "lm/NAME/train.txt and test.txt", more_actions=["base"]
     )
     parser.add_argument("--base", type=Path, default=FOLDER, help="folder of the base model")
     parser.add_argument("--targets", default=",".join(TARGETS), help="names, with commas between")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
     arguments = parser.parse_args(argv)
     targets = arguments.targets.split(",")
     if unknown := [target for target in targets if target not in TARGETS]:
@@ -66,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{count} runs made")
     from studies.language.document import rebuild
 
-    for line in rebuild():
-        print(line)
-    return 0
+    return command.report(rebuild)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
     """
     done = store.load(results)
     left = plan(done)
-    said = (
-        f"{len(done)} runs made, at least {left.missing} missing: {len(left.tuning)} of tuning, "
-        f"{len(left.final) + left.unknown_finals} final ones and {len(left.frontier)} of the "
-        "frontier."
-    )
+    said = f"All {len(done)} runs made."
+    if left.missing:
+        said = (
+            f"{len(done)} runs made, at least {left.missing} missing: "
+            f"{len(left.tuning)} of tuning, {len(left.final) + left.unknown_finals} final ones and "
+            f"{len(left.frontier)} of the frontier."
+        )
     page = docs / PAGE
     drawn = figures.trade(done, docs / FIGURE)
     parts = [
-        said if left.missing else f"All {len(done)} runs made.",
+        said,
         "### The base",
         tables.base(store.load_base(results)),
         "### Runs",

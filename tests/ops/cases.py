@@ -25,7 +25,7 @@ def values(k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Relative to the size of the whole, as the error of a sum of products is."""
+    """Relative to the size of the whole, as the error of a sum of products of numbers near 1 is."""
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}.get(dtype, 5e-3)
     wide_a, wide_b = a.double(), b.double()
     floor = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-30)  # terms that cancel

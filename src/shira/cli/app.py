@@ -3,8 +3,8 @@
 
 A subcommand is a module with a function `command`, whose signature and docstring are its options
 and its help, and `EXAMPLES`, lines to try that are shown below the help; `CONTEXT`, where there is
-one, is how its options are parsed. Only the module that is
-called is imported; all are for ``shira --help``, and so none may import torch at its head.
+one, is how its options are parsed. Only the module that is called is imported; all are for
+``shira --help``, and so none may import torch at its head.
 """
 
 from __future__ import annotations

@@ -65,34 +65,34 @@ def steps(record: Record) -> Steps:
 
 def drive(todo: Steps, do: Callable[..., Any]) -> None:
     """Take the steps; ``do(kind, *arguments)`` takes one."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
+    step = _after(todo, None)
+    while step is not None:
+        outcome: Any
         try:
-            kind, arguments = todo.send(answer) if error is None else todo.throw(error)
-        except StopIteration:
-            return
-        answer = error = None
-        try:
-            answer = do(kind, *arguments)
-        except Exception as raised:
-            error = raised
+            outcome = do(step[0], *step[1])
+        except Exception as error:
+            outcome = error
+        step = _after(todo, outcome)
 
 
 async def drive_async(todo: Steps, do: Callable[..., Awaitable[Any]]) -> None:
     """As `drive`."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
+    step = _after(todo, None)
+    while step is not None:
+        outcome: Any
         try:
-            kind, arguments = todo.send(answer) if error is None else todo.throw(error)
-        except StopIteration:
-            return
-        answer = error = None
-        try:
-            answer = await do(kind, *arguments)
-        except Exception as raised:
-            error = raised
+            outcome = await do(step[0], *step[1])
+        except Exception as error:
+            outcome = error
+        step = _after(todo, outcome)
+
+
+def _after(todo: Steps, outcome: Any) -> Step | None:
+    """The step that follows what came of the one before; None: there is none."""
+    try:
+        return todo.throw(outcome) if isinstance(outcome, Exception) else todo.send(outcome)
+    except StopIteration:
+        return None
 
 
 def _check_there(terms: Any, failed: dict[str, Exception]) -> None:
