@@ -20,7 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from tests.distributed import task
-from tests.distributed.worker import main
+from tests.distributed.worker import main, spare_deepspeed_a_compiler
 
 STEPS, SAVED = 4, 2
 CASES: dict[str, Any] = {}
@@ -175,6 +175,7 @@ def shared_folder() -> Path:
 
 
 def deepspeed_settings(stage: int) -> dict[str, Any]:
+    spare_deepspeed_a_compiler()
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

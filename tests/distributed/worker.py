@@ -42,6 +42,14 @@ def mean(loss: Tensor) -> float:
     return total.item() / dist.get_world_size()
 
 
+def spare_deepspeed_a_compiler() -> None:
+    """Its reductions for inference, which no training uses, take a core for 40 s to compile; and a
+    run killed meanwhile leaves a lock in the home folder, for which every later one waits."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def folder() -> Path:
     return Path(tempfile.mkdtemp())
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from shira.store.sharded import is_sharded
 from tests.distributed import task
-from tests.distributed.worker import folder, main, mean, share
+from tests.distributed.worker import folder, main, mean, share, spare_deepspeed_a_compiler
 from tests.tuner.models import llama
+
+spare_deepspeed_a_compiler()
 
 CASES = {}
 
