@@ -6,8 +6,8 @@ a row of entries, the other must come from the cache: 4 bytes for each token and
 ``4 k T / cache bandwidth`` or ``2 k T / peak arithmetic``, whichever is longer. Both operands must
 besides be read from memory once: ``(m + n) T * itemsize / memory bandwidth``.
 
-All three rates are measured: reading 512 KiB and 64 MiB a thread with ``roofline.c``, and torch's
-own matrix product in float32.
+All three rates are measured: reading half of the second-level cache and 64 MiB a thread with
+``roofline.c``, and torch's own matrix product in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 
 SOURCE = Path(__file__).with_name("roofline.c")
-CACHED, STREAMED = 512 * 2**10, 64 * 2**20
+STREAMED = 64 * 2**20
+CACHE = 2**20  # bytes of the second-level cache where the system does not say
 
 
 class Rates(NamedTuple):
@@ -46,7 +47,9 @@ def measure() -> Rates:
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"]
         made = ["-shared", "-fPIC", str(SOURCE), "-o", str(library)]
         subprocess.run([compiler, *flags, *made], check=True, capture_output=True)
-        read = ctypes.CDLL(str(library)).read_all
+        loaded = ctypes.CDLL(str(library))
+        cached = (loaded.second_level_cache() or CACHE) // 2
+        read = loaded.read_all
         read.restype = ctypes.c_float
         read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
         memory = torch.zeros(threads * STREAMED // 4 + 16)
@@ -56,7 +59,7 @@ def measure() -> Rates:
             seconds = best(lambda: read(start, size // 4, repeats, threads))
             return threads * size * repeats / seconds
 
-        cache, streamed = rate(CACHED, 50), rate(STREAMED, 1)
+        cache, streamed = rate(cached, 100), rate(STREAMED, 1)
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
     flops = 2 * 1024 * 2048 * 2048 / best(lambda: a @ b)
     return Rates(cache, streamed, flops)

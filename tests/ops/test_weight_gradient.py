@@ -89,9 +89,9 @@ def test_sampled_adds_up_pieces_of_the_tokens():
 @needs_kernels
 @pytest.mark.parametrize("instruction_set", ["base", "avx2", "avx512"])
 @settings(deadline=None, max_examples=40)
-@given(
-    rows=st.integers(1, 70),
-    cols=st.integers(1, 70),
+@given(  # more rows, columns and tokens than are taken at a time, too
+    rows=st.one_of(st.integers(1, 70), st.sampled_from([257, 600])),
+    cols=st.one_of(st.integers(1, 70), st.sampled_from([600, 5000])),
     tokens=st.integers(1, 300),
     share=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     dtype=st.sampled_from(DTYPES[1:]),

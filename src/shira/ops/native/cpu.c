@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What this library is, and what this CPU can run of it. Compiled for the plainest CPU.
+#include <stdint.h>
+#include <unistd.h>
 
 // Changed whenever a signature changes.
 int shira_native_version(void) { return 3; }
@@ -16,4 +18,17 @@ int shira_instruction_set(void) {
         return 1;
 #endif
     return 0;
+}
+
+// Bytes of a core's second-level cache; 1 MiB where the system does not say.
+int64_t shira_second_level_cache(void) {
+    static int64_t size = 0;  // asking takes a while in a virtual machine
+    if (!size) {
+        int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        size = found > 0 ? found : 1 << 20;
+    }
+    return size;
 }

@@ -5,21 +5,30 @@
 //
 // Both operands are (tokens, features), so the tokens of one feature lie far apart. A chunk of T
 // tokens of `right` is transposed into scratch memory that stays in the second-level cache, and of
-// `left` RB rows at a time. Then each entry is T/VL products of vectors, the left one of them in
+// `left` some rows at a time. Then each entry is T/VL products of vectors, the left one of them in
 // registers for a whole row; the sums over lanes are made for VL entries at once.
 //
 // Threads share the tokens first (each has its own scratch, no waiting), then the rows. Each entry
 // is summed in an order that depends on the shapes and the number of threads alone.
 #include "vector.h"
 
-#define RB 256                   // rows of `left` at a time
-#define CACHE (1024 * 1024)      // bytes of `right`, transposed, that are to stay in the cache
-
 // VL x VL tile: log2(VL) rounds of interleaving the first half of the rows with the second.
 INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float *out, ptrdiff_t T,
                            const int kind) {
     vec a[VL], b[VL];
     UNROLL for (int i = 0; i < VL; i++) a[i] = load_as(in, at + i * stride, kind);
+#if VL == 8  // two tiles of 4 x 4 beside each other, twice
+    UNROLL for (int i = 0; i < 4; i++) {
+        b[i] = FIRST_HALVES(a[i], a[i + 4]);
+        b[i + 4] = SECOND_HALVES(a[i], a[i + 4]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        vec c = LO_OF_HALVES(b[i], b[i + 2]), d = HI_OF_HALVES(b[i], b[i + 2]);
+        vec e = LO_OF_HALVES(b[i + 1], b[i + 3]), f = HI_OF_HALVES(b[i + 1], b[i + 3]);
+        a[i] = LO_OF_HALVES(c, e), a[i + 1] = HI_OF_HALVES(c, e);
+        a[i + 2] = LO_OF_HALVES(d, f), a[i + 3] = HI_OF_HALVES(d, f);
+    }
+#else
     UNROLL for (int round = 1; round < VL; round *= 2) {
         UNROLL for (int i = 0; i < VL / 2; i++) {
             b[2 * i] = LO(a[i], a[i + VL / 2]);
@@ -27,6 +36,7 @@ INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float
         }
         UNROLL for (int i = 0; i < VL; i++) a[i] = b[i];
     }
+#endif
     UNROLL for (int i = 0; i < VL; i++) store(out + i * T, a[i]);
 }
 
@@ -48,6 +58,16 @@ INLINE void transpose(const void *in, ptrdiff_t at, ptrdiff_t stride, int tokens
 
 // Lane i of the result is the sum of the lanes of s[i]: a tree of additions of interleaved halves.
 INLINE vec sums_of_lanes(const vec *s) {
+#if VL == 8
+    vec a[4], b[2];
+    UNROLL for (int i = 0; i < 4; i++) {
+        int at = i / 2 * 4 + i % 2;
+        a[i] = LO_OF_HALVES(s[at], s[at + 2]) + HI_OF_HALVES(s[at], s[at + 2]);
+    }
+    UNROLL for (int i = 0; i < 2; i++)
+        b[i] = LO_OF_HALVES(a[2 * i], a[2 * i + 1]) + HI_OF_HALVES(a[2 * i], a[2 * i + 1]);
+    return FIRST_HALVES(b[0], b[1]) + SECOND_HALVES(b[0], b[1]);
+#else
     vec a[VL];
     UNROLL for (int i = 0; i < VL; i++) {
         int reversed = 0;
@@ -58,6 +78,7 @@ INLINE vec sums_of_lanes(const vec *s) {
         UNROLL for (int i = 0; i < n; i++)
             a[i] = LO(a[2 * i], a[2 * i + 1]) + HI(a[2 * i], a[2 * i + 1]);
     return a[0];
+#endif
 }
 
 // Entries of the rows [first, last): out[e] += dot(left row, right column), both of T tokens.
@@ -92,18 +113,23 @@ INLINE void products(const float *left, const float *right, const int32_t *crow,
 
 typedef struct {
     int chunk;          // tokens at a time (T)
+    int rows;           // rows of `left` at a time
     int token_groups;   // groups of threads that share the tokens between them
     int row_groups;     // threads in each of them, which share the rows
     int64_t group_size; // floats of scratch for a group: `right` transposed, and its sums
 } layout;
 
+// T is the largest at which `right`, transposed, takes half of the second-level cache or, with
+// shorter vectors, a quarter (as measured with 2 MiB and with 512 KiB).
 static layout lay_out(int64_t tokens, int64_t cols, int64_t nnz, int threads) {
     layout l;
+    int64_t cache = shira_second_level_cache();
 #if VL == 16
-    l.chunk = cols * 128 * 4 <= CACHE ? 128 : 64;
+    l.chunk = cols * 128 * 4 <= cache / 2 ? 128 : 64;
 #else
-    l.chunk = 64;
+    l.chunk = cols * 64 * 4 <= cache / 4 ? 64 : 32;
 #endif
+    l.rows = l.chunk == 32 ? 512 : 256;
     int64_t chunks = (tokens + l.chunk - 1) / l.chunk;
     l.token_groups = chunks < threads ? (int)chunks : threads;
     l.row_groups = threads / l.token_groups;
@@ -114,7 +140,7 @@ static layout lay_out(int64_t tokens, int64_t cols, int64_t nnz, int threads) {
 // Bytes of scratch that `entries` takes; aligned to 64 it must be.
 int64_t NAME(shira_entries_scratch)(int64_t tokens, int64_t cols, int64_t nnz, int threads) {
     layout l = lay_out(tokens, cols, nnz, threads);
-    int64_t apart = (int64_t)l.token_groups * l.row_groups * RB * l.chunk;
+    int64_t apart = (int64_t)l.token_groups * l.row_groups * l.rows * l.chunk;
     return 4 * (l.token_groups * l.group_size + apart);
 }
 
@@ -141,6 +167,10 @@ typedef void products_fn(const float *, const float *, const int32_t *, const in
 MAKE(64)
 #if VL == 16
 MAKE(128)
+#define OTHER_T(KIND) KIND##_128
+#else
+MAKE(32)
+#define OTHER_T(KIND) KIND##_32
 #endif
 
 // out (nnz) = (left^T right) at the entries of a compressed row pattern.
@@ -150,14 +180,8 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                          const int32_t *crow, const int32_t *col, float *out, float *scratch,
                          int kind, int threads) {
     layout l = lay_out(tokens, cols, crow[rows], threads);
-    transpose_fn *transpose_chunk = transposes_64[kind];
-    products_fn *products_of_rows = products_64;
-#if VL == 16
-    if (l.chunk == 128) {
-        transpose_chunk = transposes_128[kind];
-        products_of_rows = products_128;
-    }
-#endif
+    transpose_fn *transpose_chunk = l.chunk == 64 ? transposes_64[kind] : OTHER_T(transposes)[kind];
+    products_fn *products_of_rows = l.chunk == 64 ? products_64 : OTHER_T(products);
     int64_t nnz = crow[rows], chunks = (tokens + l.chunk - 1) / l.chunk;
     int64_t steps = (chunks + l.token_groups - 1) / l.token_groups;
     int64_t sums_at = PADDED(cols * l.chunk), left_at = l.token_groups * l.group_size;
@@ -187,7 +211,7 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                 int group = part / l.row_groups, member = part % l.row_groups;
                 const float *across = scratch + group * l.group_size;
                 float *sums = scratch + group * l.group_size + sums_at;
-                float *down = scratch + left_at + (int64_t)part * RB * l.chunk;
+                float *down = scratch + left_at + (int64_t)part * l.rows * l.chunk;
                 int64_t row = share(rows, member, l.row_groups);
                 int64_t end = share(rows, member + 1, l.row_groups);
                 if (!step) memset(sums + crow[row], 0, 4 * (size_t)(crow[end] - crow[row]));
@@ -195,8 +219,8 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                 if (chunk >= share(chunks, group + 1, l.token_groups)) continue;
                 int64_t t = chunk * l.chunk;
                 int here = tokens - t < l.chunk ? (int)(tokens - t) : l.chunk;
-                for (; row < end; row += RB) {
-                    int first = (int)row, last = (int)(row + RB < end ? row + RB : end);
+                for (; row < end; row += l.rows) {
+                    int first = (int)row, last = (int)(row + l.rows < end ? row + l.rows : end);
                     if (crow[first] == crow[last]) continue;
                     transpose_chunk(left, t * left_stride, left_stride, here, first, last, down);
                     products_of_rows(down, across, crow, col, sums, first, last);

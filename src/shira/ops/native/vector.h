@@ -24,6 +24,12 @@
 #define VL 8
 #define LO(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define HI(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+// The same within each half of a vector, and both first or both second halves: an instruction each,
+// where LO and HI take two.
+#define LO_OF_HALVES(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HI_OF_HALVES(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define FIRST_HALVES(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define SECOND_HALVES(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #else
 #define VL 4
 #define LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
@@ -70,6 +76,8 @@ INLINE float scalar_as(const void *base, ptrdiff_t at, const int kind) {
     }
     return (float)((const _Float16 *)base)[at];
 }
+
+int64_t shira_second_level_cache(void);
 
 // The share of part number `k` of `parts` of [0, n): its first index (the next part's is its end).
 INLINE int64_t share(int64_t n, int k, int parts) { return n * k / parts; }
