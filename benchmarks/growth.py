@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import contenders, environment, memory, report
 from benchmarks.contenders import REFERENCE, Workload
-from benchmarks.timing import interleave, ratios, summary
+from benchmarks.timing import interleave, keep_freed_memory, ratios, summary
 from benchmarks.training import step
 
 NAME = "growth"
@@ -46,7 +46,7 @@ class Settings:
 
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Every point of every axis; the whole JSON document of the suite."""
-    surroundings = environment.describe()
+    surroundings = {**environment.describe(), "freed_memory": keep_freed_memory()}
     neighbours = environment.Neighbours()
     names = [REFERENCE, *settings.contenders.split(",")]
     middle = dict(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import contenders, environment, memory, report
 from benchmarks.contenders import REFERENCE, Contender, Workload
-from benchmarks.timing import Laps, interleave, ratios, summary
+from benchmarks.timing import Laps, interleave, keep_freed_memory, ratios, summary
 
 NAME = "training"
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     """Check, time and measure; the whole JSON document of the suite."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    surroundings = environment.describe()
+    surroundings = {**environment.describe(), "freed_memory": keep_freed_memory()}
     work = settings.workload()
     progress("training: building the contenders")
     field_of = contenders.build_all(work, settings.names())
