@@ -35,7 +35,7 @@ from torch import Tensor
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 3  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 4  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -45,7 +45,7 @@ _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "entries_scratch": (_L, [_L, _L, _L, _I]),
     "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
-    "tiles_scratch": (_L, [_I, _I]),
+    "tiles_scratch": (_L, [_L, _I, _I]),
     "tiles": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _L, _I, _P, _P, _I, _I]),
     "enter": (None, [_P, _L, _L, _P, _P, _P, _P, _I, _I]),
     "leave": (None, [_P, _L, _L, _P, _P, _P, _I, _I]),
@@ -122,7 +122,7 @@ class Kernels:
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
         out = torch.empty(col.numel())
-        scratch = torch.empty(self._tiles_scratch(size, threads), dtype=torch.uint8)
+        scratch = torch.empty(self._tiles_scratch(block_row.numel(), size, threads), dtype=torch.uint8)
         self._call["tiles"](
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
             crow.data_ptr(), col.data_ptr(), block_row.data_ptr(), block_col.data_ptr(),

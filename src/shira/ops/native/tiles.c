@@ -3,13 +3,16 @@
 //
 // T tokens of the tile's rows of `left` and columns of `right` are packed side by side, so that the
 // product runs in the first-level cache; MR rows and NV vectors of columns are held in registers.
-// The tile's product is then written where the support has entries, so a tile that the support
+// All tiles take their part of T tokens before the next T tokens are looked at: a tile alone touches
+// one or two lines of each token's page, so it is the pages that must not be left and come back to.
+// The tiles' products are then written where the support has entries, so a tile that the support
 // fills in part (the last one, those at the edge) needs no case of its own.
 //
 // Threads share the tiles; each tile is summed in one order, whatever the number of threads.
 #include "vector.h"
 
 #define T 128
+#define AHEAD 16
 #define NV 2
 #define NC (NV * VL)
 #if VL == 16
@@ -18,12 +21,17 @@
 #define MR 4
 #endif
 #define UP(n, step) (((n) + (step)-1) / (step) * (step))
+#define EXTENT(all, from) ((all) - (from) < size ? (int)((all) - (from)) : size)  // of a tile
 
-// out[t * width + j] = in[t, from + j]; zeros beyond `count`.
+// out[t * width + j] = in[t, from + j]; zeros beyond `count`. Each token's part is a few lines of a
+// page of its own, which the processor would not foresee: it is asked for AHEAD tokens before.
 INLINE void pack(const void *in, ptrdiff_t stride, int64_t t0, int tokens, int64_t from, int count,
                  float *out, int width, const int kind) {
     for (int t = 0; t < tokens; t++, out += width) {
         ptrdiff_t at = (t0 + t) * stride + from;
+        const int size = kind == F32 ? 4 : 2;
+        for (int j = 0; j < count; j += 64 / size)
+            __builtin_prefetch((const char *)in + (at + AHEAD * stride + j) * size);
         int j = 0;
         for (; j + VL <= count; j += VL) store(out + j, load_as(in, at + j, kind));
         for (; j < count; j++) out[j] = scalar_as(in, at + j, kind);
@@ -76,13 +84,14 @@ INLINE int first_at(const int32_t *col, int low, int high, int64_t wanted) {
     return low;
 }
 
-static int64_t of_thread(int size) {
-    int64_t high = UP(size, MR), wide = UP(size, NC);
-    return PADDED(high * wide) + PADDED(T * high) + PADDED(T * wide);
-}
+// Floats of scratch: the products of all tiles, and what each thread packs.
+static int64_t of_tile(int size) { return PADDED((int64_t)UP(size, MR) * UP(size, NC)); }
+static int64_t of_thread(int size) { return PADDED(T * UP(size, MR)) + PADDED(T * UP(size, NC)); }
 
 // Bytes of scratch that `tiles` takes; aligned to 64 it must be.
-int64_t NAME(shira_tiles_scratch)(int size, int threads) { return 4 * threads * of_thread(size); }
+int64_t NAME(shira_tiles_scratch)(int64_t count, int size, int threads) {
+    return 4 * (count * of_tile(size) + threads * of_thread(size));
+}
 
 // out (nnz) = (left^T right) at the entries of a compressed row pattern, all of which lie in tiles.
 // left (tokens, rows) and right (tokens, cols) of `kind`, rows of memory `*_stride` apart.
@@ -96,21 +105,27 @@ void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
     pack_fn *pack_chunk = packs[kind];
 #pragma omp parallel num_threads(threads)
     {
-        float *sums = scratch + omp_get_thread_num() * of_thread(size);
-        float *a = sums + PADDED((int64_t)high * wide), *b = a + PADDED((int64_t)T * high);
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < count; tile++) {
-            int64_t row = (int64_t)block_row[tile] * size, left_over = rows - row;
-            int64_t column = (int64_t)block_col[tile] * size, right_over = cols - column;
-            int down = left_over < size ? (int)left_over : size;
-            int across = right_over < size ? (int)right_over : size;
-            memset(sums, 0, 4 * (size_t)high * wide);
-            for (int64_t t = 0; t < tokens; t += T) {
-                int here = tokens - t < T ? (int)(tokens - t) : T;
-                pack_chunk(left, left_stride, t, here, row, down, a, high);
-                pack_chunk(right, right_stride, t, here, column, across, b, wide);
-                product(a, high, b, wide, here, sums);
+        int me = omp_get_thread_num(), all = omp_get_num_threads();
+        int64_t first = share(count, me, all), last = share(count, me + 1, all);
+        float *sums = scratch + first * of_tile(size);
+        float *a = scratch + count * of_tile(size) + me * of_thread(size);
+        float *b = a + PADDED(T * high);
+        memset(sums, 0, 4 * (size_t)((last - first) * of_tile(size)));
+        for (int64_t t = 0; t < tokens; t += T) {
+            int here = tokens - t < T ? (int)(tokens - t) : T;
+            for (int64_t tile = first; tile < last; tile++) {
+                int64_t row = (int64_t)block_row[tile] * size;
+                int64_t column = (int64_t)block_col[tile] * size;
+                if (tile == first || block_row[tile] != block_row[tile - 1])
+                    pack_chunk(left, left_stride, t, here, row, EXTENT(rows, row), a, high);
+                pack_chunk(right, right_stride, t, here, column, EXTENT(cols, column), b, wide);
+                product(a, high, b, wide, here, sums + (tile - first) * of_tile(size));
             }
+        }
+        for (int64_t tile = first; tile < last; tile++, sums += of_tile(size)) {
+            int64_t row = (int64_t)block_row[tile] * size;
+            int64_t column = (int64_t)block_col[tile] * size;
+            int down = EXTENT(rows, row), across = EXTENT(cols, column);
             for (int i = 0; i < down; i++) {
                 int end = crow[row + i + 1];
                 int e = first_at(col, crow[row + i], end, column);
