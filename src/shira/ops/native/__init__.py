@@ -121,12 +121,12 @@ class Kernels:
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
-        out = torch.empty(col.numel())
-        scratch = torch.empty(self._tiles_scratch(block_row.numel(), size, threads), dtype=torch.uint8)
+        out, count = torch.empty(col.numel()), block_row.numel()
+        scratch = torch.empty(self._tiles_scratch(count, size, threads), dtype=torch.uint8)
         self._call["tiles"](
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
             crow.data_ptr(), col.data_ptr(), block_row.data_ptr(), block_col.data_ptr(),
-            block_row.numel(), size, out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
+            count, size, out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
         )  # fmt: skip
         return out
 
