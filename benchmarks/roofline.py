@@ -36,6 +36,10 @@ class Rates(NamedTuple):
     memory_bytes: float
     flops: float
 
+    def higher(self, other: Rates) -> Rates:
+        """The higher of each."""
+        return Rates(*map(max, zip(self, other, strict=True)))
+
 
 def measure() -> Rates:
     """The rates of this machine with as many threads as torch has."""
