@@ -104,7 +104,7 @@ test-vllm:
 # run comes last, so that its summary is the last line.
 check: $(STAMP)
 	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-vllm short-checks
-	$(MAKE) test
+	$(MAKE) --no-print-directory test
 
 short-checks: $(STAMP)
 	for each in format-check lint types docs test-lowest-peft test-quantized test-triton; do \
