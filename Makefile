@@ -32,7 +32,7 @@ VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm check short-checks docs bench study format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm check docs bench study format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -103,13 +103,9 @@ test-vllm:
 # vLLM's tests wait much for processes to start, so all that is shorter runs beside them. The main test
 # run comes last, so that its summary is the last line.
 check: $(STAMP)
-	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-vllm short-checks
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
+		test-vllm format-check lint types docs test-lowest-peft test-quantized test-triton
 	$(MAKE) --no-print-directory test
-
-short-checks: $(STAMP)
-	for each in format-check lint types docs test-lowest-peft test-quantized test-triton; do \
-		$(MAKE) $$each || exit 1; \
-	done
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.
 docs: $(STAMP)

@@ -2,7 +2,6 @@
 // How fast this machine reads: every thread sums `count` floats of its own, `repeats` times.
 #include <omp.h>
 #include <stddef.h>
-#include <unistd.h>
 
 // As wide as a register: of wider ones the compiler would keep the sums in memory.
 #if defined(__AVX512F__)
@@ -13,16 +12,6 @@
 #define FLOATS 4
 #endif
 typedef float vec __attribute__((vector_size(4 * FLOATS), aligned(4 * FLOATS)));
-
-// Bytes, or 0 where the system does not say.
-long second_level_cache(void) {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return size > 0 ? size : 0;
-#else
-    return 0;
-#endif
-}
 
 float read_all(const float *memory, size_t count, int repeats, int threads) {
     float total = 0;

@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import torch
 
+from shira.ops import native
+
 SOURCE = Path(__file__).with_name("roofline.c")
 STREAMED = 64 * 2**20
-CACHE = 2**20  # bytes of the second-level cache where the system does not say
 
 
 class Rates(NamedTuple):
@@ -36,9 +37,10 @@ class Rates(NamedTuple):
     memory_bytes: float
     flops: float
 
-    def higher(self, other: Rates) -> Rates:
-        """The higher of each."""
-        return Rates(*map(max, zip(self, other, strict=True)))
+
+def highest(*measured: Rates) -> Rates:
+    """The highest of each."""
+    return Rates(*map(max, zip(*measured, strict=True)))
 
 
 def measure() -> Rates:
@@ -51,9 +53,7 @@ def measure() -> Rates:
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"]
         made = ["-shared", "-fPIC", str(SOURCE), "-o", str(library)]
         subprocess.run([compiler, *flags, *made], check=True, capture_output=True)
-        loaded = ctypes.CDLL(str(library))
-        cached = (loaded.second_level_cache() or CACHE) // 2
-        read = loaded.read_all
+        read = ctypes.CDLL(str(library)).read_all
         read.restype = ctypes.c_float
         read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
         memory = torch.zeros(threads * STREAMED // 4 + 16)
@@ -63,7 +63,7 @@ def measure() -> Rates:
             seconds = best(lambda: read(start, size // 4, repeats, threads))
             return threads * size * repeats / seconds
 
-        cache, streamed = rate(cached, 100), rate(STREAMED, 1)
+        cache, streamed = rate(native.second_level_cache() // 2, 100), rate(STREAMED, 1)
     a, b = torch.randn(1024, 2048), torch.randn(2048, 2048)
     flops = 2 * 1024 * 2048 * 2048 / best(lambda: a @ b)
     return Rates(cache, streamed, flops)

@@ -279,6 +279,11 @@ def kernels_for(instruction_set: str) -> Kernels:
     return Kernels(ctypes.CDLL(str(LIBRARY)), instruction_set)
 
 
+def second_level_cache() -> int:
+    """Bytes of a core's second-level cache, which `entries` goes by: for benchmarks."""
+    return int(ctypes.CDLL(str(LIBRARY)).shira_second_level_cache())
+
+
 def _rows_contiguous(operand: Tensor) -> Tensor:
     # the same values with each row in one piece of memory; a copy only where it must be
     return operand if operand.stride(1) == 1 or operand.shape[1] == 1 else operand.contiguous()

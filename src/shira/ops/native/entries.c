@@ -12,6 +12,8 @@
 // is summed in an order that depends on the shapes and the number of threads alone.
 #include "vector.h"
 
+int64_t shira_second_level_cache(void);  // cpu.c
+
 // VL x VL tile: log2(VL) rounds of interleaving the first half of the rows with the second.
 INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float *out, ptrdiff_t T,
                            const int kind) {

@@ -77,8 +77,6 @@ INLINE float scalar_as(const void *base, ptrdiff_t at, const int kind) {
     return (float)((const _Float16 *)base)[at];
 }
 
-int64_t shira_second_level_cache(void);
-
 // The share of part number `k` of `parts` of [0, n): its first index (the next part's is its end).
 INLINE int64_t share(int64_t n, int k, int parts) { return n * k / parts; }
 
