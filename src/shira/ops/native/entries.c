@@ -6,7 +6,7 @@
 // Both operands are (tokens, features), so the tokens of one feature lie far apart. A chunk of T
 // tokens of `right` is transposed into scratch memory that stays in the second-level cache, and of
 // `left` some rows at a time. Then each entry is T/VL products of vectors, the left one of them in
-// registers for a whole row; the sums over lanes are made for VL entries at once.
+// registers for a whole row; the sums over lanes are made for four entries at once.
 //
 // Threads share the tokens first (each has its own scratch, no waiting), then the rows. Each entry
 // is summed in an order that depends on the shapes and the number of threads alone.
@@ -25,10 +25,10 @@ INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float
         b[i + 4] = SECOND_HALVES(a[i], a[i + 4]);
     }
     UNROLL for (int i = 0; i < 8; i += 4) {
-        vec c = LO_OF_HALVES(b[i], b[i + 2]), d = HI_OF_HALVES(b[i], b[i + 2]);
-        vec e = LO_OF_HALVES(b[i + 1], b[i + 3]), f = HI_OF_HALVES(b[i + 1], b[i + 3]);
-        a[i] = LO_OF_HALVES(c, e), a[i + 1] = HI_OF_HALVES(c, e);
-        a[i + 2] = LO_OF_HALVES(d, f), a[i + 3] = HI_OF_HALVES(d, f);
+        vec c = LO_OF_QUARTERS(b[i], b[i + 2]), d = HI_OF_QUARTERS(b[i], b[i + 2]);
+        vec e = LO_OF_QUARTERS(b[i + 1], b[i + 3]), f = HI_OF_QUARTERS(b[i + 1], b[i + 3]);
+        a[i] = LO_OF_QUARTERS(c, e), a[i + 1] = HI_OF_QUARTERS(c, e);
+        a[i + 2] = LO_OF_QUARTERS(d, f), a[i + 3] = HI_OF_QUARTERS(d, f);
     }
 #else
     UNROLL for (int round = 1; round < VL; round *= 2) {
@@ -58,59 +58,54 @@ INLINE void transpose(const void *in, ptrdiff_t at, ptrdiff_t stride, int tokens
     }
 }
 
-// Lane i of the result is the sum of the lanes of s[i]: a tree of additions of interleaved halves.
-INLINE vec sums_of_lanes(const vec *s) {
-#if VL == 8
-    vec a[4], b[2];
-    UNROLL for (int i = 0; i < 4; i++) {
-        int at = i / 2 * 4 + i % 2;
-        a[i] = LO_OF_HALVES(s[at], s[at + 2]) + HI_OF_HALVES(s[at], s[at + 2]);
-    }
-    UNROLL for (int i = 0; i < 2; i++)
-        b[i] = LO_OF_HALVES(a[2 * i], a[2 * i + 1]) + HI_OF_HALVES(a[2 * i], a[2 * i + 1]);
-    return FIRST_HALVES(b[0], b[1]) + SECOND_HALVES(b[0], b[1]);
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t four_u32 __attribute__((vector_size(16)));
+
+// The sums of the lanes of four vectors: interleaved and added within quarters, then the quarters.
+INLINE four sums_of_lanes(vec a, vec b, vec c, vec d) {
+    vec p = LO_OF_QUARTERS(a, b) + HI_OF_QUARTERS(a, b);
+    vec q = LO_OF_QUARTERS(c, d) + HI_OF_QUARTERS(c, d);
+    vec r = FIRST_OF_QUARTERS(p, q) + LAST_OF_QUARTERS(p, q);
+#if VL == 16
+    return (QUARTER(r, 0) + QUARTER(r, 1)) + (QUARTER(r, 2) + QUARTER(r, 3));
+#elif VL == 8
+    return QUARTER(r, 0) + QUARTER(r, 1);
 #else
-    vec a[VL];
-    UNROLL for (int i = 0; i < VL; i++) {
-        int reversed = 0;
-        UNROLL for (int bit = 1; bit < VL; bit *= 2) reversed = reversed * 2 + ((i & bit) != 0);
-        a[i] = s[reversed];
-    }
-    UNROLL for (int n = VL / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++)
-            a[i] = LO(a[2 * i], a[2 * i + 1]) + HI(a[2 * i], a[2 * i + 1]);
-    return a[0];
+    return r;
 #endif
 }
 
-// Entries of the rows [first, last): out[e] += dot(left row, right column), both of T tokens.
+// x . y over T tokens, lane by lane.
+INLINE vec product(const vec *x, const float *right, uint32_t col, const int T) {
+    const float *y = (const float *)((const char *)right + col * (uint64_t)(4 * T));
+    vec sum = x[0] * load(y);
+    UNROLL for (int t = 1; t < T / VL; t++) sum += x[t] * load(y + t * VL);
+    return sum;
+}
+
+// Entries of the rows [first, last): out[e] += dot(left row, right column), both of T tokens. Four
+// at a time; where a row has fewer left, its last one stands in, and what is not wanted is zeroed.
 INLINE void products(const float *left, const float *right, const int32_t *crow, const int32_t *col,
                      float *out, int first, int last, const int T) {
-    vec s[VL];
-    int waiting = 0;
-    int64_t done = crow[first];
+    static const four_u32 wanted[4] = {{0}, {~0u}, {~0u, ~0u}, {~0u, ~0u, ~0u}};
+    const uint32_t *c = (const uint32_t *)col;
     for (int row = first; row < last; row++, left += T) {
         vec x[128 / VL];
         UNROLL for (int t = 0; t < T / VL; t++) x[t] = load(left + t * VL);
-        for (int e = crow[row]; e < crow[row + 1]; e++) {
-            const float *y = right + (ptrdiff_t)col[e] * T;
-            vec even = x[0] * load(y), odd = x[1] * load(y + VL);
-            UNROLL for (int t = 2; t < T / VL; t += 2) {
-                even += x[t] * load(y + t * VL);
-                odd += x[t + 1] * load(y + t * VL + VL);
-            }
-            s[waiting++] = even + odd;
-            if (waiting == VL) {
-                store(out + done, load(out + done) + sums_of_lanes(s));
-                done += VL;
-                waiting = 0;
-            }
-        }
+        int e = crow[row], end = crow[row + 1];
+        for (; e + 4 <= end; e += 4)
+            *(four *)(out + e) += sums_of_lanes(
+                product(x, right, c[e], T), product(x, right, c[e + 1], T),
+                product(x, right, c[e + 2], T), product(x, right, c[e + 3], T));
+        if (e == end) continue;
+        four sums = sums_of_lanes(product(x, right, c[e], T),
+                                  product(x, right, c[e + 1 < end ? e + 1 : e], T),
+                                  product(x, right, c[end - 1], T), (vec){0});
+        if (e + 4 <= crow[last])  // the next rows' entries are ours too, and get a zero
+            *(four *)(out + e) += (four)((four_u32)sums & wanted[end - e]);
+        else
+            for (int i = 0; i < end - e; i++) out[e + i] += sums[i];
     }
-    if (!waiting) return;
-    for (int i = waiting; i < VL; i++) s[i] = (vec){0};
-    vec sum = sums_of_lanes(s);
-    for (int i = 0; i < waiting; i++) out[done + i] += sum[i];
 }
 
 typedef struct {

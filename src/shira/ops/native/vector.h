@@ -24,10 +24,7 @@
 #define VL 8
 #define LO(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define HI(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-// The same within each half of a vector, and both first or both second halves: an instruction each,
-// where LO and HI take two.
-#define LO_OF_HALVES(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HI_OF_HALVES(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+// Both first, or both second halves.
 #define FIRST_HALVES(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
 #define SECOND_HALVES(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #else
@@ -35,6 +32,24 @@
 #define LO(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
 #define HI(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
+
+// LO and HI within each quarter of 512 bits, half of 256 or the whole of 128: an instruction each,
+// where LO and HI may take two. Likewise both first or both last halves of each such part.
+#if VL == 16
+#define OF_QUARTERS(a, b, i, j, k, l)                                                             \
+    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8,    \
+                            l + 8, i + 12, j + 12, k + 12, l + 12)
+#elif VL == 8
+#define OF_QUARTERS(a, b, i, j, k, l) \
+    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#else
+#define OF_QUARTERS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+#define LO_OF_QUARTERS(a, b) OF_QUARTERS(a, b, 0, VL, 1, VL + 1)
+#define HI_OF_QUARTERS(a, b) OF_QUARTERS(a, b, 2, VL + 2, 3, VL + 3)
+#define FIRST_OF_QUARTERS(a, b) OF_QUARTERS(a, b, 0, 1, VL, VL + 1)
+#define LAST_OF_QUARTERS(a, b) OF_QUARTERS(a, b, 2, 3, VL + 2, VL + 3)
+#define QUARTER(a, i) __builtin_shufflevector(a, a, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3)
 
 typedef float vec __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef uint32_t vec_u32 __attribute__((vector_size(4 * VL)));
