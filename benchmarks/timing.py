@@ -4,7 +4,8 @@
 A machine that is shared, or that changes its clock, is slow for seconds at a time. Timing one
 contender after the other turns that into a difference between them. Here every round runs each
 contender once, starting with another one each time, and the ratio to the reference is taken
-inside the round, where both saw the same machine.
+inside the round, where both saw the same machine. `flank` goes further, for differences of a few
+percent: the reference runs before and after each contender, which is compared with their mean.
 
 glibc gives the free end of its heap back to the system, and the next step's first writes fetch it
 page by page. With several contenders in one process, how much depends on who ran before: one and
@@ -16,6 +17,7 @@ comparison.
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -81,6 +83,46 @@ def interleave(
     return kept
 
 
+def flank(
+    runs: Mapping[str, Callable[[], Laps]],
+    reference: str,
+    repeats: int,
+    *,
+    warmup: int = 1,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, list[Laps]], dict[str, list[Lap]]]:
+    """As `interleave`, with a run of the reference before and after each contender's.
+
+    The reference takes its turn as a contender too: its own ratio says how well this works.
+
+    Returns:
+        The laps of each contender, and beside each the mean of the reference's two neighbours.
+    """
+    neighbours: list[Lap] = []
+
+    def between(name: str) -> Callable[[], Laps]:
+        def run() -> Laps:
+            laps = runs[name]()
+            neighbours.append(runs[reference]().total)
+            return laps
+
+        return run
+
+    names = list(runs)
+    neighbours.append(runs[reference]().total)
+    kept = interleave(
+        {name: between(name) for name in names}, repeats, warmup=warmup, progress=progress
+    )
+    beside: dict[str, list[Lap]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for place in range(len(names)):
+            at = (warmup + turn) * len(names) + place
+            before, after = neighbours[at : at + 2]
+            mean = Lap((before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2)
+            beside[names[(turn + place) % len(names)]].append(mean)
+    return kept, beside
+
+
 def summary(samples: list[float]) -> dict[str, float]:
     """Minimum, median and quartiles of some samples, in their own unit."""
     low, middle, high = quartiles(samples)
@@ -88,10 +130,32 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def ratios(samples: list[float], reference: list[float]) -> dict[str, float]:
-    """How many times the reference: of the minima, and within each round with its quartiles."""
+    """How many times the reference: of the minima, and pair by pair the median.
+
+    Beside the median the quartiles and, as ``low`` and ``high``, what it is known to (`between`).
+    """
     paired = [a / b for a, b in zip(samples, reference, strict=True)]
-    low, middle, high = quartiles(paired)
-    return {"of_min": min(samples) / min(reference), "median": middle, "q1": low, "q3": high}
+    q1, middle, q3 = quartiles(paired)
+    low, high = between(paired)
+    of_min = min(samples) / min(reference)
+    return {"of_min": of_min, "median": middle, "q1": q1, "q3": q3, "low": low, "high": high}
+
+
+def between(samples: list[float], level: float = 0.95) -> tuple[float, float]:
+    """The samples between which the median of what they were drawn from lies, at this level.
+
+    No distribution is assumed: each sample is below the median with a chance of one half. With
+    fewer than six samples not even the smallest and the largest reach 0.95.
+    """
+    ordered, n = sorted(samples), len(samples)
+    outside, cut = 0.0, 0
+    while cut < (n - 1) // 2:
+        outside += 2 * math.comb(n, cut) / 2**n
+        if outside > 1 - level:
+            break
+        cut += 1
+    first = max(cut - 1, 0)
+    return ordered[first], ordered[n - 1 - first]
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:

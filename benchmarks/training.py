@@ -3,7 +3,8 @@
 
 Contenders are described in :mod:`benchmarks.contenders`, peak memory in :mod:`benchmarks.memory`.
 A step is forward, backward and, where something is trained, the optimizer (AdamW); the floor has
-no optimizer, so its ratio for the others includes theirs.
+no optimizer, so its ratio for the others includes theirs. Each step stands between two of the
+floor's; the floor's own ratio, which should be 1, says how well that works.
 
 Checked before anything is timed, with the largest difference relative to the largest value:
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import contenders, environment, memory, report
 from benchmarks.contenders import REFERENCE, Contender, Workload
-from benchmarks.timing import Laps, interleave, keep_freed_memory, ratios, summary
+from benchmarks.timing import Lap, Laps, flank, keep_freed_memory, ratios, summary
 
 NAME = "training"
 TOLERANCE = 1e-4
@@ -81,14 +82,15 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
     progress("training: comparing the answers")
     answers = check_answers(field_of, inputs)
     neighbours = environment.Neighbours()
-    laps = interleave(
+    laps, floors = flank(
         {name: partial(step, contender, inputs) for name, contender in field_of.items()},
+        REFERENCE,
         settings.repeats,
         progress=lambda text: progress(f"training: {text}"),
     )
     surroundings["cpu_share_of_others"] = neighbours.share()
     answers["base_weights_equal_bit_for_bit"] = check_base(field_of)
-    results = {name: _figures(field_of[name], laps[name], laps[REFERENCE]) for name in field_of}
+    results = {name: _figures(field_of[name], laps[name], floors[name]) for name in field_of}
 
     del field_of
     for name in results if settings.memory else ():
@@ -181,7 +183,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def _figures(contender: Contender, laps: list[Laps], reference: list[Laps]) -> dict[str, Any]:
+def _figures(contender: Contender, laps: list[Laps], floors: list[Lap]) -> dict[str, Any]:
     wall, cpu = [lap.total.wall for lap in laps], [lap.total.cpu for lap in laps]
     return {
         "trained": sum(p.numel() for p in contender.trained),
@@ -190,8 +192,8 @@ def _figures(contender: Contender, laps: list[Laps], reference: list[Laps]) -> d
         "phase_wall_seconds": {
             phase: summary([lap.phases[phase].wall for lap in laps]) for phase in laps[0].phases
         },
-        "wall_ratio": ratios(wall, [lap.total.wall for lap in reference]),
-        "cpu_ratio": ratios(cpu, [lap.total.cpu for lap in reference]),
+        "wall_ratio": ratios(wall, [lap.wall for lap in floors]),
+        "cpu_ratio": ratios(cpu, [lap.cpu for lap in floors]),
         "memory_bytes": None,
     }
 
@@ -212,11 +214,12 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             "ms min",
             "ms median",
             "x floor of min",
-            "x floor median [quartiles]",
+            "x floor median [95 %]",
             "cpu x floor",
         ],
         notes=[
-            f"{s['repeats']} interleaved rounds; ratios are taken within a round. "
+            f"{s['repeats']} interleaved rounds; each step between two of the floor, "
+            "whose mean it is compared with; in brackets what the median is known to. "
             "Answers that should agree do so to "
             f"{max(result['answers'].get(name, 0) for name in COMPARED):.1e}.",
             *report.busy_note(result),
@@ -231,7 +234,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
                 f"{1e3 * wall['min']:.1f}",
                 f"{1e3 * wall['median']:.1f}",
                 f"{ratio['of_min']:.3f}",
-                f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]",
+                f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
                 f"{row['cpu_ratio']['median']:.3f}",
             ]
         )
