@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from shira.ops import (
     weight_gradient,
 )
 from shira.ops.chunked import chunked, scratch_bytes
+from shira.ops.native import build as building
 from shira.ops.sampled import sampled
 from shira.ops.tiles import batched, tiled
 
@@ -101,9 +106,7 @@ def test_sampled_adds_up_pieces_of_the_tokens():
 def test_compiled_entries_equal_the_dense_product(
     instruction_set, rows, cols, tokens, share, dtype, threads, gap
 ):
-    if instruction_set not in supported():
-        pytest.skip(f"this CPU has no {instruction_set}")
-    kernels = native.kernels_for(instruction_set)
+    kernels = kernels_of(instruction_set)
     indices = random_indices((rows, cols), round(rows * cols * share))
     plan = make_plan([indices], (rows, cols), (cols, 1))
     left, right = operands(tokens, rows + gap, cols + gap, dtype)
@@ -120,8 +123,7 @@ def test_compiled_entries_equal_the_dense_product(
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_tiles_equal_the_dense_product(instruction_set, data):
-    if instruction_set not in supported():
-        pytest.skip(f"this CPU has no {instruction_set}")
+    kernels = kernels_of(instruction_set)
     rows, cols = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     size = data.draw(st.sampled_from([8, 16, 32, 64]))
     tokens = data.draw(st.sampled_from([1, 7, 128, 200]))
@@ -143,9 +145,7 @@ def test_tiles_equal_the_dense_product(instruction_set, data):
     if dtype != torch.float64:
         at = plan.tiles
         with torch_threads(data.draw(st.integers(1, 3))):
-            got = native.kernels_for(instruction_set).tiles(
-                left, right, plan.crow, plan.col, at.size, at.row, at.col
-            )
+            got = kernels.tiles(left, right, plan.crow, plan.col, at.size, at.row, at.col)
         assert close(got, want, torch.float32)
 
 
@@ -221,6 +221,22 @@ def supported():
     best = native.load().library.instruction_set
     order = ["base", "avx2", "avx512"]
     return order[: order.index(best) + 1]
+
+
+@cache
+def kernels_of(instruction_set):
+    """The kernels for an instruction set; AVX-512's with vectors made of AVX2's if need be."""
+    if instruction_set in supported():
+        return native.kernels_for(instruction_set)
+    if "avx2" not in supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "wide.so"
+        try:
+            building.build(library, {instruction_set: ["-march=x86-64-v3", "-DWIDE"]})
+        except building.BuildError as error:
+            pytest.skip(str(error))
+        return native.Kernels(ctypes.CDLL(str(library)), instruction_set)
 
 
 class torch_threads:

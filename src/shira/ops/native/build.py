@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,11 +34,13 @@ class BuildError(Exception):
     """There is no compiler, or it could not compile the files."""
 
 
-def build(target: Path = LIBRARY) -> Path:
+def build(target: Path = LIBRARY, variants: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Compile the library.
 
     Args:
         target: The file to write; written whole or not at all.
+        variants: Instruction sets, by the suffix of their functions' names, and the compiler's
+            flags for each; by default all that this kind of machine may have.
 
     Returns:
         ``target``.
@@ -47,7 +50,7 @@ def build(target: Path = LIBRARY) -> Path:
     """
     compiler = _compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    variants = _X86 if x86 else _OTHER
+    variants = variants or (_X86 if x86 else _OTHER)
     openmp = ["-fopenmp"] if _has_openmp(compiler) else ["-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
         objects = []
