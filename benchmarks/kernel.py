@@ -39,7 +39,7 @@ class Settings:
     tokens: int = field(default=1024, metadata={"help": "tokens in a batch"})
     density: float = field(default=0.02, metadata={"help": "trained share of the weight"})
     dtype: str = field(default="float32", metadata={"help": "of the operands"})
-    repeats: int = field(default=9, metadata={"help": "timed rounds"})
+    repeats: int = field(default=21, metadata={"help": "timed rounds"})
 
 
 def run(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

@@ -98,29 +98,24 @@ def flank(
     Returns:
         The laps of each contender, and beside each the mean of the reference's two neighbours.
     """
-    neighbours: list[Lap] = []
+    beside: dict[str, list[Lap]] = {name: [] for name in runs}
+    before = runs[reference]().total
 
-    def between(name: str) -> Callable[[], Laps]:
+    def flanked(name: str) -> Callable[[], Laps]:
         def run() -> Laps:
+            nonlocal before
             laps = runs[name]()
-            neighbours.append(runs[reference]().total)
+            after = runs[reference]().total
+            both = before + after
+            beside[name].append(Lap(both.wall / 2, both.cpu / 2))
+            before = after
             return laps
 
         return run
 
-    names = list(runs)
-    neighbours.append(runs[reference]().total)
-    kept = interleave(
-        {name: between(name) for name in names}, repeats, warmup=warmup, progress=progress
-    )
-    beside: dict[str, list[Lap]] = {name: [] for name in names}
-    for turn in range(repeats):
-        for place in range(len(names)):
-            at = (warmup + turn) * len(names) + place
-            before, after = neighbours[at : at + 2]
-            mean = Lap((before.wall + after.wall) / 2, (before.cpu + after.cpu) / 2)
-            beside[names[(turn + place) % len(names)]].append(mean)
-    return kept, beside
+    turns = {name: flanked(name) for name in runs}
+    kept = interleave(turns, repeats, warmup=warmup, progress=progress)
+    return kept, {name: laps[warmup:] for name, laps in beside.items()}
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -132,16 +127,17 @@ def summary(samples: list[float]) -> dict[str, float]:
 def ratios(samples: list[float], reference: list[float]) -> dict[str, float]:
     """How many times the reference: of the minima, and pair by pair the median.
 
-    Beside the median the quartiles and, as ``low`` and ``high``, what it is known to (`between`).
+    Beside the median the quartiles and, as ``low`` and ``high``, what it is known to
+    (`median_interval`).
     """
     paired = [a / b for a, b in zip(samples, reference, strict=True)]
     q1, middle, q3 = quartiles(paired)
-    low, high = between(paired)
+    low, high = median_interval(paired)
     of_min = min(samples) / min(reference)
     return {"of_min": of_min, "median": middle, "q1": q1, "q3": q3, "low": low, "high": high}
 
 
-def between(samples: list[float], level: float = 0.95) -> tuple[float, float]:
+def median_interval(samples: list[float], level: float = 0.95) -> tuple[float, float]:
     """The samples between which the median of what they were drawn from lies, at this level.
 
     No distribution is assumed: each sample is below the median with a chance of one half. With
