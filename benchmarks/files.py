@@ -139,8 +139,9 @@ def _time_coding(settings: Settings, progress: Callable[[str], None]) -> dict[st
     Raises:
         RuntimeError: If what is decoded is not what was encoded.
     """
+    from shira import gaps
     from shira.masks import block_support, random_support
-    from shira.store import blocks, gaps
+    from shira.store import blocks
 
     shape = (settings.rows, settings.cols)
     numel = settings.rows * settings.cols

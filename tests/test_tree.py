@@ -20,12 +20,13 @@ BELOW = {
     "errors": set(),
     "support": {"errors"},
     "blocks": {"errors", "support"},
+    "gaps": {"errors", "support"},
     "operators": {"errors", "support"},
     "delta": {"errors", "support", "operators"},
     "masks": {"errors", "support", "blocks", "delta", "ops"},
-    "ops": {"errors", "support", "blocks", "delta"},
+    "ops": {"errors", "support", "blocks", "gaps", "delta"},
     # A compact file names its writer, and may hold the seed of a random mask instead of indices.
-    "store": {"_version", "errors", "support", "blocks", "delta", "masks"},
+    "store": {"_version", "errors", "support", "blocks", "gaps", "delta", "masks"},
     "fusing": {"_version", "errors", "support", "delta", "masks"},
     "measure": {"errors", "support", "delta", "fusing"},
     "convert": {"errors", "support", "delta", "masks", "store"},
@@ -40,7 +41,7 @@ BELOW = {
     "__init__": {"_version"},
 }
 CORE = [
-    *("errors", "support", "blocks", "operators", "delta"),
+    *("errors", "support", "blocks", "gaps", "operators", "delta"),
     *("masks", "ops", "store", "fusing", "measure", "convert", "switch"),
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}

@@ -30,7 +30,7 @@ def test_files_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_wrong_indices_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shira.store import gaps
+    from shira import gaps
 
     decode = gaps.decode
     monkeypatch.setattr(gaps, "decode", lambda units, numel: decode(units, numel) + 1)

@@ -61,7 +61,7 @@ def test_the_op_is_one_to_torch(transposed):
     )
     torch.library.opcheck(
         torch.ops.shira.sampled_product.default,
-        (torch.randn(3, 5), torch.randn(3, 6), indices, [5, 6]),
+        (torch.randn(3, 5), torch.randn(3, 6), indices, [5, 6], 7),
     )
 
 

@@ -114,8 +114,10 @@ def test_every_entry_is_in_the_list_of_its_tile(rows, cols, share, tile):
     assert sorted(tiles.dest.tolist()) == list(range(plan.nnz))
     number = torch.repeat_interleave(counts)
     local = tiles.local.int()
-    assert torch.equal(tiles.row[number] + local // tile.cols, plan.row[tiles.dest.long()])
-    assert torch.equal(tiles.col[number] + local % tile.cols, plan.col[tiles.dest.long()])
+    assert torch.equal(
+        tiles.row[number] + local // tile.cols, plan.pattern().row[tiles.dest.long()]
+    )
+    assert torch.equal(tiles.col[number] + local % tile.cols, plan.pattern().col[tiles.dest.long()])
     assert len(set(zip(tiles.row.tolist(), tiles.col.tolist(), strict=True))) == len(counts)
 
 

@@ -112,8 +112,8 @@ def test_compiled_entries_equal_the_dense_product(
     left, right = operands(tokens, rows + gap, cols + gap, dtype)
     left, right = left[:, gap:], right[:, gap:]
     with torch_threads(threads):
-        got = kernels.entries(left, right, plan.crow, plan.col)
-        again = kernels.entries(left, right, plan.crow, plan.col)
+        got = kernels.entries(left, right, *plan.compressed())
+        again = kernels.entries(left, right, *plan.compressed())
     assert torch.equal(got, again)  # the same bits for the same number of threads
     assert close(got, dense(left, right, indices, cols), torch.float32)
 
@@ -145,7 +145,7 @@ def test_tiles_equal_the_dense_product(instruction_set, data):
     if dtype != torch.float64:
         at = plan.tiles
         with torch_threads(data.draw(st.integers(1, 3))):
-            got = kernels.tiles(left, right, plan.crow, plan.col, at.size, at.row, at.col)
+            got = kernels.tiles(left, right, *plan.compressed(), at.size, at.row, at.col)
         assert close(got, want, torch.float32)
 
 

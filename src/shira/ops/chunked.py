@@ -45,8 +45,9 @@ def set_scratch_bytes(size: int) -> None:
 
 def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
     """Arguments and result as `shira.ops.weight_gradient`; ``wide`` is the result's dtype."""
+    crow, row, col = plan.pattern()
     if not plan.host_crow:
-        plan.host_crow.extend(plan.crow.tolist())
+        plan.host_crow.extend(crow.tolist())
     rows, cols = plan.shape
     product_dtype = wide if left.device.type == "cpu" else left.dtype
     step = max(1, scratch_bytes() // max(1, cols * wide.itemsize))
@@ -58,6 +59,6 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
         if begin == end:
             continue
         piece = left[:, first:last].t().to(product_dtype) @ right  # (last - first, cols)
-        place = (plan.row[begin:end].long() - first) * cols + plan.col[begin:end]
+        place = (row[begin:end].long() - first) * cols + col[begin:end]
         out[begin:end] = piece.view(-1).index_select(0, place)
     return out

@@ -112,7 +112,8 @@ def conv2d(
         weight: ``(out, in / groups, kh, kw)``; untouched between calls.
         bias: ``(out,)`` or None.
         deltas: ``(k_i,)`` for each active adapter, scale included.
-        indices: int32 ``(2, k_i)`` for each: output channel, and place in the rest of the weight.
+        indices: int32 ``(2, k_i)`` for each: output channel, and place in the rest of the weight;
+            or `packed`.
         stride: Of the window, two numbers.
         padding: Zeros around the input, two numbers.
         dilation: Of the window, two numbers.

@@ -79,9 +79,9 @@ def _value_gradient(grad: Tensor, ids: Tensor, plan: Plan, padding_idx: int) -> 
     summed.index_add_(0, place, grad.reshape(-1, cols).to(wide))
     if padding_idx >= 0:
         summed[looked_up == padding_idx] = 0
-    row = plan.row.long()
+    row, col = (half.long() for half in plan.pattern()[1:])
     at = torch.searchsorted(looked_up, row).clamp_(max=looked_up.numel() - 1)
-    return torch.where(looked_up[at] == row, summed[at, plan.col.long()], 0)
+    return torch.where(looked_up[at] == row, summed[at, col], 0)
 
 
 def embedding(
@@ -98,7 +98,8 @@ def embedding(
         ids: Integers of any shape.
         weight: ``(rows, dim)``; untouched between calls.
         deltas: ``(k_i,)`` for each active adapter, scale included.
-        indices: int32 ``(2, k_i)`` for each: rows and columns, sorted.
+        indices: int32 ``(2, k_i)`` for each: rows and columns, sorted;
+            or `packed`.
         padding_idx: A row that gets no gradient.
 
     Returns:

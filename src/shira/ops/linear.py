@@ -130,7 +130,8 @@ def linear(
             Of another dtype than ``x`` it is cast, as autocast does.
         bias: ``(out,)`` or None.
         deltas: ``(k_i,)`` for each active adapter, scale included; any floating dtype.
-        indices: int32 ``(2, k_i)`` for each: rows and columns of ``weight``, sorted.
+        indices: int32 ``(2, k_i)`` for each: rows and columns of ``weight``, sorted;
+            or `packed`.
         transposed: The weight is stored ``(in, out)``, as transformers' Conv1D does.
 
     Returns:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an op must know of the active supports, made once and kept: a `Plan`.
 
-Ops get indices as PEFT keeps them, ``(2, k)`` int32 rows and columns, one tensor for each active
-adapter. The plan turns them into offsets into the weight's memory, compressed rows for the
-sampled product, and, for several adapters, their union with the place of each one's entries in it.
+Ops get indices as PEFT has them, ``(2, k)`` int32 rows and columns, or `packed`, one tensor for
+each active adapter. The plan turns them into offsets into the weight's memory, compressed rows for
+the sampled product, and, for several adapters, their union with the place of each one's entries in
+it.
 
 Plans are kept as long as the index tensors live, and are made anew when one of them was written
-to. Only positions are kept, never values: those are read at each use.
+to. Only positions are kept, never values: those are read at each use. Of packed positions rows and
+columns are made at each use: kept, they would take the memory that packing saved.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.blocks import block_layout
 from shira.errors import SupportError
+from shira.ops import native
+from shira.ops.packed import gaps_of, is_packed, support_of
 from shira.support import Support, matrix_shape
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
@@ -39,6 +43,17 @@ class Tiles(NamedTuple):
     """int32 ``(tiles,)``: the same, across."""
 
 
+class Pattern(NamedTuple):
+    """Rows and columns of entries that are sorted by row, then column."""
+
+    crow: Tensor
+    """int32 ``(rows + 1,)``: where each row's entries begin."""
+    row: Tensor
+    """int32 ``(k,)``."""
+    col: Tensor
+    """int32 ``(k,)``."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Where the entries of the active supports are, in the order of the weight's rows."""
@@ -46,38 +61,58 @@ class Plan:
     weight_shape: tuple[int, ...]
     stride: tuple[int, ...]
     """Of the weight, in entries."""
-    row: Tensor
-    """int32 ``(k,)``: row of each entry, sorted; shares its memory with the adapter's indices."""
-    col: Tensor
-    """int32 ``(k,)``: column of each entry, likewise."""
-    crow: Tensor
-    """int32 ``(rows + 1,)``: where each row's entries begin."""
+    shape: tuple[int, int]
+    """Rows and columns of the weight seen as a matrix."""
+    nnz: int
+    """Entries in the union."""
+    device: torch.device
+    """Of the positions."""
+    gaps: native.Gaps | None
+    """On the CPU: the entries as the compiled kernels take them."""
+    kept: Pattern | None
+    """Rows and columns, sharing their memory with the adapter's indices; None if those are packed:
+    see `pattern`."""
     members: tuple[Tensor, ...] | None
     """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union."""
     tiles: Tiles | None = None
     """If the support fills square tiles, as those of block masks do."""
     host_crow: list[int] = field(default_factory=list)
-    """``crow`` as Python integers, filled on first need by what loops over rows."""
+    """Where each row's entries begin, as Python integers, filled on first need by what loops over
+    rows."""
     ways: dict[Any, str] = field(default_factory=dict)
     """Which backend the weight gradient takes, by what that depends on besides the support and
     its device."""
 
-    @property
-    def nnz(self) -> int:
-        """Entries in the union."""
-        return self.col.numel()
+    def pattern(self) -> Pattern:
+        """Rows and columns; of packed positions they are made at each use."""
+        if self.kept is not None:
+            return self.kept
+        assert self.gaps is not None
+        kernels = native.load().library
+        if kernels is None:
+            support = support_of(self.gaps.units, self.weight_shape)
+            return _pattern(support.coordinates(), self.shape[0])
+        crow, row, col = kernels.coordinates(self.gaps, self.shape, True)
+        assert row is not None
+        return Pattern(crow, row, col)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight seen as a matrix."""
-        return matrix_shape(self.weight_shape)
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """`pattern` without the row of each entry: ``crow, col``."""
+        if self.kept is not None:
+            return self.kept.crow, self.kept.col
+        kernels = native.load().library
+        if kernels is None or self.gaps is None:
+            return self.pattern()[::2]
+        crow, _, col = kernels.coordinates(self.gaps, self.shape, False)
+        return crow, col
 
     def flat(self) -> Tensor:
         """int64 ``(k,)``: flat, row-major index of each entry.
 
         Made at each use: kept, it would take as much memory as the adapter's own indices.
         """
-        return torch.add(self.col, self.row.long(), alpha=self.shape[1])
+        _, row, col = self.pattern()
+        return torch.add(col, row.long(), alpha=self.shape[1])
 
     def offsets(self) -> Tensor:
         """int64 ``(k,)``: place of each entry in the weight's memory; made at each use."""
@@ -101,7 +136,7 @@ class Plan:
         if self.members is None:
             return deltas[0]
         wide = torch.float64 if any(d.dtype == torch.float64 for d in deltas) else torch.float32
-        total = torch.zeros(self.nnz, dtype=wide, device=self.col.device)
+        total = torch.zeros(self.nnz, dtype=wide, device=self.device)
         for delta, place in zip(deltas, self.members, strict=True):
             total.index_add_(0, place, delta.to(wide))
         return total
@@ -118,7 +153,8 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     """A plan for these supports on a weight of this shape and memory layout.
 
     Args:
-        indices: ``(2, k_i)`` integers each: rows and columns, sorted by row, then column.
+        indices: ``(2, k_i)`` integers each: rows and columns, sorted by row, then column; or
+            packed.
         shape: Shape of the weight.
         stride: Strides of the weight, in entries.
 
@@ -132,12 +168,23 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     members = None
     if len(supports) > 1:
         members = tuple(union.positions_of(support) for support in supports)
-    rows, _ = matrix_shape(shape)
-    coordinates = indices[0] if members is None else union.coordinates()
+    matrix, device, kept, packed = matrix_shape(shape), union.indices.device, None, None
+    if all(map(is_packed, indices)) and device.type == "cpu":
+        packed = _alias(indices[0]) if members is None else None
+    else:
+        alone = members is None and not is_packed(indices[0])
+        kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
+    gaps = gaps_of(union, packed) if device.type == "cpu" else None
+    return Plan(
+        tuple(shape), tuple(stride), matrix, union.nnz, device, gaps, kept, members, _tiles(union)
+    )
+
+
+def _pattern(coordinates: Tensor, rows: int) -> Pattern:
     row, col = (_alias(half.to(torch.int32)) for half in coordinates)
     crow = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
     crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
-    return Plan(tuple(shape), tuple(stride), row, col, crow, members, _tiles(union))
+    return Pattern(crow, row, col)
 
 
 def _tiles(support: Support) -> Tiles | None:
@@ -157,7 +204,7 @@ def _alias(tensor: Tensor) -> Tensor:
 
 def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
     try:
-        return Support.from_coordinates(shape, coordinates)
+        return support_of(coordinates, shape)
     except SupportError as error:
         raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
 

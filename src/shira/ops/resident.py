@@ -51,8 +51,8 @@ def resident(
     delta = deltas[0] if plan.members is None else plan.combine(deltas)
     if weight.dtype == dtype:
         kernels = compiled_for(weight, delta)
-        if kernels is not None:
-            return _Compiled(kernels, weight, plan, delta)
+        if kernels is not None and plan.gaps is not None:
+            return _Compiled(kernels, weight, plan.gaps, delta)
         if not _overlaps_itself(weight):
             return _through_torch(weight, plan, delta)
     return nullcontext(_cast_copy(weight, plan, delta, dtype))
@@ -65,20 +65,22 @@ class _Compiled:
     again, so steps count.
     """
 
-    __slots__ = ("data", "delta", "kernels", "lock", "originals", "plan")
+    __slots__ = ("data", "delta", "gaps", "kernels", "lock", "originals")
 
-    def __init__(self, kernels: native.Kernels, weight: Tensor, plan: Plan, delta: Tensor) -> None:
+    def __init__(
+        self, kernels: native.Kernels, weight: Tensor, gaps: native.Gaps, delta: Tensor
+    ) -> None:
         # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
-        self.kernels, self.data, self.plan, self.delta = kernels, weight.data, plan, delta
+        self.kernels, self.data, self.gaps, self.delta = kernels, weight.data, gaps, delta
         if delta.dtype != torch.float32 or not delta.is_contiguous():
             self.delta = delta.float().contiguous()
 
     def __enter__(self) -> Tensor:
-        data, plan = self.data, self.plan
+        data = self.data
         self.lock = lock_of(data)
         self.lock.acquire()
         try:
-            self.originals = self.kernels.enter(data, plan.crow, plan.col, self.delta)
+            self.originals = self.kernels.enter(data, self.gaps, self.delta)
         except BaseException:
             self.lock.release()
             raise
@@ -86,7 +88,7 @@ class _Compiled:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.kernels.leave(self.data, self.plan.crow, self.plan.col, self.originals)
+            self.kernels.leave(self.data, self.gaps, self.originals)
         finally:
             self.lock.release()
 

@@ -15,7 +15,7 @@ one to the sum without rounding). In float32 and float64 the two differ by round
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.delta import accumulation_dtype
-from shira.ops.plan import Plan, plan_for
+from shira.ops.plan import Pattern, Plan, plan_for
 from shira.ops.util import no_autocast, quiet_about_csr
 from shira.ops.weight_gradient import weight_gradient
 
@@ -47,7 +47,7 @@ def _sparse_product(
             by_column = _columns(indices, plan)
             matrix = _csr(by_column, delta.index_select(0, by_column.order).to(wide), (cols, rows))
         else:
-            matrix = _csr(plan, delta.to(wide), (rows, cols))
+            matrix = _csr(_rows(indices, plan), delta.to(wide), (rows, cols))
         result: Tensor = torch.mm(matrix, x.to(wide).t()).t()  # (out, tokens), seen turned
         return result.contiguous()
 
@@ -55,9 +55,11 @@ def _sparse_product(
 @torch.library.custom_op(
     "shira::sampled_product",
     mutates_args=(),
-    schema="(Tensor left, Tensor right, Tensor indices, int[] shape) -> Tensor",
+    schema="(Tensor left, Tensor right, Tensor indices, int[] shape, int count) -> Tensor",
 )
-def _sampled_product(left: Tensor, right: Tensor, indices: Tensor, shape: Sequence[int]) -> Tensor:
+def _sampled_product(
+    left: Tensor, right: Tensor, indices: Tensor, shape: Sequence[int], count: int
+) -> Tensor:
     with no_autocast(left):
         dtype = torch.promote_types(left.dtype, right.dtype)
         plan = plan_for([indices], shape, (shape[1], 1))
@@ -77,7 +79,7 @@ def sparse_product(
     Args:
         x: ``(tokens, in)``, floating.
         delta: ``(k,)``, scale included; any floating dtype.
-        indices: int32 ``(2, k)``: rows and columns of dW, sorted.
+        indices: int32 ``(2, k)``: rows and columns of dW, sorted; or packed.
         shape: Of dW: ``(out, in)``, or ``(in, out)`` if ``transposed``.
         transposed: dW is stored ``(in, out)``: the product is ``x dW``.
 
@@ -97,7 +99,7 @@ def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
 
     Args:
         ids: ``(tokens,)`` integers, rows of the table.
-        indices: int32 ``(2, k)``: rows and columns of the table, sorted.
+        indices: int32 ``(2, k)``: rows and columns of the table, sorted; or packed.
         shape: Of the table, ``(rows, dim)``.
 
     Returns:
@@ -108,12 +110,13 @@ def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
         SupportError: If indices are out of range, unsorted or repeated.
     """
     plan = plan_for([indices], shape, (shape[1], 1))
-    first = plan.crow.index_select(0, ids).long()
-    count = plan.crow.index_select(0, ids + 1).long() - first  # (tokens,)
+    crow, _, col = _rows(indices, plan)
+    first = crow.index_select(0, ids).long()
+    count = crow.index_select(0, ids + 1).long() - first  # (tokens,)
     token = torch.repeat_interleave(count)  # (hits,): 0 0 0 1 2 2 ...
     before = torch.cumsum(count, 0) - count
     entry = torch.arange(token.numel(), device=ids.device) + (first - before).index_select(0, token)
-    return token * shape[1] + plan.col.index_select(0, entry), entry
+    return token * shape[1] + col.index_select(0, entry), entry
 
 
 @_sparse_product.register_fake
@@ -123,8 +126,8 @@ def _(x: Tensor, delta: Tensor, indices: Tensor, shape: Any, transposed: bool) -
 
 
 @_sampled_product.register_fake
-def _(left: Tensor, right: Tensor, indices: Tensor, shape: Any) -> Tensor:
-    return left.new_empty(indices.shape[1], dtype=accumulation_dtype(left.dtype, right.dtype))
+def _(left: Tensor, right: Tensor, indices: Tensor, shape: Any, count: int) -> Tensor:
+    return left.new_empty(count, dtype=accumulation_dtype(left.dtype, right.dtype))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,7 +144,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx = dx.to(ctx.x_dtype)
     if ctx.needs_input_grad[1]:
         left, right = (x, grad) if ctx.transposed else (grad, x)
-        ddelta = torch.ops.shira.sampled_product(left, right, indices, ctx.shape).to(delta.dtype)
+        ddelta = torch.ops.shira.sampled_product(left, right, indices, ctx.shape, delta.numel())
+        ddelta = ddelta.to(delta.dtype)
     return dx, ddelta, None, None, None
 
 
@@ -157,25 +161,42 @@ class _Columns(NamedTuple):
     """int64 ``(k,)``: place of each entry in the order of rows."""
 
 
+_BY_ROW: Any = WeakTensorKeyDictionary()
 _BY_COLUMN: Any = WeakTensorKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def _columns(indices: Tensor, plan: Plan) -> _Columns:
-    """Kept as long as the index tensor lives and the plan made from it stays the same."""
-    with _LOCK:
-        kept = _BY_COLUMN.get(indices)
-    if kept is not None and kept[0] is plan.crow:
-        return kept[1]  # type: ignore[no-any-return]
-    order = torch.argsort(plan.col, stable=True)
-    crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
-    crow[1:] = torch.cumsum(torch.bincount(plan.col, minlength=plan.shape[1]), 0)
-    made = _Columns(crow, plan.row.index_select(0, order), order)
-    with _LOCK:
-        _BY_COLUMN[indices] = (plan.crow, made)
+def _rows(indices: Tensor, plan: Plan) -> Pattern:
+    """The plan's pattern, kept: making it takes about as long as the product of a few tokens."""
+    made: Pattern = plan.kept or _kept(_BY_ROW, indices, plan, plan.pattern)
     return made
 
 
-def _csr(pattern: Plan | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _columns(indices: Tensor, plan: Plan) -> _Columns:
+    made: _Columns = _kept(_BY_COLUMN, indices, plan, lambda: _make_columns(plan))
+    return made
+
+
+def _make_columns(plan: Plan) -> _Columns:
+    _, row, col = plan.pattern()
+    order = torch.argsort(col, stable=True)
+    crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
+    crow[1:] = torch.cumsum(torch.bincount(col, minlength=plan.shape[1]), 0)
+    return _Columns(crow, row.index_select(0, order), order)
+
+
+def _kept(where: Any, indices: Tensor, plan: Plan, make: Callable[[], Any]) -> Any:
+    """What was made, kept as long as the index tensor lives and its plan stays the same."""
+    with _LOCK:
+        kept = where.get(indices)
+    if kept is not None and kept[0] is plan:
+        return kept[1]
+    made = make()
+    with _LOCK:
+        where[indices] = (plan, made)
+    return made
+
+
+def _csr(pattern: Pattern | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:
     quiet_about_csr()
     return torch.sparse_csr_tensor(pattern.crow, pattern.col, values, shape, check_invariants=False)

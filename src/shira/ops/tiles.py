@@ -21,7 +21,7 @@ def tiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
     kernels = native.load().library
     if kernels is not None and left.device.type == "cpu" and left.dtype in native.KINDS:
         at = plan.tiles
-        return kernels.tiles(left, right, plan.crow, plan.col, at.size, at.row, at.col)
+        return kernels.tiles(left, right, *plan.compressed(), at.size, at.row, at.col)
     return batched(left, right, plan, plan.tiles, wide)
 
 
@@ -36,7 +36,7 @@ def batched(left: Tensor, right: Tensor, plan: Plan, tiles: Tiles, wide: torch.d
         (-(-plan.shape[0] // size), -(-plan.shape[1] // size)), -1, device=left.device
     )
     grid[tiles.row.long(), tiles.col.long()] = torch.arange(count, device=left.device)
-    row, col = plan.row.long(), plan.col.long()
+    row, col = (half.long() for half in plan.pattern()[1:])
     tile = grid[row // size, col // size]  # (k,) which tile an entry is in
     for first in range(0, count, at_once):
         some = slice(first, first + at_once)

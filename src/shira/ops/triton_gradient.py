@@ -175,7 +175,7 @@ def tile_lists(plan: Plan, tile: Tile) -> TileLists:
 def make_tile_lists(plan: Plan, tile: Tile) -> TileLists:
     """Sort the entries of a plan by tile; tiles come in the order in which they should run."""
     down, across = (-(-size // edge) for size, edge in zip(plan.shape, tile[:2], strict=True))
-    row, col = plan.row.long(), plan.col.long()
+    row, col = (half.long() for half in plan.pattern()[1:])
     tile_row, tile_col = row // tile.rows, col // tile.cols
     # Groups of _GROUP tile rows, in each of them column by column.
     number = (tile_row // _GROUP * across + tile_col) * _GROUP + tile_row % _GROUP

@@ -46,7 +46,7 @@ def compiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tens
     """The ``native`` backend."""
     kernels = native.load().library
     assert kernels is not None
-    return kernels.entries(left, right, plan.crow, plan.col)
+    return kernels.entries(left, right, *plan.compressed())
 
 
 _WAYS = {

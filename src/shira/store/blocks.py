@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shira.store.gaps import Ints
+from shira.gaps import Ints
 from shira.support import matrix_shape
 
 Longs = NDArray[np.int64]

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shira import gaps
 from shira.delta import Adapter, SparseDelta
-from shira.errors import FileFormatError, MaskError, did_you_mean
+from shira.errors import FileFormatError, MaskError, SupportError, did_you_mean
 from shira.masks.random import random_support
-from shira.store import blocks, gaps, int8
+from shira.store import blocks, int8
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, Record, Table, parse
 from shira.store.compact_write import crc_of
 from shira.store.entries import EntryError, check_values
@@ -223,14 +224,15 @@ def _blaming(tensor: str) -> Iterator[None]:
     """Errors of entries inside are of this tensor."""
     try:
         yield
-    except EntryError as error:
+    except (EntryError, SupportError) as error:
         raise EntryError(tensor, str(error)) from error
 
 
 def _of_gaps(source: _Source, name: str, record: Record) -> Support:
     units = source.units(f"{name}.gaps")
-    _check_count("gaps", gaps.count_of(units), record.k)
-    return _trusted(record, gaps.decode(units, record.numel))
+    with _blaming("gaps"):
+        _check_count("gaps", gaps.count_of(units), record.k)
+        return _trusted(record, gaps.decode(units, record.numel))
 
 
 def _of_blocks(source: _Source, name: str, record: Record) -> Support:

@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shira import gaps
 from shira._version import __version__
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.masks.random import random_support
-from shira.store import blocks, gaps, int8
+from shira.store import blocks, int8
 from shira.store.atomic import write_atomically
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, Record, Table, compose
 from shira.store.entries import EntryError, check_values

@@ -62,7 +62,7 @@ def grouped_linear(layer: ShiraLayer, x: Tensor, groups: dict[str, list[int]]) -
         added = ops.sparse_product(
             inputs.reshape(-1, inputs.shape[-1]),
             layer._delta(name),
-            layer.shira_indices[name],
+            layer.shira_indices.kept(name),
             layer.weight_shape,
             transposed=layer.fan_in_fan_out,
         )
@@ -86,11 +86,11 @@ def grouped_embedding(
             continue
         at = torch.tensor(samples, device=ids.device)
         wanted = ids.index_select(0, at).reshape(-1)
-        indices = layer.shira_indices[name]
-        place, entry = ops.looked_up(wanted, indices, layer.weight_shape)
+        place, entry = ops.looked_up(wanted, layer.shira_indices.kept(name), layer.weight_shape)
         delta = layer._delta(name).index_select(0, entry)
         if base.padding_idx is not None and delta.requires_grad:  # that row gets no gradient
-            delta = torch.where(indices[0][entry] == base.padding_idx, delta.detach(), delta)
+            row = layer.shira_indices[name][0].index_select(0, entry)
+            delta = torch.where(row == base.padding_idx, delta.detach(), delta)
         rows = result.index_select(0, at)  # (samples of the group, ..., dim)
         flat = rows.view(-1)
         new = replacement(flat.index_select(0, place), delta)

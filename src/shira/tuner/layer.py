@@ -42,7 +42,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     Attributes:
         shira_weight: ``{adapter name: (k,) parameter}``, the trained deltas.
         shira_indices: ``{adapter name: int32 (2, k)}``, row and column of each in the weight as
-            stored (of more than two dimensions: the first, and all others together).
+            stored (of more than two dimensions: the first, and all others together). Kept in less
+            memory: see `IndexDict`.
         scaling: Factor on each adapter's deltas; 1.0 in training.
         weight_name: Of the weight, in the base model; empty if not known.
     """
@@ -64,7 +65,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.shira_weight = nn.ParameterDict({})
-        self.shira_indices = IndexDict()
         self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -72,6 +72,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._warned_about_hooks = False
         self.weight_name = ""
         self.weight_shape = shape_of(self.weight)
+        self.shira_indices = IndexDict(self.weight_shape)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
         if self.fan_in_fan_out:
@@ -216,7 +217,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             self._undo = merge_into(
                 weight,
                 [self._delta(name) for name in together],
-                [self.shira_indices[name] for name in together],
+                [self.shira_indices.kept(name) for name in together],
                 self._undo,
                 partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
@@ -275,7 +276,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         for name, parameter in zip(adapter_names, held(values, *adapter_names), strict=True):
             fetch(self, parameter)
             deltas.append(self._scaled(name, parameter))
-            indices.append(positions[name])
+            indices.append(positions.kept(name))
             trains |= parameter.requires_grad
         if torch.compiler.is_compiling():
             check_while_compiling()

@@ -30,8 +30,8 @@ class Undo:
         originals = self.originals.to(weight.device, weight.dtype)
         kernels = compiled_for(data, originals)
         with lock_of(weight):
-            if kernels is not None:
-                kernels.leave(data, self.plan.crow, self.plan.col, originals)
+            if kernels is not None and self.plan.gaps is not None:
+                kernels.leave(data, self.plan.gaps, originals)
             else:
                 _overwrite(data, self.plan, originals)
         take_back(weight, self.count)
@@ -52,7 +52,7 @@ def merge_into(
         weight: The base weight, perhaps with other adapters merged already.
         deltas: ``(k_i,)`` for each adapter that is to be in the weight afterwards, those that are
             in it already among them.
-        indices: int32 ``(2, k_i)`` for each.
+        indices: int32 ``(2, k_i)`` for each, or packed.
         earlier: Of the adapters that are in it now.
         check: Is given all replacement values ``(k,)`` before anything is written, and may raise.
     """
@@ -60,10 +60,10 @@ def merge_into(
     delta = plan.combine(deltas).detach()
     data = weight.data
     kernels = compiled_for(data, delta) if earlier is None and check is None else None
-    if kernels is not None:  # in one pass
+    if kernels is not None and plan.gaps is not None:  # in one pass
         delta = delta.float().contiguous()
         with lock_of(weight):
-            originals = kernels.enter(data, plan.crow, plan.col, delta)
+            originals = kernels.enter(data, plan.gaps, delta)
     else:
         originals = _originals(data, plan, earlier)
         new = replacement(originals, delta)

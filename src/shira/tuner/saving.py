@@ -7,14 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from shira.errors import AdapterError
+from shira.ops.packed import unpack
 from shira.store.sharded import gathered, is_partitioned, whole
 from shira.tuner.layer import ShiraLayer
+
+_STORED = ("shira_weight", "shira_indices")
 
 
 def whole_values(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state dict with the values of an adapter whole, for PEFT to write.
+    """A state dict with the values of an adapter whole and its positions as PEFT has them.
 
     A collective call where the state dict is that of a sharded model (FSDP2, ZeRO-3); none where
     the caller has gathered it already, as Accelerate and Trainer do.
@@ -24,10 +27,14 @@ def whole_values(
         adapter_name: Of the adapter.
         state_dict: By the names of the model's own state dict.
     """
-    parameters = {
-        f"{name}.shira_weight.{adapter_name}": layer.shira_weight[adapter_name]
+    layers = {
+        name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, ShiraLayer) and adapter_name in layer.shira_weight
+    }
+    parameters = {
+        f"{name}.shira_weight.{adapter_name}": layer.shira_weight[adapter_name]
+        for name, layer in layers.items()
     }
     result = dict(state_dict)
     missing = {
@@ -37,9 +44,12 @@ def whole_values(
     }
     with gathered(missing.values()):
         result.update({key: parameter.detach().clone() for key, parameter in missing.items()})
-    for key in parameters:
-        if key in result:
-            result[key] = whole(result[key])
+    for name, layer in layers.items():
+        value_key, index_key = (f"{name}.{kind}.{adapter_name}" for kind in _STORED)
+        if value_key in result:
+            result[value_key] = whole(result[value_key])
+        if index_key in result:  # as they are kept, if this is no state dict but a list of buffers
+            result[index_key] = unpack(result[index_key], layer.weight_shape)
     return result
 
 

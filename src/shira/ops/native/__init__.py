@@ -5,20 +5,21 @@ Plain C beside this file, compiled when shira is installed (`build`), called thr
 memory of tensors. It links neither torch nor Python, and takes its threads from the OpenMP pool
 that torch has loaded already. Whatever is here, ``shira.ops`` can also do through torch alone:
 
-===========  ==========================================  ==================================
-function     does                                        file
-===========  ==========================================  ==================================
-`entries`    weight gradient at single entries           ``entries.c``
-`tiles`      weight gradient at square tiles             ``tiles.c``
-`enter`      original + delta in its place, kept         ``exchange.c``
-`leave`      the originals back                          ``exchange.c``
-`put`        values to offsets                           ``exchange.c``
-`exchange`   values to offsets, what was there returned  ``exchange.c``
-`swap`       one patch out, another in, compared first   ``patch.c``
-`touch`      the least that `swap` could do, to compare  ``patch.c``
-`permute`    images under a keyed permutation            ``points.c``
-`ascending`  distinct points sorted                      ``points.c``
-===========  ==========================================  ==================================
+=============  ==========================================  ==================
+function       does                                        file
+=============  ==========================================  ==================
+`entries`      weight gradient at single entries           ``entries.c``
+`tiles`        weight gradient at square tiles             ``tiles.c``
+`enter`        original + delta in its place, kept         ``gaps.c``
+`leave`        the originals back                          ``gaps.c``
+`coordinates`  rows and columns of entries                 ``gaps.c``
+`put`          values to offsets                           ``exchange.c``
+`exchange`     values to offsets, what was there returned  ``exchange.c``
+`swap`         one patch out, another in, compared first   ``patch.c``
+`touch`        the least that `swap` could do, to compare  ``patch.c``
+`permute`      images under a keyed permutation            ``points.c``
+`ascending`    distinct points sorted                      ``points.c``
+=============  ==========================================  ==================
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 4  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 5  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -47,8 +48,9 @@ _SIGNATURES = {
     "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
     "tiles_scratch": (_L, [_L, _I, _I]),
     "tiles": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _L, _I, _P, _P, _I, _I]),
-    "enter": (None, [_P, _L, _L, _P, _P, _P, _P, _I, _I]),
-    "leave": (None, [_P, _L, _L, _P, _P, _P, _I, _I]),
+    "enter": (None, [_P, _P, _I, _L, _P, _P, _P, _I, _I]),
+    "leave": (None, [_P, _P, _I, _L, _P, _P, _I, _I]),
+    "coordinates": (None, [_P, _I, _L, _P, _L, _L, _P, _P, _P, _I]),
     "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
     "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
     "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _I]),
@@ -56,6 +58,17 @@ _SIGNATURES = {
     "ascending": (None, [_P, _L, _P, _L]),
     "touch": (ctypes.c_uint64, [_P, _P, _L, _P, _L, _I]),
 }
+
+
+class Gaps(NamedTuple):
+    """Entries of a weight in one piece of memory by the gaps between them; see `shira.gaps`."""
+
+    units: Tensor
+    """uint8, uint16 or uint32 ``(n,)``, contiguous."""
+    marks: Tensor
+    """int64 ``(blocks + 1, 2)``, contiguous: `shira.gaps.marks`."""
+    nnz: int
+    """How many entries there are (k)."""
 
 
 class Loaded(NamedTuple):
@@ -130,32 +143,56 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def enter(self, weight: Tensor, crow: Tensor, col: Tensor, delta: Tensor) -> Tensor:
-        """Write ``round(original + delta)`` to the entries of a pattern; the originals ``(k,)``.
+    def enter(self, weight: Tensor, gaps: Gaps, delta: Tensor) -> Tensor:
+        """Write ``round(original + delta)`` to the entries; the originals ``(k,)``.
 
         Args:
-            weight: Of a dtype in `KINDS`, contiguous: ``(rows, ...)``, a matrix of so many rows.
-            crow: int32 ``(rows + 1,)``, contiguous.
-            col: int32 ``(k,)``, contiguous.
+            weight: Of a dtype in `KINDS`, contiguous.
+            gaps: Which entries.
             delta: float32 ``(k,)``, contiguous.
         """
-        k, kind = col.numel(), weight.dtype
+        k, kind, units = delta.numel(), weight.dtype, gaps.units
         originals = torch.empty(k, dtype=kind)
         self._enter(
-            weight.data_ptr(), weight.stride(0), crow.numel() - 1, crow.data_ptr(), col.data_ptr(),
-            delta.data_ptr(), originals.data_ptr(), KINDS[kind],
+            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
+            gaps.marks.data_ptr(), delta.data_ptr(), originals.data_ptr(), KINDS[kind],
             1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
         return originals
 
-    def leave(self, weight: Tensor, crow: Tensor, col: Tensor, originals: Tensor) -> None:
+    def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
         """Write back what `enter` returned."""
-        k = col.numel()
+        units = gaps.units
         self._leave(
-            weight.data_ptr(), weight.stride(0), crow.numel() - 1, crow.data_ptr(), col.data_ptr(),
-            originals.data_ptr(), KINDS[originals.dtype],
+            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
+            gaps.marks.data_ptr(), originals.data_ptr(), KINDS[originals.dtype],
+            1 if originals.numel() < _SHORT else torch.get_num_threads(),
+        )  # fmt: skip
+
+    def coordinates(
+        self, gaps: Gaps, shape: tuple[int, int], rows: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Where the entries are in a matrix.
+
+        Args:
+            gaps: Which entries.
+            shape: Of the matrix, with at least one column.
+            rows: Whether each entry's row is wanted.
+
+        Returns:
+            int32: ``(rows + 1,)``, where each row's entries begin; ``(k,)`` the row of each, or
+            None; ``(k,)`` the column of each.
+        """
+        k, units = gaps.nnz, gaps.units
+        crow = torch.empty(shape[0] + 1, dtype=torch.int32, device="cpu")
+        col = torch.empty(k, dtype=torch.int32, device="cpu")
+        row = torch.empty_like(col) if rows else None
+        self._call["coordinates"](
+            units.data_ptr(), units.itemsize, units.numel(), gaps.marks.data_ptr(), *shape,
+            crow.data_ptr(), row.data_ptr() if row is not None else None, col.data_ptr(),
             1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
+        return crow, row, col
 
     def put(self, memory: Tensor, offsets: Tensor, values: Tensor) -> None:
         """``memory[offsets] = values``.

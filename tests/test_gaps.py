@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.store import gaps
-from shira.store.entries import EntryError
+from shira import gaps
+from shira.errors import SupportError
 
 BIG = 2**31 + 12345  # indices beyond int32
 
@@ -96,13 +96,37 @@ def test_no_indices() -> None:
     ],
 )
 def test_what_it_refuses(units: list[int], numel: int, match: str) -> None:
-    with pytest.raises(EntryError, match=match):
+    with pytest.raises(SupportError, match=match):
         gaps.decode(np.array(units, np.uint8), numel)
 
 
 def test_four_byte_units_that_sum_past_64_bits_are_refused() -> None:
     """They cannot: 2^31 units of 2^32 are below 2^63; but past 2^32 they can."""
     units = np.array([2**32 - 2] * 1000, "<u4")
-    with pytest.raises(EntryError, match=f"index {1000 * (2**32 - 1) - 1} is out of range"):
+    with pytest.raises(SupportError, match=f"index {1000 * (2**32 - 1) - 1} is out of range"):
         gaps.decode(units, 2**40)
     assert gaps.decode(units[:1], 2**32)[0] == 2**32 - 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, gaps.BLOCK, gaps.BLOCK + 1, 5 * gaps.BLOCK])
+@pytest.mark.parametrize("unit", list(gaps.UNITS.values()))
+def test_reading_from_a_mark_on(count: int, unit: np.dtype) -> None:
+    largest = np.iinfo(unit).max
+    units = np.random.default_rng(4).choice([0, 7, largest], count).astype(unit)
+    if count:
+        units[-1] = 3
+    whole = gaps.decode(units, 2**60)
+    found = gaps.marks(units)
+    assert found.shape == (-(-count // gaps.BLOCK) + 1, 2)
+    for block, (entries, first) in enumerate(found):
+        rest = gaps.decode(units[block * gaps.BLOCK :], 2**60)
+        assert entries == len(whole) - len(rest)
+        assert np.array_equal(rest + first, whole[entries:])
+
+
+def test_no_wider_unit_than_allowed() -> None:
+    indices = np.array([5, 300_000, 900_000], np.int32)
+    for widest in gaps.UNITS:
+        units = gaps.encode(indices, widest=widest)
+        assert units.dtype.itemsize <= gaps.UNITS[widest].itemsize
+        assert gaps.decode(units, 2**20).tolist() == indices.tolist()

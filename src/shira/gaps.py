@@ -13,9 +13,9 @@ So any units whose last is no largest value are the indices of exactly one set, 
 repeats; what is left to check is how many there are and that the last is in range. At 2 % density
 an index takes 1.006 bytes. ``docs/file-format.md`` is the specification.
 
-Both directions work through pieces that stay in the cache and cost O(number of units). Used by
-``compact_write`` and ``compact_read``; imports numpy and torch (whose cumulative sum is the faster
-one).
+Both directions work through pieces that stay in the cache and cost O(number of units). Compact
+files hold them (``store``), layers on the CPU (``ops.packed``), and the compiled kernels walk along
+them, from `marks` on. Imports numpy and torch (whose cumulative sum is the faster one).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shira.store.entries import EntryError
+from shira.errors import SupportError
 from shira.support import index_dtype
 
 UNITS: dict[str, np.dtype[Any]] = {
@@ -36,23 +36,27 @@ UNITS: dict[str, np.dtype[Any]] = {
 }
 """The code units by safetensors' names, narrowest first."""
 
+BLOCK = 2048
+"""Units from one mark to the next."""
+
 _PIECE = 2**14  # indices or units at a time
-_GAPS = "gaps"
 
 Ints = NDArray[np.signedinteger[Any]]
 Units = NDArray[np.unsignedinteger[Any]]
 
 
-def encode(indices: Ints) -> Units:
+def encode(indices: Ints, widest: str = "U32") -> Units:
     """The gaps of sorted indices, in the unit that takes the fewest bytes.
 
     Args:
         indices: ``(k,)`` int32 or int64, strictly increasing, none negative.
+        widest: The widest unit that may be taken; a key of `UNITS`.
 
     Returns:
         Units of one of the dtypes of `UNITS`.
     """
-    escapes = dict.fromkeys(UNITS.values(), 0)
+    allowed = (dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize)
+    escapes = dict.fromkeys(allowed, 0)
     for gaps in _pieces_of_gaps(indices):
         large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
         for dtype in escapes:
@@ -78,7 +82,7 @@ def decode(units: Units, numel: int) -> Ints:
         int32 where ``numel`` allows, else int64.
 
     Raises:
-        EntryError: If an index is out of range or the units end within a gap; nothing of the size
+        SupportError: If an index is out of range or the units end within a gap; nothing of the size
             of what they claim was allocated.
     """
     count = count_of(units)
@@ -94,7 +98,7 @@ def decode(units: Units, numel: int) -> Ints:
             torch.cumsum(steps, 0, dtype=steps.dtype, out=steps)
         new = last + int(sums[ends - 1]) if ends else last
         if new >= numel:
-            raise EntryError(_GAPS, f"index {new} is out of range: the weight has {numel} entries")
+            raise SupportError(f"index {new} is out of range: the weight has {numel} entries")
         part = indices[done : done + ends]
         np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
         done, last = done + ends, new + left_open
@@ -105,13 +109,32 @@ def count_of(units: Units) -> int:
     """How many indices the units stand for.
 
     Raises:
-        EntryError: If they end within a gap.
+        SupportError: If they end within a gap.
     """
     largest = _largest(units.dtype)
     if len(units) and units[-1] == largest:
-        raise EntryError(_GAPS, "truncated: the last gap does not end")
+        raise SupportError("truncated: the last gap does not end")
     pieces = range(0, len(units), 2**20)
     return sum(int(np.count_nonzero(units[at : at + 2**20] != largest)) for at in pieces)
+
+
+def marks(units: Units) -> NDArray[np.int64]:
+    """From where on a block of the units can be read without those before it.
+
+    Args:
+        units: ``(n,)`` of one of the dtypes of `UNITS`, as `encode` gives them.
+
+    Returns:
+        ``(blocks + 1, 2)``: how many indices the blocks before stand for, and the first index that
+        this one could hold; the last row is that of the end.
+    """
+    starts = np.arange(0, len(units), BLOCK)
+    found = np.zeros((len(starts) + 1, 2), np.int64)
+    if len(units):
+        ends = np.add.reduceat(units != _largest(units.dtype), starts, dtype=np.int64)
+        found[1:, 0] = ends.cumsum()
+        found[1:, 1] = (np.add.reduceat(units, starts, dtype=np.int64) + ends).cumsum()
+    return found
 
 
 def index_type(numel: int) -> type[np.signedinteger[Any]]:

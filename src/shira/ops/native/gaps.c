@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entries of a weight that are given by the gaps between them (shira/gaps.py): `enter` keeps the
+// originals and writes round(original + delta), `leave` puts the originals back, `coordinates`
+// says where the entries are. One pass over the support each.
+//
+// Threads begin at marks: {entries before, first index there could be} for each BLOCK units, and
+// for the end. Nothing is summed across entries, so any number of threads gives the same bits.
+#include "vector.h"
+
+#define BLOCK 2048  // as in shira/gaps.py
+#define AT_ONCE 32  // entries that are found before something is done with them, or a few more
+
+typedef struct {
+    const char *unit, *end;
+    int64_t next;   // the first index that the gap at `unit` could lead to
+    int64_t entry;  // entries before it
+} walk;
+
+INLINE walk walk_from(const void *units, int64_t count, const int64_t *marks, int64_t first,
+                      int64_t last, const int size) {
+    int64_t end = last * BLOCK < count ? last * BLOCK : count;
+    return (walk){(const char *)units + first * BLOCK * size, (const char *)units + end * size,
+                  marks[2 * first + 1], marks[2 * first]};
+}
+
+typedef uint8_t eight_bytes __attribute__((vector_size(8), aligned(1), may_alias));
+typedef uint32_t eight_u32 __attribute__((vector_size(32), aligned(4), may_alias));
+
+// Each lane's sum with all lanes before it.
+INLINE eight_u32 running_sums(eight_u32 a) {
+    const eight_u32 zero = {0};
+    a += __builtin_shufflevector(a, zero, 8, 0, 1, 2, 8, 4, 5, 6);  // within halves
+    a += __builtin_shufflevector(a, zero, 8, 8, 0, 1, 8, 8, 4, 5);
+    return a + __builtin_shufflevector(a, zero, 8, 8, 8, 8, 3, 3, 3, 3);
+}
+
+// The next entries, at the flat indices *from + at[i]; how many: up to AT_ONCE + 7, 0 at the end.
+INLINE int advance(walk *w, int64_t *from, uint32_t *at, const int size) {
+    const uint32_t largest = size == 1 ? 255 : 65535;
+    const char *unit = w->unit, *end = w->end;
+    uint32_t next = 0;
+    int n = 0;
+    while (n < AT_ONCE && unit < end && next < 1u << 31) {
+        int here = end - unit < 8 * size ? (int)(end - unit) / size : 8;
+        if (size == 1 && here == 8) {
+            uint64_t eight;
+            memcpy(&eight, unit, 8);
+            if (!((~eight - 0x0101010101010101u) & eight & 0x8080808080808080u)) {  // no 255
+                eight_u32 sums = running_sums(
+                    __builtin_convertvector(*(const eight_bytes *)unit, eight_u32) + 1);
+                *(eight_u32 *)(at + n) = sums + (next - 1);
+                next += sums[7];
+                n += 8;
+                unit += 8;
+                continue;
+            }
+        }
+        for (int i = 0; i < here; i++, unit += size) {
+            uint32_t gap = size == 1 ? *(const uint8_t *)unit : *(const uint16_t *)unit;
+            int ends = gap != largest;
+            at[n] = next + gap;
+            next += gap + ends;
+            n += ends;
+        }
+        if (!n) {  // a wide gap: however wide it is, `next` holds it
+            w->next += next;
+            next = 0;
+        }
+    }
+    *from = w->next;
+    w->unit = unit;
+    w->next += next;
+    return n;
+}
+
+INLINE float of_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Asks for what is to be overwritten next: a frozen weight lies in memory, not in a cache. (When
+// the originals go back, the product has just read it.)
+#define ASK(w) for (int i = 0; i < n; i++) __builtin_prefetch(w + from + at[i], 1);
+
+// BODY for each entry `e` at flat index `here`; BEFORE for the n of them at from + at[i], some time
+// earlier.
+#define EACH(SIZE, BEFORE, BODY)                                                         \
+    _Pragma("omp parallel num_threads(threads)") {                                       \
+        int me = omp_get_thread_num(), all = omp_get_num_threads(), n;                   \
+        int64_t blocks = (count + BLOCK - 1) / BLOCK;                                    \
+        walk place = walk_from(units, count, marks, share(blocks, me, all),              \
+                               share(blocks, me + 1, all), SIZE);                        \
+        int64_t e = place.entry, from, from_held = 0;                                    \
+        uint32_t ring[2][AT_ONCE + 8], *at = ring[0], *held = ring[1];                   \
+        int count_held = 0;                                                              \
+        do {                                                                             \
+            n = advance(&place, &from, at, SIZE);                                        \
+            BEFORE                                                                       \
+            for (int i = 0; i < count_held; i++, e++) {                                  \
+                int64_t here = from_held + held[i];                                      \
+                BODY                                                                     \
+            }                                                                            \
+            uint32_t *other = held;                                                      \
+            held = at, at = other, from_held = from, count_held = n;                     \
+        } while (n);                                                                     \
+    }
+#define EACH_OF_SIZE(BEFORE, BODY)                                                       \
+    if (size == 1) EACH(1, BEFORE, BODY)                                                 \
+    else EACH(2, BEFORE, BODY)
+
+// Units of `size` bytes; `weight` in one piece, seen as one row.
+void NAME(shira_enter)(void *weight, const void *units, int size, int64_t count,
+                       const int64_t *marks, const float *delta, void *originals, int kind,
+                       int threads) {
+    if (kind == F32) {
+        float *w = weight, *kept = originals;
+        EACH_OF_SIZE(ASK(w), kept[e] = w[here]; w[here] = kept[e] + delta[e];)
+    } else if (kind == BF16) {
+        uint16_t *w = weight, *kept = originals;
+        EACH_OF_SIZE(ASK(w), kept[e] = w[here]; w[here] = to_bf16(of_bf16(kept[e]) + delta[e]);)
+    } else {
+        _Float16 *w = weight, *kept = originals;
+        EACH_OF_SIZE(ASK(w), kept[e] = w[here]; w[here] = (_Float16)((float)kept[e] + delta[e]);)
+    }
+}
+
+void NAME(shira_leave)(void *weight, const void *units, int size, int64_t count,
+                       const int64_t *marks, const void *originals, int kind, int threads) {
+    if (kind == F32) {
+        uint32_t *w = weight;
+        const uint32_t *kept = originals;
+        EACH_OF_SIZE(, w[here] = kept[e];)
+    } else {
+        uint16_t *w = weight;
+        const uint16_t *kept = originals;
+        EACH_OF_SIZE(, w[here] = kept[e];)
+    }
+}
+
+// Row and column of each entry of a matrix, and where each row's entries begin: crow (rows + 1).
+// `row` may be null. A thread sees to the rows that begin after the first index its units could
+// hold, up to the next thread's.
+#define LIST(SIZE)                                                                       \
+    _Pragma("omp parallel num_threads(threads)") {                                       \
+        int me = omp_get_thread_num(), all = omp_get_num_threads();                      \
+        int64_t blocks = (count + BLOCK - 1) / BLOCK;                                    \
+        int64_t first = share(blocks, me, all), last = share(blocks, me + 1, all), from; \
+        walk place = walk_from(units, count, marks, first, last, SIZE);                  \
+        int64_t e = place.entry, r = me ? place.next / cols : 0, begin = r * cols;       \
+        int64_t end = me + 1 < all ? marks[2 * last + 1] : rows * cols;                  \
+        uint32_t at[AT_ONCE + 8];                                                        \
+        if (!me) crow[0] = 0;                                                            \
+        for (int n; (n = advance(&place, &from, at, SIZE));)                             \
+            for (int i = 0; i < n; i++, e++) {                                           \
+                int64_t here = from + at[i] - begin;                                     \
+                while (here >= cols) crow[++r] = (int32_t)e, begin += cols, here -= cols; \
+                if (row) row[e] = (int32_t)r;                                            \
+                col[e] = (int32_t)here;                                                  \
+            }                                                                            \
+        while (begin + cols <= end && r < rows) crow[++r] = (int32_t)e, begin += cols;   \
+    }
+
+void NAME(shira_coordinates)(const void *units, int size, int64_t count, const int64_t *marks,
+                      int64_t rows, int64_t cols, int32_t *crow, int32_t *row, int32_t *col,
+                      int threads) {
+    if (size == 1) LIST(1)
+    else LIST(2)
+}
