@@ -161,6 +161,17 @@ def test_the_kernels_walk_along_them(instruction_set, threads, dtype, shape, nnz
         assert torch.equal(again[2], col)
 
 
+def test_a_union_of_few_without_the_kernels(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "none"))
+    shape = (300, 400)
+    supports = [random_support(shape, 40, seed=seed) for seed in range(2)]
+    plan = make_plan([packed(support) for support in supports], shape, (400, 1))
+    assert plan.gaps.units.dtype == torch.uint16
+    union = supports[0].union(supports[1])
+    assert torch.equal(torch.stack(plan.pattern()[1:]), union.coordinates())
+    assert torch.equal(torch.stack(plan.compressed()[1:]), union.coordinates()[1:])
+
+
 @needs_kernels
 @pytest.mark.parametrize("threads", [1, 4])
 def test_gaps_beyond_32_bits(threads):

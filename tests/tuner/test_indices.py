@@ -87,6 +87,9 @@ def test_loading_other_positions_after_a_forward():
     assert torch.equal(model(X), want)
     model.load_state_dict(adapted(seed=5).state_dict(), assign=True)
     assert torch.equal(model(X), adapted(seed=5)(X))
+    narrow = {key: t.to(torch.int16) if key == KEY else t for key, t in other.state_dict().items()}
+    model.load_state_dict(narrow, assign=True)
+    assert torch.equal(model(X), want)
     wrong = {**other.state_dict(), KEY: torch.zeros(2, 7, dtype=torch.int32)}
     before = layer_of(model).shira_indices["default"]
     with pytest.raises(RuntimeError, match=r"shape torch.Size\(\[2, 7\]\)"):

@@ -71,8 +71,17 @@ def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
     """
     if not is_packed(indices):
         return Support.from_coordinates(shape, indices)
-    flat = gaps.decode(indices.detach().cpu().numpy(), math.prod(shape))
-    return Support._trusted(shape, torch.from_numpy(flat).to(indices.device))
+    return from_gaps(indices, shape)
+
+
+def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
+    """The support whose gaps these are, in bytes or wider units; on their device.
+
+    Raises:
+        SupportError: If they are those of no support of such a weight.
+    """
+    flat = gaps.decode(units.detach().cpu().numpy(), math.prod(shape))
+    return Support._trusted(shape, torch.from_numpy(flat).to(units.device))
 
 
 def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:

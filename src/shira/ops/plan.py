@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.ops import native
-from shira.ops.packed import gaps_of, is_packed, support_of
+from shira.ops.packed import from_gaps, gaps_of, is_packed, support_of
 from shira.support import Support, matrix_shape
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
@@ -90,7 +90,7 @@ class Plan:
         assert self.gaps is not None
         kernels = native.load().library
         if kernels is None:
-            support = support_of(self.gaps.units, self.weight_shape)
+            support = from_gaps(self.gaps.units, self.weight_shape)
             return _pattern(support.coordinates(), self.shape[0])
         crow, row, col = kernels.coordinates(self.gaps, self.shape, True)
         assert row is not None

@@ -98,8 +98,9 @@ class IndexDict(BufferDict):
                 old = before[name]
                 assert indices is not None
                 assert old is not None
-                if indices is not old and not torch.equal(indices, unpack(old, self._shape)):
-                    before[name] = indices
+                new = indices.to(torch.int32)
+                if new.device != old.device or not torch.equal(new, unpack(old, self._shape)):
+                    before[name] = new
         finally:
             self._buffers.update(before)
         if self._left_out or Version(peft.__version__) < Version("0.21"):
