@@ -14,7 +14,7 @@ import httpx
 from tests.serve.engine.zoo import PROMPTS, TOKENS
 
 PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
-FLAGS = "--dtype float32 --enforce-eager --max-model-len 256 --gpu-memory-utilization 0.2"
+FLAGS = "--dtype float32 --enforce-eager --max-model-len 256 --kv-cache-memory-bytes 67108864"
 
 
 def commands(title: str) -> list[str]:

@@ -32,7 +32,7 @@ def loop():
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
-def engine(request, loop, zoo):
+def engine(request, loop, zoo, forked):
     options = dict(ENGINE)
     patch = pytest.MonkeyPatch()
     if request.param == 2:

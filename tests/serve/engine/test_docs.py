@@ -23,7 +23,7 @@ PAGE = DOCS / "serving.md"
 SMALL = ENGINE | {"skip_tokenizer_init": False, "weight_transfer_config": {"backend": "shira"}}
 
 
-def test_python_blocks_for_vllm(zoo, tmp_path, monkeypatch, capsys):
+def test_python_blocks_for_vllm(zoo, forked, tmp_path, monkeypatch, capsys):
     lay_out(zoo, tmp_path)
     shutil.copytree(zoo.path("a"), tmp_path / "adapters" / "policy")
     monkeypatch.chdir(tmp_path)

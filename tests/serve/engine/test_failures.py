@@ -13,7 +13,7 @@ from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS
 pytestmark = pytest.mark.vllm
 
 
-def test_a_worker_killed_in_the_middle_of_a_switch(zoo, monkeypatch):
+def test_a_worker_killed_in_the_middle_of_a_switch(zoo, forked, monkeypatch):
     """The engine is lost with it, as vLLM's always is; the client says so and does not hang."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     llm = LLM(
@@ -37,7 +37,7 @@ def test_a_worker_killed_in_the_middle_of_a_switch(zoo, monkeypatch):
     assert {file: file.read_bytes() for file in zoo.base.iterdir()} == before
 
 
-def test_a_quantized_base(zoo):
+def test_a_quantized_base(zoo, forked):
     options = ENGINE | {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
     llm = LLM(model=str(zoo.base), worker_extension_cls=EXTENSION, **options)
     params = SamplingParams(max_tokens=4, temperature=0, detokenize=False, ignore_eos=True)

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
-def llm(request, zoo):
+def llm(request, zoo, forked):
     options = dict(ENGINE)
     patch = pytest.MonkeyPatch()
     if request.param == 2:

@@ -56,6 +56,14 @@ def cases(tmp_path_factory):
     return made
 
 
+def test_on_two_ranks(cases):
+    """Before this process becomes a rank itself: it is forked."""
+    arguments = (free_port(), list(cases.values()))
+    torch.multiprocessing.start_processes(
+        placing.on_two_ranks, arguments, nprocs=2, start_method="fork"
+    )
+
+
 @pytest.fixture(scope="module")
 def alone():
     placing.initialize(0, 1, free_port())
@@ -64,11 +72,6 @@ def alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_one_rank(kind, cases, alone):
     placing.check(0, 1, *cases[kind])
-
-
-def test_on_two_ranks(cases):
-    arguments = (free_port(), list(cases.values()))
-    torch.multiprocessing.spawn(placing.on_two_ranks, arguments, nprocs=2)
 
 
 def test_patches_in_vllms_own_form(cases, alone):

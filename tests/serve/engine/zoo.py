@@ -33,6 +33,7 @@ ENGINE = {
     "max_model_len": 256,
     "max_num_seqs": 8,
     "gpu_memory_utilization": 0.2,
+    "kv_cache_memory_bytes": 64 << 20,
     "enable_prefix_caching": True,
 }
 PROMPTS = [[3 + (7 * i + 11 * j * j) % 240 for j in range(140)] for i in range(3)]
