@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock PEFT's side of an exchange of files, run as a script in a process without shira.
+"""Stock PEFT's side of an exchange of files, run in a process without shira (`program`).
 
 ``write FOLDER`` saves a model's base, inputs, outputs and an adapter made by PEFT itself.
 ``load FOLDER ADAPTER OUT`` loads an adapter onto that base and saves the outputs.

@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from shira.delta import Adapter
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.store.extract import adapter_of_model
+from tests.forked import program
 
 
 class Layer(nn.Module):
@@ -183,13 +181,4 @@ print(*got, *Adapter.from_model(model, "other"), got.metadata["peft_type"], got.
 
 def test_a_model_of_stock_peft(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    src = Path(__file__).parents[2] / "src"
-    path = os.pathsep.join([str(src), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["0.weight", "1.0.weight", "SHIRA", "64"]
+    assert program(STOCK, tmp_path).split() == ["0.weight", "1.0.weight", "SHIRA", "64"]

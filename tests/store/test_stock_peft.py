@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,14 @@ from torch import Tensor, nn
 from shira.delta import Adapter, SparseDelta
 from shira.store import load, read_peft, write_peft
 from shira.support import Support
+from tests.forked import program
 
 pytest.importorskip("peft")
 SCRIPT = Path(__file__).with_name("stock_peft.py")
 
 
 def stock(*args: object) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    program(SCRIPT.read_text(), *args)
 
 
 @pytest.fixture(scope="module")

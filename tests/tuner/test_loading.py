@@ -12,6 +12,7 @@ from torch import nn
 
 from shira import Adapter, PeftModel, ShiraConfig, ShiraError, get_peft_model
 from shira.errors import FileFormatError, WrongBaseError
+from tests.forked import program
 
 from .models import base_weights, everything, mlp, randomize, same_weights
 
@@ -248,9 +249,6 @@ def test_state_dicts_that_come_another_way_are_checked_too(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore")
 def test_rows_out_of_range_as_pefts_own_shira_takes_them(tmp_path):
     """The README's claim: stock PEFT accepts what we refuse (it fails, if at all, when it runs)."""
-    import subprocess
-    import sys
-
     saved(tmp_path)
     HOSTILE["row out of range"][0](tmp_path)
     code = f"""
@@ -262,4 +260,4 @@ class MLP(nn.Module):
         self.lin1, self.lin2 = nn.Linear(12, 12, bias=False), nn.Linear(12, 6)
 PeftModel.from_pretrained(MLP(), {str(tmp_path)!r})
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    program(code)

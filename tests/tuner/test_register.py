@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import peft
 import peft.mapping
 import peft.tuners
@@ -16,6 +13,7 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType, inject_adapter
 
 import shira
 from shira import ShiraConfig, ShiraLayer, ShiraModel, get_peft_model
+from tests.forked import program
 
 from .models import llama, mlp, randomize
 from .stock import StockConfig, fixed_mask
@@ -62,7 +60,7 @@ assert layer.support("default").indices.tolist() == list(range(8))
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), plain, mixed=True)
 assert isinstance(model.base_model.model[0], shira.ShiraLayer)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    program(code)
 
 
 def test_inject_adapter_in_model():
@@ -127,7 +125,7 @@ torch.save((base[0], x, model(x)), {str(tmp_path / "stock.pt")!r})
 assert "shira" not in sys.modules
 """
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", write], check=True)
+    program(write)
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 6))
     _, x, want = torch.load(tmp_path / "stock.pt", weights_only=False)
@@ -143,7 +141,7 @@ _, x, want = torch.load({str(tmp_path / "stock.pt")!r}, weights_only=False)
 torch.testing.assert_close(model(x), want)
 """
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", read], check=True)
+    program(read)
 
 
 @pytest.mark.filterwarnings("ignore")

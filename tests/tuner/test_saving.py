@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 
 from shira import Adapter, PeftModel, ShiraConfig, get_peft_model
 from shira.errors import AdapterError, ConfigError
+from tests.forked import program
 
 from .models import mlp, randomize
 
@@ -140,4 +139,4 @@ x, want = torch.load({str(tmp_path / "want.pt")!r})
 torch.testing.assert_close(model(x), want)
 assert "shira" not in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    program(code)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from shira import Adapter, PeftModel, ShiraConfig, fuse, get_peft_model
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError
+from tests.forked import program
 
 from .models import base_weights, everything, llama, mlp, randomize, same_weights
 
@@ -270,7 +269,4 @@ def test_stock_peft_loads_it(tmp_path):
     model.set_adapter("ab")
     model.save_pretrained(tmp_path, selected_adapters=["ab"])
     torch.save({"base": base, "x": X, "y": model(X).detach()}, tmp_path / "data.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    program(STOCK, tmp_path)
