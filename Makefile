@@ -29,7 +29,7 @@ TRITON := $(VENV)/triton
 TRITON_STAMP := $(TRITON)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm check docs bench study format format-check lint types clean

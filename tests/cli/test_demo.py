@@ -17,6 +17,8 @@ from shira import Adapter
 from shira.cli._demo.report import proofs
 from shira.cli._demo.settings import Files
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):

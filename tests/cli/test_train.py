@@ -175,6 +175,7 @@ def test_an_adapter_is_not_written_over_unasked(shira, write, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_process_writes(write, workshop, tmp_path):
     """Two processes on half the rows each: one adapter, one report."""
     arguments = [*write, "--max-steps", 2, "--batch-size", 2, "--eval-file", workshop / "dev.txt"]

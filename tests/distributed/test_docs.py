@@ -61,9 +61,9 @@ def test_commands(tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"vocab_size": len(vocabulary), "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "MODEL")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     train, example = commands(PAGE)
     run(train, tmp_path)
     adapter = Adapter.load(tmp_path / "my-adapter")
     assert any(delta.values.count_nonzero() for delta in adapter.values())
-    assert "2 processes" in run(example, tmp_path)
+    # what `tests.examples.test_examples` runs
+    assert f"{example} [FOLDER]" in (ROOT / "examples" / "accelerate_fsdp2.py").read_text()

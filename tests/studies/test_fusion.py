@@ -18,6 +18,7 @@ from studies.page import DOCS
 from studies.store import Done, append
 from tests.pages import commands
 
+pytestmark = pytest.mark.slow
 SMALL = {"steps": 2, "batch_size": 4, "training_rows": 20, "validation_rows": 8, "max_tokens": 8}
 
 
