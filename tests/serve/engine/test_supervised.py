@@ -57,7 +57,7 @@ def ask_until_it_is_back(guide):
             if answer.status_code == 200:
                 return seen, answer.json()["choices"][0]["token_ids"]
             seen.append(answer)
-        time.sleep(0.1)
+        time.sleep(0.3)
     raise AssertionError(f"it did not come back:\n{(guide.folder / 'log').read_text()[-4000:]}")
 
 
