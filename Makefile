@@ -33,7 +33,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm \
-	test-vllm-engines test-vllm-servers vllm-environment check docs bench study format format-check lint types clean
+	test-vllm-engines test-vllm-servers vllm-environment check docs bench study \
+	format format-check lint types clean
 
 help:
 	@sed -n 's/^#  //p' Makefile
