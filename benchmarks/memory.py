@@ -21,7 +21,8 @@ What makes the resident set trustworthy:
 
 Three figures come out, all in bytes:
 
-- ``resident``: what the adapter adds to the loaded base before any step (values, indices, caches);
+- ``resident``: what the adapter adds to the loaded base before any step, once both have done a
+  forward (values, indices, caches);
 - ``step``: the peak within the second and third step, optimizer included, above what was resident
   when that step began (after the first step, so with the optimizer's state);
 - ``over_base``: the peak of everything, first step included, above the loaded base. What somebody
@@ -41,6 +42,8 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import contenders
 from benchmarks.contenders import Contender, Workload
@@ -73,9 +76,13 @@ def measure(name: str, work: Workload) -> dict[str, Any]:
     _warm_up(name, work)
     base = contenders.base_model(work)
     inputs = contenders.batch(work)
+    with torch.no_grad():
+        base(**inputs)
     before = settled_rss()
     contender = contenders.build(name, base, work)
     contenders.fill(contender)
+    with torch.no_grad():
+        contender.forward(inputs)
     after = settled_rss()
 
     _train(contender, inputs)
