@@ -21,6 +21,7 @@
 #define MR 4
 #define T 64  // 128 took 1.07 times as long with a first-level cache of 32 KiB
 #endif
+#define ACROSS(size) ((size) <= VL ? VL : UP(size, NC))  // columns of a tile, with padding
 #define UP(n, step) (((n) + (step)-1) / (step) * (step))
 #define EXTENT(all, from) ((all) - (from) < size ? (int)((all) - (from)) : size)  // of a tile
 
@@ -40,28 +41,33 @@ INLINE void pack(const void *in, ptrdiff_t stride, int64_t t0, int tokens, int64
     }
 }
 
-// sums (MR rows, `wide` apart) += a (tokens, MR of `high`)^T b (tokens, NC of `wide`)
+// sums (MR rows, `wide` apart) += a (tokens, MR of `high`)^T b (tokens, `vectors` of `wide`)
 INLINE void register_tile(const float *a, int high, const float *b, int wide, int tokens,
-                          float *sums) {
+                          float *sums, const int vectors) {
     vec s[MR][NV];
     UNROLL for (int i = 0; i < MR; i++)
-        UNROLL for (int j = 0; j < NV; j++) s[i][j] = load(sums + i * wide + j * VL);
+        UNROLL for (int j = 0; j < vectors; j++) s[i][j] = load(sums + i * wide + j * VL);
     for (int t = 0; t < tokens; t++, a += high, b += wide) {
         vec y[NV];
-        UNROLL for (int j = 0; j < NV; j++) y[j] = load(b + j * VL);
+        UNROLL for (int j = 0; j < vectors; j++) y[j] = load(b + j * VL);
         UNROLL for (int i = 0; i < MR; i++) {
             vec x = a[i] - (vec){0};
-            UNROLL for (int j = 0; j < NV; j++) s[i][j] += x * y[j];
+            UNROLL for (int j = 0; j < vectors; j++) s[i][j] += x * y[j];
         }
     }
     UNROLL for (int i = 0; i < MR; i++)
-        UNROLL for (int j = 0; j < NV; j++) store(sums + i * wide + j * VL, s[i][j]);
+        UNROLL for (int j = 0; j < vectors; j++) store(sums + i * wide + j * VL, s[i][j]);
 }
 
 static void product(const float *a, int high, const float *b, int wide, int tokens, float *sums) {
-    for (int i = 0; i < high; i += MR)
+    for (int i = 0; i < high; i += MR) {
+        if (wide == VL) {
+            register_tile(a + i, high, b, VL, tokens, sums + (ptrdiff_t)i * VL, 1);
+            continue;
+        }
         for (int j = 0; j < wide; j += NC)
-            register_tile(a + i, high, b + j, wide, tokens, sums + (ptrdiff_t)i * wide + j);
+            register_tile(a + i, high, b + j, wide, tokens, sums + (ptrdiff_t)i * wide + j, NV);
+    }
 }
 
 typedef void pack_fn(const void *, ptrdiff_t, int64_t, int, int64_t, int, float *, int);
@@ -86,8 +92,8 @@ INLINE int first_at(const int32_t *col, int low, int high, int64_t wanted) {
 }
 
 // Floats of scratch: the products of all tiles, and what each thread packs.
-static int64_t of_tile(int size) { return PADDED((int64_t)UP(size, MR) * UP(size, NC)); }
-static int64_t of_thread(int size) { return PADDED(T * UP(size, MR)) + PADDED(T * UP(size, NC)); }
+static int64_t of_tile(int size) { return PADDED((int64_t)UP(size, MR) * ACROSS(size)); }
+static int64_t of_thread(int size) { return PADDED(T * UP(size, MR)) + PADDED(T * ACROSS(size)); }
 
 // Bytes of scratch that `tiles` takes; aligned to 64 it must be.
 int64_t NAME(shira_tiles_scratch)(int64_t count, int size, int threads) {
@@ -102,7 +108,7 @@ void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
                        const int32_t *crow, const int32_t *col, const int32_t *block_row,
                        const int32_t *block_col, int64_t count, int size, float *out,
                        float *scratch, int kind, int threads) {
-    int high = UP(size, MR), wide = UP(size, NC);
+    int high = UP(size, MR), wide = ACROSS(size);
     pack_fn *pack_chunk = packs[kind];
 #pragma omp parallel num_threads(threads)
     {
