@@ -3,7 +3,7 @@
 //
 // T tokens of the tile's rows of `left` and columns of `right` are packed side by side, so that the
 // product runs in the first-level cache; MR rows and NV vectors of columns are held in registers.
-// All tiles take their part of T tokens before the next T tokens are looked at: a tile alone touches
+// All tiles take their part of some tokens before the next are looked at: a tile alone touches
 // one or two lines of each token's page, so it is the pages that must not be left and come back to.
 // The tiles' products are then written where the support has entries, so a tile that the support
 // fills in part (the last one, those at the edge) needs no case of its own.
@@ -17,9 +17,11 @@
 #if VL == 16
 #define MR 8
 #define T 128
+#define T_NARROW 32  // of tiles no wider than a vector: fewer pages at a time, 0.9 of the time
 #else
 #define MR 4
 #define T 64  // 128 took 1.07 times as long with a first-level cache of 32 KiB
+#define T_NARROW T
 #endif
 #define ACROSS(size) ((size) <= VL ? VL : UP(size, NC))  // columns of a tile, with padding
 #define UP(n, step) (((n) + (step)-1) / (step) * (step))
@@ -108,7 +110,7 @@ void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
                        const int32_t *crow, const int32_t *col, const int32_t *block_row,
                        const int32_t *block_col, int64_t count, int size, float *out,
                        float *scratch, int kind, int threads) {
-    int high = UP(size, MR), wide = ACROSS(size);
+    int high = UP(size, MR), wide = ACROSS(size), chunk = size <= VL ? T_NARROW : T;
     pack_fn *pack_chunk = packs[kind];
 #pragma omp parallel num_threads(threads)
     {
@@ -118,8 +120,8 @@ void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
         float *a = scratch + count * of_tile(size) + me * of_thread(size);
         float *b = a + PADDED(T * high);
         memset(sums, 0, 4 * (size_t)((last - first) * of_tile(size)));
-        for (int64_t t = 0; t < tokens; t += T) {
-            int here = tokens - t < T ? (int)(tokens - t) : T;
+        for (int64_t t = 0; t < tokens; t += chunk) {
+            int here = tokens - t < chunk ? (int)(tokens - t) : chunk;
             for (int64_t tile = first; tile < last; tile++) {
                 int64_t row = (int64_t)block_row[tile] * size;
                 int64_t column = (int64_t)block_col[tile] * size;
