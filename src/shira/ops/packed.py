@@ -23,7 +23,7 @@ from shira.ops import native
 from shira.support import Support
 
 LEAST_DENSITY = 1 / 200
-"""Below this positions are not packed. At it they take 1.3 bytes each, 1.8 at the worst."""
+"""Below this positions are not packed. At it they take 1.4 bytes each, 1.8 at the worst."""
 
 
 def is_packed(indices: Tensor) -> bool:
