@@ -95,7 +95,7 @@ def _make(settings: Settings, folder: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from shira import Adapter, SparseDelta
-    from shira.delta import fingerprint
+    from shira.base import fingerprint
     from shira.masks import random_support
 
     config = LlamaConfig(
@@ -195,7 +195,7 @@ def _in_memory(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from shira import Adapter
-    from shira.delta import replacement
+    from shira.base import replacement
 
     adapter = Adapter.load(folder / "adapter")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)

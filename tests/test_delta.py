@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.delta import Adapter, SparseDelta, accumulation_dtype, fingerprint, replacement
+from shira.base import accumulation_dtype, fingerprint, replacement
+from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.support import Support
 

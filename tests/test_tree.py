@@ -22,27 +22,35 @@ BELOW = {
     "blocks": {"errors", "support"},
     "gaps": {"errors", "support"},
     "operators": {"errors", "support"},
-    "delta": {"errors", "support", "operators"},
-    "masks": {"errors", "support", "blocks", "delta", "ops"},
-    "ops": {"errors", "support", "blocks", "gaps", "delta"},
+    "base": {"errors"},
+    "delta": {"errors", "support", "operators", "base"},
+    "masks": {"errors", "support", "blocks", "base", "delta", "ops"},
+    "ops": {"errors", "support", "blocks", "gaps", "base", "delta"},
     # A compact file names its writer, and may hold the seed of a random mask instead of indices.
-    "store": {"_version", "errors", "support", "blocks", "gaps", "delta", "masks"},
-    "fusing": {"_version", "errors", "support", "delta", "masks"},
-    "measure": {"errors", "support", "delta", "fusing"},
-    "convert": {"errors", "support", "delta", "masks", "store"},
-    "switch": {"errors", "support", "blocks", "delta", "ops", "store"},
-    "tuner": {"errors", "support", "blocks", "delta", "masks", "ops", "store", "fusing"},
-    "serve": {"errors", "support", "delta", "ops", "store", "convert", "switch"},
+    "store": {"_version", "errors", "support", "blocks", "gaps", "base", "delta", "masks"},
+    "checkpoints": {"errors", "support", "base", "delta", "store"},
+    "fusing": {"_version", "errors", "support", "base", "delta", "masks"},
+    "measure": {"errors", "support", "base", "delta", "fusing"},
+    "convert": {"errors", "support", "base", "delta", "masks", "store", "checkpoints"},
+    "switch": {"errors", "support", "blocks", "base", "delta", "ops", "store"},
+    "tuner": {
+        *("errors", "support", "blocks", "base", "delta", "masks", "ops"),
+        *("store", "checkpoints", "fusing"),
+    },
+    "serve": {
+        *("errors", "support", "base", "delta", "ops", "store", "checkpoints"),
+        *("convert", "switch"),
+    },
     "cli": {
-        *("_version", "errors", "support", "delta", "masks", "ops", "store"),
-        *("fusing", "measure", "convert", "switch", "tuner", "serve"),
+        *("_version", "errors", "support", "base", "delta", "masks", "ops", "store"),
+        *("checkpoints", "fusing", "measure", "convert", "switch", "tuner", "serve"),
     },
     "__main__": {"cli"},
     "__init__": {"_version"},
 }
 CORE = [
-    *("errors", "support", "blocks", "gaps", "operators", "delta"),
-    *("masks", "ops", "store", "fusing", "measure", "convert", "switch"),
+    *("errors", "support", "blocks", "gaps", "operators", "base", "delta"),
+    *("masks", "ops", "store", "checkpoints", "fusing", "measure", "convert", "switch"),
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.

@@ -9,14 +9,15 @@ PEFT; files are read and written by ``shira.store``, which `Adapter.load`, `Adap
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from shira.base import accumulation_dtype, replacement
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.operators import Operators
 from shira.support import Support
@@ -185,9 +186,11 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
             FileFormatError: If the file is damaged, hostile or no adapter, or needs ``base``.
             WrongBaseError: If the file records other shapes than ``base`` has.
         """
+        from shira.checkpoints import shapes_of
         from shira.store import load
 
-        return load(path, base=base, mapped=mapped)
+        known = None if base is None else partial(shapes_of, base)
+        return load(path, shapes_of=known, mapped=mapped)
 
     def save(
         self,
@@ -216,33 +219,3 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
         from shira.store import save
 
         save(self, path, format=format, dtype=dtype, indices=indices)
-
-
-def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which deltas are added to a weight: float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def replacement(base: Tensor, delta: Tensor) -> Tensor:
-    """``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
-
-    Args:
-        base: ``(k,)`` values of the base weight.
-        delta: ``(k,)`` what is added, of any floating dtype.
-
-    Returns:
-        ``(k,)`` in the dtype of ``base``, on its device.
-    """
-    wide = accumulation_dtype(base.dtype, delta.dtype)
-    return (base.to(wide) + delta.to(wide)).to(base.dtype)
-
-
-def fingerprint(values: Tensor) -> str:
-    """A short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
-
-    Args:
-        values: ``(k,)`` values of the base weight at an adapter's positions, in their own dtype.
-    """
-    raw = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
-    return f"{str(values.dtype).removeprefix('torch.')}:{digest}"

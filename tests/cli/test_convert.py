@@ -57,11 +57,11 @@ def test_merge_and_unmerge(shira, base, saved, tensors, adapter, tmp_path):
     assert same(load(tmp_path / "out"), applied(tensors, adapter))
     assert "20 in 2 weights" in answer.out
     assert "3 of 20 deltas other than zero (15.0%)" in answer.out
-    assert "2 verified" in answer.out
+    assert "2 same" in answer.out
     assert "2 patched" in answer.out
     row = next(line for line in answer.out.splitlines() if "layers.0.up" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["layers.0.up.weight", "bfloat16", "10", "3", "30.0%", "verified"]
+    assert cells == ["layers.0.up.weight", "bfloat16", "10", "3", "30.0%", "same"]
 
     answer = shira("unmerge", tmp_path / "out", "--undo", tmp_path / "undo",
                    "--output", tmp_path / "back")  # fmt: skip
@@ -78,7 +78,7 @@ def test_merge_as_json(shira, base, saved, tensors, adapter, tmp_path):
     assert (found["nnz"], found["nonzero"]) == (20, 20)
     assert found["lost_to_rounding"] == sum(t["lost"] for t in found["targets"]) >= 3
     assert found["files"]["patched"] == ["a.safetensors", "b.safetensors"]
-    assert found["targets"][0]["base"] == "verified"
+    assert found["targets"][0]["base"] == "same"
     assert same(load(tmp_path / "out"), applied(tensors, adapter, 0.5))
     back = ["--undo", tmp_path / "undo", "--output", tmp_path / "back", "--json"]
     found = json.loads(shira("unmerge", tmp_path / "out", *back).out)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira import Adapter, SparseDelta, Support
-from shira.delta import fingerprint
+from shira.base import fingerprint
 
 NAMES = [f"model.layers.{i}.{kind}.weight" for i in range(8) for kind in ("up", "down")]
 METADATA = {

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira import Adapter, SparseDelta, Support
-from shira.delta import fingerprint
+from shira.base import fingerprint
 
 SHAPES = {
     "model.embed_tokens.weight": (20, 8),

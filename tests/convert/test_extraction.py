@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shira import Adapter, SparseDelta, Support
+from shira.base import replacement
 from shira.convert import extract, merge
 from shira.convert.exact import exact_delta
-from shira.delta import replacement
 from shira.errors import AdapterError, ConfigError, WrongBaseError
 from tests.convert.conftest import applied, load, make_adapter, write_checkpoint
 
@@ -138,7 +138,7 @@ def test_from_sharded_checkpoints_and_back(checkpoint, tensors, adapter, tmp_pat
     assert seen[-1] == (total, total)
     found.adapter.save(tmp_path / "found", format="peft")
     told = merge(tmp_path / "found", checkpoint, tmp_path / "again")
-    assert {target.base for target in told.targets} == {"verified"}
+    assert {target.base for target in told.targets} == {"same"}
     again, tuned = load(tmp_path / "again"), load(tmp_path / "tuned")
     assert all(torch.equal(again[name], tuned[name]) for name in tuned)
     assert found.adapter.metadata["base_model_name_or_path"] == str(checkpoint)
@@ -163,7 +163,7 @@ def test_modules_mappings_and_files_agree(tmp_path):
 
 
 def test_pieces_join(tmp_path, monkeypatch):
-    monkeypatch.setattr("shira.convert.sources.BLOCK", 7)
+    monkeypatch.setattr("shira.checkpoints.sources.BLOCK", 7)
     base = {"w": torch.randn(9, 11), "empty": torch.empty(0, 3)}
     adapter = make_adapter(base, ["w"], k=40)
     tuned = applied(base, adapter)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shira.base import fingerprint
 from shira.convert import Factors, from_lora, is_lora
 from shira.convert import lora as lora_module
-from shira.delta import fingerprint
 from shira.errors import AdapterError, FileFormatError, WrongBaseError
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira import Adapter, ShiraError, SparseDelta, Support
+from shira.base import fingerprint
 from shira.convert import copying, load_for, merge, open_checkpoint, rewriting, unmerge
-from shira.delta import fingerprint
 from shira.errors import ConfigError, FileFormatError, MergeError, WrongBaseError
 from tests.convert.conftest import SHARDS, applied, digests, load, make_adapter, write_checkpoint
 
@@ -40,7 +40,7 @@ def test_as_merged_in_memory_and_back_to_the_same_bytes(
     assert before.keys() == after.keys()
     assert told.written.patched == (first, second)
     assert third in told.written.copied
-    assert {target.base for target in told.targets} == {"verified"}
+    assert {target.base for target in told.targets} == {"same"}
     assert (told.nnz, len(told.targets)) == (adapter.nnz, 4)
 
     back = unmerge(tmp_path / "out", tmp_path / "undo", tmp_path / "back")
@@ -76,8 +76,8 @@ def test_deltas_lost_to_rounding_are_counted(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_and_scattered_entries(dtype, tmp_path, monkeypatch):
     """Entries far apart and close together, over several windows, not aligned."""
-    monkeypatch.setattr("shira.convert.entries.WINDOW", 64)
-    monkeypatch.setattr("shira.convert.entries._GAP", 16)
+    monkeypatch.setattr("shira.checkpoints.entries.WINDOW", 64)
+    monkeypatch.setattr("shira.checkpoints.entries._GAP", 16)
     torch.manual_seed(0)
     base = {"pad": torch.ones(3, dtype=torch.uint8), "w": torch.randn(50, 40).to(dtype)}
     save_file(base, tmp_path / "one.safetensors")
@@ -199,10 +199,10 @@ def test_another_base_if_the_caller_insists(checkpoint, tensors, adapter, tmp_pa
     prints = {**adapter.metadata["base_fingerprint"]}
     prints["model.layers.0.q.weight"] = prints["model.layers.1.q.weight"]
     odd = Adapter(adapter, {"base_fingerprint": prints, "base_model_name_or_path": "some/model"})
-    with pytest.raises(WrongBaseError, match="its base is 'some/model'"):
+    with pytest.raises(WrongBaseError, match="trained on 'some/model'"):
         merge(odd, checkpoint, tmp_path / "out")
     told = merge(odd, checkpoint, tmp_path / "out", check_base=False)
-    assert [t.base for t in told.targets].count("another base") == 1
+    assert [t.base for t in told.targets].count("another") == 1
 
 
 def test_fingerprints_of_other_dtypes(tmp_path):
@@ -221,9 +221,9 @@ def test_fingerprints_of_other_dtypes(tmp_path):
         out = tmp_path / "out.safetensors"
         return merge(adapter, tmp_path / "one.safetensors", out, overwrite=True).targets[0].base
 
-    assert verdict(narrow, narrow.float()) == "verified"  # loaded in float32
-    assert verdict(wide, narrow) == "verified"  # loaded in bfloat16
-    assert verdict(narrow, wide) == "not comparable"
+    assert verdict(narrow, narrow.float()) == "same"  # loaded in float32
+    assert verdict(wide, narrow) == "same after rounding"  # loaded in bfloat16
+    assert verdict(narrow, wide) == "cannot be told"
     with pytest.raises(WrongBaseError):
         verdict(wide + 1, narrow)
 

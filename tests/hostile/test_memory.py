@@ -27,18 +27,18 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from shira.errors import ShiraError
-from shira.store import load
+from shira import Adapter
 
 warm, cases = json.loads(sys.argv[1])
 for path in warm:
-    load(path)
+    Adapter.load(path)
 sys.stdout.flush()
 for path, growth, base in cases:
     if os.fork() == 0:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + growth,) * 2)
         try:
-            said = f"loaded {load(path, base=base).nnz}"
+            said = f"loaded {Adapter.load(path, base=base).nnz}"
         except ShiraError as error:
             said = str(error)
         except MemoryError:

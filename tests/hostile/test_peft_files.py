@@ -8,7 +8,7 @@ import pytest
 
 from shira.delta import Adapter
 from shira.errors import FileFormatError, ShiraError
-from shira.store import load, read_peft
+from shira.store import read_peft
 from tests.hostile import peft_files as hostile
 from tests.hostile.peft_files import HOSTILE, Hostile
 
@@ -26,7 +26,7 @@ def base_for(kind: Hostile) -> dict[str, tuple[int, ...]] | None:
 
 
 def test_the_sound_folder_is_accepted(folder: Path) -> None:
-    adapter = load(folder, base=BASE)
+    adapter = Adapter.load(folder, base=BASE)
     assert adapter[hostile.PARAMETER].support.indices.tolist() == [5, 6, 9, 44]
 
 
@@ -34,7 +34,7 @@ def test_the_sound_folder_is_accepted(folder: Path) -> None:
 def test_load_names_file_tensor_and_cause(kind: Hostile, folder: Path) -> None:
     kind.spoil(folder)
     with pytest.raises(FileFormatError) as caught:
-        load(folder, base=base_for(kind))
+        Adapter.load(folder, base=base_for(kind))
     message = str(caught.value)
     assert isinstance(caught.value, ShiraError)
     assert str(folder) in message
@@ -61,7 +61,7 @@ def test_without_shapes_the_error_asks_for_the_base(folder: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
-        load(tmp_path / "absent")
+        Adapter.load(tmp_path / "absent")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -69,4 +69,4 @@ def test_a_pipe_does_not_block(folder: Path) -> None:
     (folder / hostile.WEIGHTS).unlink()
     os.mkfifo(folder / hostile.WEIGHTS)
     with pytest.raises(FileFormatError, match="not a regular file"):
-        load(folder, base=BASE)
+        Adapter.load(folder, base=BASE)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira import ops
-from shira.delta import replacement
+from shira.base import replacement
 from shira.ops import make_plan, native
 from shira.ops.native import build as building
 

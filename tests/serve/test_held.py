@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.base import fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.errors import (
     AdapterError,
     FileFormatError,

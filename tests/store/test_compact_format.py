@@ -20,7 +20,7 @@ from safetensors import safe_open
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError
 from shira.masks import block_support, random_support, struct_support
-from shira.store import load, read_compact, save
+from shira.store import read_compact, save
 from shira.store.int8 import ERROR_BOUND
 from shira.support import Support
 
@@ -390,7 +390,7 @@ def test_metadata_that_is_no_json(tmp_path: Path) -> None:
         save(adapter, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     save(Adapter({}, {}), tmp_path / "empty.safetensors")
-    assert load(tmp_path / "empty.safetensors") == Adapter({})
+    assert Adapter.load(tmp_path / "empty.safetensors") == Adapter({})
 
 
 def test_values_that_are_views_of_something(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
-from shira.store import load, read_peft, save, to_adapter, validate_against, write_peft
+from shira.store import read_peft, save, to_adapter, validate_against, write_peft
 from shira.support import Support
 from tests.hostile import peft_files as hostile
 
@@ -282,4 +282,4 @@ def test_unknown_format_and_file_in_the_way(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"no adapter_model\.safetensors"):
-        load(tmp_path)
+        Adapter.load(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shira.delta import Adapter, SparseDelta
-from shira.store import load, read_peft, write_peft
+from shira.store import read_peft, write_peft
 from shira.support import Support
 from tests.forked import program
 
@@ -59,7 +59,7 @@ def test_we_read_what_peft_writes(folder: Path, expected: dict[str, Tensor]) -> 
         "base_model.model.3.weight": ((4, 9), "F32"),
         "base_model.model.3.bias": ((4,), "F32"),
     }
-    adapter = load(folder / "adapter", base=folder / "base.safetensors")
+    adapter = Adapter.load(folder / "adapter", base=folder / "base.safetensors")
     assert {name: delta.nnz for name, delta in adapter.items()} == {
         "0.weight": 2 * (12 + 20),
         "2.weight": 2 * (20 + 9),
@@ -95,7 +95,7 @@ def test_peft_loads_what_we_write(folder: Path, expected: dict[str, Tensor]) -> 
 
 def test_a_file_of_pefts_comes_back_to_it(folder: Path, expected: dict[str, Tensor]) -> None:
     """PEFT writes, we read and write, PEFT loads: the same outputs, bit for bit."""
-    adapter = load(folder / "adapter", base=folder / "base.safetensors")
+    adapter = Adapter.load(folder / "adapter", base=folder / "base.safetensors")
     with pytest.warns(UserWarning, match="modules_to_save"):
         adapter.save(folder / "again", "peft")
     stock("load", folder, folder / "again", folder / "again.safetensors")

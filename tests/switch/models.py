@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shira import Adapter, SparseDelta, Support
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

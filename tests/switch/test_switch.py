@@ -11,7 +11,7 @@ import torch
 
 import shira
 from shira import Adapter, SparseDelta, Support, Switch
-from shira.delta import fingerprint
+from shira.base import fingerprint
 
 from .models import DTYPES, NAMES, equal, expected, net, pointers, random_adapter, snapshot
 

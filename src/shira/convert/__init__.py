@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converting: adapters into checkpoints and back, from full fine-tunes and LoRA, to patches.
 
-Sits above ``masks`` and ``store``; imports torch, numpy and safetensors only. One file an idea::
+Sits above ``masks``, ``store`` and ``checkpoints``; imports torch, numpy and safetensors only. One
+file an idea::
 
     merging, unmerging   an adapter into a checkpoint on disk, and the very bytes back
       rewriting, copying   a copy of a folder with some entries overwritten, whole or not at all
@@ -12,15 +13,12 @@ Sits above ``masks`` and ``store``; imports torch, numpy and safetensors only. O
       lora, lora_file      its product by blocks, and PEFT's files of it
     patches              vLLM's sparse weight patches
 
-    checkpoint, entries  safetensors on disk: where tensors lie, single entries of them
-    sources              the tensors of a model, from disk or memory, piece by piece
-    naming, base_check   an adapter's names in a checkpoint; whether it is the adapter's base
     loading, budgets     reading an adapter for a checkpoint; how many entries to keep
 """
 
 from __future__ import annotations
 
-from shira.convert.checkpoint import Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.extraction import Change, Extraction, extract
 from shira.convert.from_lora import from_lora
 from shira.convert.loading import load_for

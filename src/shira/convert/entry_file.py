@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from shira.convert.checkpoint import FLOATS
+from shira.checkpoints.opening import FLOATS
 from shira.delta import SparseDelta
 from shira.errors import FileFormatError, ShiraError
 from shira.store.atomic import write_atomically

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from shira.delta import accumulation_dtype, replacement
+from shira.base import accumulation_dtype, replacement
 
 
 def exact_delta(base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira.base import accumulation_dtype, fingerprint
+from shira.checkpoints.naming import match_names
+from shira.checkpoints.sources import Model, OnDisk, Source, source_of
 from shira.convert.budgets import Budget, budget_or_none
 from shira.convert.exact import exact_delta
-from shira.convert.naming import match_names
-from shira.convert.sources import Model, OnDisk, Source, source_of
-from shira.delta import Adapter, SparseDelta, accumulation_dtype, fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
 from shira.masks.topk import top_k
 from shira.support import Support

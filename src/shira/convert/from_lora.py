@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from shira.base import fingerprint
+from shira.checkpoints.naming import match_names
+from shira.checkpoints.sources import Model, Source, source_of
 from shira.convert.budgets import budget_or_none
 from shira.convert.lora import Factors, FromLora, Progress, sparsify
 from shira.convert.lora_file import oriented, read_lora
-from shira.convert.naming import match_names
-from shira.convert.sources import Model, Source, source_of
-from shira.delta import Adapter, fingerprint
+from shira.delta import Adapter
 from shira.errors import WrongBaseError, did_you_mean
 
 

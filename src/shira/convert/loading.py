@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shira.convert.checkpoint import Checkpoint
-from shira.convert.naming import locate
+from shira.checkpoints.naming import locate
+from shira.checkpoints.opening import Checkpoint
 from shira.delta import Adapter
 from shira.store import FORMATS, read_peft, to_adapter
 

@@ -5,7 +5,7 @@ Everything is read and checked first: names, shapes, dtypes, the fingerprint of 
 values that are to be written. Then the folder is copied and the entries are overwritten in the
 copy. Memory is that of the adapter and one small window, whatever the size of the checkpoint.
 
-What is written is ``round(base + scale * delta)``, summed as `shira.delta.replacement` sums, so the
+What is written is ``round(base + scale * delta)``, summed as `shira.base.replacement` sums, so the
 result has the bits of a model that was loaded, merged in memory and saved.
 """
 
@@ -21,16 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira.convert.base_check import Verdict, check_values
-from shira.convert.checkpoint import FLOATS, Checkpoint, Stored, open_checkpoint
-from shira.convert.entries import read_entries
+from shira.base import Verdict, fingerprint, judge, wrong_base
+from shira.checkpoints.entries import read_entries
+from shira.checkpoints.naming import check_untied, locate
+from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.loading import load_for
-from shira.convert.naming import check_untied, locate
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, write_undo
-from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.errors import ConfigError, MergeError, WrongBaseError
 from shira.support import Support
+
+REMEDY = "check_base=False, --no-check-base"
+"""How a conversion goes on with another base."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Target:
         nnz: Entries of the adapter (k).
         nonzero: Deltas other than zero among them.
         lost: Those that rounding swallows: the entry stays as it was.
-        base: What the fingerprint says of the base.
+        base: Whether the base is the adapter's.
     """
 
     name: str
@@ -202,8 +205,9 @@ def _changes(
                 delta, stored = adapter[name], located[name]
                 flat = delta.support.indices.cpu()
                 old = read_entries(file, stored, flat)
-                where = f"{path}: {stored.key!r}"
-                verdict = check_values(adapter.metadata, name, delta, old, where, check_base)
+                verdict = judge(adapter.metadata, name, delta.values, old)
+                if verdict == "another" and check_base:
+                    raise wrong_base(adapter.metadata, name, str(path), REMEDY)
                 yield _change(name, delta, stored, flat, old, scale, verdict)
 
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shira.convert.base_check import check_values
+from shira.base import judge, wrong_base
+from shira.checkpoints.naming import match_names
+from shira.checkpoints.sources import Model, source_of
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
-from shira.convert.naming import match_names
-from shira.convert.sources import Model, source_of
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, FileFormatError, WrongBaseError, did_you_mean
 from shira.support import Support
@@ -91,7 +91,8 @@ def to_patches(
                 f"{name!r} has {support.numel} entries, more than a patch's int32 indices can count"
             )
         held = source.entries(key, support.indices)
-        check_values(adapter.metadata, name, delta, held, f"{source.label}: {key!r}", check_base)
+        if check_base and judge(adapter.metadata, name, delta.values, held) == "another":
+            raise wrong_base(adapter.metadata, name, source.label, "check_base=False")
         new = SparseDelta(support, delta.values.cpu()).replacement(held, scale)
         patches.append(SparsePatch(key, support.indices, new, support.shape))
     return patches

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shira.convert.checkpoint import Checkpoint, Stored
+from shira.checkpoints.entries import write_entries
+from shira.checkpoints.opening import Checkpoint, Stored
 from shira.convert.copying import copy_file, replacing
-from shira.convert.entries import write_entries
 from shira.errors import ConfigError
 
 Progress = Callable[[int, int], None]

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from shira.convert.checkpoint import FLOATS, Checkpoint, Stored, open_checkpoint
-from shira.convert.entries import read_entries
+from shira.base import fingerprint
+from shira.checkpoints.entries import read_entries
+from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, read_undo
-from shira.delta import fingerprint
 from shira.errors import WrongBaseError
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shira.delta import SparseDelta, accumulation_dtype
+from shira.base import accumulation_dtype
+from shira.delta import SparseDelta
 from shira.fusing.align import align
 
 

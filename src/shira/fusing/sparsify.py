@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shira.delta import SparseDelta, accumulation_dtype
+from shira.base import accumulation_dtype
+from shira.delta import SparseDelta
 from shira.masks.topk import top_k
 from shira.support import Support, matrix_shape
 

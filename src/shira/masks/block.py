@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shira.base import accumulation_dtype
 from shira.blocks import support_of_blocks
-from shira.delta import accumulation_dtype
 from shira.errors import MaskError, did_you_mean
 from shira.masks.budget import check_fits
 from shira.masks.permutation import permute, round_keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 from shira.errors import MaskError
 from shira.masks.budget import check_fits
 from shira.masks.magnitude import magnitude_support

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 from shira.ops.plan import Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.resident import resident

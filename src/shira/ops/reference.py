@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 from shira.support import matrix_shape
 
 

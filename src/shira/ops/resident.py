@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from shira.delta import replacement
+from shira.base import replacement
 from shira.ops import native
 from shira.ops.plan import Plan
 

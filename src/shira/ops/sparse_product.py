@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 from shira.ops.plan import Pattern, Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.util import no_autocast, quiet_about_csr

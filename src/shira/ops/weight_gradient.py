@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shira.delta import accumulation_dtype
+from shira.base import accumulation_dtype
 from shira.ops import native
 from shira.ops.chunked import chunked
 from shira.ops.dispatch import backend_told, choose

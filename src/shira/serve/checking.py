@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.base import fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.errors import PlacementError, WrongBaseError
 from shira.ops.patch import Patch
 from shira.serve.exchange import same_bits

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shira.delta import SparseDelta, replacement
+from shira.base import replacement
+from shira.delta import SparseDelta
 from shira.errors import SwitchError
 from shira.ops.patch import Patch, exchange
 from shira.support import Support

@@ -30,8 +30,8 @@ from vllm.distributed import parallel_state
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from shira.convert.checkpoint import open_checkpoint
-from shira.convert.sources import OnDisk
+from shira.checkpoints.opening import open_checkpoint
+from shira.checkpoints.sources import OnDisk
 from shira.delta import Adapter
 from shira.errors import PlacementError, ServeError, ShiraError
 from shira.serve.held import Held

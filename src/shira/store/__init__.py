@@ -5,9 +5,9 @@
 them, ``compact_write`` and ``compact_read`` are the compact format, with ``compact_table`` (what a
 file says of itself), ``gaps``, ``blocks`` and ``int8`` (its codings); ``peft_format`` reads PEFT's
 format, ``peft_write`` writes it and ``peft_config`` is its JSON file; ``safetensors_header``,
-``json_text`` and ``entries`` refuse what cannot be meant; ``names`` and ``base_shapes`` know the
-base model's side; ``atomic`` writes files; ``extract`` takes an adapter out of a live model, whose
-tensors ``sharded`` makes whole.
+``json_text`` and ``entries`` refuse what cannot be meant; ``names`` knows the base model's side;
+``atomic`` writes files; ``extract`` takes an adapter out of a live model, whose tensors ``sharded``
+makes whole.
 
 Sits above ``delta``, and above ``masks``: a compact file may hold the seed of a random mask in the
 place of its indices. Imports torch, numpy, safetensors, never PEFT.
@@ -16,7 +16,7 @@ place of its indices. Imports torch, numpy, safetensors, never PEFT.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,6 @@ import torch
 
 from shira.delta import Adapter
 from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
-from shira.store.base_shapes import Base, shapes_of
 from shira.store.compact_read import COMPACT_NAME, CompactFile, is_compact, read_compact
 from shira.store.compact_write import write_compact
 from shira.store.peft_config import CONFIG_NAME
@@ -40,17 +39,16 @@ from shira.store.peft_write import write_peft
 
 __all__ = [
     "FORMATS",
-    "Base",
     "CompactFile",
     "Format",
     "PeftFile",
     "RawDelta",
+    "ShapesOf",
     "is_compact",
     "load",
     "read_compact",
     "read_peft",
     "save",
-    "shapes_of",
     "to_adapter",
     "validate_against",
     "write_compact",
@@ -58,8 +56,12 @@ __all__ = [
 ]
 
 
+ShapesOf = Callable[[Collection[str]], Mapping[str, Sequence[int]]]
+"""From an adapter's parameter names to the shapes of the base's weights, of those at least."""
+
+
 class _Read(Protocol):
-    def __call__(self, path: Path, base: Base | None, mapped: bool) -> Adapter: ...
+    def __call__(self, path: Path, shapes: ShapesOf | None, mapped: bool) -> Adapter: ...
 
 
 class _Write(Protocol):
@@ -86,10 +88,12 @@ class Format(NamedTuple):
     write: _Write
 
 
-def _read_compact(path: Path, base: Base | None, mapped: bool) -> Adapter:
+def _read_compact(path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter:
     read = read_compact(path, mapped=mapped)
-    shapes = {} if base is None else shapes_of(base)
-    for name, record in read.records.items() if base is not None else ():
+    if shapes_of is None:
+        return read.adapter
+    shapes = shapes_of(read.records)
+    for name, record in read.records.items():
         if name not in shapes:
             raise FileFormatError(
                 f"{read.path}: unknown target: the base model has no parameter {name!r}."
@@ -118,8 +122,10 @@ def _write_compact(
     write_compact(adapter, path, dtype, indices)
 
 
-def _read_peft(path: Path, base: Base | None, mapped: bool) -> Adapter:
-    return to_adapter(read_peft(path), None if base is None else shapes_of(base))
+def _read_peft(path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter:
+    file = read_peft(path)
+    names = [raw.weight_name for raw in file.tensors.values()]
+    return to_adapter(file, None if shapes_of is None else shapes_of(names))
 
 
 def _write_peft(
@@ -142,27 +148,28 @@ FORMATS: Mapping[str, Format] = {
 
 
 def load(
-    path: str | os.PathLike[str], *, base: Base | None = None, mapped: bool = False
+    path: str | os.PathLike[str], *, shapes_of: ShapesOf | None = None, mapped: bool = False
 ) -> Adapter:
     """Read an adapter, whatever its format.
 
     Args:
         path: A compact file (or a folder with an ``adapter.safetensors``), a folder in PEFT's
             format, or its safetensors file.
-        base: Needed if the file does not record the shapes of the base's weights; see `shapes_of`.
+        shapes_of: Given the adapter's parameter names, returns the shapes of the base's weights.
+            Needed if the file does not record them.
         mapped: Leave a compact file's values in the file, mapped into memory; see `read_compact`.
             PEFT's format is always copied.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        FileFormatError: If it is damaged, hostile, no adapter, or ``base`` is needed or unlike it.
-        WrongBaseError: If it records other shapes than ``base`` has.
+        FileFormatError: If it is damaged, hostile, no adapter, or shapes are needed or unlike it.
+        WrongBaseError: If it records other shapes than the base has.
     """
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file or folder")
     chosen = next(known for known in FORMATS.values() if known.claims(where))
-    return chosen.read(where, base, mapped)
+    return chosen.read(where, shapes_of, mapped)
 
 
 def save(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.base import fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, TargetError, WrongBaseError
 from shira.ops.patch import Patch
 from shira.store.peft_config import FINGERPRINT_FIELD

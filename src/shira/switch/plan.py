@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shira.delta import SparseDelta, accumulation_dtype, replacement
+from shira.base import accumulation_dtype, replacement
+from shira.delta import SparseDelta
 from shira.errors import AdapterError
 from shira.ops.patch import Patch, memory_offsets
 from shira.ops.resident import memory_of

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shira import ops
-from shira.delta import replacement
+from shira.base import replacement
 from shira.tuner.hooks import has_hooks
 from shira.tuner.masking import weight_of
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from shira.delta import fingerprint
+from shira.base import fingerprint
+from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, SupportError, WrongBaseError
-from shira.store import PeftFile, read_peft, shapes_of, validate_against
+from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support, matrix_shape
 from shira.tuner.base_values import base_values

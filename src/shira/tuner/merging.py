@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shira.delta import replacement
+from shira.base import replacement
 from shira.ops import Plan, plan_for
 from shira.ops.resident import compiled_for, lock_of, memory_of
 from shira.ops.write_count import WriteCount, count_write, take_back

@@ -20,7 +20,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from shira.delta import fingerprint
+from shira.base import fingerprint
 from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name

@@ -27,7 +27,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shira.delta import replacement
+from shira.base import replacement
 from shira.errors import MergeError, TargetError
 from shira.ops import plan_for, weight_gradient
 from shira.ops.util import no_autocast

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from shira.convert.sources import source_of
+from shira.checkpoints.sources import source_of
 from shira.delta import Adapter, SparseDelta
 from shira.errors import PlacementError
 from shira.serve.held import Held

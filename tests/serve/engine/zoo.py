@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from shira.delta import Adapter, SparseDelta, fingerprint
+from shira.base import fingerprint
+from shira.delta import Adapter, SparseDelta
 from shira.masks import random_support
 
 EXTENSION = "shira.serve.vllm.ShiraWorkerExtension"

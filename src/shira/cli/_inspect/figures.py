@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shira.delta import replacement
+from shira.base import replacement
 from shira.measure.wide import ZERO, Wide, dot, near_one
 from shira.measure.wide import total as added
 

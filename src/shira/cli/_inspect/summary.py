@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira.base import fingerprint
 from shira.cli._inspect.checkpoint import Checkpoint
 from shira.cli._inspect.figures import Figures, vanishing
-from shira.delta import Adapter, fingerprint
+from shira.delta import Adapter
 from shira.errors import ConfigError
 from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
 

@@ -14,8 +14,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from shira.convert.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from shira.convert.entries import read_entries, read_span
+from shira.checkpoints.entries import read_entries, read_span
+from shira.checkpoints.opening import FLOATS, Checkpoint, open_checkpoint
 from shira.errors import AdapterError
 from shira.store.names import base_module_name, unwrapped
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shira.convert.checkpoint import FLOATS, Stored
+from shira.checkpoints.opening import FLOATS, Stored
 from shira.errors import FileFormatError
 
 WINDOW = 2**22

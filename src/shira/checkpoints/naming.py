@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from shira.convert.checkpoint import Checkpoint, Stored
+from shira.checkpoints.opening import Checkpoint, Stored
 from shira.errors import MergeError, WrongBaseError, did_you_mean
 
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError
-from shira.store import shapes_of
 
 
 def test_from_a_module() -> None:

@@ -7,7 +7,7 @@ A module in memory, a checkpoint on disk of which only headers are read, or a pl
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,13 +21,14 @@ Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Mapping[str, Sequence[in
 """A base model, a safetensors file or folder of them, or ``{parameter name: shape}``."""
 
 
-def shapes_of(base: Base) -> dict[str, tuple[int, ...]]:
+def shapes_of(base: Base, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of a base model's weights by parameter name.
 
     Args:
         base: An ``nn.Module`` (wrapped or adapted ones count as the base inside), the path of a
             safetensors checkpoint or of a folder with one in one or more files, or the shapes
             themselves.
+        names: Parameters that are asked for, if only some are.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.

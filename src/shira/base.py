@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model's values: how a delta is added to them, and how a base is known again.
+
+An adapter records, for each parameter, a hash of the base's values at its entries in the dtype that
+the base had. `judge` holds a base against that, in whatever dtype it is; every place that loads an
+adapter asks it, and nothing else decides whether a base is the right one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shira.errors import WrongBaseError
+
+FINGERPRINT_FIELD = "base_fingerprint"
+"""Metadata: ``{parameter name: fingerprint of the base's values at the entries}``."""
+
+ROUNDED_FIELD = "base_fingerprint_rounded"
+"""Metadata: ``{parameter name: [fingerprints of the same values rounded to other dtypes]}``."""
+
+Verdict = Literal[
+    "same", "same after rounding", "another", "cannot be told", "not recorded", "untrained"
+]
+"""Whether a base is the one that an adapter was made on; see `judge`."""
+
+_FLOATS = {str(d).removeprefix("torch."): d for d in (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16,
+)}  # fmt: skip
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which deltas are added to a weight: float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def replacement(base: Tensor, delta: Tensor) -> Tensor:
+    """``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
+
+    Args:
+        base: ``(k,)`` values of the base weight.
+        delta: ``(k,)`` what is added, of any floating dtype.
+
+    Returns:
+        ``(k,)`` in the dtype of ``base``, on its device.
+    """
+    wide = accumulation_dtype(base.dtype, delta.dtype)
+    return (base.to(wide) + delta.to(wide)).to(base.dtype)
+
+
+def fingerprint(values: Tensor) -> str:
+    """A short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
+
+    Args:
+        values: ``(k,)`` values of the base weight at an adapter's positions, in their own dtype.
+    """
+    raw = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return f"{str(values.dtype).removeprefix('torch.')}:{digest}"
+
+
+def fingerprint_fields(base: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what an adapter's metadata records of the base that it is made on.
+
+    Beside the hash of the values themselves it has the hashes of the values rounded to the
+    narrower dtypes in which models are loaded, for a copy of the base in one of those does not
+    show the exact values any more.
+
+    Args:
+        base: ``(k,)`` values at the adapter's entries, in the base's dtype, by parameter name.
+
+    Returns:
+        `FINGERPRINT_FIELD` and `ROUNDED_FIELD`; without parameters, nothing.
+    """
+    exact, rounded = {}, {}
+    for name, values in base.items():
+        values = values.detach().cpu()
+        exact[name] = fingerprint(values)
+        others = [d for d in _NARROW if _loses(values.dtype, d)]
+        if others:
+            rounded[name] = [fingerprint(values.to(dtype)) for dtype in others]
+    fields = {FINGERPRINT_FIELD: exact, ROUNDED_FIELD: rounded}
+    return {field: told for field, told in fields.items() if told}
+
+
+def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor | None) -> Verdict:
+    """Tell whether a base holds the values that an adapter was made on.
+
+    A base of the recorded dtype is compared as it is, one of a wider dtype after rounding to it. A
+    copy in a narrower dtype is compared with the hash of the rounded values, which adapters made
+    by shira 0.1 and stock PEFT do not record. A base that has neither all values of the recorded
+    dtype nor the other way round (float16 beside bfloat16) can be found the same, but a difference
+    does not show that it is another: both may be rounded from one float32 base.
+
+    Args:
+        metadata: The adapter's, with `FINGERPRINT_FIELD` and `ROUNDED_FIELD`.
+        name: The parameter.
+        values: ``(k,)`` its deltas.
+        held: ``(k,)`` the base's values at its entries; None where they cannot be read (packed by
+            quantization, on the meta device).
+
+    Returns:
+        - ``"same"``: the very values, perhaps in a wider dtype.
+        - ``"same after rounding"``: one of the two is the other, rounded.
+        - ``"another"``: other values.
+        - ``"cannot be told"``: the values cannot be read, or not be compared.
+        - ``"not recorded"``: the adapter does not record its base.
+        - ``"untrained"``: in the place of the two before the last, if all deltas are zeros: they
+          change nothing, so they fit every base.
+    """
+    recorded = (metadata.get(FINGERPRINT_FIELD) or {}).get(name)
+    if recorded is None:
+        return "not recorded"
+    rounded = (metadata.get(ROUNDED_FIELD) or {}).get(name) or ()
+    verdict = "cannot be told" if held is None else _compare(recorded, rounded, held.cpu())
+    if verdict in ("another", "cannot be told") and not bool(values.any()):
+        return "untrained"
+    return verdict
+
+
+def wrong_base(metadata: Mapping[str, Any], name: str, where: str, remedy: str) -> WrongBaseError:
+    """Return the error for a base that `judge` calls another.
+
+    Args:
+        metadata: The adapter's.
+        name: The parameter.
+        where: What holds other values, to begin the message with: a file or an adapter's name.
+        remedy: How to use the adapter all the same.
+    """
+    base = metadata.get("base_model_name_or_path")
+    return WrongBaseError(
+        f"{where}: wrong base: {name!r} does not hold the values that the adapter was trained on "
+        f"(recorded fingerprint {metadata[FINGERPRINT_FIELD][name]})"
+        f"{f'; it was trained on {base!r}' if base else ''}. To use it all the same: {remedy}"
+    )
+
+
+def _compare(recorded: str, rounded: Sequence[str], held: Tensor) -> Verdict:
+    own = fingerprint(held)
+    if own == recorded:
+        return "same"
+    if own in rounded:
+        return "same after rounding"
+    made_on, dtype = _FLOATS.get(recorded.partition(":")[0]), held.dtype
+    if own.partition(":")[0] == recorded.partition(":")[0]:
+        return "another"
+    if made_on is None or dtype not in _FLOATS.values():
+        return "cannot be told"
+    if fingerprint(held.to(made_on)) == recorded:
+        return "same after rounding" if _loses(dtype, made_on) else "same"
+    if not _loses(made_on, dtype):  # the base is wider
+        through = fingerprint(held.float().to(made_on))  # float64, loaded as float32 and cast then
+        return "same after rounding" if through == recorded else "another"
+    narrower = not _loses(dtype, made_on)
+    known = {text.partition(":")[0] for text in rounded}
+    return "another" if narrower and own.partition(":")[0] in known else "cannot be told"
+
+
+def _loses(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a dtype has values that another one has not."""
+    return source in _FLOATS.values() and torch.promote_types(source, target) != target
