@@ -2,15 +2,15 @@
 """`SparseDelta` and `Adapter`: adapters as plain values.
 
 A `SparseDelta` is a `Support` with a value for each of its entries; an `Adapter` maps the base
-model's own parameter names to one each, and carries metadata. Neither knows of ``nn.Module`` or
-PEFT; files are read and written by ``shira.store``, which `Adapter.load`, `Adapter.save` and
-`Adapter.from_model` call.
+model's own parameter names to one each, and carries metadata and the tensors that were trained
+whole beside them (a new head). Neither knows of ``nn.Module`` or PEFT; files are read and written
+by ``shira.store``, which `Adapter.load`, `Adapter.save` and `Adapter.from_model` call.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -88,15 +88,28 @@ class SparseDelta:
 class Adapter(Operators, Mapping[str, SparseDelta]):
     """`{parameter name: SparseDelta}` with metadata; the operators are in `shira.operators`.
 
+    As a mapping it has the deltas alone; `tensors` are beside them.
+
     Args:
         deltas: By the base model's own parameter name, e.g. ``model.layers.0.mlp.up_proj.weight``.
         metadata: Anything that JSON can hold: mask, seed, base model, fingerprint.
+        tensors: Whole tensors that take the place of the base's, by the base model's own name of
+            the parameter or buffer: what was trained under ``modules_to_save``.
+
+    Raises:
+        AdapterError: If a name or value is of another type, or a name has both a delta and a
+            tensor.
     """
 
-    __slots__ = ("_deltas", "metadata")
+    __slots__ = ("_deltas", "metadata", "tensors")
+
+    tensors: dict[str, Tensor]
 
     def __init__(
-        self, deltas: Mapping[str, SparseDelta], metadata: Mapping[str, Any] | None = None
+        self,
+        deltas: Mapping[str, SparseDelta],
+        metadata: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         for name, delta in deltas.items():
             if not isinstance(name, str) or not isinstance(delta, SparseDelta):
@@ -104,8 +117,19 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
                     f"an adapter maps parameter names to SparseDelta, not {name!r} to "
                     f"{type(delta).__name__}"
                 )
+        for name, tensor in (tensors or {}).items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise AdapterError(
+                    f"whole tensors are given by parameter name, not {name!r} as "
+                    f"{type(tensor).__name__}"
+                )
+            if name in deltas:
+                raise AdapterError(
+                    f"{name!r} has a delta and a whole tensor; a parameter is changed in one way"
+                )
         self._deltas = dict(deltas)
         self.metadata = dict(metadata or {})
+        self.tensors = {name: tensor.detach() for name, tensor in (tensors or {}).items()}
 
     def __getitem__(self, name: str) -> SparseDelta:
         try:
@@ -136,21 +160,43 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
         return self.nnz / numel if numel else 0.0
 
     def __eq__(self, other: object) -> bool:
-        """Equal deltas, bit for bit; metadata does not count."""
+        """Equal deltas and whole tensors, bit for bit; metadata does not count."""
         if not isinstance(other, Adapter):
             return NotImplemented
-        return self._deltas == other._deltas
+        return (
+            self._deltas == other._deltas
+            and self.tensors.keys() == other.tensors.keys()
+            and all(same_tensor(t, other.tensors[name]) for name, t in self.tensors.items())
+        )
 
     __hash__ = None  # type: ignore[assignment]  # holds tensors
 
     def __repr__(self) -> str:
-        return f"Adapter({len(self)} parameters, nnz={self.nnz}, density={self.density:.4g})"
+        whole = f", {len(self.tensors)} whole tensors" if self.tensors else ""
+        return f"Adapter({len(self)} parameters, nnz={self.nnz}, density={self.density:.4g}{whole})"
+
+    def require_sparse(self, what: str) -> None:
+        """Refuse an adapter with whole tensors, for what knows deltas alone.
+
+        Args:
+            what: The subject of the message: ``"a patch file"``.
+
+        Raises:
+            AdapterError: If it has some; names them.
+        """
+        if self.tensors:
+            raise AdapterError(
+                f"{what} cannot hold whole tensors, and the adapter has {listed(self.tensors)} "
+                "(trained under modules_to_save). adapter.restrict(list(adapter)) is the adapter "
+                "without them, which computes something else"
+            )
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
         """The named adapter of a PEFT model (or of a model with injected SHiRA layers), as a value.
 
-        The values are copies; training on changes nothing of the result.
+        The values are copies; training on changes nothing of the result. Modules that the adapter
+        trains whole (``modules_to_save``) become its `tensors`.
 
         Raises:
             UnknownAdapterError: If no layer of the model has an adapter of this name.
@@ -208,7 +254,8 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
                 bfloat16 values (``docs/file-format.md``). ``"peft"``: ``adapter_config.json`` and
                 ``adapter_model.safetensors``, which stock PEFT loads.
             dtype: Dtype of the stored values; ``None`` keeps theirs. ``torch.int8`` (compact only)
-                keeps a scale for each parameter and loads as float32, within half a step.
+                keeps a scale for each parameter and loads as float32, within half a step. Whole
+                tensors keep their dtype.
             indices: How a compact file stores them: as ``"gaps"``, as the numbers of ``"blocks"``,
                 or as the ``"seed"`` of a random mask; ``None`` takes the smallest that is exact.
 
@@ -219,3 +266,15 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
         from shira.store import save
 
         save(self, path, format=format, dtype=dtype, indices=indices)
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have one dtype, one shape and equal values, on any devices."""
+    return a.dtype == b.dtype and torch.equal(a.detach().cpu(), b.detach().cpu())
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return some names for a message: the first three, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

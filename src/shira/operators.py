@@ -28,7 +28,10 @@ class Operators:
     __slots__ = ()
 
     def __mul__(self, factor: float) -> Adapter:
-        """Each value times a finite number; float32, or float64 if the values are."""
+        """Each value times a finite number; float32, or float64 if the values are.
+
+        An adapter with whole tensors is refused (`AdapterError`): they have no scale.
+        """
         if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
         from shira.fusing import fuse
@@ -50,7 +53,10 @@ class Operators:
         return self * -1
 
     def __add__(self, other: Adapter) -> Adapter:
-        """``fuse([self, other])``: on the union of the positions, summed in float32."""
+        """``fuse([self, other])``: on the union of the positions, summed in float32.
+
+        Whole tensors are carried; two different ones of one name are refused.
+        """
         if not isinstance(other, type(self)):
             return NotImplemented
         from shira.fusing import fuse
@@ -76,8 +82,11 @@ class Operators:
         """Part of the adapter; values keep their bits.
 
         Args:
-            which: Parameter names; or a function of a name that says whether to keep it; or
-                ``{name: Support}`` (another adapter will do), to keep the positions that both have.
+            which: Names of parameters, and of whole tensors; or a function of a name that says
+                whether to keep it; or ``{name: Support}``, to keep the positions that both have; or
+                another adapter, to keep its positions and the whole tensors of names that it has
+                whole too. ``adapter.restrict(list(adapter))`` is the adapter without its whole
+                tensors.
 
         Raises:
             UnknownAdapterError: If a name is not a parameter of the adapter.
@@ -90,7 +99,8 @@ class Operators:
     def prune(self, k: int | None = None, *, density: float | None = None) -> Adapter:
         """The entries of largest magnitude, over all parameters together; values keep their bits.
 
-        Of equal magnitudes the first are kept. A parameter may end with no entry.
+        Of equal magnitudes the first are kept. A parameter may end with no entry. Whole tensors
+        stay as they are.
 
         Args:
             k: How many entries to keep; with as many or more, the adapter is returned as it is.
@@ -113,6 +123,8 @@ class Operators:
         self, dtype: torch.dtype | None = None, *, device: torch.device | str | None = None
     ) -> Adapter:
         """The adapter with its values in another dtype, rounded to nearest, or on another device.
+
+        Whole tensors keep their dtype.
 
         Raises:
             AdapterError: If the dtype is not floating point, or a finite value is beyond its range.

@@ -147,14 +147,14 @@ def test_stock_files_that_record_no_shapes(shira, saved, checkpoint):
     assert found["base"]["targets_unlike"] is None
 
 
-def test_other_tensors_are_listed(shira, saved):
+def test_whole_tensors_are_listed(shira, saved):
     path = saved / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.score.weight": torch.ones(2, 4)}, path)
     found = json.loads(shira("inspect", saved, "--json").out)
-    assert found["other_tensors"] == {
-        "base_model.model.score.weight": {"shape": [2, 4], "dtype": "F32"}
+    assert found["whole_tensors"] == {
+        "score.weight": {"shape": [2, 4], "dtype": "float32", "bytes": 32}
     }
-    assert "score.weight [2, 4]" in shira("inspect", saved).out
+    assert "score.weight: 2 x 4, float32" in shira("inspect", saved).out
 
 
 def test_bfloat16_values(shira, adapter, tmp_path):

@@ -189,6 +189,27 @@ def _added(name: str) -> Callable[[], bytes]:
     return spoil
 
 
+def _head(
+    dtype: str = "F32",
+    shape: list[int] | None = None,
+    raw: bytes = bytes(8),
+    *,
+    table: Any = None,
+    name: str = "head",
+) -> Callable[[], bytes]:
+    """A file with a whole tensor of two entries, of which the table may say something else."""
+
+    def spoil() -> bytes:
+        parts = sound_parts()
+        claim = {"dtype": dtype, "shape": shape or [2]}
+        told = {name: claim if table is None else table}
+        parts.table.update(version=2, tensors=told)
+        parts.tensors[f"{name}.whole"] = (dtype, shape or [2], raw)
+        return compose(parts)
+
+    return spoil
+
+
 def _renamed(old: str, new: str) -> Callable[[], bytes]:
     def spoil() -> bytes:
         parts = sound_parts()
@@ -263,7 +284,25 @@ HOSTILE: tuple[Hostile, ...] = (
     Hostile("table_repeats_a_key", _whole(_repeated_key), ("duplicate key 'k'",)),
     Hostile("table_of_empty_lists", _text(shira='{"a":[' + "[]," * 200_000 + "0]}"),
             ("too large", "memory")),
-    Hostile("later_version", _table(version=2), ("version 2", "newer shira")),
+    Hostile("later_version", _table(version=3), ("version 3", "newer shira")),
+    Hostile("version_2_without_tensors", _table(version=2), ("'tensors' is missing",)),
+    Hostile("version_1_with_tensors", _table(tensors={}), ("unknown field 'tensors'",)),
+    Hostile("whole_no_object", _head(table=[2]), ("'head'", "an object for each")),
+    Hostile("whole_no_dtype", _head(table={"shape": [2]}), ("'head'", "'dtype' is missing")),
+    Hostile("whole_unknown_field", _head(table={"dtype": "F32", "shape": [2], "scale": 1}),
+            ("'head'", "unknown field 'scale'")),
+    Hostile("whole_bool", _head("BOOL", [2], b"\1\0"), ("'head'", "'BOOL'")),
+    Hostile("whole_negative_size", _head(table={"dtype": "F32", "shape": [-2]}),
+            ("'head'", "list of sizes")),
+    Hostile("whole_nan", _head(raw=b"\0\0\xc0\x7f" * 2), ("'head'", "not finite: 2 NaN")),
+    Hostile("whole_other_shape", _head(table={"dtype": "F32", "shape": [1, 2]}),
+            ("'head.whole'", "shape (2,) is not (1, 2)")),
+    Hostile("whole_other_dtype", _head("I32", table={"dtype": "F32", "shape": [2]}),
+            ("'head.whole'", "dtype I32 is not F32")),
+    Hostile("whole_missing", _table(version=2, tensors={"head": {"dtype": "F32", "shape": [2]}}),
+            ("missing tensor 'head.whole'",)),
+    Hostile("whole_not_in_the_table", _added("head.whole"), ("'head.whole'", "does not name it")),
+    Hostile("whole_and_sparse", _head(name=GAPS), (repr(GAPS), "entries of it as well")),
     Hostile("version_zero", _table(version=0), ("version is a whole number",)),
     Hostile("version_text", _table(version="1"), ("version is a whole number",)),
     Hostile("version_true", _table(version=True), ("version is a whole number",)),

@@ -29,6 +29,7 @@ def write(folder: Path) -> None:
         r=2, target_modules=["0", "2"], random_seed=5, init_weights=False, modules_to_save=["3"]
     )
     model = get_peft_model(base, config)
+    base[3].modules_to_save["default"].weight.data.mul_(2)
     model.save_pretrained(folder / "adapter")
     x = torch.randn(7, 12)
     deltas = {

@@ -194,12 +194,25 @@ def golden_adapter() -> Adapter:
     )
 
 
-@pytest.mark.parametrize("dtype", [None, torch.int8])
-def test_golden_bytes(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    """Version 1, byte for byte; these files are to be readable for ever."""
-    name = "version-1.safetensors" if dtype is None else "version-1-int8.safetensors"
+def golden_adapter_with_a_head() -> Adapter:
+    head = torch.tensor([[1.5, -2.0], [0.0, 3.0], [1.0, -0.5]])
+    tensors = {"head.weight": head.bfloat16(), "norm.count": torch.tensor(7), "head.bias": head[0]}
+    return Adapter(golden_adapter(), golden_adapter().metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "adapter"),
+    [
+        ("version-1.safetensors", None, golden_adapter()),
+        ("version-1-int8.safetensors", torch.int8, golden_adapter()),
+        ("version-2.safetensors", None, golden_adapter_with_a_head()),
+    ],
+)
+def test_golden_bytes(
+    tmp_path: Path, name: str, dtype: torch.dtype | None, adapter: Adapter
+) -> None:
+    """Both versions, byte for byte; these files are to be readable for ever."""
     golden = (GOLDEN / name).read_bytes()
-    adapter = golden_adapter()
     read = Adapter.load(GOLDEN / name)
     assert read.metadata == adapter.metadata
     assert {n: d.support for n, d in read.items()} == {n: d.support for n, d in adapter.items()}
@@ -230,6 +243,8 @@ def in_the_order_of_the_table(header: Any, table: Any, data: bytes) -> bytes:
         for kind in ("values", "gaps", "blocks", "rest"):
             if claim := header.get(f"{name}.{kind}"):
                 parts.append(data[slice(*claim["data_offsets"])])
+    for name in table.get("tensors", {}):
+        parts.append(data[slice(*header[f"{name}.whole"]["data_offsets"])])
     return b"".join(parts)
 
 
@@ -269,6 +284,55 @@ def test_the_golden_file_is_what_the_specification_says() -> None:
     kinds = [name for name in header if name != "__metadata__"]
     assert kinds[0] == "seed.weight.values"
     assert [header[name]["dtype"] for name in kinds] == ["F32", "BF16", "F16", "U8", "U8", "U8"]
+
+
+def test_whole_tensors_are_what_the_specification_says() -> None:
+    raw = (GOLDEN / "version-2.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    table = json.loads(header["__metadata__"]["shira"])
+    assert table["version"] == 2
+    assert table["tensors"] == {
+        "head.weight": {"dtype": "BF16", "shape": [3, 2]},
+        "norm.count": {"dtype": "I64", "shape": []},
+        "head.bias": {"dtype": "F32", "shape": [2]},
+    }
+    start, end = header["head.weight.whole"]["data_offsets"]
+    assert raw[8 + length + start : 8 + length + end].hex() == "c03f00c000004040803f00bf"
+    kinds = [claim["dtype"] for name, claim in header.items() if name != "__metadata__"]
+    assert kinds == ["I64", "F32", "F32", "BF16", "F16", "BF16", "U8", "U8", "U8"]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5, 4)])
+def test_whole_tensors_round_trip(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, mapped: bool
+) -> None:
+    adapter, _ = of_every_coding()
+    head = torch.randn(shape).mul_(9).to(dtype)
+    adapter = Adapter(adapter, adapter.metadata, {"head.weight": head, "gaps": head.t()})
+    adapter.save(tmp_path / "a.safetensors", dtype=torch.float16)
+    read = Adapter.load(tmp_path / "a.safetensors", mapped=mapped)
+    assert read.tensors["head.weight"].shape == shape
+    assert Adapter({}, None, read.tensors) == Adapter({}, None, adapter.tensors)
+
+
+@pytest.mark.parametrize("format", ["compact", "peft"])
+@pytest.mark.parametrize(
+    ("tensor", "match"),
+    [
+        (torch.tensor([math.inf]), r"'head.weight': .*not finite: 0 NaN and 1 infinite"),
+        (torch.tensor([True]), r"'head.weight': a whole tensor of torch.bool cannot be stored"),
+    ],
+)
+def test_whole_tensors_that_no_file_holds(
+    tmp_path: Path, format: Any, tensor: torch.Tensor, match: str
+) -> None:
+    adapter = Adapter(golden_adapter(), None, {"head.weight": tensor})
+    with pytest.raises(AdapterError, match=match):
+        adapter.save(tmp_path / "a", format)
+    assert not any(tmp_path.iterdir())
 
 
 def from_the_seed(shape: tuple[int, ...], k: int, seed: int, slot: int, name: str) -> list[int]:

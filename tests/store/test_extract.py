@@ -119,6 +119,38 @@ def test_metadata_is_the_config_in_plain_values() -> None:
     assert adapter_of_model(base()).metadata == {}
 
 
+class Wrapper(nn.Module):
+    """A module that PEFT lets adapters train whole: nested as ``ModulesToSaveWrapper`` does."""
+
+    def __init__(self, **copies: nn.Module) -> None:
+        super().__init__()
+        self.original_module = nn.BatchNorm1d(2)
+        self.modules_to_save = nn.ModuleDict(copies)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_modules_that_are_trained_whole(wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.BatchNorm1d(2)
+    norm(torch.randn(5, 2))
+    head = Wrapper(default=norm, other=nn.BatchNorm1d(2))
+    monkeypatch.setitem(globals(), "base", lambda made=base: made().append(head))
+    model = WRAPPERS[wrapper]()
+    adapter = adapter_of_model(model)
+    assert len(adapter) == 2
+    assert adapter.tensors.keys() == {f"3.{name}" for name in norm.state_dict()}
+    assert all(torch.equal(adapter.tensors[f"3.{n}"], t) for n, t in norm.state_dict().items())
+    norm.running_mean.zero_()
+    assert adapter.tensors["3.running_mean"].any()
+    assert adapter_of_model(model, "style").tensors == {}
+
+
+def test_layers_inside_a_module_that_is_trained_whole_are_refused() -> None:
+    inside = Layer(nn.Linear(3, 2), default=(VALUES, INDICES))
+    model = nn.Sequential(base(), Wrapper(default=nn.Sequential(inside)))
+    with pytest.raises(AdapterError, match=r"'1' is trained whole .* has SHiRA layers inside"):
+        adapter_of_model(model)
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UnknownAdapterError, match=r"'styel'.*'default', 'style'.*mean 'style'"):
         adapter_of_model(base(), "styel")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shira.base import fingerprint
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store import read_peft, save, to_adapter, validate_against, write_peft
@@ -129,14 +130,107 @@ def test_unsorted_entries_are_sorted_with_their_values(tmp_path: Path) -> None:
     assert raw.values.tolist() == [0.5, -1.0, 2.0, 0.25]
 
 
-def test_other_tensors_stay_reachable_and_out_of_the_adapter(tmp_path: Path) -> None:
-    hostile.write_sound(tmp_path)
-    head = "base_model.model.classifier.weight"
-    tensors = {**hostile.sound_tensors(), head: torch.zeros(3, 8, dtype=torch.bfloat16)}
-    save_file(tensors, tmp_path / hostile.WEIGHTS)
-    file = read_peft(tmp_path)
-    assert file.other == {head: ((3, 8), "BF16")}
-    assert list(to_adapter(file, {hostile.PARAMETER: hostile.SHAPE})) == [hostile.PARAMETER]
+def write_with(folder: Path, **tensors: torch.Tensor) -> None:
+    """The sound file with further tensors, ``__`` in a name standing for a dot."""
+    hostile.write_sound(folder)
+    more = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({**hostile.sound_tensors(), **more}, folder / hostile.WEIGHTS)
+
+
+def test_other_tensors_are_the_adapters_whole_tensors(tmp_path: Path) -> None:
+    head = torch.arange(24.0).view(3, 8).bfloat16()
+    count = torch.tensor(7)
+    more = {"classifier__weight": head, "base_model__model__norm__num_batches_tracked": count}
+    write_with(tmp_path, **more)
+    adapter = Adapter.load(tmp_path, base={hostile.PARAMETER: hostile.SHAPE})
+    assert list(adapter) == [hostile.PARAMETER]
+    assert set(adapter.tensors) == {"classifier.weight", "norm.num_batches_tracked"}
+    assert torch.equal(adapter.tensors["classifier.weight"], head)
+    assert torch.equal(adapter.tensors["norm.num_batches_tracked"], count)
+    adapter.save(tmp_path / "again", "peft")
+    assert set(read_peft(tmp_path / "again").config["modules_to_save"]) == {"classifier", "norm"}
+    assert Adapter.load(tmp_path / "again") == adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "match"),
+    [
+        ("head__weight", torch.tensor([1.0, math.nan]), "not finite"),
+        ("head__weight", torch.tensor([True]), "dtype BOOL is not one of"),
+        ("head__weight", torch.zeros(2, dtype=torch.complex64), "dtype C64 is not one of"),
+        ("x__lora_A__weight", torch.zeros(2), "no tensor of a base model"),
+        ("embed__token_adapter__trainable_tokens_delta", torch.zeros(2), "no tensor of a base"),
+        ("head__modules_to_save__default__weight", torch.zeros(2), "no tensor of a base model"),
+        ("layer__shira_weight__default", torch.zeros(2), "no tensor of a base model"),
+        ("base_model__model__layer__weight", torch.zeros(8, 6), "has a delta in the file"),
+    ],
+)
+def test_tensors_that_cannot_be_carried_are_refused_by_name(
+    tmp_path: Path, name: str, tensor: torch.Tensor, match: str
+) -> None:
+    write_with(tmp_path, **{name: tensor})
+    with pytest.raises(FileFormatError, match=match) as raised:
+        read_peft(tmp_path)
+    assert name.replace("__", ".") in str(raised.value)
+
+
+def test_a_whole_tensor_is_there_once_and_of_the_bases_shape(tmp_path: Path) -> None:
+    write_with(tmp_path, head__weight=torch.zeros(2), base_model__model__head__weight=torch.ones(2))
+    with pytest.raises(FileFormatError, match=r"holds 'head.weight' twice"):
+        read_peft(tmp_path)
+    write_with(tmp_path, head__weight=torch.zeros(2))
+    with pytest.raises(WrongBaseError, match=r"whole of a 'head.weight' of shape \(2,\)"):
+        Adapter.load(tmp_path, base={hostile.PARAMETER: hostile.SHAPE, "head.weight": (3,)})
+
+
+def test_a_copy_of_an_adapted_weight_is_the_base_or_comes_along(tmp_path: Path) -> None:
+    """PEFT saves adapted embeddings beside their deltas; a fingerprint tells that it is the base's.
+
+    Without one the copy may be another, so the whole weight is carried with the delta in it.
+    """
+    base = torch.randn(hostile.SHAPE)
+    write_with(tmp_path, base_model__model__layer__base_layer__weight=base)
+    shapes = {hostile.PARAMETER: hostile.SHAPE}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config.pop("base_fingerprint", None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    folded = Adapter.load(tmp_path, base=shapes)
+    raw = read_peft(tmp_path).tensors["layer"]
+    row, column = raw.coordinates.long()
+    expected = base.clone()
+    expected[row, column] += raw.values
+    assert not len(folded)
+    assert torch.equal(folded.tensors[hostile.PARAMETER], expected)
+
+    config["base_fingerprint"] = {hostile.PARAMETER: fingerprint(base[row, column])}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    sparse = Adapter.load(tmp_path, base=shapes)
+    assert (list(sparse), sparse.tensors) == ([hostile.PARAMETER], {})
+
+    config["base_fingerprint"] = {hostile.PARAMETER: fingerprint(base[row, column] + 1)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileFormatError, match="save_embedding_layers=False"):
+        Adapter.load(tmp_path, base=shapes)
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "written"),
+    [
+        (["head.weight", "head.bias"], None, ["head"]),
+        (["score.weight"], ["classifier", "score"], ["score"]),
+        (["deep.head.dense.weight", "norm.bias"], ["head"], ["head", "norm"]),
+        ([], ["head"], None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*modules_to_save")
+def test_modules_to_save_name_the_modules_of_the_whole_tensors(
+    tmp_path: Path, names: list[str], given: list[str] | None, written: list[str] | None
+) -> None:
+    tensors = {name: torch.ones(2) for name in names}
+    adapter = Adapter({"a.weight": delta((2, 2), [1])}, {"modules_to_save": given}, tensors)
+    adapter.save(tmp_path, "peft")
+    assert read_peft(tmp_path).config["modules_to_save"] == written
+    assert Adapter.load(tmp_path) == adapter
 
 
 def test_the_file_itself_is_a_path_too(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def dense(delta: SparseDelta) -> Tensor:
 def run(base: dict[str, Tensor], adapter: Adapter, x: Tensor) -> Tensor:
     """The little model of `stock_peft`, its weights with the adapter's deltas."""
     weights = {name: w + dense(adapter[name]) if name in adapter else w for name, w in base.items()}
+    weights |= adapter.tensors
     for layer in ("0", "2", "3"):
         x = nn.functional.linear(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"])
         x = x.tanh() if layer == "0" else x
@@ -55,10 +56,10 @@ def test_we_read_what_peft_writes(folder: Path, expected: dict[str, Tensor]) -> 
     assert file.shapes is None
     assert file.config["r"] == 2
     assert file.tensors["0"].index_dtype in ("I32", "F32")
-    assert file.other == {
-        "base_model.model.3.weight": ((4, 9), "F32"),
-        "base_model.model.3.bias": ((4,), "F32"),
-    }
+    base = load_file(folder / "base.safetensors")
+    assert file.whole.keys() == {"3.weight", "3.bias"}
+    assert torch.equal(file.whole["3.weight"], 2 * base["3.weight"])
+    assert torch.equal(file.whole["3.bias"], base["3.bias"])
     adapter = Adapter.load(folder / "adapter", base=folder / "base.safetensors")
     assert {name: delta.nnz for name, delta in adapter.items()} == {
         "0.weight": 2 * (12 + 20),
@@ -66,7 +67,7 @@ def test_we_read_what_peft_writes(folder: Path, expected: dict[str, Tensor]) -> 
     }
     for name, delta in adapter.items():
         assert torch.equal(dense(delta), expected[name])
-    base = load_file(folder / "base.safetensors")
+    assert adapter.tensors.keys() == file.whole.keys()
     assert torch.allclose(run(base, adapter, expected["x"]), expected["y"], atol=1e-6)
 
 
@@ -83,8 +84,11 @@ def test_peft_loads_what_we_write(folder: Path, expected: dict[str, Tensor]) -> 
         deltas[name] = SparseDelta(Support.from_unsorted(shape, chosen), values)
     adapter = Adapter(deltas, {"mask_type": "magnitude", "density": 0.4, "random_seed": 9})
     ours = folder / "ours"
+    adapter.tensors |= {"3.weight": torch.randn(4, 9), "3.bias": torch.ones(4)}
     write_peft(adapter, ours)
     stored = load_file(ours / "adapter_model.safetensors")
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(stored.pop(f"base_model.model.{name}"), tensor)
     assert {tensor.dtype for tensor in stored.values()} == {torch.int16, torch.bfloat16}
     out = folder / "out.safetensors"
     stock("load", folder, ours, out)
@@ -96,7 +100,6 @@ def test_peft_loads_what_we_write(folder: Path, expected: dict[str, Tensor]) -> 
 def test_a_file_of_pefts_comes_back_to_it(folder: Path, expected: dict[str, Tensor]) -> None:
     """PEFT writes, we read and write, PEFT loads: the same outputs, bit for bit."""
     adapter = Adapter.load(folder / "adapter", base=folder / "base.safetensors")
-    with pytest.warns(UserWarning, match="modules_to_save"):
-        adapter.save(folder / "again", "peft")
+    adapter.save(folder / "again", "peft")
     stock("load", folder, folder / "again", folder / "again.safetensors")
     assert torch.equal(load_file(folder / "again.safetensors")["y"], expected["y"])

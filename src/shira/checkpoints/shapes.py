@@ -35,9 +35,15 @@ def shapes_of(base: Base, names: Collection[str] = ()) -> dict[str, tuple[int, .
         FileFormatError: If a checkpoint is damaged, or a folder has none.
     """
     if isinstance(base, nn.Module):
+        root = unwrapped(base)
+        tensors = (
+            *root.named_buffers(remove_duplicate=False),
+            *root.named_parameters(remove_duplicate=False),
+        )
+        # PEFT keeps a module that an adapter trains whole as its original_module.
         return {
-            base_module_name(name): full_shape(parameter)
-            for name, parameter in unwrapped(base).named_parameters(remove_duplicate=False)
+            base_module_name(name).replace(".original_module.", "."): full_shape(tensor)
+            for name, tensor in tensors
         }
     if isinstance(base, Mapping):
         return {name: tuple(int(size) for size in shape) for name, shape in base.items()}

@@ -3,9 +3,9 @@
 
 `METHODS` is the table of ways to fuse; ``sparsify`` and ``combine`` are what its rows are made of,
 ``reference`` says the same on dense tensors. ``align`` brings supports together, ``draws`` is where
-chance comes from, ``checks`` refuses what does not belong together, ``metadata`` says what is still
-true of the result, ``filling`` makes it one that stock PEFT loads. Sits above ``delta`` and
-``masks``; knows of no model, file or PEFT.
+chance comes from, ``checks`` refuses what does not belong together, ``whole`` carries whole
+tensors, ``metadata`` says what is still true of the result, ``filling`` makes it one that stock
+PEFT loads. Sits above ``delta`` and ``masks``; knows of no model, file or PEFT.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from shira.fusing.draws import digest, uniform
 from shira.fusing.metadata import derived_metadata, record
 from shira.fusing.methods import Method, Settings
 from shira.fusing.pruning import keep_largest
+from shira.fusing.whole import whole_tensors
 
 Progress = Callable[[int, int], None]
 """Called with how many parameters are done, and of how many."""
@@ -41,6 +42,7 @@ def fuse(
     epsilon: float | None = None,
     majority_sign_method: str | None = None,
     seed: int | None = None,
+    whole: str | None = None,
     check_base: bool = True,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -51,6 +53,10 @@ def fuse(
     budget. Otherwise the values are float32 (float64 if one of the adapters' are), so that nothing
     is lost before `Adapter.to` or ``save(dtype=)`` rounds them. Every method is commutative bit for
     bit; ``sum`` is associative: the positions exactly, the values to rounding.
+
+    Whole tensors (`Adapter.tensors`) are carried as they are, never summed or scaled. Two different
+    ones of one name, or one in an adapter at another weight than 1, are refused unless ``whole``
+    says whose the result has.
 
     Args:
         adapters: At least one.
@@ -67,15 +73,19 @@ def fuse(
         majority_sign_method: How ``ties`` and its kin elect: ``"total"`` (default) or
             ``"frequency"``.
         seed: For ``dare`` and ``della``; default 0. No global generator is used.
+        whole: The name of the adapter whose whole tensors the result has; those of the others are
+            left out.
         check_base: Refuse adapters that record different base models.
-        names: What to call the adapters in errors and in the record of how the result was made.
+        names: What to call the adapters in errors and in the record of how the result was made,
+            and for ``whole``; default ``"adapter 0"``, ``"adapter 1"``, ...
         progress: Told after each parameter how far it is.
 
     Returns:
         The fused adapter. ``metadata["fused"]`` tells how it was made.
 
     Raises:
-        AdapterError: If there is no adapter, or a parameter has different shapes.
+        AdapterError: If there is no adapter, or a parameter has different shapes, or is whole in
+            one adapter and has another tensor or a delta in another.
         WrongBaseError: If they were trained on different base models.
         ConfigError: If method, weights or options are not possible.
     """
@@ -92,8 +102,9 @@ def fuse(
     given = {option: value for option, value in given.items() if value is not None}
     settings = settings_of(method, chosen, given, math.fsum(factors))
     check_together(adapters, names, check_base=check_base)
-    if len(adapters) == 1 and factors == [1.0]:
+    if len(adapters) == 1 and factors == [1.0] and whole in (None, names[0]):
         return _alone(adapters[0], names[0], chosen, given)
+    tensors = whole_tensors(adapters, names, factors, whole)
     parameters = list(dict.fromkeys(name for adapter in adapters for name in adapter))
     deltas: dict[str, SparseDelta] = {}
     for done, name in enumerate(parameters, 1):
@@ -107,7 +118,7 @@ def fuse(
         deltas = keep_largest(deltas, count)
         options = {"k": count}
     made = record(method, adapters, names, factors, options)
-    return Adapter(deltas, derived_metadata(adapters, deltas, made))
+    return Adapter(deltas, derived_metadata(adapters, deltas, tensors, made), tensors)
 
 
 def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]) -> Adapter:
@@ -118,7 +129,8 @@ def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]
             return adapter
         deltas = keep_largest(adapter, count)
         made = record("magnitude", [adapter], [name], [1.0], {"k": count})
-        return Adapter(deltas, derived_metadata([adapter], deltas, made))
+        tensors = adapter.tensors
+        return Adapter(deltas, derived_metadata([adapter], deltas, tensors, made), tensors)
     if "density" in given:
         warnings.warn(
             f"there is nothing to fuse {name} with, so it is returned unchanged and density="

@@ -32,7 +32,7 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
         filled = {
             name: _filled_up(delta, r * sides.get(name, 0)) for name, delta in adapter.items()
         }
-        return r, Adapter(filled, {**adapter.metadata, "r": r})
+        return r, Adapter(filled, {**adapter.metadata, "r": r}, adapter.tensors)
     most = min(adapter[name].support.numel // side for name, side in sides.items())
     return max(1, min(r, most)), adapter
 

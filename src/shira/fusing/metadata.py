@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from shira._version import __version__
 from shira.delta import Adapter, SparseDelta
 from shira.fusing.checks import FINGERPRINT_FIELD
@@ -26,12 +28,14 @@ MASK_FIELDS = (
     "density",
     "rank_pattern",
 )
+MODULES_FIELD = "modules_to_save"
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def derived_metadata(
     sources: Sequence[Adapter],
     deltas: Mapping[str, SparseDelta],
+    tensors: Mapping[str, Tensor],
     made: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Metadata of an adapter that was made of others.
@@ -39,12 +43,15 @@ def derived_metadata(
     Args:
         sources: At least one.
         deltas: Of the result.
+        tensors: Of the result, those that are whole.
         made: How; goes under `FUSED`.
     """
     result = _agreed(sources)
     if any(set(source) != set(deltas) for source in sources):
         for field in TARGET_FIELDS:
             result.pop(field, None)
+    if any(source.tensors.keys() != tensors.keys() for source in sources):
+        result.pop(MODULES_FIELD, None)
     if not all(_same_positions(source, deltas) for source in sources):
         for field in MASK_FIELDS:
             result.pop(field, None)

@@ -20,19 +20,26 @@ def restrict(adapter: Adapter, which: Which) -> Adapter:
     """What `Adapter.restrict` documents."""
     if callable(which):
         deltas = {name: delta for name, delta in adapter.items() if which(name)}
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if which(name)}
     elif isinstance(which, Mapping):
-        _check_known(adapter, which)
+        beside = which.tensors if isinstance(which, Adapter) else {}
+        _check_known(adapter, (*which, *beside))
         deltas = {
             name: _within(name, delta, which[name])
             for name, delta in adapter.items()
             if name in which
         }
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in beside}
+        for name in which:
+            if name in adapter.tensors:
+                raise AdapterError(f"{name!r} is a whole tensor, which has no positions")
     else:
-        wanted = [which] if isinstance(which, str) else list(which)
+        wanted = {which} if isinstance(which, str) else set(which)
         _check_known(adapter, wanted)
-        deltas = {name: delta for name, delta in adapter.items() if name in set(wanted)}
+        deltas = {name: delta for name, delta in adapter.items() if name in wanted}
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in wanted}
     kept = {name: value for name, value in adapter.metadata.items() if name == "fused"}
-    return Adapter(deltas, {**derived_metadata([adapter], deltas), **kept})
+    return Adapter(deltas, {**derived_metadata([adapter], deltas, tensors), **kept}, tensors)
 
 
 def cast(adapter: Adapter, dtype: torch.dtype | None, device: torch.device | str | None) -> Adapter:
@@ -50,15 +57,16 @@ def cast(adapter: Adapter, dtype: torch.dtype | None, device: torch.device | str
             )
         support = delta.support if device is None else delta.support.to(device)
         deltas[name] = SparseDelta(support, values)
-    return Adapter(deltas, adapter.metadata)
+    tensors = {name: tensor.to(device=device) for name, tensor in adapter.tensors.items()}
+    return Adapter(deltas, adapter.metadata, tensors)
 
 
 def _check_known(adapter: Adapter, names: Iterable[str]) -> None:
     for name in names:
-        if name not in adapter:
+        if name not in adapter and name not in adapter.tensors:
             raise UnknownAdapterError(
                 f"the adapter has no parameter {name!r} to restrict it to."
-                f"{did_you_mean(name, adapter)}"
+                f"{did_you_mean(name, (*adapter, *adapter.tensors))}"
             )
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shira.delta import Adapter, SparseDelta
+from shira.delta import Adapter, SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.measure.figures import finite_or_none
 from shira.measure.shared import shared_entries
@@ -19,7 +19,8 @@ class Comparison:
     """The difference of two adapters, as numbers.
 
     Attributes:
-        equal: Whether they are equal bit for bit: parameters, positions, dtypes and values.
+        equal: Whether they are equal bit for bit: parameters, positions, dtypes, values and whole
+            tensors.
         only_in_a: Parameters of the first alone.
         only_in_b: Parameters of the second alone.
         unlike_shape: Parameters whose weights have different shapes; not looked at further.
@@ -33,6 +34,7 @@ class Comparison:
         relative_difference: Norm of the difference over the norm of the first, for common
             parameters; infinite if only the first is 0.
         where: The parameter with the largest difference.
+        unlike_whole: Whole tensors that only one has, or that differ; not looked at further.
     """
 
     equal: bool
@@ -47,6 +49,7 @@ class Comparison:
     largest_difference: float
     relative_difference: float
     where: str | None
+    unlike_whole: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold."""
@@ -65,7 +68,7 @@ class Comparison:
             + (f" (in {self.where})" if self.where else "")
             + f", relative {self.relative_difference:.4g}",
         ]
-        for label in ("only_in_a", "only_in_b", "unlike_shape", "unlike_dtype"):
+        for label in ("only_in_a", "only_in_b", "unlike_shape", "unlike_dtype", "unlike_whole"):
             names = getattr(self, label)
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -113,6 +116,13 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
         largest_difference=sums.largest,
         relative_difference=relative,
         where=sums.where,
+        unlike_whole=tuple(
+            name
+            for name in dict.fromkeys((*a.tensors, *b.tensors))
+            if name not in a.tensors
+            or name not in b.tensors
+            or not same_tensor(a.tensors[name], b.tensors[name])
+        ),
     )
 
 

@@ -7,8 +7,8 @@ Sums are kept rather than ratios, so that the total of all parameters is made of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from shira.measure.text import text_table
@@ -115,11 +115,14 @@ class Overlap:
         a: What the first is called.
         b: What the second is called.
         parameters: Of either adapter.
+        whole: Whole tensors of either, by name: ``"only in a"``, ``"only in b"``, ``"equal"`` or
+            ``"different"``. They count in no figure.
     """
 
     a: str
     b: str
     parameters: tuple[ParameterOverlap, ...]
+    whole: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nnz_a(self) -> int:
@@ -193,6 +196,7 @@ class Overlap:
             "awom": None if self.awom is None else self.awom.as_json(),
             "awor": None if self.awor is None else self.awor.as_json(),
             "parameters": [p.as_json() for p in self.parameters],
+            "whole_tensors": dict(self.whole),
         }
 
     def __str__(self) -> str:
@@ -209,7 +213,8 @@ class Overlap:
             "AWOR",
         )
         rows = [head, _cells("all", self), *(_cells(p.name, p) for p in self.parameters)]
-        return f"a: {self.a}\nb: {self.b}\n{text_table(rows)}"
+        whole = "".join(f"\nwhole tensor {name}: {state}" for name, state in self.whole.items())
+        return f"a: {self.a}\nb: {self.b}\n{text_table(rows)}{whole}"
 
 
 def _cells(name: str, of: ParameterOverlap | Overlap) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from shira.delta import Adapter, SparseDelta
+from shira.delta import Adapter, SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.fusing.checks import check_together
 from shira.measure.figures import Estimate, Overlap, ParameterOverlap
@@ -78,7 +78,18 @@ def overlap(
         found.append(measured)
         if progress is not None:
             progress(done, len(parameters))
-    return Overlap(names[0], names[1], tuple(found))
+    return Overlap(names[0], names[1], tuple(found), _whole(a, b))
+
+
+def _whole(a: Adapter, b: Adapter) -> dict[str, str]:
+    """What `Overlap.whole` says."""
+    states = dict.fromkeys(a.tensors, "only in a")
+    for name, tensor in b.tensors.items():
+        if name not in states:
+            states[name] = "only in b"
+        else:
+            states[name] = "equal" if same_tensor(a.tensors[name], tensor) else "different"
+    return states
 
 
 def _positions(name: str, a: SparseDelta | None, b: SparseDelta | None) -> ParameterOverlap:

@@ -31,6 +31,7 @@ from shira.store.peft_format import (
     WEIGHTS_NAME,
     PeftFile,
     RawDelta,
+    check_whole_shapes,
     read_peft,
     to_adapter,
     validate_against,
@@ -104,6 +105,7 @@ def _read_compact(path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapt
                 f"{read.path}: wrong base: made for a {name!r} of shape {record.shape}, but here "
                 f"it has {shapes[name]}"
             )
+    check_whole_shapes(read.path, read.adapter.tensors, shapes)
     return read.adapter
 
 

@@ -8,6 +8,7 @@ checksum covers the table and all data. What is made on the way is in proportion
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -27,9 +28,9 @@ from shira.delta import Adapter, SparseDelta
 from shira.errors import FileFormatError, MaskError, SupportError, did_you_mean
 from shira.masks.random import random_support
 from shira.store import blocks, int8
-from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, Record, Table, parse
+from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, WHOLE, Record, Table, parse
 from shira.store.compact_write import crc_of
-from shira.store.entries import EntryError, check_values
+from shira.store.entries import WHOLE_DTYPES, EntryError, check_values, check_whole
 from shira.store.peft_format import WEIGHTS_NAME
 from shira.store.safetensors_header import (
     Header,
@@ -101,6 +102,12 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
                 raise FileFormatError(
                     f"{where}: tensor '{name}.{error.tensor}': {error}"
                 ) from error
+        whole = {name: source.values(f"{name}.{WHOLE}") for name in table.tensors}
+        for name, tensor in whole.items():
+            try:
+                check_whole(name, tensor)
+            except EntryError as error:
+                raise FileFormatError(f"{where}: whole tensor {name!r}: {error}") from error
     if f"{source.checksum:08x}" != header.metadata[CHECKSUM]:
         raise FileFormatError(
             f"{where}: damaged: its checksum is {source.checksum:08x}, but "
@@ -112,6 +119,7 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
             for name, (support, values) in deltas.items()
         },
         table.metadata,
+        whole,
     )
     return CompactFile(where, adapter, table.records, table.library)
 
@@ -138,13 +146,14 @@ class _Source:
     def values(self, name: str) -> Tensor:
         """A tensor that is kept: mapped if possible."""
         info = self._header.tensors[name]
-        if self._map is None or info.dtype == "I8" or not info.shape[0] or info.start % 8:
+        count = math.prod(info.shape)
+        if self._map is None or info.dtype == "I8" or not count or info.start % 8:
             return tensor_from(self._raw(name), info)
         raw = memoryview(self._map)[info.start : info.end]
         self.checksum = zlib.crc32(raw, self.checksum)
-        return torch.frombuffer(
-            self._map, dtype=_TORCH[info.dtype], count=info.shape[0], offset=info.start
-        )
+        dtype = WHOLE_DTYPES[info.dtype]
+        kept = torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.start)
+        return kept.view(info.shape)
 
     def units(self, name: str) -> gaps.Units:
         """A tensor that is decoded."""
@@ -162,11 +171,6 @@ class _Source:
         return raw
 
 
-_TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
-
-
 def _table(header: Header, size: int) -> Table:
     """The table, with every tensor that it needs there, of the right dtype and shape."""
     for key in (TABLE, CHECKSUM):
@@ -178,12 +182,15 @@ def _table(header: Header, size: int) -> Table:
     known = set()
     for name, record in table.records.items():
         known.add(key := f"{name}.values")
-        _check(header, key, (record.values,), record.k)
+        _check(header, key, (record.values,), (record.k,))
         for kind in CODINGS[record.indices]:
             key = f"{name}.{kind}"
             if kind != "rest" or key in header.tensors:
                 known.add(key)
                 _check(header, key, tuple(gaps.UNITS), None)
+    for name, (dtype, shape) in table.tensors.items():
+        known.add(key := f"{name}.{WHOLE}")
+        _check(header, key, (dtype,), shape)
     for key in header.tensors:
         if key not in known:
             raise FileFormatError(
@@ -193,7 +200,10 @@ def _table(header: Header, size: int) -> Table:
     return table
 
 
-def _check(header: Header, name: str, dtypes: tuple[str, ...], length: int | None) -> None:
+def _check(
+    header: Header, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
+) -> None:
+    """The tensor is there, of one of the dtypes, and of the shape; None is any of one dimension."""
     info: TensorInfo | None = header.tensors.get(name)
     if info is None:
         raise FileFormatError(
@@ -204,8 +214,8 @@ def _check(header: Header, name: str, dtypes: tuple[str, ...], length: int | Non
             f"{header.path}: tensor {name!r}: dtype {info.dtype} is not {' or '.join(dtypes)}, "
             "as the table says"
         )
-    if len(info.shape) != 1 or length not in (None, info.shape[0]):
-        wanted = "(n,)" if length is None else f"({length},), as the table says"
+    if info.shape != shape and (shape is not None or len(info.shape) != 1):
+        wanted = "(n,)" if shape is None else f"{shape}, as the table says"
         raise FileFormatError(f"{header.path}: tensor {name!r}: shape {info.shape} is not {wanted}")
 
 

@@ -20,13 +20,18 @@ import numpy as np
 
 from shira.errors import ConfigError, FileFormatError, did_you_mean
 from shira.store.blocks import check_size
+from shira.store.entries import WHOLE_DTYPES
 from shira.store.int8 import LARGEST_SCALE
 from shira.store.json_text import parse_object
 from shira.store.peft_config import FINGERPRINT_FIELD, check_fingerprints
 
 TABLE = "shira"
 CHECKSUM = "shira_crc32"
-VERSION = 1
+VERSION = 2
+"""The latest; a file without whole tensors is of version 1."""
+
+WHOLE = "whole"
+"""What follows the name of a whole tensor in the file."""
 
 VALUE_DTYPES = ("F64", "F32", "F16", "BF16", "I8")
 CODINGS: Mapping[str, tuple[str, ...]] = {
@@ -81,11 +86,13 @@ class Table:
         records: By parameter name.
         metadata: The adapter's.
         library: What wrote the file: ``"shira 0.1.0"``.
+        tensors: Dtype, in safetensors' words, and shape of each whole tensor, by parameter name.
     """
 
     records: Mapping[str, Record]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     library: str = ""
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 def compose(table: Table) -> str:
@@ -106,11 +113,16 @@ def compose(table: Table) -> str:
         for name, record in table.records.items()
     }
     whole = {
-        "version": VERSION,
+        "version": 2 if table.tensors else 1,
         "library": table.library,
         "parameters": parameters,
         "metadata": dict(table.metadata),
     }
+    if table.tensors:
+        whole["tensors"] = {
+            name: {"dtype": dtype, "shape": list(shape)}
+            for name, (dtype, shape) in table.tensors.items()
+        }
     return json.dumps(whole, separators=(",", ":"), allow_nan=False)
 
 
@@ -135,13 +147,38 @@ def parse(text: str, path: Path, size: int) -> Table:
             f"reads (it was written by {str(whole.get('library'))[:40]!r}); install a newer shira"
         )
     parts = {"version": int, "library": str, "parameters": dict, "metadata": dict}
+    if version > 1:
+        parts["tensors"] = dict
     _check_keys(path, "the table", whole, set(parts), set(parts))
     for key, kind in parts.items():
         if not isinstance(whole[key], kind):
             raise FileFormatError(f"{path}: the table's {key} is no {kind.__name__}")
     check_fingerprints(path, whole["metadata"].get(FINGERPRINT_FIELD))
     records = {name: _record(path, name, claim) for name, claim in whole["parameters"].items()}
-    return Table(records, whole["metadata"], whole["library"])
+    tensors = {
+        name: _whole(path, name, claim, records) for name, claim in whole.get("tensors", {}).items()
+    }
+    return Table(records, whole["metadata"], whole["library"], tensors)
+
+
+def _whole(
+    path: Path, name: str, claim: Any, records: Mapping[str, Record]
+) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a whole tensor."""
+    where = f"whole tensor {name!r}"
+    if not isinstance(claim, dict):
+        raise FileFormatError(f"{path}: {where}: the table gives an object for each")
+    _check_keys(path, where, claim, {"dtype", "shape"}, {"dtype", "shape"})
+    dtype, shape = claim["dtype"], claim["shape"]
+    if not isinstance(dtype, str) or dtype not in WHOLE_DTYPES:
+        raise FileFormatError(
+            f"{path}: {where}: dtype is one of {', '.join(WHOLE_DTYPES)}, not {str(dtype)[:40]!r}"
+        )
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+        raise FileFormatError(f"{path}: {where}: the shape is a list of sizes")
+    if name in records:
+        raise FileFormatError(f"{path}: {where}: the table has entries of it as well")
+    return dtype, tuple(shape)
 
 
 def _record(path: Path, name: str, claim: Any) -> Record:

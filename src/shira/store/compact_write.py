@@ -29,14 +29,15 @@ from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.masks.random import random_support
 from shira.store import blocks, int8
 from shira.store.atomic import write_atomically
-from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, Record, Table, compose
-from shira.store.entries import EntryError, check_values
+from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, WHOLE, Record, Table, compose
+from shira.store.entries import WHOLE_DTYPES, EntryError, check_values, check_whole
 from shira.support import Support
 
 _VALUES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int8: "I8",
 }  # fmt: skip
+_WHOLE = {dtype: name for name, dtype in WHOLE_DTYPES.items()}
 _UNITS = {dtype: name for name, dtype in gaps.UNITS.items()}
 
 Array = NDArray[Any]
@@ -54,14 +55,16 @@ def write_compact(
         adapter: What to write.
         path: The file; folders above it are made if absent.
         dtype: Dtype of the stored values: ``torch.float64``, ``float32``, ``float16``,
-            ``bfloat16``, or ``int8`` with a scale for each parameter. ``None`` keeps theirs.
+            ``bfloat16``, or ``int8`` with a scale for each parameter. ``None`` keeps theirs. Whole
+            tensors keep theirs always.
         indices: ``"gaps"``, ``"blocks"`` or ``"seed"`` to store all indices in that way; ``None``
             takes the smallest for each parameter.
 
     Raises:
         ConfigError: If the dtype or the way is none of these, the path is a folder, or a field of
             the metadata cannot stand in JSON.
-        AdapterError: If a value is not finite in ``dtype``, or the indices of a parameter are not
+        AdapterError: If a value is not finite in ``dtype``, a whole tensor has a dtype that models
+            do not keep, or the indices of a parameter are not
             made of blocks or by the recorded seed, where that was asked for.
     """
     target = Path(path)
@@ -89,7 +92,12 @@ def write_compact(
         tensors[f"{name}.values"] = values
         for kind, units in parts.items():
             tensors[f"{name}.{kind}"] = (_UNITS[units.dtype], units)
-    table = compose(Table(records, adapter.metadata, f"shira {__version__}"))
+    for name, tensor in adapter.tensors.items():
+        stored = stored_whole(name, tensor)
+        tensors[f"{name}.{WHOLE}"] = (_WHOLE[stored.dtype], _array(stored))
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    whole = {name: (tensors[f"{name}.{WHOLE}"][0], shape) for name, shape in shapes.items()}
+    table = compose(Table(records, adapter.metadata, f"shira {__version__}", whole))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, *_file(table, tensors))
 
@@ -135,6 +143,20 @@ def _seed_of(name: str, support: Support, metadata: Mapping[str, Any]) -> dict[s
     return {"indices": "seed", "seed": seed, "slot": slot, "check": crc_of(made.indices)}
 
 
+def stored_whole(name: str, tensor: Tensor) -> Tensor:
+    """Return a whole tensor as a file holds it: contiguous and on the CPU.
+
+    Raises:
+        AdapterError: If its dtype cannot be stored, or a value is not finite.
+    """
+    stored = tensor.detach().cpu().contiguous()
+    try:
+        check_whole(name, stored)
+    except EntryError as error:
+        raise AdapterError(f"{name!r}: {error}") from error
+    return stored
+
+
 def _stored_values(
     name: str, delta: SparseDelta, dtype: torch.dtype | None
 ) -> tuple[tuple[str, Array], float | None]:
@@ -155,8 +177,15 @@ def _stored_values(
     except EntryError as error:
         hint = "" if dtype is None else f" when stored as {dtype}"
         raise AdapterError(f"{name!r}: {error}{hint}") from error
-    stored = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-    return (_VALUES[values.dtype], stored.numpy()), scale
+    return (_VALUES[values.dtype], _array(values)), scale
+
+
+def _array(tensor: Tensor) -> Array:
+    """The tensor as an array; numpy has no bfloat16, so that of its bits."""
+    array: Array = tensor.view(
+        torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    ).numpy()
+    return array
 
 
 def _file(table: str, tensors: Mapping[str, tuple[str, Array]]) -> list[bytes | memoryview]:
@@ -184,4 +213,4 @@ def _file(table: str, tensors: Mapping[str, tuple[str, Array]]) -> list[bytes | 
 def _bytes(array: Array) -> memoryview:
     """The little-endian bytes of an array, without a copy where they are that already."""
     little = array.dtype.newbyteorder("<") if sys.byteorder == "big" else array.dtype
-    return np.ascontiguousarray(array, little).view(np.uint8).data
+    return np.ascontiguousarray(array, little).reshape(-1).view(np.uint8).data

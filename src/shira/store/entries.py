@@ -8,6 +8,7 @@ an `EntryError`, to which the reader adds the file and the tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +42,32 @@ def check_values(values: Tensor) -> None:
             "shira_weight",
             f"the values are not finite: {nan} NaN and {infinite} infinite of {values.numel()}",
         )
+
+
+WHOLE_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""Dtypes of whole tensors, in safetensors' words; the integers are those of buffers."""
+
+
+def check_whole(name: str, tensor: Tensor) -> None:
+    """Refuse a whole tensor that no file can hold.
+
+    Raises:
+        EntryError: If its dtype is not one of `WHOLE_DTYPES`, or a value is not finite.
+    """
+    if tensor.dtype not in WHOLE_DTYPES.values():
+        raise EntryError(name, f"a whole tensor of {tensor.dtype} cannot be stored")
+    if tensor.is_floating_point():
+        check_values(tensor)
 
 
 def check_coordinates(coordinates: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
         adapter_name: The adapter's name.
 
     Returns:
-        Deltas by the base model's own parameter names; metadata from the adapter's config.
+        Deltas and whole tensors by the base model's own names; metadata from the adapter's config.
 
     Raises:
         UnknownAdapterError: If no layer has an adapter of this name.
@@ -52,6 +52,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
         for path, layer in layers:
             name = weight_name(base_module_name(path))
             deltas[name] = _delta_of_layer(layer, name, adapter_name)
+    tensors = dict(_whole_tensors(root, adapter_name))
     if not deltas:
         there = (
             f"it has {', '.join(map(repr, sorted(known)))}" if known else "it has no SHiRA layers"
@@ -60,7 +61,26 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
             f"the model has no SHiRA adapter {adapter_name!r}; {there}."
             f"{did_you_mean(adapter_name, known)}"
         )
-    return Adapter(deltas, _metadata(root, adapter_name))
+    return Adapter(deltas, _metadata(root, adapter_name), tensors)
+
+
+def _whole_tensors(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """What the adapter trains whole, copied, by the base model's own names."""
+    for path, module in root.named_modules():
+        copies: Any = module._modules.get("modules_to_save")
+        if "original_module" not in module._modules or not isinstance(copies, nn.ModuleDict):
+            continue
+        if adapter_name not in copies:
+            continue
+        copy = copies[adapter_name]
+        if any(True for _ in _shira_layers(copy)):
+            raise AdapterError(
+                f"{path!r} is trained whole by adapter {adapter_name!r} (modules_to_save) and has "
+                "SHiRA layers inside; leave it out of modules_to_save or of target_modules"
+            )
+        with gathered(copy.parameters()):
+            for name, tensor in copy.state_dict().items():
+                yield f"{base_module_name(path)}.{name}", _copied(tensor)
 
 
 def _shira_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:

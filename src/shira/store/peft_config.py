@@ -65,6 +65,7 @@ def compose_config(
     shapes: Mapping[str, tuple[int, ...]],
     counts: Mapping[str, int],
     given: Mapping[str, Any],
+    whole: Sequence[str] = (),
 ) -> str:
     """The text of a config that fits an adapter.
 
@@ -73,7 +74,8 @@ def compose_config(
         counts: Entries in each, by the same names.
         given: What is known already; kept where it is true of the adapter. ``r`` is corrected if
             all weights agree on another, ``target_modules`` if it does not match every weight, and
-            ``modules_to_save`` is emptied, since an adapter holds none.
+            ``modules_to_save`` if it does not name just the modules of the whole tensors.
+        whole: Names of the whole tensors.
 
     Raises:
         ConfigError: If a given field cannot stand in JSON, or contradicts the adapter.
@@ -85,7 +87,7 @@ def compose_config(
     config.setdefault("base_model_name_or_path", None)
     config.setdefault("task_type", None)
     config.setdefault("inference_mode", True)
-    config["modules_to_save"] = None
+    config["modules_to_save"] = _modules_of(whole, config.get("modules_to_save"))
     config["r"] = _rank(shapes, counts, config.get("r"))
     modules = [name.removesuffix(".weight") for name in shapes]
     if not _matches_all(config.get("target_modules"), modules):
@@ -113,6 +115,26 @@ def _rank(shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], give
     if isinstance(given, int):
         return given
     return max(1, round(sum(counts.values()) / max(1, sum(spans))))
+
+
+def _modules_of(whole: Sequence[str], given: Any) -> list[str] | None:
+    """The modules that PEFT is to wrap so that it loads these tensors; the given ones if it does.
+
+    Raises:
+        ConfigError: If a tensor is the model's own, of no module in it.
+    """
+    known = [str(name) for name in given] if isinstance(given, (list, tuple)) else []
+    used: list[str] = []
+    for name in whole:
+        parts = name.split(".")[:-1]
+        if not parts:
+            raise ConfigError(
+                f"PEFT's format names modules, and the whole tensor {name!r} is of none"
+            )
+        above = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        fits = [given for given in known if any(module.endswith(given) for module in above)]
+        used += fits or [above[-1]]
+    return list(dict.fromkeys(used)) or None
 
 
 def _matches_all(targets: Any, modules: Sequence[str]) -> bool:

@@ -4,8 +4,8 @@
 Each adapted module has two tensors, named ``<prefix><module>.shira_weight`` ``(k,)`` and
 ``<prefix><module>.shira_indices`` ``(2, k)``, row and column in the weight as it is stored; weights
 of more than two dimensions count as matrices of ``shape[0]`` rows. The prefix is
-``base_model.model.`` or nothing. Further tensors (``modules_to_save``, saved embeddings) may stand
-beside them.
+``base_model.model.`` or nothing. All other tensors are whole tensors of the base model, by its own
+names: modules that were trained whole (``modules_to_save``), saved embeddings.
 
 Here it is read, in two steps, since stock PEFT does not record the shapes of the weights:
 `read_peft` checks all that can be known without them, `validate_against` and `to_adapter` the rest.
@@ -15,16 +15,25 @@ Here it is read, in two steps, since stock PEFT does not record the shapes of th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
+from shira.base import judge
 from shira.delta import Adapter, SparseDelta
 from shira.errors import FileFormatError, WrongBaseError, did_you_mean
-from shira.store.entries import EntryError, check_coordinates, check_values, sort_entries
+from shira.store.entries import (
+    WHOLE_DTYPES,
+    EntryError,
+    check_coordinates,
+    check_values,
+    check_whole,
+    sort_entries,
+)
 from shira.store.names import base_module_name, weight_name
 from shira.store.peft_config import (
     CONFIG_NAME,
@@ -46,6 +55,11 @@ VALUES = "shira_weight"
 INDICES = "shira_indices"
 
 _VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
+# How names of tensors begin that PEFT's tuners and wrappers add to a model.
+_FOREIGN = (
+    *("shira_", "lora_", "trainable_tokens", "token_adapter", "modules_to_save"),
+    *("original_module", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_", "adalora_"),
+)
 _INDEX_DTYPES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F32")
 
 
@@ -81,13 +95,16 @@ class PeftFile:
         path: The safetensors file.
         config: What ``adapter_config.json`` says; empty where there is none.
         tensors: By the base model's own name of each module.
-        other: Shape and dtype (``"F32"``) of tensors that are not SHiRA's, by their key.
+        whole: Whole tensors, by the base model's own name of the parameter or buffer.
+        copies: Copies of the base's weights that have a delta too, which PEFT saves beside adapted
+            embeddings, by the weight's name.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, RawDelta]
-    other: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -110,13 +127,14 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
     config = read_config(config_path) if config_path else {}
     with open_regular(weights) as file:
         header = read_header(file, weights)
-        pairs, other = _sort_out(header)
+        pairs, others = _sort_out(header)
+        if not pairs and recorded_shapes(config) != {}:
+            raise FileFormatError(
+                f"{weights}: not a SHiRA adapter: none of its {len(others)} tensors is a {VALUES}"
+            )
         tensors = {module: _read_delta(file, header, key) for module, key in pairs.items()}
-    if not tensors and recorded_shapes(config) != {}:
-        raise FileFormatError(
-            f"{weights}: not a SHiRA adapter: none of its {len(other)} tensors is a {VALUES}"
-        )
-    read = PeftFile(weights, config, tensors, other)
+        whole, copies = read_whole(file, header, others, {weight_name(name) for name in tensors})
+    read = PeftFile(weights, config, tensors, whole, copies)
     _check_complete(read)
     return read
 
@@ -133,6 +151,7 @@ def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> Non
         WrongBaseError: If the file records other shapes.
     """
     recorded = file.shapes or {}
+    check_whole_shapes(file.path, {**file.whole, **file.copies}, shapes)
     for raw in file.tensors.values():
         name = raw.weight_name
         if name not in shapes:
@@ -156,6 +175,22 @@ def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> Non
                 )
 
 
+def check_whole_shapes(
+    path: Path, whole: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Check whole tensors against the shapes of those that they replace, as far as these are known.
+
+    Raises:
+        WrongBaseError: If one has another shape.
+    """
+    for name, tensor in whole.items():
+        if name in shapes and tuple(shapes[name]) != tensor.shape:
+            raise WrongBaseError(
+                f"{path}: wrong base: it holds the whole of a {name!r} of shape "
+                f"{tuple(tensor.shape)}, but here it has {tuple(shapes[name])}"
+            )
+
+
 def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None) -> Adapter:
     """The adapter in a file; what its config says becomes metadata.
 
@@ -176,14 +211,82 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
             "its safetensors checkpoint, or {parameter name: shape}"
         )
     validate_against(file, shapes)
-    deltas = {}
+    deltas, whole = {}, dict(file.whole)
     for raw in file.tensors.values():
-        shape = tuple(shapes[raw.weight_name])
+        name, shape = raw.weight_name, tuple(shapes[raw.weight_name])
         row, column = raw.coordinates
         flat = row.long().mul_(matrix_shape(shape)[1]).add_(column)
-        deltas[raw.weight_name] = SparseDelta(Support(shape, flat), raw.values)
+        delta = SparseDelta(Support(shape, flat), raw.values)
+        if name in file.copies and not _is_the_base(file, name, flat):
+            whole[name] = file.copies[name].clone()
+            held = whole[name].view(-1)
+            held[flat] = delta.replacement(held[flat])
+        else:
+            deltas[name] = delta
     metadata = {name: value for name, value in file.config.items() if name != SHAPES_FIELD}
-    return Adapter(deltas, metadata)
+    return Adapter(deltas, metadata, whole)
+
+
+def read_whole(
+    file: BinaryIO, header: Header, keys: Iterable[str], sparse: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read the tensors of a PEFT file that no tuner has made: whole ones of the base model.
+
+    Args:
+        file: The open file.
+        header: Its header.
+        keys: The tensors' names in the file.
+        sparse: Names of the weights that the adapter changes otherwise.
+
+    Returns:
+        Whole tensors, and copies of the base's weights that are among ``sparse``, both by the base
+        model's own names.
+
+    Raises:
+        FileFormatError: If one is of another PEFT method, is there twice, changes a weight of
+            ``sparse``, is of a dtype that models do not keep, or holds values that are not finite.
+    """
+    whole: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key in keys:
+        parts = key.split(".")
+        if any(part.startswith(_FOREIGN) for part in parts) or not all(parts):
+            raise _refuse(header, key, "not known: no SHiRA tensor and no tensor of a base model")
+        name = base_module_name(key)
+        if name in sparse and "base_layer" not in parts:
+            raise _refuse(header, key, f"{name!r} has a delta in the file, and is there whole too")
+        found = copies if name in sparse else whole
+        if name in found:
+            raise _refuse(header, key, f"duplicate: the file holds {name!r} twice")
+        if header.tensors[key].dtype not in WHOLE_DTYPES:
+            raise _refuse(
+                header,
+                key,
+                f"dtype {header.tensors[key].dtype} is not one of "
+                f"{', '.join(WHOLE_DTYPES)} (a whole tensor of the model)",
+            )
+        found[name] = read_tensor(file, header, key)
+        try:
+            check_whole(key, found[name])
+        except EntryError as error:
+            raise _refuse(header, key, str(error)) from error
+    return whole, copies
+
+
+def _is_the_base(file: PeftFile, name: str, flat: Tensor) -> bool:
+    """Whether a copy of the base's weight in a file is known to be what its adapter was made on.
+
+    Without a fingerprint nothing is known, and the copy has to come along.
+    """
+    held = file.copies[name].view(-1)[flat]
+    verdict = judge(file.config, name, torch.ones(1), held)
+    if verdict == "another":
+        raise FileFormatError(
+            f"{file.path}: its copy of the base's {name!r} does not hold the values that the "
+            "adapter was trained on, as their fingerprint says; save the adapter again with "
+            "save_pretrained(..., save_embedding_layers=False)"
+        )
+    return verdict in ("same", "same after rounding")
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -205,16 +308,14 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     return weights, config
 
 
-def _sort_out(
-    header: Header,
-) -> tuple[dict[str, str], dict[str, tuple[tuple[int, ...], str]]]:
-    """The key of each adapted module, and what is not SHiRA's."""
+def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
+    """The key of each adapted module, and the tensors that are not SHiRA's."""
     keys: dict[str, str] = {}
-    other = {}
-    for name, info in header.tensors.items():
+    others = []
+    for name in header.tensors:
         key, _, kind = name.rpartition(".")
         if kind not in (VALUES, INDICES):
-            other[name] = (info.shape, info.dtype)
+            others.append(name)
             continue
         twin = f"{key}.{INDICES if kind == VALUES else VALUES}"
         if twin not in header.tensors:
@@ -224,7 +325,7 @@ def _sort_out(
             raise _refuse(header, name, "an empty module name")
         if keys.setdefault(module, key) != key:
             raise _refuse(header, name, f"duplicate: {keys[module]!r} is for the same module")
-    return keys, other
+    return keys, others
 
 
 def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:

@@ -21,6 +21,7 @@ from torch import Tensor
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError
 from shira.store.atomic import write_atomically
+from shira.store.compact_write import stored_whole
 from shira.store.entries import EntryError, check_values
 from shira.store.names import PEFT_PREFIX
 from shira.store.peft_config import CONFIG_NAME, compose_config
@@ -45,7 +46,7 @@ def write_peft(
     Args:
         adapter: What to write. Its metadata are the fields of the config.
         path: A folder, made if absent.
-        dtype: Dtype of the stored values; ``None`` keeps theirs.
+        dtype: Dtype of the stored values; ``None`` keeps theirs. Whole tensors keep theirs always.
         config: Fields that go before the metadata's.
         indices_dtype: ``torch.int16``, ``int32`` or ``int64``; ``None`` takes int16 for each weight
             with at most 32768 rows and columns, else int32. PEFT reads any of them.
@@ -54,7 +55,8 @@ def write_peft(
         ConfigError: If a dtype is not one of the format's, the path is a file, or a field of the
             config cannot be written.
         AdapterError: If a parameter is no module's ``weight``, a value is not finite in ``dtype``,
-            or a row or column does not fit ``indices_dtype``.
+            a whole tensor has a dtype that models do not keep, or a row or column does not fit
+            ``indices_dtype``.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -66,18 +68,23 @@ def write_peft(
         {name: delta.support.shape for name, delta in adapter.items()},
         {name: delta.nnz for name, delta in adapter.items()},
         fields,
+        list(adapter.tensors),
     )
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():
         key = PEFT_PREFIX + _module_of(name)
         tensors[f"{key}.{VALUES}"] = _stored_values(name, delta, dtype)
         tensors[f"{key}.{INDICES}"] = _stored_indices(name, delta, indices_dtype)
-    if fields.get("modules_to_save"):
+    if fields.get("modules_to_save") and not adapter.tensors:
         warnings.warn(
-            f"{folder}: modules_to_save ({', '.join(map(str, fields['modules_to_save']))}) are not "
-            "part of an Adapter and not in this file; PeftModel.save_pretrained writes them too",
+            f"{folder}: modules_to_save ({', '.join(map(str, fields['modules_to_save']))}) stand "
+            "in the adapter's metadata, but it holds no whole tensors, and this file neither",
             stacklevel=2,
         )
+    for name, tensor in adapter.tensors.items():
+        tensors[PEFT_PREFIX + name] = stored_whole(
+            name, tensor
+        ).clone()  # safetensors takes no shared memory
     raw = to_bytes(tensors, metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_NAME, raw)

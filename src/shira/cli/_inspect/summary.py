@@ -63,7 +63,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Summary:
-    """An adapter: where it lies, its targets, its other tensors, and what its config says."""
+    """An adapter: where it lies, its targets, its whole tensors, and what its config says."""
 
     path: Path
     format: str
@@ -71,7 +71,7 @@ class Summary:
     targets: tuple[Target, ...]
     metadata: Mapping[str, Any]
     base: str | None
-    other: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
     library: str | None = None
 
     @property
@@ -137,9 +137,13 @@ class Summary:
                 }
                 for target in self.targets
             ],
-            "other_tensors": {
-                name: {"shape": shape, "dtype": dtype}
-                for name, (shape, dtype) in self.other.items()
+            "whole_tensors": {
+                name: {
+                    "shape": list(tensor.shape),
+                    "dtype": _dtype(tensor),
+                    "bytes": tensor.nbytes,
+                }
+                for name, tensor in self.whole.items()
             },
             "config": {
                 name: value for name, value in self.metadata.items() if name != FINGERPRINT_FIELD
@@ -168,12 +172,13 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     if shapes is None and base is not None:
         shapes = base.shapes({raw.weight_name: None for raw in file.tensors.values()})
     if shapes is None:
-        targets = tuple(_without_shapes(file))
+        targets, whole = tuple(_without_shapes(file)), {**file.whole, **file.copies}
     else:
-        targets = tuple(_targets(to_adapter(file, shapes), file.config, base))
+        adapter = to_adapter(file, shapes)
+        targets, whole = tuple(_targets(adapter, file.config, base)), adapter.tensors
     metadata = {name: value for name, value in file.config.items() if name != "shira_shapes"}
     size = _size(file.path)
-    return Summary(path, "PEFT", size, targets, metadata, _name(base), file.other)
+    return Summary(path, "PEFT", size, targets, metadata, _name(base), whole)
 
 
 def known_shapes(summary: Summary, what: str) -> dict[str, tuple[int, ...]]:
@@ -208,7 +213,8 @@ def _of_compact(path: Path, base: Checkpoint | None) -> Summary:
         for target in _targets(file.adapter, metadata, base)
     )
     size = _size(file.path)
-    return Summary(path, "compact", size, targets, metadata, _name(base), library=file.library)
+    whole = file.adapter.tensors
+    return Summary(path, "compact", size, targets, metadata, _name(base), whole, file.library)
 
 
 def _targets(

@@ -77,7 +77,8 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
         given["r"] = None  # density takes its place
     lost, unlike = summary.vanishing, summary.unlike_base
     fingerprints = sum(target.fingerprint is not None for target in summary.targets)
-    bytes_each = f", {summary.file_bytes / summary.nnz:.2f} bytes an entry" if summary.nnz else ""
+    sparse_bytes = summary.file_bytes - sum(tensor.nbytes for tensor in summary.whole.values())
+    bytes_each = f", {sparse_bytes / summary.nnz:.2f} bytes an entry" if summary.nnz else ""
     found = [
         ("format", f"{summary.format}, {megabytes(summary.file_bytes)}{bytes_each}"),
         (
@@ -120,9 +121,11 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
                 f"such as {unlike[0]}",
             )
         )
-    if summary.other:
-        names = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in summary.other.items())
-        found.append(("other tensors", names))
+    for at, (name, tensor) in enumerate(summary.whole.items()):
+        shape = " x ".join(map(str, tensor.shape)) or "one number"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        told = f"{name}: {shape}, {dtype}, {megabytes(tensor.nbytes)}"
+        found.append(("" if at else "whole tensors", told))
     return found
 
 
