@@ -9,6 +9,8 @@ by ``shira.store``, which `Adapter.load`, `Adapter.save` and `Adapter.from_model
 
 from __future__ import annotations
 
+import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -278,3 +280,24 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more
+
+
+def checked_scale(adapter: str, scale: object) -> float:
+    """Return the factor on an adapter as a float; the one rule for switching and serving.
+
+    Args:
+        adapter: Name of the adapter, for messages.
+        scale: An integer, a float, or another real number; not a bool.
+
+    Raises:
+        AdapterError: If it is no number, not finite, or too large for a float.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise AdapterError(f"the scale of {adapter!r} is a number, not {scale!r:.100}")
+    try:
+        number = float(scale)
+    except OverflowError:
+        raise AdapterError(f"the scale of {adapter!r} is too large for a float") from None
+    if not math.isfinite(number):
+        raise AdapterError(f"the scale of {adapter!r} is a finite number, not {number}")
+    return number

@@ -103,6 +103,9 @@ class MissingDependencyError(ShiraError, ImportError):
     """An optional package that the call needs is not installed."""
 
 
+_LONGEST_NAME = 300
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint to append to an error message.
 
@@ -113,7 +116,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Returns:
         ``" Did you mean 'x' or 'y'?"`` for near names, else an empty string.
     """
-    near = difflib.get_close_matches(str(name), sorted(map(str, known)), n=3, cutoff=0.6)
+    name = str(name)
+    if len(name) > _LONGEST_NAME:  # the comparison takes the square of the length
+        return ""
+    near = difflib.get_close_matches(name, sorted(map(str, known)), n=3, cutoff=0.6)
     if not near:
         return ""
     return f" Did you mean {' or '.join(map(repr, near))}?"

@@ -36,7 +36,7 @@ class Operators:
             return NotImplemented
         from shira.fusing import fuse
 
-        return fuse([self._adapter], [float(factor)])
+        return fuse([self._adapter], [factor])
 
     __rmul__ = __mul__
 

@@ -345,7 +345,7 @@ def test_a_loader_that_refuses_on_one_rank(cluster):
 
 def test_names_and_scales(cluster):
     refused(cluster, UnknownAdapterError, "no adapter 'b'", lambda h: h.activate({"b": 1}))
-    refused(cluster, AdapterError, "not finite", lambda h: h.activate({"a": float("inf")}))
+    refused(cluster, AdapterError, "a finite number, not inf", lambda h: h.activate({"a": float("inf")}))
     refused(cluster, UnknownAdapterError, "Did you mean 'a'", lambda h: h.unload("aa"))
     taken = adapter_for(cluster.base, 2)
     refused(cluster, AdapterError, "loaded already", lambda h: h.load("a", lambda: taken))

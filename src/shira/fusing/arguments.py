@@ -51,7 +51,7 @@ def checked_weights(weights: Sequence[float] | None, count: int, method: str) ->
         raise ConfigError(f"weights are a list of numbers, not {type(weights).__name__}")
     try:
         factors = [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"weights are numbers: {error}") from error
     if len(factors) != count:
         raise ConfigError(f"{count} adapters need as many weights, not {len(factors)}: {factors}")

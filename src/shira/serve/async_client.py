@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from shira.errors import ServeError
 from shira.serve.journal import Kept, Record
-from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.reports import Reports, checked, located, named, salted, slept, wanted
 from shira.serve.restoring import drive_async, steps
 from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
 from shira.serve.watch import unreachable, watched_async
 
 T = TypeVar("T")
+
+
+async def _whole(change: Coroutine[Any, Any, T]) -> T:
+    """Await a change of the engine, which goes on to its end also if the caller is cancelled."""
+    return await asyncio.shield(asyncio.ensure_future(change))
 
 
 class _Pause:
@@ -30,7 +35,7 @@ class AsyncClient:
     """Adapters of an ``AsyncLLM``, on one event loop.
 
     Made with ``await AsyncClient.of(engine)``. Arguments and errors are those of
-    `shira.serve.client.Client`.
+    `shira.serve.client.Client`. A caller that is cancelled does not stop a change half way.
     """
 
     def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
@@ -71,16 +76,11 @@ class AsyncClient:
 
     async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """As `Client.load`; requests go on between its steps."""
-        async with self._lock:
-            said = (await self._call("shira_load", name, str(path), compare)).first
-            self._shared.kept[name] = Kept(str(path), said["digest"])
-            return said
+        return await _whole(self._load(named(name), located(path), bool(compare)))
 
     async def unload(self, name: str) -> None:
         """As `Client.unload`."""
-        async with self._lock:
-            await self._call("shira_unload", name)
-            self._shared.kept.pop(name, None)
+        await _whole(self._unload(named(name)))
 
     async def list(self) -> dict[str, Any]:
         """As `Client.list`."""
@@ -93,11 +93,14 @@ class AsyncClient:
             return (await self._call("shira_fingerprint")).each
 
     async def activate(self, weights: Weights, scale: float = 1.0) -> None:
-        """As `Client.activate`, but waits for running requests; new ones queue meanwhile.
+        """As `Client.activate`, but waits for running requests; new ones queue meanwhile."""
+        await _whole(self._switch(wanted(weights, scale)))
 
-        A caller that is cancelled does not stop it half way.
-        """
-        await asyncio.shield(asyncio.ensure_future(self._switch(wanted(weights, scale))))
+    async def check(self, weights: Weights, scale: float = 1.0) -> None:
+        """As `Client.check`."""
+        which = wanted(weights, scale)
+        async with self._lock:
+            await self._call("shira_check", which)
 
     async def deactivate(self) -> None:
         """The base again, bit for bit."""
@@ -125,13 +128,30 @@ class AsyncClient:
 
     async def sleep(self, level: int = 1) -> None:
         """As `Client.sleep`, but waits for running requests."""
+        await _whole(self._sleep(slept(level)))
+
+    async def wake_up(self) -> None:
+        """As `Client.wake_up`."""
+        await _whole(self._wake_up())
+
+    async def _load(self, name: str, path: str, compare: bool) -> dict[str, Any]:
+        async with self._lock:
+            said = (await self._call("shira_load", name, path, compare)).first
+            self._shared.kept[name] = Kept(path, said["digest"])
+            return said
+
+    async def _unload(self, name: str) -> None:
+        async with self._lock:
+            await self._call("shira_unload", name)
+            self._shared.kept.pop(name, None)
+
+    async def _sleep(self, level: int) -> None:
         async with self._lock, self._gate.alone():
             await self._call("shira_sleep", level)
             self._shared.discarded = level >= 2
             await self._ask("sleep", self.engine.sleep(level=level, mode="wait"))
 
-    async def wake_up(self) -> None:
-        """As `Client.wake_up`."""
+    async def _wake_up(self) -> None:
         async with self._lock:
             if self._shared.discarded:
                 await self._ask("wake_up", self.engine.wake_up(tags=["weights"]))

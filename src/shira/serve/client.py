@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from shira.errors import ServeError
 from shira.serve.async_client import AsyncClient
 from shira.serve.journal import Kept, Record
-from shira.serve.reports import Reports, checked, salted, wanted
+from shira.serve.reports import Reports, checked, located, named, salted, slept, wanted
 from shira.serve.restoring import drive, steps
 from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
 from shira.serve.watch import unreachable, watched
@@ -91,13 +91,14 @@ class Client:
             ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
             FileNotFoundError: If there is nothing at the path.
         """
-        said = self._call("shira_load", name, str(path), compare).first
-        self._shared.kept[name] = Kept(str(path), said["digest"])
+        name, path = named(name), located(path)
+        said = self._call("shira_load", name, path, bool(compare)).first
+        self._shared.kept[name] = Kept(path, said["digest"])
         return said
 
     def unload(self, name: str) -> None:
         """Let every worker forget an adapter that is not active."""
-        self._call("shira_unload", name)
+        self._call("shira_unload", named(name))
         self._shared.kept.pop(name, None)
 
     def list(self) -> dict[str, Any]:
@@ -116,15 +117,21 @@ class Client:
             scale: With a single name, its factor.
 
         Raises:
+            AdapterError: If a name or a scale is none; see `shira.delta.checked_scale`.
             ServeError: If requests are unfinished, or the caches could not be dropped.
             ShiraError: As `ShiraWorkerExtension.shira_activate` says. Nothing has changed.
         """
+        which = wanted(weights, scale)
         with self._lock:
             self._check_idle()
-            said = self._call("shira_activate", wanted(weights, scale))
+            said = self._call("shira_activate", which)
             if self.cache == "reset" and not self._drop_caches():
                 self._call("shira_activate", said.first["previous"])
                 raise ServeError(NO_RESET)
+
+    def check(self, weights: Weights, scale: float = 1.0) -> None:
+        """Raise what `activate` would raise of these adapters and scales; nothing changes."""
+        self._call("shira_check", wanted(weights, scale))
 
     def deactivate(self) -> None:
         """The base again, bit for bit; raises as `activate`."""
@@ -155,6 +162,7 @@ class Client:
         At level 1 vLLM keeps the weights, with what is active in them; at level 2 it drops them,
         and `wake_up` loads the base anew and applies what was active.
         """
+        level = slept(level)
         with self._lock:
             self._check_idle()
             self._call("shira_sleep", level)

@@ -16,13 +16,12 @@ check everywhere, then write; if a rank fails then, all put back what they had
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from shira.delta import Adapter
+from shira.delta import Adapter, checked_scale
 from shira.errors import AdapterError, ServeError, UnknownAdapterError, WrongBaseError, did_you_mean
 from shira.ops.patch import Patch
 from shira.serve.checking import Stored, nothing_stored
@@ -30,6 +29,7 @@ from shira.serve.exchange import Change, same_bits
 from shira.serve.loading import Loaded, load
 from shira.serve.placement import Loads, Placement, held_by, storage_key, trace, whole_storage
 from shira.serve.ranks import Alone, Ranks, agree
+from shira.serve.reports import named
 from shira.switch.plan import Entry, combined
 
 _CHUNK = 2**24  # entries hashed at a time
@@ -124,9 +124,12 @@ class Held:
             ServeError: If the weights are discarded, or a rank failed to write; nothing has
                 changed then.
         """
-        wanted = {name: float(scale) for name, scale in weights.items()}
-        changes = agree(self.ranks, lambda: self._checked_changes(wanted))
+        wanted, changes = agree(self.ranks, lambda: self._checked_changes(weights))
         self._commit(wanted, changes)
+
+    def check(self, weights: Mapping[str, float]) -> None:
+        """Raise what `activate` would raise, and change nothing."""
+        agree(self.ranks, lambda: self._checked_changes(weights))
 
     def discard(self) -> None:
         """The engine is about to drop the weights: what is active will have to be applied anew."""
@@ -170,17 +173,18 @@ class Held:
 
     # --- preparing: reads and computes, writes nothing ------------------------------------------
 
-    def _checked_changes(self, wanted: Mapping[str, float]) -> list[Change]:
+    def _checked_changes(
+        self, weights: Mapping[str, float]
+    ) -> tuple[dict[str, float], list[Change]]:
         self._check_awake()
-        for name, scale in wanted.items():
+        for name in weights:
             self._known(name)
-            if not math.isfinite(scale):
-                raise AdapterError(f"the scale of adapter {name!r} is not finite: {scale}")
+        wanted = {name: checked_scale(name, scale) for name, scale in weights.items()}
         self._check_in_place(wanted)
         changes = self._changes(self.adapters, wanted)
         for change in changes:
             change.check()
-        return changes
+        return wanted, changes
 
     def _anew(self, check: bool) -> tuple[dict[str, Loaded], list[Change]]:
         self._check_in_place(self.adapters)
@@ -275,9 +279,7 @@ class Held:
 
     def _check_new(self, name: str) -> None:
         self._check_awake()
-        if not name or not isinstance(name, str):
-            raise AdapterError(f"an adapter's name is a text that is not empty, not {name!r}")
-        if name in self.adapters:
+        if named(name) in self.adapters:
             raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
 
     def _check_unused(self, name: str) -> None:

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workers of an engine answer, read on the client's side; plain values, no engine.
+"""What clients and the workers of an engine say to one another; plain values, no engine.
 
-Each rank answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into the errors
-they were and insists that all ranks are in the same state.
+`named`, `located`, `wanted` and `slept` check what a client asks before it is sent. Each rank
+answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into the errors they were
+and insists that all ranks are in the same state.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shira.errors import AdapterError, ServeError
+from shira.delta import checked_scale
+from shira.errors import AdapterError, ConfigError, ServeError
 from shira.serve.ranks import Failure
 
 
@@ -62,15 +65,57 @@ def wanted(weights: str | Mapping[str, float] | None, scale: float = 1.0) -> dic
     """What shall be active, as scale by name.
 
     Raises:
-        AdapterError: If it is of another type, or a scale is given beside a mapping.
+        AdapterError: If it is of another type, a name is none, a scale is not a finite number, or a
+            scale is given beside a mapping.
     """
     if isinstance(weights, str):
-        return {weights: float(scale)}
+        weights, scale = {weights: scale}, 1.0
     if scale != 1.0:
         raise AdapterError("scale= goes with a single name; a mapping has a scale for each")
     if weights is not None and not isinstance(weights, Mapping):
-        raise AdapterError(f"weights are a name, a mapping or None, not {weights!r}")
-    return {str(name): float(value) for name, value in (weights or {}).items()}
+        raise AdapterError(f"weights are a name, a mapping or None, not {weights!r:.100}")
+    return {named(name): checked_scale(name, value) for name, value in (weights or {}).items()}
+
+
+def named(name: object) -> str:
+    """An adapter's name, checked.
+
+    Raises:
+        AdapterError: If it is not 1 to 1000 characters of text that can be printed.
+    """
+    if not isinstance(name, str) or not 0 < len(name) <= 1000 or not name.isprintable():
+        raise AdapterError(
+            "an adapter's name is a text that is not empty, of at most 1000 characters that can be "
+            f"printed, not {name!r:.100}"
+        )
+    return name
+
+
+def located(path: object) -> str:
+    """The path of an adapter as text, checked.
+
+    Raises:
+        AdapterError: If no file can have it.
+    """
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # a TypeError tells
+        text.encode()
+        if not text or "\0" in text:
+            raise ValueError("empty, or with a NUL")
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"an adapter cannot lie at the path {path!r:.100}") from error
+    return text
+
+
+def slept(level: object) -> int:
+    """A level of sleep, checked.
+
+    Raises:
+        ConfigError: If vLLM has no such level.
+    """
+    if isinstance(level, bool) or level not in (0, 1, 2):
+        raise ConfigError(f"vLLM sleeps at level 0, 1 or 2, not {level!r:.100}")
+    return int(level)  # type: ignore[call-overload, no-any-return]
 
 
 def salted(prompt: Any, salt: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from shira.errors import PlacementError, ServeError, ShiraError
 from shira.serve.held import Held
 from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
+from shira.serve.reports import slept, wanted
 
 __all__ = ["ShiraWorkerExtension"]
 
@@ -79,8 +80,15 @@ class ShiraWorkerExtension:
             ``active`` as ``{name: scale}``, and so ``previous``; ``state``: a hash of what is
             active, ``"base"`` if nothing is.
         """
-        wanted = {weights: scale} if isinstance(weights, str) else dict(weights or {})
-        return self._shira_do("shira_activate", lambda held: self._shira_switch(held, wanted))
+        return self._shira_do(
+            "shira_activate", lambda held: self._shira_switch(held, wanted(weights, scale))
+        )
+
+    def shira_check(
+        self, weights: str | Mapping[str, float] | None, scale: float = 1.0
+    ) -> dict[str, Any]:
+        """Fail as `shira_activate` would with the same arguments; nothing changes."""
+        return self._shira_do("shira_check", lambda held: held.check(wanted(weights, scale)))
 
     def shira_deactivate(self) -> dict[str, Any]:
         """The base again, bit for bit; returns as `shira_activate`."""
@@ -106,7 +114,9 @@ class ShiraWorkerExtension:
 
     def shira_sleep(self, level: int) -> dict[str, Any]:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
-        return self._shira_do("shira_sleep", lambda held: held.discard() if level >= 2 else None)
+        return self._shira_do(
+            "shira_sleep", lambda held: held.discard() if slept(level) >= 2 else None
+        )
 
     def shira_rebase(self, check: bool = True) -> dict[str, Any]:
         """Apply what was active to weights that were loaded anew; see `Held.rebase`."""

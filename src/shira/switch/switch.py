@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import OrderedDict
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from shira.delta import Adapter
+from shira.delta import Adapter, checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
 from shira.ops.patch import Patch
 from shira.ops.write_count import WriteCount, count_write, take_back
@@ -256,13 +255,9 @@ class Switch:
             which = {which: 1.0}
         if not isinstance(which, Mapping):
             raise AdapterError(f"name an adapter, or {{name: scale}}, not {which!r}")
-        for name, scale in which.items():
+        for name in which:
             self._require(name)
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise AdapterError(f"the scale of {name!r} is a number, not {scale!r}")
-            if not math.isfinite(scale):
-                raise AdapterError(f"the scale of {name!r} is a finite number, not {scale}")
-        return tuple(sorted((name, float(scale)) for name, scale in which.items()))
+        return tuple(sorted((name, checked_scale(name, scale)) for name, scale in which.items()))
 
     def _plan(self, scales: Scales) -> Plan:
         """What the weights hold with these adapters in them."""
