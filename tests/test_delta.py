@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import struct
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira.base import accumulation_dtype, fingerprint, replacement
-from shira.delta import Adapter, SparseDelta
+from shira.delta import Adapter, SparseDelta, checked_scale
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.support import Support
 
@@ -178,6 +180,40 @@ def test_an_unknown_parameter_names_near_ones():
 def test_an_adapter_holds_sparse_deltas_by_name(deltas):
     with pytest.raises(AdapterError, match="parameter names to SparseDelta"):
         Adapter(deltas)
+
+
+# --- scales -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scale", [0, -2, 0.5, 10**20, np.float32(0.25), np.int64(3), Fraction(1, 4)]
+)
+def test_a_scale_is_a_real_number(scale):
+    checked = checked_scale("a", scale)
+    assert type(checked) is float
+    assert checked == scale
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        np.float32("nan"),
+        10**400,
+        -(10**5000),
+        True,
+        "1",
+        None,
+        1j,
+        [1],
+    ],
+    ids=lambda scale: type(scale).__name__,
+)
+def test_a_scale_that_is_none(scale):
+    with pytest.raises(AdapterError, match="the scale of 'a' is"):
+        checked_scale("a", scale)
 
 
 # --- fingerprint --------------------------------------------------------------------------------

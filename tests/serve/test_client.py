@@ -212,6 +212,52 @@ def test_an_error_of_the_workers_is_the_same_error_here(llm, kind, error):
     assert type(caught.value) is error
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "error"),
+    [
+        ("activate", ("a", float("nan")), AdapterError),
+        ("activate", ("a", 10**400), AdapterError),
+        ("activate", ("a", True), AdapterError),
+        ("activate", ({"a": float("inf")},), AdapterError),
+        ("activate", ({"a": "1"},), AdapterError),
+        ("activate", ({1: 1.0},), AdapterError),
+        ("activate", ({"a\ud800": 1.0},), AdapterError),
+        ("activate", (["a"],), AdapterError),
+        ("activate", ("",), AdapterError),
+        ("check", ("a", float("nan")), AdapterError),
+        ("load", ("a\0", "/adapters/a"), AdapterError),
+        ("load", (7, "/adapters/a"), AdapterError),
+        ("load", ("x" * 1001, "/adapters/a"), AdapterError),
+        ("load", ("a", "/adapters/\ud800"), AdapterError),
+        ("load", ("a", "/adapters/\0"), AdapterError),
+        ("load", ("a", 7), AdapterError),
+        ("load", ("a", ""), AdapterError),
+        ("unload", (None,), AdapterError),
+        ("unload", (["a"],), AdapterError),
+        ("sleep", (float("nan"),), ConfigError),
+        ("sleep", ("2",), ConfigError),
+        ("sleep", (True,), ConfigError),
+    ],
+)
+def test_what_cannot_be_meant_is_not_sent(llm, method, arguments, error):
+    client = Client(llm)
+    llm.log.clear()
+    with pytest.raises(error) as refused:
+        getattr(client, method)(*arguments)
+    assert len(str(refused.value).encode()) < 500
+    assert llm.log == []
+
+    async def main():
+        engine = AsyncEngine()
+        client = await AsyncClient.of(engine)
+        engine.engine.log.clear()
+        with pytest.raises(error):
+            await getattr(client, method)(*arguments)
+        assert engine.engine.log == []
+
+    asyncio.run(main())
+
+
 def test_workers_without_the_extension(llm):
     llm.ranks.fail["shira_list"] = RuntimeError("'CPUWorker' object has no attribute 'shira_list'")
     with pytest.raises(ServeError, match="worker_extension_cls"):
@@ -383,6 +429,26 @@ def test_a_cancelled_caller_does_not_stop_a_switch_half_way():
         assert engine.engine.log[-2] == "resume"
 
     run(steps)
+
+
+def test_a_cancelled_caller_does_not_stop_loading_half_way():
+    async def main():
+        for steps in range(6):
+            engine = AsyncEngine()
+            client = await AsyncClient.of(engine)
+            for change in (client.load("a", "/adapters/a"), client.unload("a")):
+                loading = asyncio.ensure_future(change)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                loading.cancel()
+                await asyncio.gather(loading, return_exceptions=True)
+                for _ in range(9):
+                    await asyncio.sleep(0)
+                assert client.record.adapters.keys() == engine.engine.ranks.adapters.keys()
+                if not engine.engine.ranks.adapters:
+                    break
+
+    asyncio.run(main())
 
 
 def test_async_failures_resume_and_say_so():

@@ -343,9 +343,22 @@ def test_a_loader_that_refuses_on_one_rank(cluster):
     refused(cluster, PlacementError, "rank 1: packed", lambda h: h.load("b", lambda: bad))
 
 
+def test_check_says_what_activate_would_and_changes_nothing(cluster):
+    for scale in (1e300, float("nan"), 10**400, True, "1"):
+        for ask in (Held.check, Held.activate):
+            refused(cluster, AdapterError, "scale|finite", lambda h, a=ask, s=scale: a(h, {"a": s}))
+    active = cluster.held[0].active
+    before = cluster.tensors()
+    cluster.call(lambda held: held.check({"a": 0.5}))
+    assert cluster.held[0].active == active
+    assert all(torch.equal(x[2], y[2]) for x, y in zip(before, cluster.tensors(), strict=True))
+
+
 def test_names_and_scales(cluster):
     refused(cluster, UnknownAdapterError, "no adapter 'b'", lambda h: h.activate({"b": 1}))
-    refused(cluster, AdapterError, "a finite number, not inf", lambda h: h.activate({"a": float("inf")}))
+    refused(
+        cluster, AdapterError, "a finite number, not inf", lambda h: h.activate({"a": float("inf")})
+    )
     refused(cluster, UnknownAdapterError, "Did you mean 'a'", lambda h: h.unload("aa"))
     taken = adapter_for(cluster.base, 2)
     refused(cluster, AdapterError, "loaded already", lambda h: h.load("a", lambda: taken))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira.errors import FileFormatError
+from shira.errors import AdapterError, FileFormatError
 from shira.serve import journal
 from shira.serve.journal import Kept, Record
 
@@ -61,6 +61,17 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize("where", ["combinations", "active"])
+def test_a_scale_that_is_none_is_not_written(tmp_path, scale, where):
+    path = tmp_path / "journal.json"
+    journal.write(path, RECORD)
+    terms = {"a": scale} if where == "active" else {"mix": {"a": scale}}
+    with pytest.raises(AdapterError, match="scale of 'a'"):
+        journal.write(path, Record(**{where: terms}))
+    assert journal.read(path) == RECORD
+
+
 GOOD = {"shira_journal": 1, "adapters": {}, "combinations": {}, "active": {}}
 
 
@@ -78,6 +89,8 @@ GOOD = {"shira_journal": 1, "adapters": {}, "combinations": {}, "active": {}}
         {"active": {"a": True}},
         {"active": None},
         {"active": {"a": 1e999}},
+        {"active": {"a": 10**400}},
+        {"active": {"a\ud800": 1}},
     ],
 )
 def test_what_is_no_journal(tmp_path, change):

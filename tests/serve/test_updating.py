@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira.delta import Adapter, SparseDelta
-from shira.errors import AdapterError, ServeError, UnknownAdapterError
+from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
 from shira.serve import exchange
 from shira.serve.fixed_support import FixedSupport
 from shira.serve.updating import Route
@@ -297,12 +297,26 @@ def test_a_sender_and_its_workers(ranks):
     broken["down"].values[0] = float("nan")
     with pytest.raises(AdapterError, match="not finite"):
         sender.send(broken)
+    broken["down"].values[0] = 1e6
+    with pytest.raises(AdapterError, match=r"1 of the .* not finite in float16"):
+        sender.send(broken, torch.float16)
     with pytest.raises(AdapterError, match="positions"):
         sender.send(adapter_for(cluster.base, 1))
     cluster.expect(merge(cluster.base, {"policy": rounded}, {"policy": 1.0}))
     sender.send(adapter)  # the next one goes well
     cluster.expect(merge(cluster.base, {"policy": adapter}, {"policy": 1.0}))
-    assert client.calls == ["init"] + ["start", "update", "finish"] * 6
+    assert (
+        client.calls == ["init"] + ["start", "update", "finish"] * 5
+    )  # what is refused is not sent
+
+
+@pytest.mark.parametrize(
+    "change", [{"port": 0}, {"workers": 0}, {"timeout": float("nan")}, {"timeout": -1.0}]
+)
+def test_a_sender_that_cannot_be_meant_asks_nobody(change):
+    options = {"name": "policy", "path": "-", "workers": 1, "port": 29510, "timeout": 1.0}
+    with pytest.raises(ConfigError, match="port and workers"):
+        ValueSender(None, adapter_for(Cluster(1).base, 0), **{**options, **change})
 
 
 def test_a_sender_of_other_positions_is_refused():

@@ -51,7 +51,7 @@ class FixedSupport:
             dtype: Of the result; None: the widest of its values'.
 
         Raises:
-            AdapterError: If its support is another.
+            AdapterError: If its support is another, or a value is not finite (in that dtype).
         """
         if adapter.keys() != self.supports.keys():
             odd = sorted(adapter.keys() ^ self.supports.keys())[0]
@@ -63,7 +63,9 @@ class FixedSupport:
                 raise AdapterError(f"the support was fixed, but {name!r} has other positions now")
             parts.append(delta.values.detach().cpu())
         joined = torch.cat(parts) if parts else torch.empty(0)
-        return joined if dtype is None else joined.to(dtype)
+        joined = joined if dtype is None else joined.to(dtype)
+        check_finite(joined, "the adapter")
+        return joined
 
     def adapter(self, values: Tensor) -> Adapter:
         """The reverse: an adapter of this support from ``(k,)`` values.
@@ -79,4 +81,22 @@ class FixedSupport:
                 name: SparseDelta(support, part)
                 for (name, support), part in zip(self.supports.items(), each, strict=True)
             }
+        )
+
+
+def check_finite(values: Tensor, of: str) -> None:
+    """Check that values are numbers.
+
+    Args:
+        values: ``(k,)`` floating point.
+        of: What they belong to, for the message.
+
+    Raises:
+        AdapterError: If one is infinite or NaN.
+    """
+    if not bool(torch.isfinite(values).all()):
+        odd = int((~torch.isfinite(values)).sum())
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{odd} of the {values.numel()} values of {of} are not finite in {dtype}"
         )

@@ -15,20 +15,23 @@ reads it finds the state before a change or after it::
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from shira.errors import FileFormatError
+from shira.delta import checked_scale
+from shira.errors import AdapterError, FileFormatError
 from shira.store.atomic import write_atomically
 from shira.store.json_text import parse_object
 
 _FORMAT = "shira_journal"
 _VERSION = 1
+_LARGEST = 16 * 2**20  # bytes
 
 
 class Kept(NamedTuple):
@@ -63,29 +66,36 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
         record: What to write.
 
     Raises:
+        AdapterError: If a scale is not a finite number; the old file is still there.
         OSError: If it cannot be written; the old file is still there.
     """
     value = {
         _FORMAT: _VERSION,
         "adapters": {name: kept._asdict() for name, kept in record.adapters.items()},
-        "combinations": {name: dict(terms) for name, terms in record.combinations.items()},
-        "active": dict(record.active),
+        "combinations": {name: _checked(terms) for name, terms in record.combinations.items()},
+        "active": _checked(record.active),
     }
-    write_atomically(path, json.dumps(value, indent=1).encode())
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def read(path: str | os.PathLike[str]) -> Record:
     """The record in a file; an empty one if there is no file yet.
 
     Raises:
-        FileFormatError: If the file is no journal.
+        FileFormatError: If it is no journal, or no regular file of at most 16 MiB.
         OSError: If it cannot be read.
     """
     try:
-        raw = Path(path).read_bytes()
+        found = os.stat(path)  # before it is opened: a pipe would wait for its other end
     except FileNotFoundError:
         return Record()
-    value = parse_object(raw, path, "journal")
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
+        _refuse(path, f"it is no regular file of at most {_LARGEST} bytes")
+    value = parse_object(Path(path).read_bytes(), path, "journal")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        _refuse(path, "a text in it is no Unicode (lone surrogates)")
     if value.get(_FORMAT) != _VERSION:
         _refuse(path, f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
     return Record(
@@ -96,6 +106,32 @@ def read(path: str | os.PathLike[str]) -> Record:
         },
         _scales(path, "active", value.get("active")),
     )
+
+
+def set_aside(path: str | os.PathLike[str]) -> Path:
+    """Rename what cannot be read to the first free ``<name>.unreadable-<n>`` beside it.
+
+    Args:
+        path: A file, a folder, or a link; of a link that leads somewhere, what it leads to.
+
+    Returns:
+        The new place; nothing is ever replaced.
+
+    Raises:
+        OSError: If it cannot be renamed, or is neither (a pipe, a device).
+    """
+    place = Path(os.path.realpath(path) if os.path.exists(path) else path)
+    mode = os.lstat(place).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise OSError(22, "neither a file nor a folder", os.fspath(path))
+    names = (place.with_name(f"{place.name[:200]}.unreadable-{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    place.rename(aside)
+    return aside
+
+
+def _checked(scales: Mapping[str, float]) -> dict[str, float]:
+    return {name: checked_scale(name, scale) for name, scale in scales.items()}
 
 
 def _table(path: str | os.PathLike[str], value: dict[str, Any], key: str) -> dict[str, Any]:
@@ -116,14 +152,11 @@ def _kept(path: str | os.PathLike[str], name: str, value: Any) -> Kept:
 def _scales(path: str | os.PathLike[str], name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         _refuse(path, f"{name!r} is {value!r:.80}, not scales by name")
-    for scale in value.values():
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not math.isfinite(scale):
-            _refuse(path, f"a scale in {name!r} is {scale!r:.80}, not a number")
-    return {key: float(scale) for key, scale in value.items()}
+    try:
+        return _checked(value)
+    except AdapterError as error:
+        _refuse(path, f"in {name!r}, {error}")
 
 
 def _refuse(path: str | os.PathLike[str], what: str) -> NoReturn:
-    raise FileFormatError(
-        f"{os.fspath(path)} is no journal of adapters: {what}. Move it away to begin without"
-    )
+    raise FileFormatError(f"{os.fspath(path)} is no journal of adapters: {what}")

@@ -22,6 +22,7 @@ turn of those who came earlier, for its newcomers queue behind whoever waits lon
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
@@ -57,13 +58,13 @@ class AdapterScheduler:
             active one have to queue behind it. 0: in turn; larger: longer groups, fewer switches.
 
     Raises:
-        ConfigError: If ``patience`` is negative.
+        ConfigError: If ``patience`` is negative or not finite.
     """
 
     def __init__(
         self, activate: Activate, *, active: Hashable = None, patience: float = 0.5
     ) -> None:
-        if not patience >= 0:
+        if not 0 <= patience < math.inf:
             raise ConfigError(f"patience is a number of seconds, 0 or more, not {patience!r}")
         self.patience = patience
         self.switches = 0

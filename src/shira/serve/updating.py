@@ -18,7 +18,7 @@ from torch import Tensor
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.serve.exchange import Part
-from shira.serve.fixed_support import FixedSupport
+from shira.serve.fixed_support import FixedSupport, check_finite
 from shira.serve.held import Held
 from shira.serve.loading import Loaded
 from shira.serve.ranks import agree
@@ -120,9 +120,7 @@ class Route:
                 f"adapter {self.name!r} has {self.nnz} values, not "
                 f"{tuple(values.shape)} of {values.dtype}"
             )
-        if not bool(torch.isfinite(values).all()):
-            odd = int((~torch.isfinite(values)).sum())
-            raise AdapterError(f"{odd} of the values sent for adapter {self.name!r} are not finite")
+        check_finite(values, f"adapter {self.name!r} that were sent")
         loaded = self._loaded()
         if any(
             part.positions is not self._positions.get(key) for key, part in loaded.parts.items()

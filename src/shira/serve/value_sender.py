@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import torch
 
 from shira.delta import SparseDelta
-from shira.errors import ServeError
+from shira.errors import ConfigError, ServeError
 from shira.serve.fixed_support import FixedSupport
 from shira.serve.ranks import Failure
+from shira.serve.reports import located, named
 from shira.serve.values_wire import Wire
 
 
@@ -105,6 +106,7 @@ class ValueSender:
 
     Raises:
         AdapterError: If the engine holds other positions, or no such adapter.
+        ConfigError: If port, workers or timeout cannot be meant.
         ServeError: If workers cannot be reached.
     """
 
@@ -120,11 +122,16 @@ class ValueSender:
         address: str = "127.0.0.1",
         timeout: float = 120.0,
     ) -> None:
+        if not (0 < port < 2**16 and 0 < workers < 2**16 and 0 < timeout < 2**31):
+            raise ConfigError(
+                "port and workers are 1 to 65535, the timeout is a number of seconds above 0, not "
+                f"{port!r}, {workers!r} and {timeout!r}"
+            )
         self.client = client
         self.support = FixedSupport.of(adapter)
         info = {
-            "adapter": name,
-            "path": str(path),
+            "adapter": named(name),
+            "path": located(path),
             "support": self.support.digest,
             "address": address,
             "port": port,

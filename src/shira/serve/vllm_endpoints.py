@@ -12,6 +12,7 @@ variables:
 
 - ``SHIRA_ADAPTERS``: the folder below which clients' paths lie; without it none can be loaded;
 - ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given;
+- ``SHIRA_BODY_LIMIT``: the largest body of a request to the model in bytes, 16 MiB if not given;
 - ``SHIRA_JOURNAL``: the file from which a server that is started again has its adapters;
 - ``SHIRA_READY``: a file that is made when they are there; ``shira serve`` looks for it.
 
@@ -29,11 +30,12 @@ from shira.errors import ConfigError, ServeError
 from shira.serve.client import AsyncClient
 from shira.serve.http import routes
 from shira.serve.http.durable import DurableService
+from shira.serve.http.errors import encoded
 from shira.serve.http.paths import folder_of_adapters
 from shira.serve.http.service import AdapterService
-from shira.serve.http.turns import Turns, answering
+from shira.serve.http.turns import BODY_LIMIT, Turns, answering
 
-FOLDER, PATIENCE = "SHIRA_ADAPTERS", "SHIRA_PATIENCE"
+FOLDER, PATIENCE, LIMIT = "SHIRA_ADAPTERS", "SHIRA_PATIENCE", "SHIRA_BODY_LIMIT"
 JOURNAL, READY = "SHIRA_JOURNAL", "SHIRA_READY"
 
 
@@ -46,16 +48,15 @@ class ShiraEndpoints:
     def attach_router(self, app: Any) -> None:
         """Add routes and middleware to the FastAPI application."""
         from fastapi import Request
-        from fastapi.responses import JSONResponse
+        from fastapi.responses import JSONResponse, Response
 
         def service() -> AdapterService | None:
             return getattr(app.state, "shira", None)
 
-        async def call(request: Request) -> JSONResponse:
-            status, value = await routes.answer(
-                service(), request.scope["route"].path, await request.body()
-            )
-            return JSONResponse(value, status_code=status)
+        async def call(request: Request) -> Response:
+            data = b"" if request.method == "GET" else await request.body()
+            status, value = await routes.answer(service(), request.scope["route"].path, data)
+            return Response(encoded(value), status_code=status, media_type="application/json")
 
         async def models() -> JSONResponse:
             listed = (await app.state.openai_serving_models.show_available_models()).model_dump()
@@ -66,14 +67,15 @@ class ShiraEndpoints:
             app.add_api_route(path, call, methods=["POST"], response_model=None)
         app.add_api_route(routes.LIST, call, methods=["GET"], response_model=None)
         app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
-        app.add_middleware(Turns, service=service, own_paths=routes.OWN_PATHS)
+        app.add_middleware(
+            Turns, service=service, own_paths=routes.OWN_PATHS, body_limit=_body_limit()
+        )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Reach the engine and make the service.
 
         Raises:
             ConfigError: If a setting cannot be meant.
-            FileFormatError: If the journal is none.
             ServeError: If the engine has no worker extension of shira, or several server processes
                 share it.
         """
@@ -135,6 +137,13 @@ def _with_adapters(listed: dict[str, Any], service: AdapterService | None) -> di
             for name, served in service.served.items()
         ]
     return listed
+
+
+def _body_limit() -> int:
+    text = os.environ.get(LIMIT, str(BODY_LIMIT))
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 16):
+        raise ConfigError(f"{LIMIT} is a number of bytes, not {text!r:.100}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -7,7 +7,7 @@ import asyncio
 import json
 from pathlib import Path
 
-from shira.errors import FileFormatError, ServeError, UnknownAdapterError
+from shira.errors import AdapterError, FileFormatError, ServeError, UnknownAdapterError
 
 
 class FakeEngine:
@@ -33,6 +33,10 @@ class FakeEngine:
         self.calls.append(("unload", name))
         assert name not in self.active
         del self.held[name]
+
+    async def check(self, weights):
+        if any(abs(scale) > 1e38 for scale in weights.values()):
+            raise AdapterError("entries would not be finite")
 
     async def activate(self, weights):
         self.calls.append(("activate", weights))

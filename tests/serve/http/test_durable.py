@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from contextlib import suppress
 
 import pytest
 
-from shira.errors import FileFormatError, ServeError
+from shira.errors import ServeError
 from shira.serve import journal
-from shira.serve.http import routes
+from shira.serve.http import errors, routes
 from shira.serve.http.durable import DurableService
 from shira.serve.journal import Kept, Record
 
@@ -92,7 +94,7 @@ def test_each_change_is_in_the_journal_before_it_is_answered(folder):
 def test_a_switch_that_a_request_made_follows(folder):
     async def test(site):
         await asyncio.gather(*[site.ask(model) for model in ("fr", "de", "mix", "de")])
-        await asyncio.gather(*site.service._background)
+        await asyncio.gather(*site.service._tasks)
         active = journal.read(folder.parent / "journal.json").active
         assert active == site.engine.active != {}
 
@@ -163,7 +165,7 @@ def test_a_journal_that_cannot_be_written(folder, monkeypatch):
         assert "third" not in site.engine.held
         assert (await site.own(routes.ACTIVATE, name="fr"))[0] == 503
         assert lines((await site.ask("de"))[1])[0] == {"de": 1.0}  # requests go on
-        await asyncio.gather(*site.service._background)
+        await asyncio.gather(*site.service._tasks)
         monkeypatch.undo()
         assert site.service.journal.read_bytes() == before
         assert (await site.own(routes.LOAD, name="third", path="german"))[0] == 200
@@ -172,13 +174,160 @@ def test_a_journal_that_cannot_be_written(folder, monkeypatch):
     on_durable_site(test, folder)
 
 
-def test_a_file_that_is_no_journal_stops_the_start_and_is_left_alone(folder):
+GOOD = b'{"shira_journal": 1, "adapters": {}, "combinations": {}, "active": {}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        GOOD[:-9],
+        GOOD[:-2] + b'"fr": NaN}}',
+        GOOD[:-2] + b'"fr": 1e999}}',
+        GOOD[:-2] + b'"fr": 1' + b"0" * 400 + b"}}",
+        GOOD[:-2] + b'"\\ud800": 1}}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b" " * (16 * 2**20) + GOOD,
+        "folder",
+        "loop",
+    ],
+    ids=lambda content: repr(content[:20] + content[-20:]),
+)
+def test_a_journal_that_cannot_be_read_is_set_aside(folder, content, caplog):
     path = folder.parent / "journal.json"
-    path.write_text("{}")
-    site = DurableSite(folder, path)
-    with pytest.raises(FileFormatError, match="is no journal"):
-        asyncio.run(site.restart())
-    assert path.read_text() == "{}"
+    others = [path.with_name(f"journal.json.unreadable-{n}") for n in (1, 2)]
+    for other in others:
+        other.write_text("of before")
+    if content == "folder":
+        path.mkdir()
+        (path / "inside").write_text("kept")
+    elif content == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(content)
+
+    async def main():
+        site = DurableSite(folder, path)
+        assert await site.restart() == {}
+        said = (await site.own(routes.LIST))[1]
+        assert json.loads(errors.encoded(said))["journal_set_aside"]["file"] == (
+            "journal.json.unreadable-3"
+        )
+        assert str(folder.parent) not in said["journal_set_aside"]["why"]
+        assert (await site.own(routes.LOAD, name="fr", path="french"))[0] == 200
+        assert set(journal.read(path).adapters) == {"fr"}
+        await site.restart()
+        assert (await site.own(routes.LIST))[1]["journal_set_aside"] is None
+        assert set(site.service.served) == {"fr"}
+
+    asyncio.run(main())
+    assert "journal.json.unreadable-3" in caplog.text
+    aside = path.with_name("journal.json.unreadable-3")
+    if content == "folder":
+        assert (aside / "inside").read_text() == "kept"
+    elif content == "loop":
+        assert aside.is_symlink()
+    else:
+        assert aside.read_bytes() == content
+    assert [other.read_text() for other in others] == ["of before"] * 2
+
+
+def test_a_journal_that_may_not_be_read_is_set_aside(folder, monkeypatch):
+    path = folder.parent / "journal.json"
+    path.write_bytes(GOOD)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    async def main():
+        monkeypatch.setattr(journal, "read", denied)
+        site = DurableSite(folder, path)
+        await site.restart()
+        assert "Permission denied" in site.service.set_aside["why"]
+
+    asyncio.run(main())
+    assert path.with_name("journal.json.unreadable-1").read_bytes() == GOOD
+
+
+def test_a_linked_journal_is_set_aside_where_it_lies(folder):
+    path, real = folder.parent / "journal.json", folder.parent / "real.json"
+    real.write_text("{")
+    path.symlink_to(real)
+    asyncio.run(DurableSite(folder, path).restart())
+    assert path.is_symlink()
+    assert real.with_name("real.json.unreadable-1").read_text() == "{"
+    assert journal.read(real) == Record()
+
+
+def test_a_pipe_is_no_journal_and_stays(folder):
+    path = folder.parent / "journal.json"
+    os.mkfifo(path)
+    with pytest.raises(ServeError, match="neither be read nor be set aside"):
+        asyncio.run(DurableSite(folder, path).restart())
+    assert path.is_fifo()
+
+
+@pytest.mark.parametrize("scale", [b"NaN", b"1e999", b"1e300"])
+def test_a_scale_that_is_none_never_reaches_the_journal(folder, scale):
+    async def test(site):
+        before = site.service.journal.read_bytes()
+        body = b'{"name": "new", "adapters": {"fr": ' + scale + b"}}"
+        assert (await site.own(routes.LOAD, body))[0] == 400
+        assert site.service.journal.read_bytes() == before
+        assert await site.restart() == {}
+        assert set(site.service.served) == {"fr", "de", "mix"}
+
+    on_durable_site(test, folder)
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (routes.LOAD, {"name": "third", "path": "german"}),
+        (routes.LOAD, {"name": "third", "adapters": {"fr": 2}}),
+        (routes.UNLOAD, {"name": "mix"}),
+        (routes.ACTIVATE, {"name": "fr"}),
+    ],
+)
+def test_a_request_that_is_cancelled_leaves_journal_and_engine_agreeing(
+    folder, route, fields, monkeypatch
+):
+    """At each of its steps; what was begun is done, or was not begun."""
+
+    async def test(site):
+        load = site.engine.load
+
+        async def slow(name, path):
+            said = await load(name, path)
+            for _ in range(5):  # the engine holds it, and has not said so yet
+                await asyncio.sleep(0)
+            return said
+
+        monkeypatch.setattr(site.engine, "load", slow)
+        for steps in range(0, 40):
+            request = asyncio.ensure_future(site.own(route, **fields))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            request.cancel()
+            with suppress(asyncio.CancelledError):
+                await request
+            while site.service._tasks:
+                await asyncio.gather(*site.service._tasks)
+            kept = journal.read(site.service.journal)
+            assert kept == site.service.record()
+            assert set(kept.adapters) == set(site.engine.held)
+            assert kept.active == site.engine.active
+            for undo, what in (
+                (routes.UNLOAD, {"name": "third"}),
+                (routes.ACTIVATE, {"name": None}),
+            ):
+                await site.own(undo, **what)
+            if "mix" not in site.service.served:
+                await site.own(routes.LOAD, name="mix", adapters=MIX)
+
+    on_durable_site(test, folder)
 
 
 def test_a_server_without_a_folder_does_not_forget(folder):

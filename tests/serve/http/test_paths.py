@@ -63,20 +63,29 @@ def test_absolute_paths_below_are_fine_and_a_linked_folder_too(folder, tmp_path)
         "/etc/passwd",
         "/",
         ".",
-        "",
         "fr/..",
-        "fr\0",
-        "loop",
-        "a" * 5000,
-        None,
-        7,
-        ["fr"],
-        {"path": "fr"},
     ],
 )
 def test_what_leads_elsewhere_is_refused(folder, path):
     with pytest.raises(PathRefusedError):
         below(folder, path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "fr\0", "loop", "a" * 300, "a/" * 3000, "\ud800", "fr\udcff", None, 7, ["fr"], {"a": 1}],
+)
+def test_what_is_no_path_is_refused(folder, path):
+    with pytest.raises(AdapterError, match="path") as refused:
+        below(folder, path)
+    assert not isinstance(refused.value, PathRefusedError)
+    assert len(str(refused.value).encode()) < 1000
+
+
+def test_a_file_whose_name_is_no_text_is_not_served(folder):
+    (folder / "fr\udcff").mkdir()  # what the bytes b"fr\xff" are in Python
+    with pytest.raises(AdapterError, match="cannot be followed"):
+        below(folder, "fr\udcff")
 
 
 def test_nothing_is_told_of_what_is_outside(folder, tmp_path):

@@ -41,7 +41,14 @@ def test_load_and_list(tmp_path):
         ({"name": "es", "path": "spanish"}, 404),
         ({"name": "es", "path": "../french"}, 403),
         ({"name": "es", "path": "/etc"}, 403),
-        ({"name": "es", "path": 7}, 403),
+        ({"name": "es", "path": 7}, 400),
+        ({"name": "es", "path": "fr\ud800"}, 400),
+        ({"name": "es", "path": "fr\0"}, 400),
+        ({"name": "es", "path": "x" * 60_000}, 400),
+        ({"name": "es\ud800", "path": "french"}, 400),
+        ({"name": "x" * 60_000, "path": "french"}, 400),
+        ({"\ud800": 1, "name": "es"}, 400),
+        ({"name": "es", "path": "french", "pad": "x" * 70_000}, 413),
         ({"name": "es", "path": "damaged"}, 400),
         ({"name": "fr", "path": "french"}, 409),
         ({"name": "base", "path": "french"}, 409),
@@ -57,6 +64,13 @@ def test_load_and_list(tmp_path):
         ({"name": "es", "adapters": {"it": 1}}, 404),
         ({"name": "es", "adapters": {"fr": "much"}}, 400),
         ({"name": "es", "adapters": {"fr": True}}, 400),
+        ({"name": "es", "adapters": {"fr": None}}, 400),
+        ({"name": "es", "adapters": {"fr": [1]}}, 400),
+        ({"name": "es", "adapters": {"fr": float("nan")}}, 400),
+        ({"name": "es", "adapters": {"fr": float("-inf")}}, 400),
+        ({"name": "es", "adapters": {"fr": 10**400}}, 400),
+        ({"name": "es", "adapters": {"fr": 1e300}}, 400),
+        ({"name": "es", "adapters": {"fr\ud800": 1}}, 404),
         ([], 400),
         ("fr", 400),
     ],
@@ -65,7 +79,9 @@ def test_what_is_refused_changes_nothing(tmp_path, body, status):
     async def test(site):
         before = (await site.own(routes.LIST))[1]
         got, value = await site.own(routes.LOAD, json.dumps(body).encode())
+        json.loads(errors.encoded(value))
         error = value["error"]
+        error["message"].encode()
         assert (got, error["code"]) == (status, status)
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"]
@@ -77,11 +93,28 @@ def test_what_is_refused_changes_nothing(tmp_path, body, status):
 
 
 @pytest.mark.parametrize("path", sorted(routes.OWN_PATHS))
-@pytest.mark.parametrize("data", [b"", b"{", b"null", b"\x80\x04.", b"{" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"null", b"\x80\x04.", b"{" * 60_000, b'{"name": 1e999, "a": NaN}']
+)
 def test_bodies_that_are_no_json_object(tmp_path, path, data):
     async def test(site):
         status, value = await site.own(path, data)
         assert (status, value["error"]["type"]) == (400, "BadRequestError")
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scale", [b"NaN", b"1e999", b"-1e999", b"Infinity", b"9" * 5000, b'1, "fr": 2', b'"\\ud800"']
+)
+def test_a_scale_that_is_none_is_a_400_and_is_not_kept(tmp_path, scale):
+    async def test(site):
+        body = b'{"name": "mix", "adapters": {"fr": ' + scale + b"}}"
+        status, value = await site.own(routes.LOAD, body)
+        assert (status, value["error"]["code"]) == (400, 400)
+        errors.encoded(value)
+        errors.encoded((await site.own(routes.LIST))[1])
+        assert "mix" not in site.service.served
 
     on_site(test, tmp_path)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import pytest
 
-from shira.serve.http import routes
+from shira.serve.http import routes, turns
 from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import Turns, answering
 
@@ -161,7 +162,7 @@ def test_websockets_are_closed(tmp_path):
     on_site(test, tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"fr"', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"fr"', b"\xff\xfe"])
 def test_what_is_no_json_object_goes_to_the_base(tmp_path, data):
     async def test(site):
         site.app.app = echo
@@ -180,9 +181,82 @@ def test_what_is_no_json_object_goes_to_the_base(tmp_path, data):
 
 def test_a_body_that_is_too_large(tmp_path, monkeypatch):
     async def test(site):
-        monkeypatch.setattr("shira.serve.http.turns.BODY_LIMIT", 100)
+        monkeypatch.setattr(site.app, "body_limit", 100)
         status, data = await site.ask("fr", pad="x" * 100)
         assert (status, json.loads(data)["error"]["code"]) == (413, 413)
+        assert site.server.requests == []
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize", *sorted(routes.OWN_PATHS)])
+@pytest.mark.parametrize("declared", [b"20000000", b"9" * 5000, None])
+def test_a_large_body_is_refused_before_it_is_there(tmp_path, path, declared):
+    """Neither read to the end nor parsed, whatever length it says that it has."""
+    read, sent = [], []
+
+    async def receive():
+        read.append(1)
+        return {"type": "http.request", "body": b" " * 2**20, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    async def test(site):
+        headers = [] if declared is None else [(b"content-length", declared)]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        await site.app(scope, receive, send)
+        assert sent[0]["status"] == 413
+        assert json.loads(sent[1]["body"])["error"]["code"] == 413
+        assert len(read) <= (0 if declared else 17)
+        assert site.server.requests == []
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"model": "fr", "x": [' + b"0," * 2**19 + b"0]}", 413),
+        (b'{"model": "fr", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"model": "fr", "x": ' + b'{"a":' * 50_000, 400),
+    ],
+)
+def test_bodies_that_take_long_to_parse(tmp_path, body, status):
+    async def test(site):
+        got, data = await post(site.app, CHAT, body)
+        assert (got, json.loads(data)["error"]["code"]) == (status, status)
+        assert site.server.requests == []
+
+    on_site(test, tmp_path)
+
+
+def test_a_body_that_is_not_small_is_parsed_beside_the_event_loop(tmp_path, monkeypatch):
+    threads = []
+    parse = turns._parsed
+
+    def parsed(data):
+        threads.append(threading.current_thread())
+        return parse(data)
+
+    async def test(site):
+        monkeypatch.setattr(turns, "_parsed", parsed)
+        fields = {"pad": "x" * 100_000}
+        assert lines((await site.ask("fr", **fields))[1]) == [{"fr": 1.0}] * 2
+        assert site.server.requests[-1] == {"path": CHAT, "model": "base", **fields}
+        await site.ask("fr")
+        assert [thread is threading.main_thread() for thread in threads] == [False, True]
+
+    on_site(test, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["\ud800", "x" * 10**6, "a\0b", "\x1b[2J"])
+def test_an_error_can_be_sent_whatever_was_asked(tmp_path, model):
+    async def test(site):
+        status, data = await site.ask(model)
+        assert status == 404
+        message = json.loads(data)["error"]["message"]
+        assert len(message.encode()) < 5000
 
     on_site(test, tmp_path)
 

@@ -4,7 +4,8 @@
 What is served and active is kept in a journal (`shira.serve.journal`). A change through the routes
 is in it before it is answered; a switch that a request made follows in the background. A new server
 process restores it before it takes requests. A name that cannot be restored stays known, with the
-reason, which requests for it are told, until it is loaded again or unloaded.
+reason, which requests for it are told, until it is loaded again or unloaded. A journal that cannot
+be read is set aside, under a name beside it that the log and the list tell, and a new one is begun.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shira.errors import RestoreError, ServeError, UnknownAdapterError
+from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError
 from shira.serve import journal
 from shira.serve.http.service import AdapterService, Served
 from shira.serve.journal import Kept, Record
@@ -43,9 +44,10 @@ class DurableService(AdapterService):
         super().__init__(*args, **kwargs)
         self.journal = journal
         self.lost: dict[str, Lost] = {}
+        self.set_aside: dict[str, str] | None = None
+        """Name of the file, and why it was set aside; None: nothing was."""
         self._written: Record | None = None
         self._writing = asyncio.Lock()
-        self._background: set[asyncio.Task[None]] = set()
 
     def record(self) -> Record:
         """What the journal should say now; what was lost is still in it."""
@@ -67,12 +69,10 @@ class DurableService(AdapterService):
         """Serve what the journal says, before any request; returns why what could not be.
 
         Raises:
-            FileFormatError: If the file is no journal.
-            OSError: If it cannot be read.
-            ServeError: If it cannot be written, the engine is lost, or the server has no folder of
-                adapters.
+            ServeError: If the journal cannot be written or set aside, the engine is lost, or the
+                server has no folder of adapters.
         """
-        kept = await asyncio.to_thread(journal.read, self.journal)
+        kept = await asyncio.to_thread(self._read)
         if kept.adapters and self.folder is None:
             raise ServeError(
                 f"the journal {self.journal} has adapters, but this server was given no folder of "
@@ -97,26 +97,24 @@ class DurableService(AdapterService):
             self._explain(model)
             raise
 
-    async def load(
-        self, name: object, path: object = None, adapters: object = None
-    ) -> dict[str, Any]:
-        """As `AdapterService.load`; nothing is loaded if the journal cannot be written."""
-        described = await super().load(name, path, adapters)
+    async def _load(self, name: object, path: object, adapters: object) -> dict[str, Any]:
+        """Load; nothing is loaded if the journal cannot be written."""
+        described = await super()._load(name, path, adapters)
         lost = self.lost.pop(str(name), None)
         try:
             await self._write()
         except ServeError:
-            await super().unload(name)
+            await super()._unload(name)
             if lost is not None:
                 self.lost[str(name)] = lost
             raise
         return described
 
-    async def unload(self, name: object) -> dict[str, Any]:
-        """As `AdapterService.unload`; also forgets a name that was lost."""
+    async def _unload(self, name: object) -> dict[str, Any]:
+        """Unload; also forgets a name that was lost."""
         lost = self.lost.pop(str(name), None) if str(name) not in self.served else None
         if lost is None:
-            described = await super().unload(name)
+            described = await super()._unload(name)
         else:
             described = {"id": name, "object": "adapter", "not_restored": lost.why}
         await self._write()
@@ -125,12 +123,36 @@ class DurableService(AdapterService):
     async def activate(self, name: object) -> dict[str, Any]:
         """As `AdapterService.activate`."""
         said = await super().activate(name)
-        await self._write()
+        await self._whole(self._write())
         return said
 
     def list(self) -> dict[str, Any]:
-        """As `AdapterService.list`, with ``not_restored``: reasons by name."""
-        return {**super().list(), "not_restored": {n: lost.why for n, lost in self.lost.items()}}
+        """As `AdapterService.list`, with what was not restored and a journal that was set aside."""
+        return {
+            **super().list(),
+            "not_restored": {name: lost.why for name, lost in self.lost.items()},
+            "journal_set_aside": self.set_aside,
+        }
+
+    def _read(self) -> Record:
+        try:
+            return journal.read(self.journal)
+        except (FileFormatError, OSError) as error:
+            why = str(error).replace(f"{self.journal.parent}/", "")
+        try:
+            aside = journal.set_aside(self.journal)
+        except OSError as error:
+            raise ServeError(
+                f"the journal {self.journal} can neither be read nor be set aside "
+                f"({error.strerror}): {why}"
+            ) from error
+        self.set_aside = {"file": aside.name, "why": why}
+        _logger.warning(
+            "the journal cannot be read (%s): it is kept as %s, and no adapter is restored",
+            why.encode(errors="backslashreplace").decode(),
+            aside,
+        )
+        return Record()
 
     def _served(self, name: object) -> Served:
         try:
@@ -149,9 +171,7 @@ class DurableService(AdapterService):
     async def _switch(self, adapter: str | None) -> None:
         await super()._switch(adapter)
         # The scheduler takes it for active once this has returned, before the task begins.
-        task = asyncio.get_running_loop().create_task(self._follow())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._start(self._follow())
 
     async def _follow(self) -> None:
         try:
@@ -177,11 +197,11 @@ class DurableService(AdapterService):
 
     async def _restore_step(self, kind: str, *arguments: Any) -> Any:
         if kind == "load":
-            return await super().load(arguments[0], path=arguments[1])
+            return await super()._load(arguments[0], arguments[1], None)
         if kind == "combine":
-            return await super().load(arguments[0], adapters=arguments[1])
+            return await super()._load(arguments[0], None, arguments[1])
         if kind == "unload":
-            return await super().unload(arguments[0])
+            return await super()._unload(arguments[0])
         (weights,) = arguments
         if not weights:
             return await self.engine.activate(None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from shira.errors import AdapterError, ConfigError, FileFormatError, ShiraError, UnknownAdapterError
@@ -11,6 +12,18 @@ from shira.serve.http.paths import PathRefusedError
 
 class NameTakenError(AdapterError):
     """A name that another adapter or the base model has already."""
+
+
+class TooLargeError(AdapterError):
+    """A body that has more bytes, or more items, than the server reads."""
+
+
+_LONGEST = 4000  # characters of a message, of which a client's own words may be the most
+
+
+def encoded(value: dict[str, Any]) -> bytes:
+    """A response's JSON: ASCII, whatever characters are in it, and without NaN and infinity."""
+    return json.dumps(value, allow_nan=False).encode()
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
@@ -28,7 +41,8 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def body(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON value of an error."""
+    """The JSON value of an error; what is no Unicode text (lone surrogates) is shown as escapes."""
+    message = message[:_LONGEST].encode(errors="backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
@@ -39,6 +53,8 @@ def _kind(error: BaseException) -> tuple[int, str]:
         return 409, "ConflictError"
     if isinstance(error, PathRefusedError):
         return 403, "PermissionDeniedError"
+    if isinstance(error, TooLargeError):
+        return 413, "BadRequestError"
     if isinstance(error, AdapterError | ConfigError | FileFormatError):
         return 400, "BadRequestError"
     if isinstance(error, ShiraError):  # an engine that cannot now

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from shira.errors import AdapterError, ConfigError
 
+_LONGEST = 4096  # characters of a path
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 class PathRefusedError(AdapterError):
-    """A path of a client's that leads out of the folder of adapters, or cannot be one."""
+    """A path of a client's that leads out of the folder of adapters."""
 
 
 def below(folder: Path, path: object) -> Path:
@@ -26,27 +27,35 @@ def below(folder: Path, path: object) -> Path:
         path: Relative to it, or absolute.
 
     Raises:
-        PathRefusedError: If it leads elsewhere, is the folder itself, or is no path.
+        AdapterError: If it is no path: another type, empty, too long, not Unicode text, with a NUL.
+        PathRefusedError: If it leads elsewhere, or is the folder itself.
         FileNotFoundError: If nothing is there.
     """
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise PathRefusedError(f"a path is a string below the folder of adapters, not {path!r}")
-    root = folder.resolve()
+    if not isinstance(path, str) or not path or len(path) > _LONGEST:
+        raise AdapterError(
+            f"a path is a text of 1 to {_LONGEST} characters, below the folder of adapters, not "
+            f"{path!r:.100}"
+        )
     try:
-        real = (root / path).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
-        raise PathRefusedError(f"the path {path!r} cannot be followed") from error
+        path.encode()  # a lone surrogate may name a file, but cannot be told of in UTF-8
+        return _followed(folder.resolve(), path)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, UnicodeError, ValueError) as error:  # loops, names too long, NUL
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"the path {path!r:.300} cannot be followed") from error
+
+
+def _followed(root: Path, path: str) -> Path:
+    real = (root / path).resolve()
     # The same answer whether there is something outside or not: nothing is told of it.
     if root not in real.parents:
         raise PathRefusedError(
             f"the path {path!r} does not lie below the folder of adapters; "
             "name adapters by their path inside it"
         )
-    try:
-        there = real.exists()
-    except OSError as error:
-        raise PathRefusedError(f"the path {path!r} cannot be followed") from error
-    if not there:
+    if not real.exists():
         raise FileNotFoundError(f"there is no adapter at {path!r} in the folder of adapters")
     if real.is_dir():
         _check_links(root, real, path)

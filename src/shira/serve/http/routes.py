@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The service's own routes: a JSON body in, a status and a JSON value out; no web framework.
 
+A body has `BODY_LIMIT` bytes at most, so that reading it holds up no one, and is strict JSON: no
+NaN, no key twice.
+
 ==========================  ====================================================================
 POST /v1/load_shira_adapter      ``{"name": "fr", "path": "french"}``, or
                                  ``{"name": "mix", "adapters": {"fr": 0.5, "de": 1}}``
@@ -12,18 +15,21 @@ GET  /v1/shira_adapters          what is served, what is active, who waits
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from shira.errors import AdapterError, ServeError, did_you_mean
-from shira.serve.http.errors import describe
+from shira.serve.http.errors import TooLargeError, describe
 from shira.serve.http.service import AdapterService
+from shira.store.json_text import parse_object
 
 LOAD = "/v1/load_shira_adapter"
 UNLOAD = "/v1/unload_shira_adapter"
 ACTIVATE = "/v1/activate_shira_adapter"
 LIST = "/v1/shira_adapters"
+
+BODY_LIMIT = 64 * 2**10
+"""The largest body of these routes, in bytes."""
 
 Call = Callable[..., Awaitable[dict[str, Any]]]
 
@@ -63,12 +69,9 @@ async def answer(
 
 def _fields(path: str, data: bytes) -> dict[str, Any]:
     required, optional = _FIELDS[path]
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError("the body is not JSON") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"the body is a JSON object, not {type(value).__name__}")
+    if len(data) > BODY_LIMIT:
+        raise TooLargeError(f"a body of {path} has {BODY_LIMIT} bytes at most")
+    value = parse_object(data, path, "body")
     for field in value:
         if field not in required | optional:
             hint = did_you_mean(field, required | optional)

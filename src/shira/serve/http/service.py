@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from shira.delta import checked_scale
 from shira.errors import (
     AdapterError,
     ServeError,
@@ -24,6 +25,8 @@ from shira.errors import (
 from shira.serve.http.errors import NameTakenError
 from shira.serve.http.paths import adapter_name, below
 from shira.serve.scheduler import AdapterScheduler
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -37,6 +40,9 @@ class Engine(Protocol):
 
     async def unload(self, name: str) -> None:
         """Forget an adapter that is not active."""
+
+    async def check(self, weights: Mapping[str, float]) -> None:
+        """Raise what `activate` would raise of these scales; nothing changes."""
 
     async def activate(self, weights: Mapping[str, float] | None) -> None:
         """Make adapters active in place of those that are; on failure nothing has changed.
@@ -85,6 +91,7 @@ class AdapterService:
         self._taken = taken
         self._changing = asyncio.Lock()
         self._last_switch: float | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()  # the event loop itself keeps them weakly
 
     def resolve(self, model: object) -> str | None:
         """The adapter that a ``model`` field means; None for the base, or what else is served.
@@ -98,15 +105,16 @@ class AdapterService:
             return model
         if isinstance(model, str) and self._taken(model):
             return None
-        known = [*self.base_models, *self.served]
-        raise UnknownAdapterError(
-            f"The model `{model}` does not exist.{did_you_mean(str(model), known)}"
-        )
+        shown = model if isinstance(model, str) else type(model).__name__
+        hint = did_you_mean(shown, [*self.base_models, *self.served])
+        raise UnknownAdapterError(f"The model `{shown:.300}` does not exist.{hint}")
 
     async def load(
         self, name: object, path: object = None, adapters: object = None
     ) -> dict[str, Any]:
         """Serve an adapter from a file, or several loaded ones together, under a name.
+
+        As with `unload`, a caller that is cancelled does not stop it half way.
 
         Args:
             name: A free name; see `adapter_name`.
@@ -121,6 +129,9 @@ class AdapterService:
             FileFormatError: If what is there is no adapter.
             ServeError: If the server has no folder of adapters.
         """
+        return await self._whole(self._load(name, path, adapters))
+
+    async def _load(self, name: object, path: object, adapters: object) -> dict[str, Any]:
         name = adapter_name(name)
         if (path is None) == (adapters is None):
             raise AdapterError('give either "path" or "adapters"')
@@ -128,7 +139,9 @@ class AdapterService:
             if name in self.served or name in self.base_models or self._taken(name):
                 raise NameTakenError(f"{name!r} is served already; unload it, or choose another")
             if adapters is not None:
-                self.served[name] = Served(self._combination(adapters), None, {})
+                weights = self._combination(adapters)
+                await self.engine.check(weights)
+                self.served[name] = Served(weights, None, {})
             else:
                 if self.folder is None:
                     raise ServeError(
@@ -137,10 +150,11 @@ class AdapterService:
                 real = await asyncio.to_thread(below, self.folder, path)
                 try:
                     report = await self.engine.load(name, str(real))
-                except (ShiraError, FileNotFoundError) as error:
+                except (ShiraError, OSError) as error:
                     # clients hear of the folder's inside, not of where it is
                     told = str(error).replace(f"{self.folder.resolve()}/", "")
-                    raise type(error)(told) from error
+                    known = isinstance(error, ShiraError | FileNotFoundError)
+                    raise (type(error) if known else AdapterError)(told) from error
                 self.served[name] = Served({name: 1.0}, str(path), report)
             return self._described(name)
 
@@ -151,6 +165,9 @@ class AdapterService:
             UnknownAdapterError: If it is not served.
             NameTakenError: If others are made of it.
         """
+        return await self._whole(self._unload(name))
+
+    async def _unload(self, name: object) -> dict[str, Any]:
         async with self._changing:
             served = self._served(name)
             users = [n for n, other in self.served.items() if name in other.weights and n != name]
@@ -208,6 +225,16 @@ class AdapterService:
             "patience_seconds": self.scheduler.patience,
         }
 
+    def _start(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _whole(self, change: Coroutine[Any, Any, T]) -> T:
+        """Await a change, which goes on to its end also if the caller is cancelled."""
+        return await asyncio.shield(self._start(change))
+
     async def _switch(self, adapter: str | None) -> None:
         weights = None if adapter is None else self._served(adapter).weights
         began = time.perf_counter()
@@ -217,7 +244,7 @@ class AdapterService:
     def _served(self, name: object) -> Served:
         if not isinstance(name, str) or name not in self.served:
             raise UnknownAdapterError(
-                f"no adapter {name!r} is served.{did_you_mean(str(name), self.served)}"
+                f"no adapter {name!r:.300} is served.{did_you_mean(str(name), self.served)}"
             )
         return self.served[name]
 
@@ -228,9 +255,7 @@ class AdapterService:
         for name, scale in adapters.items():
             if self._served(name).path is None:
                 raise AdapterError(f"{name!r} is several adapters itself; name those")
-            if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise AdapterError(f"the scale of {name!r} is a number, not {scale!r}")
-            weights[str(name)] = float(scale)
+            weights[name] = checked_scale(name, scale)
         return weights
 
     def _described(self, name: str) -> dict[str, Any]:

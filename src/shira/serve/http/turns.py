@@ -8,6 +8,9 @@ included. The server sees the base's name in its place: to it there is one model
 Every POST takes part except those that run no model (`IDLE_PATHS`), so that no way to the engine
 is open on which an answer could come from the wrong weights. What would go on after its response is
 refused (``"background": true``), as are websockets, whose end is not to be foreseen.
+
+Bodies are bounded: those of more bytes or items than the limits below are refused, from the length
+that they declare or once as much has come, and what is not small is parsed in a thread.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from shira.errors import AdapterError, ServeError
-from shira.serve.http.errors import body, describe
+from shira.serve.http import routes
+from shira.serve.http.errors import TooLargeError, describe, encoded
 from shira.serve.http.service import AdapterService
+
+T = TypeVar("T")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -60,8 +66,13 @@ IDLE_PATHS = frozenset(
 
 _NO_MODEL_RUNS = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel")
 
-BODY_LIMIT = 256 * 2**20
-"""The largest body that is read, in bytes."""
+BODY_LIMIT = 16 * 2**20
+"""The largest body that is read, in bytes, unless `Turns` is told another."""
+
+ITEM_LIMIT = 2**19
+"""Commas and opening brackets in a body: they, not its length, are what parsing takes long for."""
+
+_SMALL = 64 * 2**10  # bytes that are parsed on the event loop
 
 answering: ContextVar[str | None] = ContextVar("answering", default=None)
 """The adapter that answers the request at hand, for who writes its name into the response."""
@@ -73,7 +84,9 @@ class Turns:
     Args:
         app: The ASGI application within.
         service: Gives the service, or None as long as the engine is not there.
-        own_paths: Paths of the service itself, which wait for no turn.
+        own_paths: Paths of the service itself, which wait for no turn; their bodies have
+            `routes.BODY_LIMIT` bytes at most.
+        body_limit: Bytes of any other body.
     """
 
     def __init__(
@@ -81,47 +94,54 @@ class Turns:
         app: Any,
         service: Callable[[], AdapterService | None],
         own_paths: frozenset[str] = frozenset(),
+        body_limit: int = BODY_LIMIT,
     ) -> None:
         self.app = app
         self.service = service
-        self._idle = IDLE_PATHS | own_paths
+        self.own_paths = own_paths
+        self.body_limit = body_limit
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": "not with adapters"})
-        elif scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in self._idle:
+        elif scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in IDLE_PATHS:
             await self.app(scope, receive, send)
         else:
-            await self._in_turn(scope, receive, send)
+            own = _path(scope) in self.own_paths
+            try:
+                data = await _read(scope, receive, routes.BODY_LIMIT if own else self.body_limit)
+            except TooLargeError as error:
+                await _refuse(send, error)
+                return
+            if data is None:  # the client went away
+                return
+            if own:
+                await self.app(scope, _Replay(data, receive), send)
+            else:
+                await self._in_turn(data, scope, receive, send)
 
-    async def _in_turn(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _in_turn(self, data: bytes, scope: Message, receive: Receive, send: Send) -> None:
         service = self.service()
         if service is None:
             await _refuse(send, ServeError("the engine is not ready"))
             return
-        data = await _read(receive)
-        if data is None:  # the client went away
-            return
-        if len(data) > BODY_LIMIT:
-            message = f"the body has more than {BODY_LIMIT} bytes"
-            await _reply(send, 413, body(message, "BadRequestError", 413))
-            return
-        request = _parsed(data)
+        size = len(data)
         try:
+            request = await _timely(size, _parsed, data)
             adapter = service.resolve(request.get("model"))
             if request.get("background"):  # whatever a lenient parser takes for true
                 raise AdapterError(
                     '"background": true is not possible with adapters in the weights: its answer '
                     "would go on after the turn of its adapter"
                 )
+            if adapter is not None:
+                data = await _timely(size, _dumped, {**request, "model": service.base_models[0]})
+                scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
         except AdapterError as error:
             await _refuse(send, error)
             return
-        if adapter is not None:
-            data = json.dumps({**request, "model": service.base_models[0]}).encode()
-            scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
         if _path(scope).endswith(_NO_MODEL_RUNS):
             await self.app(scope, _Replay(data, receive), send)
             return
@@ -195,8 +215,17 @@ class _Replay:
         return await self._receive()
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The body, or as much of it as shows that it is too large; None if the client went away."""
+async def _read(scope: Message, receive: Receive, limit: int) -> bytes | None:
+    """The body; None if the client went away.
+
+    Raises:
+        TooLargeError: If it says that it has more bytes than the limit, or has.
+    """
+    too_large = TooLargeError(f"the body has more than {limit} bytes, the most that is read")
+    for key, value in scope["headers"]:
+        declared = value if key.lower() == b"content-length" and value.isdigit() else b"0"
+        if len(declared) > 15 or int(declared) > limit:
+            raise too_large
     parts, size = [], 0
     while True:
         message = await receive()
@@ -205,17 +234,44 @@ async def _read(receive: Receive) -> bytes | None:
         part = message.get("body", b"")
         size += len(part)
         parts.append(part)
-        if size > BODY_LIMIT or not message.get("more_body", False):
+        if size > limit:
+            raise too_large
+        if not message.get("more_body", False):
             return b"".join(parts)
 
 
+async def _timely(size: int, call: Callable[..., T], *arguments: Any) -> T:
+    """Call here for a small body, in a thread for others."""
+    return await asyncio.to_thread(call, *arguments) if size > _SMALL else call(*arguments)
+
+
 def _parsed(data: bytes) -> dict[str, Any]:
-    """The fields of a JSON body; none of another body, which the application refuses itself."""
+    """The fields of a JSON body; none of another body, which the application refuses itself.
+
+    Raises:
+        TooLargeError: If it may have more items than the limit.
+        AdapterError: If it is nested more deeply than Python can follow.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > ITEM_LIMIT:
+        raise TooLargeError(f"the body has more than {ITEM_LIMIT} items, the most that are read")
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _dumped(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _too_deep() -> AdapterError:
+    return AdapterError("the body is nested too deeply")
 
 
 def _path(scope: Message) -> str:
@@ -235,7 +291,7 @@ async def _refuse(send: Send, error: BaseException) -> None:
 
 
 async def _reply(send: Send, status: int, value: dict[str, Any]) -> None:
-    data = json.dumps(value).encode()
+    data = encoded(value)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(data)).encode()),
