@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint
-from shira.convert import copying, load_for, merge, open_checkpoint, rewriting, unmerge
+from shira.convert import load_for, merge, open_checkpoint, rewriting, unmerge
 from shira.errors import ConfigError, FileFormatError, MergeError, WrongBaseError
+from shira.store import atomic
 from tests.convert.conftest import SHARDS, applied, digests, load, make_adapter, write_checkpoint
 
 
@@ -265,16 +266,6 @@ def test_overwriting_replaces_the_whole_folder(checkpoint, tensors, adapter, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_folders_are_exchanged_where_the_system_cannot_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "_exchange", lambda a, b: False)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
-    with copying.replacing(tmp_path / "out") as temporary:
-        temporary.mkdir()
-        (temporary / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failure_half_way_leaves_nothing(checkpoint, adapter, tmp_path, monkeypatch, overwrite):
     if overwrite:
@@ -456,11 +447,12 @@ def dies_at(step):
         return call
 
     for module, name in [
+        (os, "open"),
         (os, "rename"),
         (os, "replace"),
         (os, "fsync"),
         (shutil, "rmtree"),
-        (copying, "_exchange"),
+        (atomic, "_exchange"),
         (rewriting, "write_entries"),
     ]:
         setattr(module, name, counted(getattr(module, name)))
@@ -474,16 +466,17 @@ def test_killed_at_any_step_the_old_folder_or_the_new_one_is_there(tmp_path, exc
     shards = {"x.safetensors": ["a.weight"], "y.safetensors": ["b.weight"]}
     base = write_checkpoint(tmp_path / "base", tensors, shards)
     adapter, out = make_adapter(tensors, [*tensors]), tmp_path / "out"
-    merge(adapter, base, out)
+    undo = tmp_path / "undo"
+    merge(adapter, base, out, undo=undo)
     old, found = digests(out), []
     for step in range(1, 100):
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException):
                 if not exchange:
-                    copying._exchange = lambda a, b: False
+                    atomic._exchange = lambda a, b: False
                 dies_at(step)
-                merge(adapter, base, out, scale=2.0, undo=tmp_path / "undo", overwrite=True)
+                merge(adapter, base, out, scale=2.0, undo=undo, overwrite=True)
                 os._exit(0)
             os._exit(1)
         status = os.waitpid(child, 0)[1]
@@ -491,20 +484,38 @@ def test_killed_at_any_step_the_old_folder_or_the_new_one_is_there(tmp_path, exc
             assert not exchange
             whole = [digests(path) for path in tmp_path.glob(".out.*")]
             assert old in whole
-            merge(adapter, base, out)
-            continue
-        now = digests(out)
-        found.append(now == old)
-        if not found[-1]:
-            assert same(load(out), applied(tensors, adapter, 2.0))
+        else:
+            now = digests(out)
+            found.append(now == old)
+            if not found[-1]:
+                assert same(load(out), applied(tensors, adapter, 2.0))
+            unmerge(out, undo, tmp_path / "back", overwrite=True)
+            assert digests(tmp_path / "back") == digests(base)
         if status == 0:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-        shutil.rmtree(out)
-        merge(adapter, base, out)
+        merge(adapter, base, out, undo=undo, overwrite=True)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "back") == [
+            "base",
+            "out",
+            "undo",
+        ]
     else:
         pytest.fail("it never ended")
     assert found.count(True) > 10
     assert not found[-1]
-    unmerge(out, tmp_path / "undo", tmp_path / "back")
-    assert digests(tmp_path / "back") == digests(base)
+
+
+def test_an_undo_file_stays_as_long_as_its_checkpoint(checkpoint, adapter, tmp_path, monkeypatch):
+    out, undo = tmp_path / "out", tmp_path / "undo"
+    merge(adapter, checkpoint, out, undo=undo)
+    before = undo.read_bytes()
+
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shira.convert.rewriting.write_entries", fails)
+    with pytest.raises(OSError, match="No space"):
+        merge(adapter, checkpoint, out, scale=2.0, undo=undo, overwrite=True)
+    assert undo.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "undo"]

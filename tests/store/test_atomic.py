@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from shira.errors import ConfigError
 from shira.store import atomic
-from shira.store.atomic import write_atomically
+from shira.store.atomic import replacing, write_atomically
 
 SOURCE = Path(atomic.__file__)
 
@@ -38,7 +39,7 @@ def dying(call):
         return call(*args, **kwargs)
     return wrapped
 
-for name in ("open", "fsync", "replace", "close", "chmod", "fdopen"):
+for name in ("open", "fsync", "replace", "close", "chmod"):
     setattr(os, name, dying(getattr(os, name)))
 atomic.write_atomically(path, b"n" * size)
 print("done")
@@ -119,7 +120,7 @@ for moment in range(1, 60):
     child = os.fork()
     if child == 0:
         left = moment
-        for name in ("open", "fsync", "replace", "close", "chmod", "fdopen"):
+        for name in ("open", "fsync", "replace", "close", "chmod"):
             def dying(*args, call=getattr(os, name), **kwargs):
                 global left
                 left -= 1
@@ -186,3 +187,87 @@ def test_permissions_and_links_are_kept(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert plain.read_bytes() == b"2"
     assert stat.S_IMODE(plain.stat().st_mode) == 0o640
+
+
+HOLD = (
+    CHILD
+    + """
+with atomic.replacing(path, folder=size == 0) as temporary:
+    if size == 0:
+        (temporary / "part").write_bytes(b"part")
+    print(temporary, flush=True)
+    sys.stdin.readline()
+"""
+)
+
+
+@needs_sigkill
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "it"
+    (tmp_path / ".other.0123456789abcdef.tmp").touch()
+
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", HOLD, target, "0" if folder else "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        return child, Path(child.stdout.readline().strip())
+
+    dead, left = start()
+    live, used = start()
+    dead.kill()
+    dead.communicate()
+    assert left.exists()
+    with replacing(target, folder=folder):
+        assert not left.exists()
+        assert used.exists()  # its process is still writing
+    live.communicate("go on\n")
+    assert live.returncode == 0
+    assert (target / "part").exists() or not folder
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".other.0123456789abcdef.tmp", "it"]
+
+
+def test_two_that_write_at_once_remove_nothing_of_each_other(tmp_path: Path) -> None:
+    child = """
+for _ in range(60):
+    atomic.write_atomically(path, b"x" * size)
+"""
+    children = [
+        subprocess.Popen([sys.executable, "-c", CHILD + child, tmp_path / "file", "10"])
+        for _ in range(3)
+    ]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("pipe", "link"):
+        with pytest.raises(ConfigError, match=r"pipe.*a pipe, a device or a socket"):
+            write_atomically(tmp_path / name, b"new")
+    with pytest.raises(ConfigError, match="is a folder"):
+        write_atomically(tmp_path / "folder", b"new")
+    with pytest.raises(ConfigError, match="is a file"), replacing(tmp_path / "file", folder=True):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link", "pipe"]
+
+
+def test_folders_are_exchanged_where_the_system_cannot_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with replacing(tmp_path / "out", folder=True) as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]

@@ -27,7 +27,7 @@ from shira.checkpoints.naming import check_untied, locate
 from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.loading import load_for
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
-from shira.convert.undo import Undone, write_undo
+from shira.convert.undo import Undone, replacing_undo
 from shira.delta import Adapter, SparseDelta
 from shira.errors import ConfigError, MergeError, WrongBaseError
 from shira.support import Support
@@ -154,9 +154,13 @@ def merge(
         _check_fits(name, adapter[name], stored)
     changes = list(_changes(adapter, located, scale, check_base))
     _check_lost([told for told, _, _ in changes], max_lost)
-    if undo_path is not None:
-        write_undo(undo_path, [undone for _, _, undone in changes if undone.originals.numel()])
-    written = rewrite(checkpoint, [edit for _, edit, _ in changes], target, progress)
+    edits = [edit for _, edit, _ in changes]
+    if undo_path is None:
+        written = rewrite(checkpoint, edits, target, progress)
+    else:
+        undone = [undone for _, _, undone in changes if undone.originals.numel()]
+        with replacing_undo(undo_path, undone) as put:
+            written = rewrite(checkpoint, edits, target, progress, put)
     targets = tuple(told for told, _, _ in changes)
     return Merged(target, undo_path, str(prefix), targets, written)
 

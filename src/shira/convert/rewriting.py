@@ -18,8 +18,9 @@ from torch import Tensor
 
 from shira.checkpoints.entries import write_entries
 from shira.checkpoints.opening import Checkpoint, Stored
-from shira.convert.copying import copy_file, replacing
+from shira.convert.copying import copy_file
 from shira.errors import ConfigError
+from shira.store.atomic import replacing
 
 Progress = Callable[[int, int], None]
 """Told the bytes that are done and those there are in all."""
@@ -98,6 +99,7 @@ def rewrite(
     edits: Sequence[Edit],
     output: Path,
     progress: Progress | None = None,
+    last: Callable[[], None] = lambda: None,
 ) -> Written:
     """Write a copy with the edits made, in the place of whatever is at ``output``.
 
@@ -106,6 +108,7 @@ def rewrite(
         edits: At most one a tensor.
         output: From `check_output`; a folder if the checkpoint is one, else a file.
         progress: Told of each piece.
+        last: Called when the copy is complete, right before it takes its place.
 
     Raises:
         OSError: If the disk is full and the like; nothing has changed then.
@@ -128,13 +131,15 @@ def rewrite(
         if progress is not None:
             progress(count, total)
 
-    with replacing(output) as temporary:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output, folder=checkpoint.path.is_dir()) as temporary:
         for source, name in files.items():
             target = temporary / name if name else temporary
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_file(source, target, done, flush=source not in by_file)
             if source in by_file:
                 _patch(target, by_file[source])
+        last()
     patched = [name or source.name for source, name in files.items() if source in by_file]
     plain = [name or source.name for source, name in files.items() if source not in by_file]
     return Written(tuple(patched), tuple(plain), tuple(left_out), total)

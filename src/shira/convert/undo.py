@@ -11,18 +11,27 @@ A safetensors file. For each tensor of the checkpoint with an entry changed:
 ``{key: {"file": ..., "shape": [...], "merged": ...}}``: the file that holds the tensor, its shape,
 and the fingerprint of what the merge wrote there. So an undo file is 6 bytes for each changed entry
 of a bfloat16 checkpoint, and is applied only to the very checkpoint that it belongs to.
+
+A merge over an older one replaces two things, the checkpoint and its undo file, and no file system
+does that in one step. So the older undo file is kept beside the new one, as ``<name>.before`` or
+``<name>.before1``, until the checkpoint is in its place; `undo_files` lists both.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
 from shira.errors import FileFormatError
+from shira.store.atomic import write_atomically
 from shira.support import Support
 
 
@@ -70,6 +79,34 @@ def read_undo(path: str | os.PathLike[str]) -> list[Undone]:
         Undone(key, told["file"], support, originals, told["merged"])
         for key, told, support, originals in read(path, _FILE)
     ]
+
+
+@contextmanager
+def replacing_undo(path: Path, undone: Sequence[Undone]) -> Iterator[Callable[[], None]]:
+    """Give a function that writes the undo file; call it right before the checkpoint is replaced.
+
+    An undo file that is there already is removed at the end of the block. If the block does not
+    end well, or not at all, one of `undo_files` undoes whichever checkpoint is there.
+    """
+
+    def put() -> None:
+        if path.exists():
+            names = (path.with_name(f"{path.name}.before{n or ''}") for n in itertools.count())
+            kept = next(name for name in names if not name.exists())
+            write_atomically(kept, path.read_bytes())
+        write_undo(path, undone)
+
+    yield put
+    for kept in undo_files(path)[1:]:
+        kept.unlink()
+
+
+def undo_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The undo file, and those before it that a merge which was killed has left beside it."""
+    path = Path(path)
+    before = re.compile(rf"{re.escape(path.name)}\.before[0-9]*")
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    return [path, *(file for file in beside if before.fullmatch(file.name))]
 
 
 def _shape(told: object) -> list[int]:

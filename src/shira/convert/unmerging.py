@@ -14,7 +14,7 @@ from shira.base import fingerprint
 from shira.checkpoints.entries import read_entries
 from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
-from shira.convert.undo import Undone, read_undo
+from shira.convert.undo import Undone, read_undo, undo_files
 from shira.errors import WrongBaseError
 
 
@@ -65,9 +65,20 @@ def unmerge(
     """
     checkpoint = open_checkpoint(merged)
     target = check_output(checkpoint, output, overwrite)
-    edits = [_edit(one, checkpoint, Path(undo)) for one in read_undo(undo)]
+    edits = _edits(undo, checkpoint)
     written = rewrite(checkpoint, edits, target, progress)
     return Unmerged(target, len(edits), sum(edit.flat.numel() for edit in edits), written)
+
+
+def _edits(undo: str | os.PathLike[str], checkpoint: Checkpoint) -> list[Edit]:
+    """What is put back, from the undo file or from one before it that fits this checkpoint."""
+    errors = []
+    for file in undo_files(undo):
+        try:
+            return [_edit(one, checkpoint, file) for one in read_undo(file)]
+        except WrongBaseError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _edit(one: Undone, checkpoint: Checkpoint, undo: Path) -> Edit:
