@@ -143,7 +143,7 @@ def test_mistakes_are_named_and_an_old_page_stays(shira, two, tmp_path):
     for arguments, words in (
         ((two[0], tmp_path / "gone", "-o", page), "no such file or folder"),
         ((two[0], "-o", tmp_path / "no" / "page.html"), "there is no folder"),
-        ((two[0], "-o", tmp_path), "is a folder"),
+        ((two[0], "-o", tmp_path), "holds"),
     ):
         answer = shira("report", *arguments)
         assert answer.status == 2

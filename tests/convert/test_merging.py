@@ -250,11 +250,11 @@ def test_outputs_that_would_destroy_something(checkpoint, adapter, tmp_path):
     refused("exists; overwrite it", taken)
     refused("a folder of something else", other, overwrite=True)
     refused("of another kind", other / "thesis.tex", overwrite=True)
-    refused("overlap", checkpoint, overwrite=True)
-    refused("overlap", checkpoint / "in", overwrite=True)
-    refused("overlap", tmp_path, overwrite=True)
-    refused("cannot be in a checkpoint", tmp_path / "out", undo=checkpoint / "undo")
-    refused("cannot be in a checkpoint", tmp_path / "out", undo=tmp_path / "out" / "undo")
+    refused("is read here", checkpoint, overwrite=True)
+    refused("lies in the checkpoint", checkpoint / "in", overwrite=True)
+    refused("holds .*, which is read here", tmp_path, overwrite=True)
+    refused("lies in the checkpoint", tmp_path / "out", undo=checkpoint / "undo")
+    refused("undo file .* and output .* overlap", tmp_path / "out", undo=tmp_path / "out" / "undo")
     refused("undo file .* exists", tmp_path / "out", undo=other / "thesis.tex")
 
 

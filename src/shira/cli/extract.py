@@ -74,7 +74,9 @@ def command(
     from shira.cli._convert.progress import following
     from shira.cli._convert.saving import check_format, check_new, dtype_named, keeps_values, save
     from shira.convert import extract
+    from shira.store.outputs import check_outputs
 
+    check_outputs({"--output": output}, checkpoints=[base, tuned])
     check_format(to)
     check_new(output, overwrite)
     dtype_named(dtype)

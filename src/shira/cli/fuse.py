@@ -107,12 +107,14 @@ def command(
     from shira.cli.progress import Steps
     from shira.errors import ConfigError
     from shira.fusing import fuse
+    from shira.store.outputs import check_outputs
 
+    pairs = [split_weight(argument) for argument in adapters]
+    paths = [path for path, _ in pairs]
+    check_outputs({"--output": output}, paths, [base])
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output} exists; overwrite it (--overwrite), or name another")
     stored = _dtype(dtype)
-    pairs = [split_weight(argument) for argument in adapters]
-    paths = [path for path, _ in pairs]
     weights = [1.0 if weight is None else weight for _, weight in pairs]
     read = read_all(paths, base)
     with Steps("fusing", len({name for adapter in read for name in adapter})) as steps:

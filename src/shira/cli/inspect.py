@@ -50,7 +50,9 @@ def command(
     """
     from shira.cli._inspect.checkpoint import find_checkpoint
     from shira.cli._inspect.summary import summarize
+    from shira.store.outputs import check_outputs
 
+    check_outputs({"--plot": plot}, [path], [base])
     checkpoint = None if base is None else find_checkpoint(base)
     summary = summarize(path, checkpoint)
     if plot is not None:

@@ -71,7 +71,9 @@ def command(
     from shira.cli._fuse import pairs as pairwise
     from shira.cli._fuse.adapters import read_all, short_names
     from shira.errors import ConfigError
+    from shira.store.outputs import check_outputs
 
+    check_outputs({"--plot": plot}, adapters, [base])
     pairwise.check_figure(figure)
     if len(adapters) < 2 and not rank:
         raise ConfigError("an overlap is of two adapters or more; --rank looks at one")

@@ -24,12 +24,13 @@ from torch import Tensor
 from shira.base import Verdict, fingerprint, judge, wrong_base
 from shira.checkpoints.entries import read_entries
 from shira.checkpoints.naming import check_untied, locate
-from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import FLOATS, Stored, open_checkpoint
 from shira.convert.loading import load_for
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, replacing_undo
 from shira.delta import Adapter, SparseDelta
 from shira.errors import ConfigError, MergeError, WrongBaseError
+from shira.store.outputs import check_outputs
 from shira.support import Support
 
 REMEDY = "check_base=False, --no-check-base"
@@ -141,11 +142,17 @@ def merge(
             values under the entries.
         MergeError: If a tensor is quantized or otherwise no floating-point number that can be
             added to, is tied to another, a sum overflows its dtype, or too many deltas are lost.
-        ConfigError: If the output exists or overlaps the base.
+        ConfigError: If the output or the undo file exists, or would overwrite or overlap what is
+            read or each other.
     """
     checkpoint = open_checkpoint(base)
+    check_outputs(
+        {"output": output, "undo file": undo},
+        [None if isinstance(adapter, Adapter) else adapter],
+        [checkpoint.path],
+    )
     target = check_output(checkpoint, output, overwrite)
-    undo_path = None if undo is None else check_undo_path(undo, checkpoint, target, overwrite)
+    undo_path = None if undo is None else _check_undo(undo, overwrite)
     if not isinstance(adapter, Adapter):
         adapter = load_for(adapter, checkpoint)
     located, prefix = locate(adapter, checkpoint)
@@ -165,18 +172,9 @@ def merge(
     return Merged(target, undo_path, str(prefix), targets, written)
 
 
-def check_undo_path(
-    undo: str | os.PathLike[str], checkpoint: Checkpoint, output: Path, overwrite: bool
-) -> Path:
-    """The undo file's path, after making sure that it stands apart from both checkpoints.
-
-    Raises:
-        ConfigError: If it lies in one of them, where loaders would take it for a shard, or exists.
-    """
+def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The undo file's path, if a file may be written there."""
     path = Path(os.path.abspath(undo))
-    for folder in (checkpoint.path.resolve(), output.resolve()):
-        if path.resolve() == folder or folder in path.resolve().parents:
-            raise ConfigError(f"the undo file {path} cannot be in a checkpoint; put it beside")
     if path.is_dir():
         raise ConfigError(f"the undo file {path} is a folder; name a file")
     if path.exists() and not overwrite:

@@ -16,6 +16,7 @@ from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoin
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, read_undo, undo_files
 from shira.errors import WrongBaseError
+from shira.store.outputs import check_outputs
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ def unmerge(
         FileFormatError: If one of the two is damaged.
         WrongBaseError: If the undo file belongs to another checkpoint, or this one has changed
             since the merge.
-        ConfigError: If the output exists or overlaps the merged one.
+        ConfigError: If the output exists, or would overwrite or overlap what is read.
     """
     checkpoint = open_checkpoint(merged)
+    check_outputs({"output": output}, undo_files(undo), [checkpoint.path])
     target = check_output(checkpoint, output, overwrite)
     edits = _edits(undo, checkpoint)
     written = rewrite(checkpoint, edits, target, progress)

@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,20 +90,24 @@ def check_kind(path: str | os.PathLike[str], *, folder: bool = False) -> None:
     Raises:
         ConfigError: If there is something at ``path`` that is no regular file (no folder).
     """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(mode):
-        if not folder:
-            raise ConfigError(f"{os.fspath(path)}: is a folder, and cannot be replaced by a file")
-    elif not stat.S_ISREG(mode):
+    check_special(path)
+    if os.path.isdir(path) and not folder:
+        raise ConfigError(f"{os.fspath(path)}: is a folder, and cannot be replaced by a file")
+    if os.path.isfile(path) and folder:
+        raise ConfigError(f"{os.fspath(path)}: is a file, and cannot be replaced by a folder")
+
+
+def check_special(path: str | os.PathLike[str]) -> None:
+    """Refuse to replace a pipe, a device or a socket.
+
+    Raises:
+        ConfigError: If there is one at ``path``.
+    """
+    if os.path.exists(path) and not (os.path.isdir(path) or os.path.isfile(path)):
         raise ConfigError(
             f"{os.fspath(path)}: is neither a file nor a folder but a pipe, a device or a socket, "
             "and is not replaced; name a file"
         )
-    elif folder:
-        raise ConfigError(f"{os.fspath(path)}: is a file, and cannot be replaced by a folder")
 
 
 def _make(target: Path, folder: bool) -> tuple[Path, int]:

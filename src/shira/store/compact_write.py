@@ -28,7 +28,7 @@ from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.masks.random import random_support
 from shira.store import blocks, int8
-from shira.store.atomic import write_atomically
+from shira.store.atomic import check_kind, write_atomically
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, WHOLE, Record, Table, compose
 from shira.store.entries import WHOLE_DTYPES, EntryError, check_values, check_whole
 from shira.support import Support
@@ -68,8 +68,7 @@ def write_compact(
             made of blocks or by the recorded seed, where that was asked for.
     """
     target = Path(path)
-    if target.is_dir():
-        raise ConfigError(f"{target}: the compact format is one file, but this is a folder")
+    check_kind(target)
     if dtype is not None and dtype not in _VALUES:
         raise ConfigError(f"dtype is one of {', '.join(map(str, _VALUES))}, not {dtype}")
     if indices is not None and indices not in CODINGS:

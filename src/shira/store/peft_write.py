@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shira.delta import Adapter, SparseDelta
 from shira.errors import AdapterError, ConfigError
-from shira.store.atomic import write_atomically
+from shira.store.atomic import check_kind, write_atomically
 from shira.store.compact_write import stored_whole
 from shira.store.entries import EntryError, check_values
 from shira.store.names import PEFT_PREFIX
@@ -59,8 +59,9 @@ def write_peft(
             ``indices_dtype``.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: PEFT's format is a folder, but this is a file")
+    check_kind(folder, folder=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        check_kind(folder / name)
     _check_choice("dtype", dtype, _VALUE_DTYPES)
     _check_choice("indices_dtype", indices_dtype, _INDEX_DTYPES)
     fields = {**adapter.metadata, **(config or {})}

@@ -23,6 +23,7 @@ from shira.convert import (
 )
 from shira.delta import Adapter
 from shira.errors import ConfigError
+from shira.store.outputs import check_outputs
 
 Shown = tuple[dict[str, Any], Callable[[], None]]
 """What was done, in what JSON can hold, and a function that prints it for people."""
@@ -52,6 +53,7 @@ def run(request: Request) -> Shown:
         FileNotFoundError: If there is nothing at the source.
         ConfigError: If options do not go together.
     """
+    check_outputs({"--output": request.output}, [request.source], [request.base])
     check_format(request.to, ("patch",))
     check_new(request.output, request.overwrite)
     dtype_named(request.dtype)

@@ -18,7 +18,7 @@ from shira.cli._demo.settings import MODEL_NAME, Files, Settings, model_path
 from shira.cli._demo.tasks import Task, build_tasks, collect
 from shira.cli.console import console
 from shira.cli.progress import say, track
-from shira.errors import MissingDependencyError, ShiraError
+from shira.errors import ConfigError, MissingDependencyError, ShiraError
 
 
 def run_demo(root: Path, settings: Settings) -> bool:
@@ -29,12 +29,14 @@ def run_demo(root: Path, settings: Settings) -> bool:
 
     Raises:
         MissingDependencyError: If a package is missing that ``shira[demo]`` brings.
+        ConfigError: If ``root`` is a file, or a folder of something else.
     """
     started = time.perf_counter()
     quiet.offline()
     quiet.share_cores()
     quiet.no_accelerator_note()
-    model_path()  # the first thing to be missing
+    files = Files(root)
+    _check_root(files)
     say(
         f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
         f"{settings.batch_size} texts, seed {settings.seed}"
@@ -48,7 +50,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
         ) from error
     quiet.quiet(warnings_too=True)
     root.mkdir(parents=True, exist_ok=True)
-    files = Files(root)
+    _write_json(files.results, {"settings": asdict(settings)})
     out = console()
 
     tasks = make_tasks(settings)
@@ -86,6 +88,21 @@ def run_demo(root: Path, settings: Settings) -> bool:
     return all(proof.holds for proof in results)
 
 
+def _check_root(files: Files) -> None:
+    """Refuse a folder in which the demo would overwrite what is not its own."""
+    from shira.store.atomic import check_kind
+    from shira.store.outputs import check_outputs
+
+    root, model = files.root, model_path()  # the package is the first thing to be missing
+    check_outputs({"--output": root}, checkpoints=[model])
+    check_kind(root, folder=True)
+    if root.exists() and any(root.iterdir()) and not files.results.exists():
+        raise ConfigError(
+            f"--output {root} is a folder of something else (it holds no {files.results.name}); "
+            "name another"
+        )
+
+
 def make_tasks(settings: Settings) -> list[Task]:
     """The demo's two tasks, with progress shown."""
     docstrings = collect(
@@ -102,10 +119,11 @@ def make_tasks(settings: Settings) -> list[Task]:
 
 
 def _train(tasks: Sequence[Task], settings: Settings, files: Files) -> dict[str, Any]:
-    from safetensors.torch import save_file
+    from safetensors.torch import save as to_bytes
     from transformers import AutoTokenizer
 
     from shira.cli._demo.training import train_frozen, train_shira
+    from shira.store.atomic import write_atomically
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     outputs = max(len(task.labels) for task in tasks)  # two heads of one width fit one base
@@ -117,7 +135,7 @@ def _train(tasks: Sequence[Task], settings: Settings, files: Files) -> dict[str,
             task, tokenizer, settings, outputs=outputs, slot=slot, files=files
         )
         runs[task.name] = (frozen, adapted)
-    save_file(logits, files.predictions)
+    write_atomically(files.predictions, to_bytes(logits))
     _write_json(
         files.results,
         {
@@ -167,7 +185,7 @@ def _write_examples(task: Task, files: Files) -> None:
         for split, examples in (("train", task.train), ("test", task.test))
         for example in examples
     ]
-    files.examples(task.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write(files.examples(task.name), "\n".join(lines) + "\n")
 
 
 def _add_to_results(files: Files, **found: Any) -> None:
@@ -175,7 +193,13 @@ def _add_to_results(files: Files, **found: Any) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    from shira.store.atomic import write_atomically
+
+    write_atomically(path, text.encode())
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shira.cli._fuse.pairs import FIGURES
-from shira.errors import ConfigError, MissingDependencyError
+from shira.cli.drawing import new_drawing, write_drawing
 from shira.measure import Overlap
 
 
@@ -25,13 +25,6 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
         MissingDependencyError: If matplotlib is not installed.
         ConfigError: If the folder of ``path`` does not exist.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("--plot needs matplotlib: pip install matplotlib") from error
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
     at = {name: number for number, name in enumerate(names)}
     size = len(names)
     values = [[math.nan] * size for _ in names]
@@ -43,7 +36,7 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
     # AWOM may be beyond float64, and colours are of what is not
     reach = max((abs(value) for value in known if math.isfinite(value)), default=0.0) or 1.0
     side = max(3.6, 0.9 * size + 1.8)
-    drawing = Figure(figsize=(side + 0.8, side), layout="constrained")
+    drawing = new_drawing((side + 0.8, side), "--plot", path)
     axes = drawing.add_subplot(title=f"{figure} of all pairs")
     image = axes.imshow(
         [[max(min(value / reach, 1.0), -1.0) for value in row] for row in values],
@@ -68,5 +61,4 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
     drawing.colorbar(
         image, ax=axes, shrink=0.8, format=lambda share, _position: f"{share * reach:.3g}"
     )
-    FigureCanvasAgg(drawing)
-    drawing.savefig(path, format="png")
+    write_drawing(drawing, path)

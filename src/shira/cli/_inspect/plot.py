@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from shira.cli._inspect.pictures import heat_map, histogram
 from shira.cli._inspect.summary import Summary, known_shapes
 from shira.cli._inspect.tables import without_number
+from shira.cli.drawing import new_drawing, write_drawing
 from shira.delta import Adapter
-from shira.errors import ConfigError, MissingDependencyError
 
 _MOST = 24  # heat maps in one picture
 _ACROSS = 4
@@ -37,25 +37,17 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
         MissingDependencyError: If matplotlib is not installed.
         ConfigError: If the folder of ``path`` does not exist, or the shapes are not known.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("--plot needs matplotlib: pip install matplotlib") from error
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no folder {path.parent}")
     adapter = Adapter.load(summary.path, base=known_shapes(summary, "--plot"))
     maps = mean_maps(adapter, each=each)
     shown = list(maps.items())[:_MOST]
     across = min(_ACROSS, max(1, len(shown)))
     down = -(-len(shown) // across)
-    drawing = Figure(figsize=(3.4 * across + 1.0, 3.0 * down + 2.6), layout="constrained")
+    drawing = new_drawing((3.4 * across + 1.0, 3.0 * down + 2.6), "--plot", path)
     parts: Any = drawing.subfigures(2, 1, height_ratios=[3.0 * max(1, down), 2.6])
     top, bottom = parts
     _draw_maps(top, shown, len(maps), (max(1, down), across))
     _draw_histogram(bottom, adapter, summary)
-    FigureCanvasAgg(drawing)
-    drawing.savefig(path, format="png", dpi=110)
+    write_drawing(drawing, path, dpi=110)
 
 
 def mean_maps(adapter: Adapter, *, each: bool) -> dict[str, Map]:

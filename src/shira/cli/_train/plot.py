@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shira.cli.drawing import new_drawing, write_drawing
+
 
 def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     """Draw training and evaluation loss over the optimizer steps as a PNG.
@@ -17,10 +19,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_drawing((6.4, 4.0), "--output", path)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
     curves = (("loss", "training", "."), ("eval_loss", "evaluation", "o"))
     drawn = False
@@ -33,6 +32,5 @@ def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
     if drawn:
         axes.legend()
         axes.grid(alpha=0.3)
-        FigureCanvasAgg(figure)
-        figure.savefig(path, format="png")
+        write_drawing(figure, path)
     return drawn
