@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model: does an adapter on it do, in every mode, what the merged model does?
+
+The reference is a copy of the model into whose weights the same deltas were added by plain
+indexing, with nothing of the library.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shira import ShiraConfig, ShiraError, ShiraLayer, get_peft_model
+
+DENSITY = 0.3
+CLOSE = 2e-5
+"""Largest difference, as a share of the largest output, that counts as rounding."""
+
+
+class Finding(NamedTuple):
+    """What was found of one model and one choice of targets."""
+
+    verdict: str
+    """``right``, ``refused``, ``not built`` or ``WRONG``."""
+    layers: int = 0
+    detail: str = ""
+
+
+class Wrong(Exception):
+    """The adapter does not do what the merged model does."""
+
+
+Run = Callable[[nn.Module], Any]
+
+
+def steady(model: nn.Module) -> nn.Module:
+    """Set all dropout to zero, and give constant weights values that let outputs depend on them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        data = parameter.data
+        if not data.is_floating_point() or not data.numel():
+            continue
+        usual = bool(torch.isfinite(data).all()) and data.abs().max() < 1e4
+        if usual and not (data.flatten()[0] == data).all():
+            continue
+        if usual and data.ndim < 2 and data.flatten()[0].abs() > 0.01:
+            continue
+        fan = math.prod(data.shape[1:]) if data.ndim > 1 else 4
+        parameter.data = torch.randn(data.shape, generator=generator, dtype=data.dtype) / fan**0.5
+    return model.eval()
+
+
+class Reference:
+    """A model and what it computes without an adapter.
+
+    Args:
+        model: In eval mode, steady.
+        run: Calls a model and returns its outputs.
+    """
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model = model
+        self.run = run
+        self.outputs = {mode: outputs(model, run, mode) for mode in (NO_GRAD, TRAIN)}
+        self.why = ""
+        """Nothing can be compared on this model, and why."""
+        for mode, first in self.outputs.items():
+            second = outputs(model, run, mode)
+            finite = all(bool(torch.isfinite(one).all()) for one in first)
+            if len(first) != len(second) or not all(map(torch.equal, first, second)):
+                self.why = f"outputs {'change from run to run' if finite else 'are not finite'}"
+            elif not any(bool(torch.isfinite(one).any()) for one in first):
+                self.why = "outputs are not finite"
+
+
+def check(model: nn.Module, before: Reference, targets: Any) -> Finding:
+    """Check an adapter on these targets of a model.
+
+    Args:
+        model: A copy of that of the reference, which may be used up.
+        before: The model without an adapter.
+        targets: What ``target_modules`` is.
+    """
+    originals = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = copy.deepcopy(model)
+    config = ShiraConfig(density=DENSITY, target_modules=targets, random_seed=0)
+    try:
+        with _noted() as notes:
+            adapted = get_peft_model(model, config)
+    except ShiraError as error:
+        _require_originals(model, originals, "after the refusal")
+        return Finding("refused", 0, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Finding("WRONG", 0, f"get_peft_model raises {type(error).__name__}: {error}")
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in adapted.named_modules()
+        if isinstance(layer, ShiraLayer)
+    }
+    try:
+        notes += _check(adapted, layers, before, merged, originals)
+    except Wrong as wrong:
+        return Finding("WRONG", len(layers), str(wrong))
+    except ShiraError as error:
+        return Finding("WRONG", len(layers), f"in use: {type(error).__name__}: {error}")
+    except Exception as error:
+        return Finding("WRONG", len(layers), f"raises {type(error).__name__}: {error}")
+    return Finding("right", len(layers), "; ".join(notes))
+
+
+def _check(
+    adapted: Any,
+    layers: dict[str, Any],
+    reference: Reference,
+    merged: nn.Module,
+    originals: dict[str, Tensor],
+) -> list[str]:
+    notes: list[str] = []
+    run, before = reference.run, reference.outputs
+    for mode, wanted in before.items():
+        _compare(outputs(adapted, run, mode), wanted, f"untrained, {mode}", notes)
+    _require_originals(_inner(adapted), originals, "after the first forwards")
+    after = _fill(layers, merged, run)
+    for mode in (NO_GRAD, EVAL):
+        _compare(outputs(adapted, run, mode), after, f"filled, {mode}", notes)
+    if all(torch.equal(a, b) for a, b in zip(after, before[NO_GRAD], strict=True)):
+        notes.append("no target takes part in the output")
+    notes += _train(adapted, layers, merged, run)
+    _require_originals(_inner(adapted), originals, "after a backward")
+    try:
+        adapted.eval().merge_adapter()
+    except ShiraError as error:
+        notes.append(f"merge refused: {error}")
+    else:
+        _compare(outputs(adapted, run, NO_GRAD), after, "merged", notes)
+        adapted.unmerge_adapter()
+        _require_originals(_inner(adapted), originals, "after unmerge")
+    restored = adapted.unload()
+    _require_originals(restored, originals, "after unload")
+    if _modules(restored) != _modules(reference.model):
+        raise Wrong("after unload: other modules than before")
+    return notes
+
+
+def _modules(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+# ------------------------------------------------------------------------------ outputs
+
+NO_GRAD, EVAL, TRAIN = "eval without gradients", "eval", "train"
+
+
+def outputs(model: nn.Module, run: Run, mode: str) -> list[Tensor]:
+    """Return the floating outputs of a model in a mode, with norms always as in eval."""
+    return [tensor.detach() for tensor in _forward(model, run, mode)]
+
+
+def _forward(model: nn.Module, run: Run, mode: str) -> list[Tensor]:
+    model.train(mode == TRAIN)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.eval()
+    torch.default_generator.manual_seed(0)
+    with torch.set_grad_enabled(mode != NO_GRAD):
+        return list(_tensors(run(model)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            value = torch.view_as_real(value)
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
+    elif hasattr(value, "sample") and isinstance(value.sample, Tensor):
+        yield from _tensors(value.sample)
+    elif hasattr(value, "mean") and isinstance(value.mean, Tensor):  # a distribution
+        yield from _tensors(value.mean)
+
+
+def _compare(got: list[Tensor], wanted: list[Tensor], when: str, notes: list[str]) -> None:
+    if [g.shape for g in got] != [w.shape for w in wanted]:
+        raise Wrong(f"{when}: other shapes of outputs")
+    worst = 0.0
+    for one, other in zip(got, wanted, strict=True):
+        if torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num()):
+            continue
+        finite = torch.isfinite(other)
+        if not torch.equal(finite, torch.isfinite(one)):
+            raise Wrong(f"{when}: not finite elsewhere")
+        scale = other[finite].abs().max().clamp_min(1e-30)
+        worst = max(worst, float((one[finite] - other[finite]).abs().max() / scale))
+    if worst > CLOSE:
+        raise Wrong(f"{when}: off by {worst:.1e} of the largest output")
+    if worst:
+        notes.append(f"{when}: rounding, {worst:.0e}")
+
+
+# ------------------------------------------------------------------------------ the reference
+
+
+def _fill(layers: dict[str, Any], merged: nn.Module, run: Run) -> list[Tensor]:
+    """Give all adapters values, add them to the reference; its outputs.
+
+    The values are made smaller until the outputs are finite.
+    """
+    weights = {name: _plain_weight(merged.get_submodule(name)) for name in layers}
+    clean = {name: weight.detach().clone() for name, weight in weights.items()}
+    for factor in (0.5, 0.1, 0.01):
+        for name, layer in layers.items():
+            weight, indices = weights[name], layer.support("default").indices
+            parameter = layer.shira_weight["default"]
+            wave = torch.cos(torch.arange(len(parameter)) * 1.3)
+            spread = clean[name].float().std() if clean[name].numel() > 1 else torch.tensor(0.1)
+            values = (wave * factor * spread.clamp_min(1e-3)).to(parameter.dtype)
+            with torch.no_grad():
+                parameter.copy_(values)
+                weight.copy_(clean[name])
+                flat = weight.view(-1)
+                flat[indices] = (flat[indices].to(values.dtype) + values).to(flat.dtype)
+        result = outputs(merged, run, NO_GRAD)
+        if all(bool(torch.isfinite(one).all()) for one in result):
+            break
+    return result
+
+
+def _plain_weight(module: nn.Module) -> Tensor:
+    """A weight of the module's own, not computed of others and not tied."""
+    from torch.nn.utils import parametrize
+
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    elif hasattr(module, "weight_g"):
+        nn.utils.remove_weight_norm(module)
+    module.weight = nn.Parameter(module.weight.detach().clone())
+    return module.weight
+
+
+# ------------------------------------------------------------------------------ gradients
+
+
+def _train(adapted: Any, layers: dict[str, Any], merged: nn.Module, run: Run) -> Iterator[str]:
+    for parameter in merged.parameters():
+        parameter.requires_grad_(False)
+    weights = {name: merged.get_submodule(name).weight for name in layers}
+    for weight in weights.values():
+        weight.requires_grad_(weight.is_floating_point())
+    notes: list[str] = []
+    wanted_outputs, wanted_any = _backward(merged, run)
+    got_outputs, got_any = _backward(adapted, run)
+    _compare(got_outputs, wanted_outputs, "filled, train", notes)
+    if got_any != wanted_any:
+        raise Wrong("no output depends on an adapter, though the base's weights get gradients")
+    if not got_any:
+        return [*notes, "no output can be differentiated"]
+    unused, missing, different = [], [], []
+    for name, layer in layers.items():
+        parameter = layer.shira_weight["default"]
+        wanted = weights[name].grad
+        if wanted is not None:
+            if wanted.is_sparse:
+                wanted = wanted.to_dense()
+            wanted = wanted.reshape(-1)[layer.support("default").indices].to(parameter.dtype)
+        got = parameter.grad
+        if wanted is None or not wanted.any():
+            unused.append(name)
+            if got is not None and got.any():
+                different.append((name, "a gradient where the base has none"))
+        elif got is None or not got.any():
+            missing.append(name)
+        else:
+            if not torch.isfinite(wanted).all():
+                unused.append(name)
+                continue
+            off = float((got - wanted).norm() / wanted.norm())
+            if not off < 2e-3:
+                different.append((name, f"off by {off:.1e}"))
+    if missing:
+        raise Wrong(f"no gradient for {_few(missing)}")
+    if different:
+        raise Wrong(f"wrong gradient: {_few(f'{name} {what}' for name, what in different)}")
+    if unused:
+        notes.append(
+            f"no gradient, in the base neither: {len(unused)} of {len(layers)}, {_few(unused)}"
+        )
+    return notes
+
+
+def _backward(model: nn.Module, run: Run) -> tuple[list[Tensor], bool]:
+    """Run backward from all outputs; return the outputs, and whether backward was possible."""
+    model.zero_grad()
+    result = _forward(model, run, TRAIN)
+    losses = []
+    for one in result:
+        if one.requires_grad:
+            finite = torch.where(torch.isfinite(one), one, 0)
+            wave = torch.cos(torch.arange(one.numel()) * 0.7).reshape(one.shape)
+            losses.append((finite.float() * wave).sum())
+    if losses:
+        torch.stack(losses).sum().backward()
+    return [one.detach() for one in result], bool(losses)
+
+
+# ------------------------------------------------------------------------------ small things
+
+
+def _require_originals(model: nn.Module, originals: dict[str, Tensor], when: str) -> None:
+    """Raise Wrong if a tensor of the base is not what it was, bit for bit."""
+    now = {_base_name(name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in originals.items():
+        if name not in now:
+            raise Wrong(f"{when}: {name} is gone")
+        if not torch.equal(now[name].nan_to_num(), tensor.nan_to_num()):
+            raise Wrong(f"{when}: {name} has changed")
+
+
+def _base_name(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _inner(adapted: Any) -> nn.Module:
+    return adapted.base_model.model
+
+
+def _few(names: Any, most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class _noted:
+    """Collect warnings as notes."""
+
+    def __enter__(self) -> list[str]:
+        self._catch = warnings.catch_warnings(record=True)
+        self._caught = self._catch.__enter__()
+        warnings.simplefilter("always")
+        self.notes: list[str] = []
+        return self.notes
+
+    def __exit__(self, *error: object) -> None:
+        self._catch.__exit__(*error)
+        self.notes += dict.fromkeys(
+            f"warns: {str(one.message)[:200]}" for one in self._caught if "shira" in one.filename
+        )
