@@ -9,6 +9,7 @@ adapter asks it, and nothing else decides whether a base is the right one.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -123,21 +124,44 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
     return verdict
 
 
-def wrong_base(metadata: Mapping[str, Any], name: str, where: str, remedy: str) -> WrongBaseError:
-    """Return the error for a base that `judge` calls another.
+def accept(
+    metadata: Mapping[str, Any],
+    verdicts: Mapping[str, Verdict],
+    where: str,
+    remedy: str,
+    *,
+    warn: bool = True,
+) -> None:
+    """Refuse a base that is another one, and warn of one that cannot be told.
 
     Args:
         metadata: The adapter's.
-        name: The parameter.
-        where: What holds other values, to begin the message with: a file or an adapter's name.
-        remedy: How to use the adapter all the same.
+        verdicts: From `judge`, by parameter name.
+        where: What to begin the message with: the file or name of the adapter or the base.
+        remedy: How to use the adapter on another base all the same.
+        warn: Whether to warn; a caller that reports the verdicts need not.
+
+    Raises:
+        WrongBaseError: If one of the verdicts is ``"another"``.
     """
     base = metadata.get("base_model_name_or_path")
-    return WrongBaseError(
-        f"{where}: wrong base: {name!r} does not hold the values that the adapter was trained on "
-        f"(recorded fingerprint {metadata[FINGERPRINT_FIELD][name]})"
-        f"{f'; it was trained on {base!r}' if base else ''}. To use it all the same: {remedy}"
-    )
+    told = f"; it was trained on {base!r}" if base else ""
+    others = [name for name, verdict in verdicts.items() if verdict == "another"]
+    if others:
+        raise WrongBaseError(
+            f"{where}: wrong base: {others[0]!r} does not hold the values that the adapter was "
+            f"trained on (fingerprint {metadata[FINGERPRINT_FIELD][others[0]]}; {len(others)} of "
+            f"{len(verdicts)} weights differ){told}. To use it all the same: {remedy}"
+        )
+    unknown = [name for name, verdict in verdicts.items() if verdict == "cannot be told"]
+    if unknown and warn:
+        warnings.warn(
+            f"{where}: for {len(unknown)} of {len(verdicts)} weights, {unknown[0]!r} first, it "
+            "cannot be told whether this is the base that the adapter was trained on: it is of a "
+            f"dtype or packed in a way that does not show the recorded values (fingerprint "
+            f"{metadata[FINGERPRINT_FIELD][unknown[0]]}){told}",
+            stacklevel=3,
+        )
 
 
 def _compare(recorded: str, rounded: Sequence[str], held: Tensor) -> Verdict:

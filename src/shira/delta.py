@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from shira.base import accumulation_dtype, replacement
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.operators import Operators
 from shira.support import Support
+
+if TYPE_CHECKING:
+    from shira.checkpoints import Base
 
 
 class SparseDelta:
@@ -212,7 +215,7 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
         cls,
         path: str | os.PathLike[str],
         *,
-        base: torch.nn.Module | str | os.PathLike[str] | Mapping[str, Sequence[int]] | None = None,
+        base: Base | None = None,
         mapped: bool = False,
     ) -> Adapter:
         """Read an adapter, whatever its format: a compact file, or a folder in PEFT's.
@@ -223,8 +226,9 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
             path: A compact file or a folder with an ``adapter.safetensors``; or a folder in PEFT's
                 format or its ``adapter_model.safetensors``.
             base: Where the shapes of the base's weights are known from, if the file does not record
-                them (stock PEFT's do not): the ``nn.Module``, the path of a safetensors checkpoint
-                (only headers are read), or ``{parameter name: shape}``.
+                them (stock PEFT's do not): the ``nn.Module``, the path or hub name of a safetensors
+                checkpoint (only headers are read; its names may have another prefix), or
+                ``{parameter name: shape}``.
             mapped: Leave the values of a compact file in it, mapped into memory without a copy. The
                 file must then not be written to in place as long as the adapter lives; replacing
                 it as a whole, as `save` does, is safe.
@@ -232,7 +236,8 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
         Raises:
             FileNotFoundError: If there is nothing at ``path``.
             FileFormatError: If the file is damaged, hostile or no adapter, or needs ``base``.
-            WrongBaseError: If the file records other shapes than ``base`` has.
+            WrongBaseError: If the file records other shapes than ``base`` has, or a checkpoint
+                lacks a parameter.
         """
         from shira.checkpoints import shapes_of
         from shira.store import load

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint
-from shira.convert import load_for, merge, open_checkpoint, rewriting, unmerge
+from shira.convert import merge, open_checkpoint, rewriting, unmerge
 from shira.errors import ConfigError, FileFormatError, MergeError, WrongBaseError
 from shira.store import atomic
 from tests.convert.conftest import SHARDS, applied, digests, load, make_adapter, write_checkpoint
@@ -426,7 +426,7 @@ def test_an_adapter_of_stock_peft_learns_shapes_from_the_checkpoint(
     config = json.loads(path.read_text())
     del config["shira_shapes"], config["base_fingerprint"]
     path.write_text(json.dumps(config))
-    assert load_for(tmp_path / "adapter", open_checkpoint(checkpoint)) == adapter
+    assert Adapter.load(tmp_path / "adapter", base=open_checkpoint(checkpoint)) == adapter
     told = merge(tmp_path / "adapter", checkpoint, tmp_path / "out")
     assert {target.base for target in told.targets} == {"not recorded"}
     assert same(load(tmp_path / "out"), applied(tensors, adapter))

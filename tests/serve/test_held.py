@@ -267,8 +267,8 @@ def test_the_fingerprint_is_of_the_base_whatever_is_active(cluster):
     ("served", "made_on", "checked"),
     [
         (torch.float32, torch.bfloat16, 1),
-        (torch.bfloat16, torch.float32, 0),
-        (torch.float16, torch.bfloat16, 0),
+        (torch.bfloat16, torch.float32, 1),
+        (torch.float16, torch.bfloat16, 1),
         (torch.bfloat16, torch.bfloat16, 1),
     ],
 )

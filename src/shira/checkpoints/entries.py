@@ -32,6 +32,18 @@ _BITS: Mapping[int, tuple[np.dtype[np.signedinteger], torch.dtype]] = {
 }
 
 
+def values_at(stored: Stored, flat: Tensor) -> Tensor | None:
+    """``(k,)`` values of a stored tensor at increasing flat indices.
+
+    Returns:
+        None if it holds no floating-point numbers that a delta could be added to.
+    """
+    if stored.dtype not in FLOATS:
+        return None
+    with open(stored.file, "rb", buffering=0) as file:
+        return read_entries(file, stored, flat.cpu())
+
+
 def read_entries(file: BinaryIO, stored: Stored, flat: Tensor) -> Tensor:
     """``(k,)`` values of a stored tensor.
 

@@ -9,10 +9,11 @@ cannot be found is explained: tied, packed by quantization, fused on loading, or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from shira.checkpoints.opening import Checkpoint, Stored
+from shira.delta import SparseDelta
 from shira.errors import MergeError, WrongBaseError, did_you_mean
 
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
@@ -83,6 +84,26 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
     if prefix is None:
         raise _not_found(names, checkpoint)
     return {name: checkpoint.tensors[prefix.apply(name) or name] for name in names}, prefix
+
+
+def locate_deltas(
+    deltas: Mapping[str, SparseDelta], checkpoint: Checkpoint
+) -> tuple[dict[str, Stored], Prefix]:
+    """The stored tensor of each delta, as `locate` finds them, each of its delta's shape.
+
+    Raises:
+        WrongBaseError: As `locate`, and if a tensor has another shape.
+        MergeError: As `locate`.
+    """
+    located, prefix = locate(deltas, checkpoint)
+    for name, stored in located.items():
+        shape = deltas[name].support.shape
+        if stored.shape != shape:
+            raise WrongBaseError(
+                f"{stored.file}: {stored.key!r} has shape {stored.shape}, but the adapter was made "
+                f"for a {name!r} of shape {shape}"
+            )
+    return located, prefix
 
 
 def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:

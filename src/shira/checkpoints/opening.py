@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A base model's checkpoint on disk: safetensors in one file or several, known by their headers.
 
-Which tensors there are, in which file, at which byte; no tensor is read here. A folder's files are
-those that its ``*.safetensors.index.json`` lists; without one ``model.safetensors``, and without
-that every safetensors file, if no name occurs twice.
+Which tensors there are, in which file, at which byte; no tensor is read here. The files that make
+up a folder's checkpoint are those that transformers, or diffusers, would load from it:
+
+1. the file, or index, that ``transformers_weights`` in ``config.json`` names;
+2. ``model.safetensors``, else the files that ``model.safetensors.index.json`` lists;
+3. the files that ``diffusion_pytorch_model.safetensors.index.json`` lists, else
+   ``diffusion_pytorch_model.safetensors``;
+4. the files that the only other index lists;
+5. every safetensors file that is no adapter's, if no name occurs in two of them.
+
+A name that is no path is looked for on the Hugging Face hub, as transformers does.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +38,14 @@ FLOATS: Mapping[str, torch.dtype] = {
 }
 """What safetensors calls the dtypes that a delta can be added to."""
 
-_WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_INDEX = ".safetensors.index.json"
+_STANDARD = (  # in the order in which their libraries look for them
+    ("model.safetensors", f"model{_INDEX}"),
+    (f"diffusion_pytorch_model{_INDEX}", "diffusion_pytorch_model.safetensors"),
+)
+_ADAPTERS = ("adapter_model.safetensors", "adapter.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_FORMATS = [*(f"*{kind}" for kind in _PICKLES), "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
 _INDEX_LIMIT = 200_000_000  # bytes; 100 is about one entry
 
 
@@ -76,22 +92,34 @@ class Checkpoint:
         return max((t.end - t.start for t in self.tensors.values()), default=0)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     """Look at a checkpoint: headers, index and config, no tensors.
 
     Args:
-        path: A folder, or one safetensors file.
+        base: A folder, one safetensors file, or the name of a model on the Hugging Face hub, whose
+            files are downloaded unless they are in its cache. An open checkpoint is returned as it
+            is.
 
     Raises:
-        FileNotFoundError: If there is nothing at ``path``, or a file that the index lists is not.
-        FileFormatError: If there is no safetensors checkpoint, a file is damaged, two of them hold
-            a tensor of one name, or the index does not fit the files.
+        FileNotFoundError: If there is nothing of that name, or a file that the index lists is not
+            there.
+        FileFormatError: If there is no safetensors checkpoint or more than one, a file is damaged,
+            two of them hold a tensor of one name, or the index does not fit the files.
     """
-    where = Path(path)
+    if isinstance(base, Checkpoint):
+        return base
+    where = Path(base)
     if not where.exists():
-        raise FileNotFoundError(2, "no such file or folder", str(where))
-    index = _index_of(where) if where.is_dir() else None
-    files = _files_of(where, index)
+        where = _from_hub(os.fspath(base))
+    folder = where if where.is_dir() else where.parent
+    config = _config_of(folder / "config.json")
+    index = None
+    if where.is_dir():
+        files, index = _files_of(where, config)
+    elif where.suffix in _PICKLES:
+        raise FileFormatError(f"{where}: {_PICKLED}")
+    else:
+        files = (where,)
     tensors: dict[str, Stored] = {}
     for file in files:
         for key, info in header_of(file).tensors.items():
@@ -103,45 +131,107 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             tensors[key] = Stored(key, file, info.dtype, info.shape, info.start, info.end)
     if index is not None:
         _check_index(where, index, tensors)
-    folder = where if where.is_dir() else where.parent
-    return Checkpoint(where, files, tensors, _config_of(folder / "config.json"))
+    return Checkpoint(where, files, tensors, config)
 
 
-def _index_of(folder: Path) -> dict[str, str] | None:
-    """Name of the file of each tensor, if the folder has an index."""
-    found = sorted(folder.glob("*.safetensors.index.json"))
+_PICKLED = (
+    "a pickle, which can run code when it is read and is not read here. Write it as safetensors: "
+    "load the model with from_pretrained and save it with save_pretrained"
+)
+
+
+def _from_hub(name: str) -> Path:
+    """The local snapshot of a model on the hub."""
+    nothing = "no such file or folder"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".safetensors"):
+        raise FileNotFoundError(errno.ENOENT, nothing, name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            errno.ENOENT, f"{nothing} (a model of the hub needs huggingface_hub)", name
+        ) from None
+    try:
+        return Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
+    except (OSError, ValueError) as error:  # all of the hub's errors are one or the other
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"{nothing} here, and the hub did not give a model of that name "
+            f"({type(error).__name__})",
+            name,
+        ) from error
+
+
+def _files_of(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
+    """The files of a folder's checkpoint, and what its index says if it has one."""
+    chosen = _chosen(folder, config)
+    if chosen is not None and not chosen.name.endswith(_INDEX):
+        return (chosen,), None
+    if chosen is not None:
+        index = _read_index(chosen)
+        return tuple(chosen.parent / name for name in sorted(set(index.values()))), index
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name not in _ADAPTERS)
     if not found:
-        return None
-    if len(found) > 1:
+        raise FileFormatError(f"{folder}: the folder has no safetensors checkpoint{_why(folder)}")
+    return tuple(found), None
+
+
+def _chosen(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """The one file, or index, by which a folder's checkpoint goes; None if there is none."""
+    named = config.get("transformers_weights")
+    if isinstance(named, str):
+        if not named.endswith((".safetensors", _INDEX)) or named != os.path.basename(named):
+            raise FileFormatError(
+                f"{folder}: config.json says that the weights are {named!r}, which is no "
+                "safetensors file or index in the folder"
+            )
+        return folder / named
+    # lexists: a link into nowhere is a file that is missing, not one that was never there
+    there = [
+        next((folder / name for name in names if os.path.lexists(folder / name)), None)
+        for names in _STANDARD
+    ]
+    standard = [file for file in there if file is not None]
+    indices = standard or sorted(folder.glob(f"*{_INDEX}"))
+    if len(indices) > 1:
         raise FileFormatError(
-            f"{folder}: there are {len(found)} indices of safetensors files, "
-            f"{', '.join(file.name for file in found)}; keep the one that is meant"
+            f"{folder}: there are {len(indices)} checkpoints, "
+            f"{', '.join(file.name for file in indices)}; give the one file that is meant, or keep "
+            "it alone in a folder"
         )
-    with open_regular(found[0]) as opened:
+    return indices[0] if indices else None
+
+
+def _why(folder: Path) -> str:
+    """What a folder without a safetensors checkpoint has instead, and what to do."""
+    names = sorted(file.name for file in folder.iterdir())
+    pickled = [name for name in names if name.endswith(_PICKLES) and "model" in name]
+    if pickled:
+        return f"; its {pickled[0]} is {_PICKLED}"
+    adapters = [name for name in names if name in _ADAPTERS]
+    if adapters:
+        return f": its {adapters[0]} is an adapter's; give the base model"
+    parts = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+    if parts:
+        return f"; its folders {', '.join(parts[:8])} have: give one of them"
+    return ""
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    """Name of the file of each tensor."""
+    with open_regular(path) as opened:
         if os.fstat(opened.fileno()).st_size > _INDEX_LIMIT:
-            raise FileFormatError(f"{found[0]}: too large for an index (limit {_INDEX_LIMIT})")
-        whole = parse_object(opened.read(), found[0], "index")
+            raise FileFormatError(f"{path}: too large for an index (limit {_INDEX_LIMIT})")
+        whole = parse_object(opened.read(), path, "index")
     placed = whole.get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise FileFormatError(f"{found[0]}: weight_map maps the tensors' names to their files")
+        raise FileFormatError(f"{path}: weight_map maps the tensors' names to their files")
     for key, name in placed.items():
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", "..", "."):
-            raise FileFormatError(f"{found[0]}: {key!r}: {name!r} is no file beside the index")
+            raise FileFormatError(f"{path}: {key!r}: {name!r} is no file beside the index")
     return placed
-
-
-def _files_of(path: Path, index: Mapping[str, str] | None) -> tuple[Path, ...]:
-    if not path.is_dir():
-        return (path,)
-    if index is not None:
-        return tuple(path / name for name in sorted(set(index.values())))
-    for name in _WHOLE:
-        if (path / name).exists():
-            return (path / name,)
-    found = tuple(sorted(path.glob("*.safetensors")))
-    if not found:
-        raise FileFormatError(f"{path}: the folder has no safetensors checkpoint")
-    return found
 
 
 def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
@@ -155,7 +245,7 @@ def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Sto
 
 
 def _config_of(file: Path) -> Mapping[str, Any]:
-    """The config beside a checkpoint; it only serves hints, so a damaged one counts as none."""
+    """The config beside a checkpoint; a damaged one counts as none."""
     try:
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

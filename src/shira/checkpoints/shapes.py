@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 from torch import nn
 
-from shira.errors import FileFormatError
+from shira.checkpoints.naming import locate
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.store.names import base_module_name, full_shape, unwrapped
-from shira.store.safetensors_header import header_of
 
-Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Mapping[str, Sequence[int]]"
-"""A base model, a safetensors file or folder of them, or ``{parameter name: shape}``."""
+Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Checkpoint | Mapping[str, Sequence[int]]"
+"""A base model, its checkpoint as `open_checkpoint` takes it, or ``{parameter name: shape}``."""
 
 
-def shapes_of(base: Base, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+def shapes_of(base: Base, names: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
     """Shapes of a base model's weights by parameter name.
 
     Args:
-        base: An ``nn.Module`` (wrapped or adapted ones count as the base inside), the path of a
-            safetensors checkpoint or of a folder with one in one or more files, or the shapes
-            themselves.
-        names: Parameters that are asked for, if only some are.
+        base: An ``nn.Module`` (wrapped or adapted ones count as the base inside), the path or hub
+            name of a safetensors checkpoint, an open one, or the shapes themselves.
+        names: An adapter's parameter names, which a checkpoint may hold with another prefix. The
+            result has these, or all that there are if it is None; of a module or a mapping always
+            all.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
-        FileFormatError: If a checkpoint is damaged, or a folder has none.
+        FileFormatError: If there is no safetensors checkpoint, or it is damaged.
+        WrongBaseError: If a checkpoint lacks one of the names.
     """
     if isinstance(base, nn.Module):
         root = unwrapped(base)
@@ -47,13 +48,6 @@ def shapes_of(base: Base, names: Collection[str] = ()) -> dict[str, tuple[int, .
         }
     if isinstance(base, Mapping):
         return {name: tuple(int(size) for size in shape) for name, shape in base.items()}
-    return _shapes_on_disk(Path(base))
-
-
-def _shapes_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileFormatError(f"{path}: the folder has no safetensors checkpoint")
-    return {name: info.shape for file in files for name, info in header_of(file).tensors.items()}
+    checkpoint = open_checkpoint(base)
+    stored = checkpoint.tensors if names is None else locate(names, checkpoint)[0]
+    return {name: tensor.shape for name, tensor in stored.items()}

@@ -22,8 +22,8 @@ from shira.store.names import base_module_name, unwrapped
 BLOCK = 2**20
 """Entries of a piece: 4 MiB of float32."""
 
-Model: TypeAlias = "str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]"
-"""The path of a safetensors checkpoint, a module, or a state dict."""
+Model: TypeAlias = "str | os.PathLike[str] | Checkpoint | nn.Module | Mapping[str, Tensor]"
+"""A checkpoint as `open_checkpoint` takes it, a module, or a state dict."""
 
 
 class Source(Protocol):

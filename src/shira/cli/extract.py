@@ -70,7 +70,6 @@ def command(
     from shira.cli.quiet import share_cores
 
     share_cores()
-    from shira.cli._convert.models import find_model
     from shira.cli._convert.progress import following
     from shira.cli._convert.saving import check_format, check_new, dtype_named, keeps_values, save
     from shira.convert import extract
@@ -82,8 +81,8 @@ def command(
     dtype_named(dtype)
     with following("comparing, million entries") as progress:
         told = extract(
-            find_model(base, "the base"),
-            find_model(tuned, "the tuned model"),
+            base,
+            tuned,
             density=density,
             r=r,
             everywhere=everywhere,

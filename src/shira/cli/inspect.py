@@ -48,12 +48,12 @@ def command(
     A delta is lost in bfloat16 when adding it changes nothing in a bfloat16 copy of the base, so
     that count needs the base.
     """
-    from shira.cli._inspect.checkpoint import find_checkpoint
+    from shira.checkpoints import open_checkpoint
     from shira.cli._inspect.summary import summarize
     from shira.store.outputs import check_outputs
 
     check_outputs({"--plot": plot}, [path], [base])
-    checkpoint = None if base is None else find_checkpoint(base)
+    checkpoint = None if base is None else open_checkpoint(base)
     summary = summarize(path, checkpoint)
     if plot is not None:
         from shira.cli._inspect.plot import plot_adapter

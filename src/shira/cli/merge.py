@@ -72,14 +72,13 @@ def command(
     from shira.cli.quiet import share_cores
 
     share_cores()
-    from shira.cli._convert.models import find_model
     from shira.cli._convert.progress import following
     from shira.convert import merge
 
     with following("merging, MB") as progress:
         told = merge(
             adapter,
-            find_model(base, "--base"),
+            base,
             output,
             scale=scale,
             undo=undo,

@@ -44,8 +44,9 @@ def command(
     base: Annotated[
         str | None,
         typer.Option(
-            help="A safetensors file of the base model, for adapters that do not record the shapes "
-            "of its weights, as those that PEFT itself has written."
+            help="The base model, for adapters that do not record the shapes of its weights, as "
+            "those that PEFT itself has written: a safetensors file, a folder with some, or a name "
+            "on the hub."
         ),
     ] = None,
     check_base: Annotated[

@@ -52,13 +52,13 @@ def command(
 
     Exit status 2: an adapter cannot be read, or the adapters do not belong together.
     """
-    from shira.cli._inspect.checkpoint import find_checkpoint
+    from shira.checkpoints import open_checkpoint
     from shira.cli._report.writing import write_report
 
     write_report(
         adapters,
         output,
-        None if base is None else find_checkpoint(base),
+        None if base is None else open_checkpoint(base),
         fast=fast,
         seed=seed,
         check_base=check_base,

@@ -24,8 +24,11 @@ def command(
         typer.Argument(help="Adapters to switch between; made up ones when left out."),
     ] = None,
     base: Annotated[
-        Path | None,
-        typer.Option(help="A safetensors checkpoint with the shapes, if the adapters have none."),
+        str | None,
+        typer.Option(
+            help="The base model, if the adapters do not record the shapes: a safetensors file, a "
+            "folder with some, or a name on the hub."
+        ),
     ] = None,
     shape: Annotated[str, typer.Option(help="Of made up weights.")] = "4096x4096",
     layers: Annotated[int, typer.Option(min=1, help="How many made up weights.")] = 1,
@@ -48,6 +51,7 @@ def command(
     take: reading and writing one word of each 64-byte line of memory that the adapters touch.
     Exit status 1 means that the base did not come back.
     """
+    from shira.checkpoints import open_checkpoint
     from shira.cli.quiet import offline
     from shira.delta import Adapter
     from shira.errors import ConfigError, did_you_mean
@@ -64,7 +68,8 @@ def command(
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder")
     if adapters:
-        loaded = {str(path): Adapter.load(path, base=base) for path in adapters}
+        checkpoint = None if base is None else open_checkpoint(base)
+        loaded = {str(path): Adapter.load(path, base=checkpoint) for path in adapters}
     else:
         made_up = {f"layers.{i}.weight": scene.shape_of(shape) for i in range(layers)}
         loaded = {name: scene.random_adapter(made_up, rank, i) for i, name in enumerate("ab")}

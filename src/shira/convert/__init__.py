@@ -13,7 +13,7 @@ file an idea::
       lora, lora_file      its product by blocks, and PEFT's files of it
     patches              vLLM's sparse weight patches
 
-    loading, budgets     reading an adapter for a checkpoint; how many entries to keep
+      budgets              how many entries to keep
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.extraction import Change, Extraction, extract
 from shira.convert.from_lora import from_lora
-from shira.convert.loading import load_for
 from shira.convert.lora import Factors, FromLora, Kept
 from shira.convert.lora_file import is_lora, read_lora
 from shira.convert.merging import Merged, Target, merge
@@ -43,7 +42,6 @@ __all__ = [
     "extract",
     "from_lora",
     "is_lora",
-    "load_for",
     "load_patches",
     "merge",
     "open_checkpoint",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira.base import accumulation_dtype, fingerprint
+from shira.base import accumulation_dtype, fingerprint_fields
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, OnDisk, Source, source_of
 from shira.convert.budgets import Budget, budget_or_none
@@ -295,7 +295,7 @@ def _assemble(
     reader: _Reader, supports: Mapping[str, Support], excluded: tuple[str, ...]
 ) -> Extraction:
     old, new, names = reader.old, reader.new, reader.names
-    deltas, changes, prints = {}, [], {}
+    deltas, changes, bases = {}, [], {}
     for name, support in supports.items():
         if not reader.differing[name]:
             continue
@@ -307,7 +307,7 @@ def _assemble(
         if values.numel():
             kept = Support._trusted(support.shape, support.indices[differs])
             deltas[name] = SparseDelta(kept, values)
-            prints[name] = fingerprint(before)
+            bases[name] = before
         wide = accumulation_dtype(before.dtype)
         held = float((after.to(wide) - before.to(wide)).double().square().sum())
         whole = values.numel() == reader.differing[name]
@@ -324,7 +324,7 @@ def _assemble(
         )
     theirs = set(names.values()) | {names.get(name, name) for name in excluded}
     return Extraction(
-        adapter=Adapter(deltas, _metadata(old, prints)),
+        adapter=Adapter(deltas, _metadata(old, bases)),
         changes=tuple(changes),
         unchanged=len(names) - len(changes),
         excluded=excluded,
@@ -333,8 +333,8 @@ def _assemble(
     )
 
 
-def _metadata(old: Source, prints: Mapping[str, str]) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"base_fingerprint": dict(prints)}
+def _metadata(old: Source, bases: Mapping[str, Tensor]) -> dict[str, Any]:
+    metadata = fingerprint_fields(bases)
     if isinstance(old, OnDisk):
         recorded = old.checkpoint.config.get("_name_or_path")
         metadata["base_model_name_or_path"] = recorded or old.label

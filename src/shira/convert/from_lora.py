@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from shira.base import fingerprint
+from shira.base import fingerprint_fields
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, Source, source_of
 from shira.convert.budgets import budget_or_none
@@ -63,10 +63,9 @@ def from_lora(
         _check_shapes(factors, names, source)
     deltas, kept = sparsify(factors, budget, progress)
     if source is not None:
-        metadata["base_fingerprint"] = {
-            name: fingerprint(source.entries(names[name], delta.support.indices))
-            for name, delta in deltas.items()
-        }
+        metadata |= fingerprint_fields(
+            {name: source.entries(names[name], d.support.indices) for name, d in deltas.items()}
+        )
     return FromLora(Adapter(deltas, metadata), kept, left_out)
 
 

@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira.base import Verdict, fingerprint, judge, wrong_base
+from shira.base import Verdict, accept, fingerprint, judge
 from shira.checkpoints.entries import read_entries
-from shira.checkpoints.naming import check_untied, locate
-from shira.checkpoints.opening import FLOATS, Stored, open_checkpoint
-from shira.convert.loading import load_for
+from shira.checkpoints.naming import check_untied, locate_deltas
+from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, replacing_undo
 from shira.delta import Adapter, SparseDelta
-from shira.errors import ConfigError, MergeError, WrongBaseError
+from shira.errors import ConfigError, MergeError
 from shira.store.outputs import check_outputs
 from shira.support import Support
 
@@ -111,7 +110,7 @@ class Merged:
 
 def merge(
     adapter: Adapter | str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
     *,
     scale: float = 1.0,
@@ -125,7 +124,7 @@ def merge(
 
     Args:
         adapter: The adapter, or its path.
-        base: A safetensors checkpoint, a folder (of one or more shards) or one file.
+        base: A safetensors checkpoint: a folder, one file, or a name on the hub.
         output: Where the merged one goes: a folder or file, as ``base`` is. It appears as a whole.
         scale: Factor on the deltas.
         undo: Write there what `unmerge` needs to restore the base's bytes.
@@ -154,12 +153,15 @@ def merge(
     target = check_output(checkpoint, output, overwrite)
     undo_path = None if undo is None else _check_undo(undo, overwrite)
     if not isinstance(adapter, Adapter):
-        adapter = load_for(adapter, checkpoint)
-    located, prefix = locate(adapter, checkpoint)
+        adapter = Adapter.load(adapter, base=checkpoint)
+    located, prefix = locate_deltas(adapter, checkpoint)
     check_untied(located.values(), checkpoint)
-    for name, stored in located.items():
-        _check_fits(name, adapter[name], stored)
-    changes = list(_changes(adapter, located, scale, check_base))
+    for stored in located.values():
+        _check_dtype(stored)
+    changes = list(_changes(adapter, located, scale))
+    if check_base:
+        verdicts = {told.name: told.base for told, _, _ in changes}
+        accept(adapter.metadata, verdicts, str(checkpoint.path), REMEDY, warn=False)
     _check_lost([told for told, _, _ in changes], max_lost)
     edits = [edit for _, edit, _ in changes]
     if undo_path is None:
@@ -182,22 +184,17 @@ def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
     return path
 
 
-def _check_fits(name: str, delta: SparseDelta, stored: Stored) -> None:
+def _check_dtype(stored: Stored) -> None:
     if stored.dtype not in FLOATS:
         raise MergeError(
             f"{stored.file}: {stored.key!r} has dtype {stored.dtype}: it is quantized or no "
             f"weight, and a delta can be added to {', '.join(FLOATS)} alone; merge into the "
             "checkpoint that it was quantized from"
         )
-    if stored.shape != delta.support.shape:
-        raise WrongBaseError(
-            f"{stored.file}: {stored.key!r} has shape {stored.shape}, but the adapter was made for "
-            f"a {name!r} of shape {delta.support.shape}"
-        )
 
 
 def _changes(
-    adapter: Adapter, located: dict[str, Stored], scale: float, check_base: bool
+    adapter: Adapter, located: dict[str, Stored], scale: float
 ) -> Iterator[tuple[Target, Edit, Undone]]:
     """What to write into each tensor, and what is to be told of it."""
     names = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
@@ -208,8 +205,6 @@ def _changes(
                 flat = delta.support.indices.cpu()
                 old = read_entries(file, stored, flat)
                 verdict = judge(adapter.metadata, name, delta.values, old)
-                if verdict == "another" and check_base:
-                    raise wrong_base(adapter.metadata, name, str(path), REMEDY)
                 yield _change(name, delta, stored, flat, old, scale, verdict)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from shira.base import judge, wrong_base
+from shira.base import accept, judge
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, source_of
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
@@ -77,7 +77,7 @@ def to_patches(
             f"{source.label}: there is no {odd!r} of floating point{packed}, which the adapter "
             f"changes; is this its base?{did_you_mean(odd, source.shapes)}"
         )
-    patches = []
+    patches, verdicts = [], {}
     for name, delta in adapter.items():
         key = prefix.apply(name) or name
         support = delta.support.to("cpu")
@@ -91,10 +91,11 @@ def to_patches(
                 f"{name!r} has {support.numel} entries, more than a patch's int32 indices can count"
             )
         held = source.entries(key, support.indices)
-        if check_base and judge(adapter.metadata, name, delta.values, held) == "another":
-            raise wrong_base(adapter.metadata, name, source.label, "check_base=False")
+        verdicts[name] = judge(adapter.metadata, name, delta.values, held)
         new = SparseDelta(support, delta.values.cpu()).replacement(held, scale)
         patches.append(SparsePatch(key, support.indices, new, support.shape))
+    if check_base:
+        accept(adapter.metadata, verdicts, source.label, "check_base=False, --no-check-base")
     return patches
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from shira.base import FINGERPRINT_FIELD
 from shira.delta import Adapter
 from shira.errors import AdapterError, WrongBaseError
 
 BASE_FIELDS = ("base_model_name_or_path", "revision")
-FINGERPRINT_FIELD = "base_fingerprint"
 
 
 def check_together(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from shira._version import __version__
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.delta import Adapter, SparseDelta
-from shira.fusing.checks import FINGERPRINT_FIELD
 
 FUSED = "fused"
 """The field that tells how an adapter was made; also the ``mask_type`` of one without a mask."""
@@ -56,9 +56,7 @@ def derived_metadata(
         for field in MASK_FIELDS:
             result.pop(field, None)
         result["mask_type"] = FUSED
-    prints = _fingerprints(sources, deltas)
-    if prints:
-        result[FINGERPRINT_FIELD] = prints
+    result |= _fingerprints(sources, deltas)
     if made is not None:
         result[FUSED] = dict(made)
     return result
@@ -107,7 +105,7 @@ def _agreed(sources: Sequence[Adapter]) -> dict[str, Any]:
     return {
         field: value
         for field, value in first.items()
-        if field not in (FUSED, FINGERPRINT_FIELD)
+        if field not in (FUSED, FINGERPRINT_FIELD, ROUNDED_FIELD)
         and all(field in other and other[field] == value for other in others)
     }
 
@@ -119,14 +117,18 @@ def _same_positions(source: Adapter, deltas: Mapping[str, SparseDelta]) -> bool:
     ) and any(name in source for name in deltas)
 
 
-def _fingerprints(sources: Sequence[Adapter], deltas: Mapping[str, SparseDelta]) -> dict[str, str]:
+def _fingerprints(sources: Sequence[Adapter], deltas: Mapping[str, SparseDelta]) -> dict[str, Any]:
     """Those that are of the result's own positions."""
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, delta in deltas.items():
         for source in sources:
-            known = (source.metadata.get(FINGERPRINT_FIELD) or {}).get(name)
-            if known is not None and name in source and _same_support(source[name], delta):
-                kept[name] = known
+            if name not in (source.metadata.get(FINGERPRINT_FIELD) or {}):
+                continue
+            if name in source and _same_support(source[name], delta):
+                for field in (FINGERPRINT_FIELD, ROUNDED_FIELD):
+                    known = source.metadata.get(field) or {}
+                    if name in known:
+                        kept.setdefault(field, {})[name] = known[name]
                 break
     return kept
 

@@ -2,8 +2,8 @@
 """Is it this model's adapter, and do its entries lie where the loader's trace says?
 
 Together the ranks must have a place for each entry; some base values there must be the
-checkpoint's, where it is at hand; and all of them must have the fingerprint that the adapter
-records, where it does and where the dtype in which the model is served can tell.
+checkpoint's, where it is at hand; and all of them together must be those of the adapter's base, as
+`shira.base.judge` finds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shira.base import fingerprint
 from shira.delta import Adapter, SparseDelta
-from shira.errors import PlacementError, WrongBaseError
+from shira.errors import PlacementError
 from shira.ops.patch import Patch
 from shira.serve.exchange import same_bits
 from shira.serve.placement import Placement
@@ -29,11 +28,6 @@ Active = Mapping[int, Patch]
 """What is in the weights now, by storage."""
 
 _SOME = 256  # entries of each part of a weight compared with the checkpoint's
-
-_NARROWER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
-    torch.float32: (torch.bfloat16, torch.float16),
-    torch.float64: (torch.float32, torch.bfloat16, torch.float16),
-}
 
 
 class Found(NamedTuple):
@@ -93,27 +87,19 @@ def check_layout(
                 )
 
 
-def check_whole(
-    name: str, delta: SparseDelta, pieces: list[tuple[Tensor, Tensor]], recorded: str | None
-) -> bool:
-    """All entries have a place, and the base values there are those that were trained on.
+def base_of(name: str, delta: SparseDelta, pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """``(k,)`` base values at all entries of a parameter, after making sure that all have a place.
 
     Args:
         name: Of the parameter, for messages.
         delta: The whole delta.
         pieces: From `values_of`, of one rank that has all of it or of all ranks.
-        recorded: The fingerprint that the adapter records.
-
-    Returns:
-        Whether the fingerprint was compared.
 
     Raises:
         PlacementError: If an entry has no place.
-        WrongBaseError: If the fingerprint is another.
     """
     held = [(entries, values) for entries, values in pieces if entries.numel()]
-    dtype = held[0][1].dtype if held else torch.float32
-    base = torch.zeros(delta.nnz, dtype=dtype)
+    base = torch.zeros(delta.nnz, dtype=held[0][1].dtype if held else torch.float32)
     placed = torch.zeros(delta.nnz, dtype=torch.bool)
     for entries, values in held:
         base[entries] = values
@@ -124,17 +110,7 @@ def check_whole(
             f"{missing} of the {delta.nnz} entries of {name!r} have no place in the served model: "
             f"its loader skips that weight, or keeps less of it than {delta.support.shape}"
         )
-    if recorded is None:
-        return False
-    made_on = getattr(torch, recorded.partition(":")[0], None)
-    if made_on != dtype and made_on not in _NARROWER.get(dtype, ()):
-        return False  # served in fewer bits than it was made on: the hash cannot tell
-    if fingerprint(base.to(made_on)) != recorded:
-        raise WrongBaseError(
-            f"made for another base model: at its entries, {name!r} has not the values on which "
-            "the adapter was trained"
-        )
-    return True
+    return base
 
 
 def _base_at(placement: Placement, positions: Tensor, active: Active) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shira.base import accept, judge
 from shira.delta import Adapter
 from shira.errors import AdapterError
 from shira.ops.patch import Patch
@@ -21,8 +22,8 @@ from shira.serve.checking import (
     Active,
     Found,
     Stored,
+    base_of,
     check_layout,
-    check_whole,
     nothing_stored,
     values_of,
 )
@@ -30,8 +31,7 @@ from shira.serve.exchange import Part, make_part
 from shira.serve.placement import Placement
 from shira.serve.ranks import Ranks, agree, gather
 
-FINGERPRINTS = "base_fingerprint"
-"""Where an adapter's metadata keeps ``{parameter name: fingerprint of the base values}``."""
+_REMEDY = "save it without base_fingerprint in its metadata"
 
 Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
 """Where this rank keeps the weight of that name and shape."""
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
         digest: Hash of the whole adapter: names, shapes, positions, values.
         nnz: Entries of the whole adapter.
         parameters: How many weights the whole adapter changes.
-        checked: For how many of them the base's fingerprint was compared.
+        checked: How many of them are known to have the base that the adapter was made on.
     """
 
     parts: Mapping[int, Part]
@@ -99,11 +99,15 @@ def load(
             values[name] = gather(ranks, values_of(each, active))
         elif each.count == adapter[name].nnz:
             values[name] = [values_of(each, active)]
-    recorded = adapter.metadata.get(FINGERPRINTS) or {}
 
     def check_it() -> list[str]:
-        known = values.items()
-        return [n for n, held in known if check_whole(n, adapter[n], held, recorded.get(n))]
+        verdicts = {
+            n: judge(adapter.metadata, n, adapter[n].values, base_of(n, adapter[n], held))
+            for n, held in values.items()
+        }
+        # No warning: how many were found to be the base's is in the report.
+        accept(adapter.metadata, verdicts, "the served model", _REMEDY, warn=False)
+        return [name for name, verdict in verdicts.items() if verdict.startswith("same")]
 
     checked = agree(ranks, check_it)
     names = {name for others in gather(ranks, checked) for name in others}

@@ -61,7 +61,7 @@ class ShiraWorkerExtension:
 
         Returns:
             ``digest`` of the whole adapter, ``nnz``, ``nnz_here`` (on this rank), ``parameters``,
-            ``checked`` (for how many the base's fingerprint was compared).
+            ``checked`` (how many of them are known to be those of the adapter's base).
         """
         return self._shira_do(
             "shira_load", lambda held: self._shira_load(held, name, path, compare)
@@ -155,7 +155,7 @@ class ShiraWorkerExtension:
 
     def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:
         source: OnDisk | None = self._shira_source
-        base = source.shapes if source is not None else None
+        base = source.checkpoint if source is not None else None
         try:
             loaded = held.load(name, lambda: Adapter.load(path, base=base), compare=compare)
         except PlacementError as error:

@@ -15,6 +15,7 @@ place of its indices. Imports torch, numpy, safetensors, never PEFT.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ ShapesOf = Callable[[Collection[str]], Mapping[str, Sequence[int]]]
 
 
 class _Read(Protocol):
-    def __call__(self, path: Path, shapes: ShapesOf | None, mapped: bool) -> Adapter: ...
+    def __call__(self, path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter: ...
 
 
 class _Write(Protocol):
@@ -169,7 +170,7 @@ def load(
     """
     where = Path(path)
     if not where.exists():
-        raise FileNotFoundError(f"{where}: no such file or folder")
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(where))
     chosen = next(known for known in FORMATS.values() if known.claims(where))
     return chosen.read(where, shapes_of, mapped)
 

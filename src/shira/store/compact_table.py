@@ -23,7 +23,7 @@ from shira.store.blocks import check_size
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.int8 import LARGEST_SCALE
 from shira.store.json_text import parse_object
-from shira.store.peft_config import FINGERPRINT_FIELD, check_fingerprints
+from shira.store.peft_config import check_fingerprints
 
 TABLE = "shira"
 CHECKSUM = "shira_crc32"
@@ -153,7 +153,7 @@ def parse(text: str, path: Path, size: int) -> Table:
     for key, kind in parts.items():
         if not isinstance(whole[key], kind):
             raise FileFormatError(f"{path}: the table's {key} is no {kind.__name__}")
-    check_fingerprints(path, whole["metadata"].get(FINGERPRINT_FIELD))
+    check_fingerprints(path, whole["metadata"])
     records = {name: _record(path, name, claim) for name, claim in whole["parameters"].items()}
     tensors = {
         name: _whole(path, name, claim, records) for name, claim in whole.get("tensors", {}).items()

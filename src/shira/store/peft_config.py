@@ -2,8 +2,9 @@
 """``adapter_config.json``: reading what is there, composing what is written.
 
 Beside PEFT's own fields shira writes ``shira_shapes`` (``{parameter name: [sizes]}``, so that the
-file can be read without the base) and keeps ``base_fingerprint`` (``{parameter name:
-"<dtype>:<16 hex digits>"}``). Stock PEFT names the fields that it does not know and ignores them.
+file can be read without the base) and keeps the two fields of
+``shira.base`` that tell of the base. Stock PEFT names the fields that it does not know and ignores
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.entries import COORDINATE_LIMIT
 from shira.store.json_text import parse_object
@@ -23,7 +25,6 @@ from shira.support import matrix_shape
 
 CONFIG_NAME = "adapter_config.json"
 SHAPES_FIELD = "shira_shapes"
-FINGERPRINT_FIELD = "base_fingerprint"
 
 _CONFIG_LIMIT = 50_000_000  # bytes; shapes and fingerprints of 100,000 weights take about 20 MB
 _FINGERPRINT = re.compile(r"[a-z0-9_]+:[0-9a-f]{16}")
@@ -51,7 +52,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter{hint}"
         )
     _check_shapes(path, config.get(SHAPES_FIELD))
-    check_fingerprints(path, config.get(FINGERPRINT_FIELD))
+    check_fingerprints(path, config)
     return config
 
 
@@ -168,19 +169,22 @@ def _check_shapes(path: Path, shapes: Any) -> None:
             )
 
 
-def check_fingerprints(path: Path, fingerprints: Any) -> None:
-    """Refuse a ``base_fingerprint`` that is no mapping of names to fingerprints; None is none.
+def check_fingerprints(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse fingerprints of the base that are no mapping of names to them; None is none.
 
     Raises:
-        FileFormatError: If it is not.
+        FileFormatError: If they are not.
     """
-    if fingerprints is None:
-        return
-    if not isinstance(fingerprints, dict):
-        raise FileFormatError(f"{path}: {FINGERPRINT_FIELD} maps parameter names to fingerprints")
-    for name, text in fingerprints.items():
-        if not isinstance(text, str) or not _FINGERPRINT.fullmatch(text):
-            raise FileFormatError(
-                f"{path}: {FINGERPRINT_FIELD} of {name!r} is '<dtype>:<16 hex digits>', "
-                f"not {str(text)[:80]!r}"
-            )
+    for field, several in ((FINGERPRINT_FIELD, False), (ROUNDED_FIELD, True)):
+        fingerprints = metadata.get(field)
+        if fingerprints is None:
+            continue
+        if not isinstance(fingerprints, dict):
+            raise FileFormatError(f"{path}: {field} maps parameter names to fingerprints")
+        for name, told in fingerprints.items():
+            texts = told if several and isinstance(told, list) else [told]
+            if not all(isinstance(text, str) and _FINGERPRINT.fullmatch(text) for text in texts):
+                raise FileFormatError(
+                    f"{path}: {field} of {name!r} is '<dtype>:<16 hex digits>'"
+                    f"{', or a list of such' if several else ''}, not {str(told)[:80]!r}"
+                )

@@ -14,6 +14,7 @@ Here it is read, in two steps, since stock PEFT does not record the shapes of th
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,7 +293,7 @@ def _is_the_base(file: PeftFile, name: str, flat: Tensor) -> bool:
 def _locate(path: Path) -> tuple[Path, Path | None]:
     """The safetensors file and the config at ``path``."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
     if not path.is_dir():
         config = path.with_name(CONFIG_NAME)
         return path, config if path.name == WEIGHTS_NAME and config.exists() else None

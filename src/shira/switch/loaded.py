@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shira.base import fingerprint
+from torch import Tensor
+
+from shira.base import Verdict, accept, judge
 from shira.delta import Adapter, SparseDelta
-from shira.errors import AdapterError, TargetError, WrongBaseError
+from shira.errors import AdapterError, TargetError
 from shira.ops.patch import Patch
-from shira.store.peft_config import FINGERPRINT_FIELD
 from shira.switch.plan import Entry, make_entry
 from shira.switch.targets import Target, Targets, check_writable
 
@@ -19,17 +20,19 @@ class Loaded:
 
     Attributes:
         adapter: As it was given.
+        names: What the adapter calls each weight.
         deltas: By weight.
         entries: By weight, ready to be written; one that is missing is made by `complete`.
         check_base: Whether the base's fingerprint must agree.
     """
 
     def __init__(
-        self, name: str, adapter: Adapter, deltas: Mapping[Target, SparseDelta], check_base: bool
+        self, name: str, adapter: Adapter, names: Mapping[Target, str], check_base: bool
     ) -> None:
         self.name = name
         self.adapter = adapter
-        self.deltas = deltas
+        self.names = names
+        self.deltas = {target: adapter[name] for target, name in names.items()}
         self.check_base = check_base
         self.entries: dict[Target, Entry] = {}
 
@@ -40,42 +43,34 @@ class Loaded:
             WrongBaseError: If a weight is not the one that the adapter was trained on.
             AdapterError: If a replacement value would not be finite.
         """
-        made = {
-            target: self._entry(target, delta, active.get(target))
-            for target, delta in self.deltas.items()
-            if target not in self.entries
-        }
+        made: dict[Target, Entry] = {}
+        verdicts: dict[str, Verdict] = {}
+        for target, delta in self.deltas.items():
+            if target in self.entries:
+                continue
+            made[target], originals = self._entry(target, delta, active.get(target))
+            if self.check_base:
+                name, metadata = self.names[target], self.adapter.metadata
+                verdicts[name] = judge(metadata, name, delta.values, originals)
+        where = f"adapter {self.name!r}"
+        accept(self.adapter.metadata, verdicts, where, "load(..., check_base=False)")
         self.entries.update(made)
 
-    def _entry(self, target: Target, delta: SparseDelta, active: Patch | None) -> Entry:
+    def _entry(
+        self, target: Target, delta: SparseDelta, active: Patch | None
+    ) -> tuple[Entry, Tensor]:
         try:
-            entry, originals = make_entry(delta, target.weight, active)
+            return make_entry(delta, target.weight, active)
         except AdapterError as error:
             raise AdapterError(
                 f"adapter {self.name!r}, parameter {target.name!r}: {error}"
             ) from None
-        recorded = self.adapter.metadata.get(FINGERPRINT_FIELD)
-        # An untrained adapter changes nothing, so it fits every base.
-        if self.check_base and isinstance(recorded, Mapping) and delta.values.any():
-            self._check_fingerprint(target, fingerprint(originals), recorded.get(target.name))
-        return entry
-
-    def _check_fingerprint(self, target: Target, found: str, recorded: str | None) -> None:
-        # A base of another dtype rounds differently, so its hash says nothing.
-        if recorded is None or found == recorded or found.split(":")[0] != recorded.split(":")[0]:
-            return
-        raise WrongBaseError(
-            f"adapter {self.name!r}: wrong base: the model's {target.name!r} does not hold the "
-            f"values that the adapter was trained on (fingerprint {found}, recorded {recorded}); "
-            f"it was trained on {self.adapter.metadata.get('base_model_name_or_path')!r}. To use "
-            "it all the same: load(..., check_base=False)"
-        )
 
 
 def resolve(
     name: str, adapter: Adapter, index: Targets, known: Mapping[str, Target], allow_tied: bool
-) -> dict[Target, SparseDelta]:
-    """An adapter's deltas by the module's weights; each is checked to fit and to be writable.
+) -> dict[Target, str]:
+    """An adapter's parameter names by the module's weights; each fits and can be written to.
 
     Args:
         name: The adapter's name, for messages.
@@ -89,7 +84,7 @@ def resolve(
         WrongBaseError: If a weight has another shape.
         TargetError: If a weight cannot be written to, or is tied and ``allow_tied`` is not set.
     """
-    deltas: dict[Target, SparseDelta] = {}
+    names: dict[Target, str] = {}
     for parameter, delta in adapter.items():
         try:
             target = index.find(parameter)
@@ -104,13 +99,13 @@ def resolve(
                 "loaded for it before; make a new Switch"
             )
         target = there
-        if target in deltas:
+        if target in names:
             raise AdapterError(
                 f"adapter {name!r} has two deltas for one weight, which is tied: {parameter!r} "
                 f"and {target.name!r} are the same memory; which of them is meant? Remove one"
             )
-        deltas[target] = delta
-    return deltas
+        names[target] = parameter
+    return names
 
 
 def _of_memory(target: Target, index: Targets, allow_tied: bool) -> Target:

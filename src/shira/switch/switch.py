@@ -136,11 +136,11 @@ class Switch:
             refuse_merged(layers)
             self._follow_moves()
             index = Targets(self.module)
-            deltas = resolve(name, adapter, index, self._layouts.targets, allow_tied)
-            loaded = Loaded(name, adapter, deltas, check_base)
+            names = resolve(name, adapter, index, self._layouts.targets, allow_tied)
+            loaded = Loaded(name, adapter, names, check_base)
             loaded.complete(self._state.plan)
-            give_private_memory(deltas, index)
-            self._layouts.add(deltas)
+            give_private_memory(names, index)
+            self._layouts.add(names)
             self._adapter_layers = layers
             self._loaded[name] = loaded
 

@@ -113,6 +113,9 @@ class ShiraConfig(PeftConfig):
     base_fingerprint: dict[str, str] | None = field(
         default=None, metadata={"help": "written by shira: hash of the base under each adapter"}
     )
+    base_fingerprint_rounded: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "written by shira: the same of the base in other dtypes"}
+    )
     shira_shapes: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "written by shira: shape of each adapted weight"}
     )
@@ -251,6 +254,7 @@ _LEFT_OUT_WHEN_UNSET: dict[str, Any] = {
     "rank_pattern": {},
     "save_dtype": None,
     "base_fingerprint": None,
+    "base_fingerprint_rounded": None,
     "shira_shapes": None,
     "fused": None,
 }

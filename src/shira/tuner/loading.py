@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from shira.base import fingerprint
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
-from shira.errors import FileFormatError, SupportError, WrongBaseError
+from shira.errors import FileFormatError, SupportError
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support, matrix_shape
@@ -76,29 +76,22 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
 
 
 def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming) -> None:
-    recorded = config.base_fingerprint or {}
+    metadata = {
+        FINGERPRINT_FIELD: config.base_fingerprint,
+        ROUNDED_FIELD: config.base_fingerprint_rounded,
+        "base_model_name_or_path": config.base_model_name_or_path,
+    }
     parameters = {
         weight_name(base_module_name(name)): module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
+    verdicts: dict[str, Verdict] = {}
     for raw in file.tensors.values():
-        name = raw.weight_name
-        expected = recorded.get(name)
-        if expected is None or not raw.values.any():
-            continue  # an untrained adapter changes nothing, so it fits every base
-        values = base_values(parameters[name], supports[name])
-        if values is None:
-            continue
-        found = fingerprint(values)
-        # A base of another dtype rounds differently, so its hash says nothing.
-        if found != expected and found.split(":")[0] == expected.split(":")[0]:
-            raise WrongBaseError(
-                f"{file.path}: wrong base: the model's {name!r} does not hold the values that the "
-                f"adapter was trained on (fingerprint {found}, recorded {expected}). Load the base "
-                f"model {config.base_model_name_or_path!r}, or, to use the adapter all the same, "
-                "pass a config whose base_fingerprint is None"
-            )
+        held = base_values(parameters[raw.weight_name], supports[raw.weight_name])
+        verdicts[raw.weight_name] = judge(metadata, raw.weight_name, raw.values, held)
+    remedy = "pass a config whose base_fingerprint is None"
+    accept(metadata, verdicts, str(file.path), remedy)
 
 
 def check_state_dict(

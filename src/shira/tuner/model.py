@@ -20,7 +20,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from shira.base import fingerprint
+from shira.base import fingerprint_fields
 from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name
@@ -369,5 +369,5 @@ def _record(config: ShiraConfig, base_layer: nn.Module, name: str, support: Supp
     config.shira_shapes = {**(config.shira_shapes or {}), name: list(support.shape)}
     values = base_values(base_layer, support)
     if values is not None:
-        known = config.base_fingerprint or {}
-        config.base_fingerprint = {**known, name: fingerprint(values)}
+        for field, told in fingerprint_fields({name: values}).items():
+            setattr(config, field, {**(getattr(config, field) or {}), **told})

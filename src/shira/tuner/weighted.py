@@ -170,6 +170,7 @@ def _config(
         modules_to_save=None,
         inference_mode=True,
         base_fingerprint=None,
+        base_fingerprint_rounded=None,
         shira_shapes=None,
         fused=fused.metadata.get(FUSED),
     )

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira.checkpoints import Checkpoint, open_checkpoint
 from shira.cli._convert import tables
-from shira.cli._convert.models import find_model
 from shira.cli._convert.progress import following
 from shira.cli._convert.saving import check_format, check_new, dtype_named, save, size_of
 from shira.cli.console import console, megabytes
 from shira.convert import (
     from_lora,
     is_lora,
-    load_for,
-    open_checkpoint,
     save_patches,
     to_patches,
 )
@@ -57,13 +55,13 @@ def run(request: Request) -> Shown:
     check_format(request.to, ("patch",))
     check_new(request.output, request.overwrite)
     dtype_named(request.dtype)
-    base = None if request.base is None else find_model(request.base, "--base")
+    base = None if request.base is None else open_checkpoint(request.base)
     if not request.source.exists():
         raise FileNotFoundError(2, "no such file or folder", str(request.source))
     lora = is_lora(request.source)
     _check_options(request, lora)
     if not lora:
-        adapter = load_for(request.source, None if base is None else open_checkpoint(base))
+        adapter = Adapter.load(request.source, base=base)
         return _saved(request, adapter, base)
     with following("multiplying, million entries") as progress:
         told = from_lora(
@@ -92,7 +90,7 @@ def _check_options(request: Request, lora: bool) -> None:
         raise ConfigError("--scale and --no-check-base are for --format patch")
 
 
-def _saved(request: Request, adapter: Adapter, base: Path | None) -> Shown:
+def _saved(request: Request, adapter: Adapter, base: Checkpoint | None) -> Shown:
     if request.to == "patch":
         assert base is not None  # checked
         patches = to_patches(adapter, base, scale=request.scale, check_base=request.check_base)

@@ -165,11 +165,11 @@ def _verify(files: Files) -> dict[str, Any]:
 
 
 def _write_report(files: Files, tasks: Sequence[str]) -> None:
-    from shira.cli._inspect.checkpoint import Checkpoint
+    from shira.checkpoints import open_checkpoint
     from shira.cli._report.writing import write_report
 
     adapters = [files.adapter(task) for task in tasks]
-    write_report(adapters, files.report, Checkpoint(model_path()))
+    write_report(adapters, files.report, open_checkpoint(model_path()))
 
 
 def _write_examples(task: Task, files: Files) -> None:

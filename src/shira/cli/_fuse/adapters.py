@@ -7,6 +7,7 @@ import errno
 from collections.abc import Sequence
 from pathlib import Path
 
+from shira.checkpoints import open_checkpoint
 from shira.cli.progress import track
 from shira.delta import Adapter
 from shira.errors import ConfigError
@@ -37,7 +38,7 @@ def read_all(paths: Sequence[str], base: str | None) -> list[Adapter]:
 
     Args:
         paths: Folders or files.
-        base: Where the shapes of the base's weights are known from, for files that lack them.
+        base: The base model's checkpoint, which tells the shapes for files that lack them.
 
     Raises:
         FileNotFoundError: If one is not there; found out before any is read.
@@ -45,7 +46,8 @@ def read_all(paths: Sequence[str], base: str | None) -> list[Adapter]:
     for path in paths:
         if not Path(path).exists():
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", path)
-    return [Adapter.load(path, base=base) for path in track(paths, "reading")]
+    checkpoint = None if base is None else open_checkpoint(base)
+    return [Adapter.load(path, base=checkpoint) for path in track(paths, "reading")]
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

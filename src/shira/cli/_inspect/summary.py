@@ -9,11 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shira.base import fingerprint
-from shira.cli._inspect.checkpoint import Checkpoint
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge
+from shira.checkpoints import Checkpoint, shapes_of
+from shira.checkpoints.entries import values_at
+from shira.checkpoints.naming import locate_deltas
 from shira.cli._inspect.figures import Figures, vanishing
 from shira.delta import Adapter
 from shira.errors import ConfigError
@@ -21,7 +22,6 @@ from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapte
 
 MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
 BASE_FIELD = "base_model_name_or_path"
-FINGERPRINT_FIELD = "base_fingerprint"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Target:
         figures: of the values.
         fingerprint: what the file says of the base values at the entries.
         vanishing: deltas that a bfloat16 base swallows; None without the base.
-        same_base: whether the base given has that fingerprint; None if either is missing.
+        base: whether the base given is the one that the adapter was made on; None without one.
         indices: how a compact file stores them: ``"gaps"``, ``"blocks"``, ``"seed"``.
     """
 
@@ -47,7 +47,7 @@ class Target:
     figures: Figures
     fingerprint: str | None
     vanishing: int | None
-    same_base: bool | None
+    base: Verdict | None
     indices: str | None = None
 
     @property
@@ -99,9 +99,14 @@ class Summary:
 
     @property
     def unlike_base(self) -> list[str] | None:
-        """Targets whose base values are not those of the base given; None if none could be told."""
-        told = [target for target in self.targets if target.same_base is not None]
-        return [target.name for target in told if not target.same_base] if told else None
+        """Targets whose base values are not those of the base given; None if none can be told."""
+        if not {target.base for target in self.targets} & {
+            "same",
+            "same after rounding",
+            "another",
+        }:
+            return None
+        return [target.name for target in self.targets if target.base == "another"]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold; unknown figures are null."""
@@ -133,7 +138,7 @@ class Summary:
                     "values": target.figures.summary(),
                     "vanishing_in_bfloat16": target.vanishing,
                     "base_fingerprint": target.fingerprint,
-                    "same_base": target.same_base,
+                    "base": target.base,
                 }
                 for target in self.targets
             ],
@@ -146,7 +151,9 @@ class Summary:
                 for name, tensor in self.whole.items()
             },
             "config": {
-                name: value for name, value in self.metadata.items() if name != FINGERPRINT_FIELD
+                name: value
+                for name, value in self.metadata.items()
+                if name not in (FINGERPRINT_FIELD, ROUNDED_FIELD)
             },
         }
 
@@ -168,9 +175,8 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     if is_compact(path):
         return _of_compact(path, base)
     file = read_peft(path)
-    shapes = file.shapes
-    if shapes is None and base is not None:
-        shapes = base.shapes({raw.weight_name: None for raw in file.tensors.values()})
+    names = [raw.weight_name for raw in file.tensors.values()]
+    shapes = file.shapes if base is None else shapes_of(base, names)
     if shapes is None:
         targets, whole = tuple(_without_shapes(file)), {**file.whole, **file.copies}
     else:
@@ -221,12 +227,13 @@ def _targets(
     adapter: Adapter, metadata: Mapping[str, Any], base: Checkpoint | None
 ) -> Iterator[Target]:
     recorded = metadata.get(FINGERPRINT_FIELD) or {}
+    stored = {} if base is None else locate_deltas(adapter, base)[0]
     for name, delta in adapter.items():
-        swallowed = same = None
-        if base is not None:
-            held = base.values(name, delta.support.indices)
-            swallowed = vanishing(held, delta.values)
-            same = _same_base(held, recorded.get(name))
+        swallowed = verdict = None
+        if name in stored:
+            held = values_at(stored[name], delta.support.indices)
+            swallowed = None if held is None else vanishing(held, delta.values)
+            verdict = judge(metadata, name, delta.values, held)
         yield Target(
             name=name,
             shape=tuple(delta.support.shape),
@@ -235,7 +242,7 @@ def _targets(
             figures=Figures.of(delta.values),
             fingerprint=recorded.get(name),
             vanishing=swallowed,
-            same_base=same,
+            base=verdict,
         )
 
 
@@ -250,16 +257,8 @@ def _without_shapes(file: PeftFile) -> Iterator[Target]:
             figures=Figures.of(raw.values),
             fingerprint=None,
             vanishing=None,
-            same_base=None,
+            base=None,
         )
-
-
-def _same_base(held: Tensor, recorded: str | None) -> bool | None:
-    """Whether base values are those of a fingerprint, in the dtype that the fingerprint is of."""
-    if recorded is None:
-        return None
-    dtype = getattr(torch, recorded.partition(":")[0], None)
-    return isinstance(dtype, torch.dtype) and fingerprint(held.to(dtype)) == recorded
 
 
 def _dtype(values: Tensor) -> str:

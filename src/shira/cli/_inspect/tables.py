@@ -75,7 +75,7 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
     given = {name: summary.metadata.get(name) for name in MASK_FIELDS}
     if given["density"] is not None:
         given["r"] = None  # density takes its place
-    lost, unlike = summary.vanishing, summary.unlike_base
+    lost = summary.vanishing
     fingerprints = sum(target.fingerprint is not None for target in summary.targets)
     sparse_bytes = summary.file_bytes - sum(tensor.nbytes for tensor in summary.whole.values())
     bytes_each = f", {sparse_bytes / summary.nnz:.2f} bytes an entry" if summary.nnz else ""
@@ -111,22 +111,26 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
         codings = Counter(target.indices for target in summary.targets)
         ways = ", ".join(f"{way} ({count} weights)" for way, count in codings.items())
         found[1:1] = [("written by", summary.library), ("indices as", ways)]
-    if unlike is not None:
-        found.append(
-            (
-                "",
-                f"{summary.base} is the same base"
-                if not unlike
-                else f"{summary.base} is ANOTHER base: {len(unlike)} weights differ, "
-                f"such as {unlike[0]}",
-            )
-        )
+    if summary.base is not None:
+        found.append(("", f"{summary.base} {_about_base(summary)}"))
     for at, (name, tensor) in enumerate(summary.whole.items()):
         shape = " x ".join(map(str, tensor.shape)) or "one number"
         dtype = str(tensor.dtype).removeprefix("torch.")
         told = f"{name}: {shape}, {dtype}, {megabytes(tensor.nbytes)}"
         found.append(("" if at else "whole tensors", told))
     return found
+
+
+def _about_base(summary: Summary) -> str:
+    """Whether the base given is the adapter's."""
+    unlike = summary.unlike_base
+    if unlike:
+        return f"is ANOTHER base: {len(unlike)} weights differ, such as {unlike[0]}"
+    verdicts = Counter(target.base for target in summary.targets)
+    if set(verdicts) <= {"same", "same after rounding"}:
+        rounded = verdicts["same after rounding"]
+        return f"is the same base{' after rounding' if rounded else ''}"
+    return "as the base: " + ", ".join(f"{count} {told}" for told, count in verdicts.items())
 
 
 def without_number(name: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shira.checkpoints import Checkpoint
 from shira.cli._fuse.adapters import short_names
 from shira.cli._fuse.pairs import all_pairs, ranks
-from shira.cli._inspect.checkpoint import Checkpoint
 from shira.cli._inspect.summary import Summary, known_shapes, summarize
 from shira.cli._report.curve import Curve, log_folder, training_curve
 from shira.cli._report.maps import Map, mask_map, side

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shira.cli._inspect.checkpoint import Checkpoint
+from shira.checkpoints import Checkpoint
 from shira.cli._report.curve import LOGS, log_folder
 from shira.cli._report.gather import gather
 from shira.cli._report.page import page
