@@ -4,6 +4,8 @@
 #   make demo            adapt a real model, save, reload, switch and restore it
 #   make test            the test suite
 #   make check           formatting, lint, types, docs and all tests: what CI runs
+#   make test-lowest     the tuner's tests on the lowest versions that are supported (.venv-lowest)
+#   make test-wheel      the wheel in a fresh environment, as pip install makes it (.venv-wheel)
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
 #   make test-triton     the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
@@ -21,8 +23,9 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-LOWEST := $(VENV)/lowest-peft
+LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
+WHEEL := .venv-wheel
 QUANTIZED := $(VENV)/quantized
 QUANTIZED_STAMP := $(QUANTIZED)/.installed
 TRITON := $(VENV)/triton
@@ -32,7 +35,7 @@ VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest-peft test-quantized test-triton test-vllm \
+.PHONY: help install demo test test-lowest test-wheel test-quantized test-triton test-vllm \
 	test-vllm-engines test-vllm-servers vllm-environment check docs bench study \
 	format format-check lint types clean
 
@@ -57,15 +60,24 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
 
-# The lowest PEFT that is supported, laid over the environment: PEFT alone differs.
-$(LOWEST_STAMP): $(STAMP) constraints-lowest.txt
+# The lowest versions that are supported.
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt $(NATIVE)
 	rm -rf $(LOWEST)
-	$(BIN)/python -m pip install -qq --no-deps --target $(LOWEST) -c constraints-lowest.txt peft
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -qq -c constraints-lowest.txt -e '.[train]' pytest hypothesis
 	@touch $@
 
-test-lowest-peft: $(LOWEST_STAMP)
-	PYTHONPATH=$(LOWEST) $(BIN)/python -c 'import peft; print("PEFT", peft.__version__, "from", peft.__path__[0])'
-	PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTEST) -x -q $(PYTEST_ARGS) tests/tuner
+test-lowest: $(LOWEST_STAMP)
+	$(LOWEST)/bin/python -m pytest -q $(PYTEST_ARGS) tests/tuner tests/store tests/switch tests/cli/test_train.py
+
+# What a bare `pip install 'shira[demo]'` picks today; only torch is pinned, lest it bring CUDA.
+test-wheel: $(STAMP)
+	rm -rf $(WHEEL) build/wheel
+	$(PYTHON) -m venv $(WHEEL)
+	grep '^torch==' $(CONSTRAINTS) > $(WHEEL)/torch.txt
+	$(WHEEL)/bin/python -m pip wheel -qq --no-deps -w build/wheel .
+	$(WHEEL)/bin/python -m pip install -qq -c $(WHEEL)/torch.txt "$$(ls build/wheel/shira-*.whl)[demo]" pytest
+	$(WHEEL)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_readme.py tests/tuner/test_usage.py
 
 # The quantization libraries beside the environment: where they are installed PEFT imports them in
 # every process, which takes seconds.
@@ -118,7 +130,7 @@ vllm-environment:
 check: $(STAMP) vllm-environment
 	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
 		test-vllm-servers test-vllm-engines format-check lint types docs \
-		test-lowest-peft test-quantized test-triton
+		test-lowest test-wheel test-quantized test-triton
 	$(MAKE) --no-print-directory test
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.
@@ -147,5 +159,5 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(LOWEST) $(WHEEL) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
-import torch
 import yaml
 
 from shira import Adapter
@@ -83,7 +83,7 @@ def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
     accuracy = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["accuracy"]
     for words in (
         *("`train.csv`: 96 rows", "`dev.csv`: 32 rows", "2 labels: no, yes", "density 0.2"),
-        *(f"{accuracy:.4g}", f"torch {torch.__version__}", "![loss](loss.png)"),
+        *(f"{accuracy:.4g}", f"torch {version('torch')}", "![loss](loss.png)"),
         f"shira train --model {workshop / 'bert'}",
     ):
         assert words in card

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 
 from tests.distributed import task
 from tests.distributed.launch import launch, needs_deepspeed
@@ -113,8 +111,6 @@ def test_the_file_is_that_of_one_process(torch_runs, file_alone, name):
 
 
 def test_save_pretrained_of_a_sharded_model(torch_runs, tmp_path):
-    if Version(peft.__version__) < Version("0.21"):
-        pytest.skip("PEFT 0.20 writes what the model's state dict has")
     task.adapted_llama().save_pretrained(tmp_path)
     want = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert [found["written by PEFT"] for found in torch_runs["fsdp2"]] == [want] * 2

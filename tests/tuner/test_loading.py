@@ -231,12 +231,8 @@ def test_a_hostile_second_adapter_leaves_the_first(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["row out of range", "NaN", "repeated index", "one value too few"])
 def test_state_dicts_that_come_another_way_are_checked_too(tmp_path, kind):
-    import peft
-    from packaging.version import Version
     from peft import set_peft_model_state_dict
 
-    if Version(peft.__version__) < Version("0.21"):
-        pytest.skip("PEFT before 0.21 has no place to check a state dict")
     model = saved(tmp_path)
     HOSTILE[kind][0](tmp_path)
     want = model(X)

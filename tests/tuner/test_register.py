@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import peft
 import peft.mapping
 import peft.tuners
@@ -40,6 +42,18 @@ def test_registering_again_changes_nothing():
     before = (mixed.Configs, mixed.Layers, mixed.shira)
     register()
     assert (mixed.Configs, mixed.Layers, mixed.shira) == before
+
+
+def test_a_peft_that_no_test_has_seen_warns_and_one_that_is_too_old_is_refused():
+    from shira.tuner.register import _check_version
+
+    with pytest.warns(UserWarning, match=r"0\.22\.1 is installed"):
+        _check_version("0.22.1")
+    with pytest.raises(shira.ShiraError, match=r"needs PEFT 0\.21\.2 or newer, but 0\.21\.1"):
+        _check_version("0.21.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check_version("0.21.2")
 
 
 def test_a_stock_configuration_made_before_our_import():

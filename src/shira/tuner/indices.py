@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
@@ -86,7 +84,6 @@ class IndexDict(BufferDict):
             destination[prefix + name] = self[name]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        # PEFT before 0.21 takes the indices out of the state dict and sets them here itself.
         missing_keys: list[str] = args[4]
         known = len(missing_keys)
         before = dict(self._buffers)
@@ -103,6 +100,6 @@ class IndexDict(BufferDict):
                     before[name] = new
         finally:
             self._buffers.update(before)
-        if self._left_out or Version(peft.__version__) < Version("0.21"):
+        if self._left_out:
             del missing_keys[known:]
         self._left_out = False

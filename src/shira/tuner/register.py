@@ -8,7 +8,7 @@ PEFT's classes (``peft.tuners.shira.config`` and so on) keep them.
 
 from __future__ import annotations
 
-import functools
+import warnings
 from types import ModuleType, SimpleNamespace
 from typing import Any, Union, get_args
 
@@ -21,17 +21,27 @@ import peft.tuners.shira
 from packaging.version import Version
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
-from peft.utils import PeftType, save_and_load
+from peft.utils import PeftType
 
+from shira.errors import MissingDependencyError
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.linear import Linear
 from shira.tuner.model import ShiraModel
-from shira.tuner.saving import in_few_bytes
+
+LOWEST = "0.21.2"
+"""The oldest PEFT that shira works with."""
+UNKNOWN = "0.22"
+"""The first PEFT that no test has seen."""
 
 
 def register() -> None:
-    """Make PEFT use shira's classes; doing it again changes nothing."""
+    """Make PEFT use shira's classes; doing it again changes nothing.
+
+    Raises:
+        MissingDependencyError: If PEFT is too old.
+    """
+    _check_version(peft.__version__)
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SHIRA] = ShiraConfig
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SHIRA] = ShiraModel
     peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.SHIRA] = ShiraModel
@@ -39,28 +49,25 @@ def register() -> None:
         _replace(package, ShiraConfig=ShiraConfig, ShiraModel=ShiraModel)
     _replace(peft.tuners.shira, ShiraLayer=ShiraLayer, Linear=Linear)
     _register_mixed()
-    if Version(peft.__version__) < Version("0.21"):
-        _register_saving()
 
 
-def _register_saving() -> None:
-    """PEFT before 0.21 has no hook for what is saved: wrap the function that collects it."""
-    collect = save_and_load.get_peft_model_state_dict
-    if hasattr(collect, "__wrapped__"):
-        return
+def _check_version(version: str) -> None:
+    """Refuse a PEFT that is too old, and warn of one that no test has seen.
 
-    @functools.wraps(collect)
-    def in_fewer(
-        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
-    ) -> Any:
-        collected = collect(model, state_dict, adapter_name, *args, **kwargs)
-        config = model.peft_config[adapter_name]
-        if isinstance(config, ShiraConfig):
-            return in_few_bytes(collected, config.save_dtype)
-        return collected
-
-    for module in (peft, peft.utils, save_and_load, peft.peft_model):
-        _replace(module, get_peft_model_state_dict=in_fewer)
+    Raises:
+        MissingDependencyError: If it is older than `LOWEST`.
+    """
+    if Version(version) < Version(LOWEST):
+        raise MissingDependencyError(
+            f"shira needs PEFT {LOWEST} or newer, but {version} is installed: "
+            "pip install -U 'shira[peft]'"
+        )
+    if Version(version) >= Version(UNKNOWN):
+        warnings.warn(
+            f"shira is tested with PEFT {LOWEST} up to those before {UNKNOWN}, and {version} is "
+            "installed. It may work; if it does not, install an older PEFT or a newer shira",
+            stacklevel=2,
+        )
 
 
 def _register_mixed() -> None:

@@ -71,7 +71,7 @@ def add_weighted_adapter(
     except BaseException:
         del model.peft_config[adapter_name]
         raise
-    for parameter in trainable:  # PEFT 0.20 freezes all adapters when it adds a frozen one
+    for parameter in trainable:  # PEFT freezes all adapters when it adds a frozen one
         parameter.requires_grad_(True)
     for name, layer in _layers(model):
         if adapter_name in layer.shira_weight:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import nn
 
 from shira.cli._train.data import Collator, Data
@@ -48,8 +47,7 @@ def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_i
     """
     import transformers
 
-    new = Version(transformers.__version__) >= Version("4.56")
-    arguments: dict[str, Any] = {"dtype" if new else "torch_dtype": options.dtype}
+    arguments: dict[str, Any] = {"dtype": options.dtype}
     kind: Any = transformers.AutoModelForCausalLM
     if labels is not None:
         kind = transformers.AutoModelForSequenceClassification
