@@ -51,11 +51,20 @@ def test_enter_writes_the_replacements_and_leave_the_originals(
     before, delta = weight.clone(), torch.randn(plan.nnz) * size
     want = weight.clone()
     want.view(-1)[plan.flat()] = replacement(want.view(-1)[plan.flat()], delta)
-    originals = kernels.enter(weight, plan.gaps, delta)
-    assert torch.equal(bits(weight), bits(want))
-    assert torch.equal(bits(originals), bits(before.view(-1)[plan.flat()]))
-    kernels.leave(weight, plan.gaps, originals)
+    write = native.Entered(kernels, weight, plan.gaps, delta)
+    write.put_back()  # nothing is there to be put back yet
     assert torch.equal(bits(weight), bits(before))
+    write.put_in()
+    assert torch.equal(bits(weight), bits(want))
+    assert torch.equal(bits(write.originals), bits(before.view(-1)[plan.flat()]))
+    kernels.leave(weight, plan.gaps, write.originals)
+    assert torch.equal(bits(weight), bits(before))
+    write.put_in()
+    write.put_back()
+    assert torch.equal(bits(weight), bits(before))
+    weight.fill_(3.0)
+    write.put_back()  # it has been put back already
+    assert (weight == 3.0).all()
 
 
 @needs_kernels
@@ -64,7 +73,7 @@ def test_values_that_are_no_numbers_come_through(dtype):
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 6e-8, 3.4e38])
     weight = torch.zeros(1, 6).to(dtype)
     plan = make_plan([torch.stack((torch.zeros(6), torch.arange(6))).int()], (1, 6), (6, 1))
-    native.load().library.enter(weight, plan.gaps, odd)
+    native.Entered(native.load().library, weight, plan.gaps, odd).put_in()
     want = replacement(torch.zeros(6).to(dtype), odd)
     assert torch.equal(weight[0].isnan(), want.isnan())
     assert torch.equal(weight[0].nan_to_num(), want.nan_to_num())

@@ -146,11 +146,12 @@ def test_the_kernels_walk_along_them(instruction_set, threads, dtype, shape, nnz
         with torch_threads(threads):
             crow, row, col = kernels.coordinates(code, shape, True)
             again = kernels.coordinates(code, shape, False)
-            originals = kernels.enter(weight, code, delta)
+            write = native.Entered(kernels, weight, code, delta)
+            write.put_in()
             assert torch.equal(weight, want)
-            kernels.leave(weight, code, originals)
+            write.put_back()
         assert torch.equal(weight, before)
-        assert torch.equal(originals, before.view(-1)[flat])
+        assert torch.equal(write.originals, before.view(-1)[flat])
         assert torch.equal(row, want_row)
         assert torch.equal(col, want_col)
         assert torch.equal(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import shira
 from shira import Switch
 from shira.errors import ShiraError
+from shira.ops.patch import Exchange
 
 from .models import NAMES, equal, expected, net, pointers, random_adapter, snapshot
 
@@ -76,22 +77,22 @@ class Story:
     def fail(self, which, layer) -> None:
         if not self.allowed(which) or which == self.active:
             return
-        real, calls = shira.switch.apply.exchange, []
+        real, calls = Exchange.put_in, []
 
-        def faulty(*args, **kwargs):
-            calls.append(args)
-            real(*args, **kwargs)
+        def faulty(exchange):
+            calls.append(exchange)
+            real(exchange)
             if len(calls) == layer + 1:
                 raise ZeroDivisionError
 
-        shira.switch.apply.exchange = faulty
+        Exchange.put_in = faulty
         try:
             self.switch.activate(which)
             self.active = which  # it had fewer layers than that
         except ZeroDivisionError:
             pass
         finally:
-            shira.switch.apply.exchange = real
+            Exchange.put_in = real
 
     def using(self, which) -> None:
         if self.allowed(which):

@@ -12,6 +12,7 @@ import torch
 import shira
 from shira import Adapter, SparseDelta, Support, Switch
 from shira.base import fingerprint
+from shira.ops.patch import Exchange
 
 from .models import DTYPES, NAMES, equal, expected, net, pointers, random_adapter, snapshot
 
@@ -183,11 +184,11 @@ def test_combinations_are_kept_within_a_bound(scene):
 
 def test_the_cost_of_switching_does_not_depend_on_how_many_are_loaded(scene, monkeypatch):
     written = []
-    real = shira.switch.apply.exchange
+    real = Exchange.put_in
     monkeypatch.setattr(
-        shira.switch.apply,
-        "exchange",
-        lambda *args, **kwargs: (written.append(args[1:]), real(*args, **kwargs)),
+        Exchange,
+        "put_in",
+        lambda made: (written.append((made.before, made.after)), real(made)),
     )
 
     def cost() -> int:

@@ -40,8 +40,12 @@ def _conv2d(
 ) -> Tensor:
     plan = plan_for(indices, weight.shape, weight.stride())
     bias = None if bias is None else bias.to(x.dtype)
-    with no_autocast(x), resident(weight, plan, deltas, x.dtype) as adapted:
+
+    def product(adapted: Tensor) -> Tensor:
         return F.conv2d(x, adapted, bias, stride, padding, dilation, groups)  # type: ignore[call-overload,no-any-return]
+
+    with no_autocast(x):
+        return resident(weight, plan, deltas, x.dtype, product)
 
 
 @torch.library.custom_op(
@@ -65,8 +69,9 @@ def _conv2d_backward(
     """``[dx, dweight, dvalues...]``; an empty tensor for what ``needs`` says no to."""
     need_x, need_weight, need_values = needs
     plan = plan_for(indices, weight.shape, weight.stride())
-    with no_autocast(grad), resident(weight, plan, deltas, grad.dtype) as adapted:
-        dx, dense, _ = torch.ops.aten.convolution_backward(
+
+    def product(adapted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
             grad,
             x,
             adapted,
@@ -79,6 +84,9 @@ def _conv2d_backward(
             groups,
             [need_x, need_weight or need_values, False],
         )
+
+    with no_autocast(grad):
+        dx, dense, _ = resident(weight, plan, deltas, grad.dtype, product)
     dvalues = [delta.new_empty(0) for delta in deltas]
     if need_values:
         dvalues = plan.split(_gather(dense, plan), deltas)

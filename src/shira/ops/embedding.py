@@ -35,8 +35,7 @@ def _embedding(
     padding_idx: int,
 ) -> Tensor:
     plan = plan_for(indices, weight.shape, weight.stride())
-    with resident(weight, plan, deltas, weight.dtype) as adapted:
-        return F.embedding(ids, adapted)
+    return resident(weight, plan, deltas, weight.dtype, lambda adapted: F.embedding(ids, adapted))
 
 
 @torch.library.custom_op(

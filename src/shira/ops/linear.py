@@ -40,8 +40,13 @@ def _forward(
             return _forward(x, weight, bias, deltas, plan, transposed)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    with resident(weight, plan, deltas, x.dtype) as adapted:
-        return F.linear(x, adapted.t() if transposed else adapted, bias)
+    return resident(
+        weight,
+        plan,
+        deltas,
+        x.dtype,
+        lambda adapted: F.linear(x, adapted.t() if transposed else adapted, bias),
+    )
 
 
 def _gradients(
@@ -70,8 +75,13 @@ def _gradients(
         if need_values:
             dvalues = plan.split(weight_gradient(left, right, plan), deltas)
     if need_x:
-        with resident(weight, plan, deltas, grad.dtype) as adapted:
-            dx = grad @ (adapted.t() if transposed else adapted)
+        dx = resident(
+            weight,
+            plan,
+            deltas,
+            grad.dtype,
+            lambda adapted: grad @ (adapted.t() if transposed else adapted),
+        )
     return dx, dweight, dvalues
 
 

@@ -11,11 +11,13 @@ and the replacement values. `exchange` goes from one to another::
 Nothing is ever added or subtracted. Each entry is compared, bit for bit, with what it must hold
 before it is overwritten, so a weight that somebody else has written to in between is noticed and
 left alone. A native walk does this with one visit to each cache line; without it, and on other
-devices than the CPU, plain torch does.
+devices than the CPU, plain torch does. An interrupt leaves the weight as it was, and `Exchange`
+knows the way back, for exchanges of which all or none are wanted.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from shira.errors import SwitchError
 from shira.ops import native
-from shira.ops.resident import lock_of, memory_of
+from shira.ops.memory import lock_of, memory_of, settle, write_to
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -84,58 +86,91 @@ def memory_offsets(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) ->
     return offsets
 
 
-def exchange(
-    weight: Tensor, before: Patch | None, after: Patch | None, *, check: bool = True
-) -> None:
-    """Take one patch out of a weight and put another in, in place.
+class Exchange:
+    """One patch taken out of a weight and another put in, in place, and the way back.
+
+    A `shira.ops.memory.Write`, made before anything is written.
 
     Args:
         weight: Of the patches' dtype and device; its memory stays where it is.
         before: What is in it now; None for the base.
         after: What is to be in it; None for the base.
-        check: Compare before writing. Without, whatever the entries hold is overwritten, which
-            also brings a weight back in which only a part of an exchange was done.
-
-    Raises:
-        ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
+        check: Compare before writing. Without, whatever the entries hold is overwritten.
     """
-    if before is None and after is None:
-        return
-    kernels = native.load().library if weight.device.type == "cpu" else None
-    with lock_of(weight), torch.no_grad(), torch.inference_mode(weight.is_inference()):
-        memory = memory_of(weight.data)
-        if kernels is None:
-            exchange_with_torch(_bits(memory), before, after, check)
-        elif (wrong := kernels.swap(memory, _parts(before), _parts(after), check)) >= 0:
+
+    def __init__(
+        self, weight: Tensor, before: Patch | None, after: Patch | None, *, check: bool = True
+    ) -> None:
+        self.weight, self.before, self.after, self.check = weight, before, after, check
+        self._done = ctypes.c_int(0)
+        self._there: list[tuple[Tensor, Tensor]] = []
+
+    def run(self) -> None:
+        """Exchange the patches; an interrupt leaves the weight as it was.
+
+        Raises:
+            ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
+        """
+        if self.before is not None or self.after is not None:
+            write_to(self.weight, self, _nothing, lasting=True)
+
+    def roll_back(self) -> None:
+        """Give the entries the bits of before, if `run` has changed them."""
+        settle(self.weight)
+        with lock_of(self.weight):
+            self.put_back()
+
+    def put_in(self) -> None:
+        """See `Write`."""
+        with torch.no_grad(), torch.inference_mode(self.weight.is_inference()):
+            memory, kernels = memory_of(self.weight.data), self._kernels()
+            if kernels is None:
+                self._put_in_with_torch(_bits(memory))
+                return
+            before, after = _parts(self.before), _parts(self.after)
+            wrong = kernels.swap(memory, before, after, self.check, self._done)
+        if wrong >= 0:
             raise ChangedEntryError(wrong)
+
+    def put_back(self) -> None:
+        """See `Write`."""
+        with torch.no_grad(), torch.inference_mode(self.weight.is_inference()):
+            memory, kernels = memory_of(self.weight.data), self._kernels()
+            if kernels is not None and self._done.value:
+                kernels.swap(memory, _parts(self.after), _parts(self.before), False, self._done)
+            for at, bits in self._there:
+                _bits(memory).index_copy_(0, at, bits)
+        self._done.value, self._there = 0, []
+
+    def _kernels(self) -> native.Kernels | None:
+        return native.load().library if self.weight.device.type == "cpu" else None
+
+    def _put_in_with_torch(self, memory: Tensor) -> None:
+        """Entries that both patches have are written twice here; ``memory`` is 1-D."""
+        places = [p and p.offsets.long() for p in (self.before, self.after)]
+        self._there = [(at, memory.index_select(0, at)) for at in places if at is not None]
+        for patch, at, out in zip((self.before, self.after), places, (True, False), strict=True):
+            if patch is None or at is None:
+                continue
+            held, new = (patch.originals, patch.replacement)[:: -1 if out else 1]
+            if self.check:
+                _compare(memory, at, _bits(held))
+            memory.index_copy_(0, at, _bits(new))
+
+
+def exchange(
+    weight: Tensor, before: Patch | None, after: Patch | None, *, check: bool = True
+) -> None:
+    """`Exchange` at once."""
+    Exchange(weight, before, after, check=check).run()
+
+
+def _nothing(memory: Tensor) -> None:
+    pass
 
 
 def _parts(patch: Patch | None) -> tuple[Tensor, Tensor, Tensor] | None:
     return None if patch is None else (patch.offsets, patch.originals, patch.replacement)
-
-
-def exchange_with_torch(
-    memory: Tensor, before: Patch | None, after: Patch | None, check: bool
-) -> None:
-    """`exchange` in plain torch, on any device; ``memory`` is 1-D, seen as integers.
-
-    Entries that both patches have are written twice here.
-    """
-    if before is not None:
-        at = before.offsets.long()
-        if check:
-            _compare(memory, at, _bits(before.replacement))
-        memory.index_copy_(0, at, _bits(before.originals))
-    if after is not None:
-        at_after = after.offsets.long()
-        try:
-            if check:
-                _compare(memory, at_after, _bits(after.originals))
-        except ChangedEntryError:
-            if before is not None:
-                memory.index_copy_(0, at, _bits(before.replacement))
-            raise
-        memory.index_copy_(0, at_after, _bits(after.replacement))
 
 
 def _compare(memory: Tensor, at: Tensor, expected: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from shira.ops.memory import keep_over_fork
 from shira.ops.plan import Plan, make_plan
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
@@ -47,7 +48,8 @@ class _Cache:
 
     def __init__(self) -> None:
         self._by_first: Any = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        keep_over_fork(self._lock)
         self._latest: dict[tuple[int, ...], _Latest] = {}
 
     def get(self, indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:

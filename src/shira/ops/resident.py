@@ -1,111 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weight holds the adapter only while it is multiplied: `resident`.
 
-On entry the k originals are read and the replacement values written in their place; on exit, also
-by an exception, the originals are written back. So the base weight is pristine between calls, no
-copy of it is made, and putting back is exact.
-
-Two threads must not interleave on one weight: a lock per memory block keeps them apart. On an
-accelerator the lock orders the launches, which is enough as long as both use one stream.
+Before the product the k originals are read and the replacement values written in their place;
+after it, also after an exception or an interrupt, the originals are written back (`write_to`). So
+the base weight is pristine between calls, no copy of it is made, and putting back is exact.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from shira.base import replacement
 from shira.ops import native
+from shira.ops.memory import lock_of, memory_of, settle, write_to
 from shira.ops.plan import Plan
+from shira.ops.private_memory import SharedMemoryError, make_private
 
-# A fixed set of locks, chosen by address: nothing to register and nothing to leak. No code holds
-# two of them at once.
-_LOCKS = tuple(threading.Lock() for _ in range(61))
-
-
-def lock_of(weight: Tensor) -> threading.Lock:
-    """The lock that guards a weight's memory (shared by views and tied weights)."""
-    return _LOCKS[(weight.untyped_storage().data_ptr() >> 6) % len(_LOCKS)]
+T = TypeVar("T")
 
 
 def resident(
-    weight: Tensor, plan: Plan, deltas: Sequence[Tensor], dtype: torch.dtype
-) -> AbstractContextManager[Tensor]:
-    """The weight with the deltas inside, for as long as the context lasts.
+    weight: Tensor,
+    plan: Plan,
+    deltas: Sequence[Tensor],
+    dtype: torch.dtype,
+    product: Callable[[Tensor], T],
+) -> T:
+    """Compute a product with the weight while the deltas are inside.
 
     Args:
-        weight: The base weight; the same bits as before once the context is left.
+        weight: The base weight; the same bits as before once this returns or raises. If its memory
+            is read-only or shared with other processes, a parameter gets memory of its own, and
+            of another tensor a copy is multiplied.
         plan: Of the active supports on this weight.
         deltas: ``(k_i,)`` for each active adapter, scale included.
         dtype: What the product wants. Another dtype than the weight's (autocast) means a cast
             copy, as torch itself makes one; the replacement values are rounded to the weight's
             dtype first, so that what is multiplied is the merged weight, cast.
+        product: Called with a tensor of the weight's shape and of ``dtype``, which it must not
+            keep. Called once, and no other thread writes to the weight meanwhile.
 
     Returns:
-        A context of a tensor of the weight's shape and of ``dtype``; not to be kept.
+        What ``product`` returns.
     """
     delta = deltas[0] if plan.members is None else plan.combine(deltas)
-    if weight.dtype == dtype:
-        kernels = compiled_for(weight, delta)
-        if kernels is not None and plan.gaps is not None:
-            return _Compiled(kernels, weight, plan.gaps, delta)
-        if not _overlaps_itself(weight):
-            return _through_torch(weight, plan, delta)
-    return nullcontext(_cast_copy(weight, plan, delta, dtype))
+    if weight.dtype != dtype or (not weight.is_contiguous() and _overlaps_itself(weight)):
+        return product(_cast_copy(weight, plan, delta, dtype))
+    # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
+    data = weight.data
+    try:
+        return write_to(data, entered(data, plan, delta), product)
+    except SharedMemoryError:
+        if not isinstance(weight, torch.nn.Parameter):
+            return product(_cast_copy(weight, plan, delta, dtype))
+    make_private(weight)
+    return resident(weight, plan, deltas, dtype, product)
 
 
-class _Compiled:
-    """`resident` through the compiled kernels.
+def entered(data: Tensor, plan: Plan, delta: Tensor) -> native.Entered | Overwritten:
+    """A write of ``round(original + delta)`` to the entries of a plan.
 
-    A plain class: between large products the code and data of each Python step come from memory
-    again, so steps count.
+    Args:
+        data: A weight whose entries do not share memory.
+        plan: On this weight.
+        delta: ``(k,)``.
+    """
+    kernels = compiled_for(data, delta)
+    if kernels is not None and plan.gaps is not None:
+        return native.Entered(kernels, data, plan.gaps, delta)
+    offsets = plan.offsets().to(data.device)
+    return Overwritten(data, offsets, lambda originals: replacement(originals, delta))
+
+
+class Overwritten:
+    """A write through torch.
+
+    Args:
+        data: A tensor whose entries do not share memory.
+        offsets: int64 ``(k,)``: places in its memory.
+        new: Given what is there, ``(k,)``, returns what is to be there.
+
+    Attributes:
+        originals: ``(k,)``: what was there, once it is put in.
     """
 
-    __slots__ = ("data", "delta", "gaps", "kernels", "lock", "originals")
+    def __init__(self, data: Tensor, offsets: Tensor, new: Callable[[Tensor], Tensor]) -> None:
+        self.memory, self.offsets, self.new = memory_of(data), offsets, new
+        self.originals: Tensor | None = None
 
-    def __init__(
-        self, kernels: native.Kernels, weight: Tensor, gaps: native.Gaps, delta: Tensor
-    ) -> None:
-        # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
-        self.kernels, self.data, self.gaps, self.delta = kernels, weight.data, gaps, delta
-        if delta.dtype != torch.float32 or not delta.is_contiguous():
-            self.delta = delta.float().contiguous()
+    def put_in(self) -> None:
+        """See `Write`."""
+        self.originals = self.memory.index_select(0, self.offsets)
+        self.memory.index_copy_(0, self.offsets, self.new(self.originals))
 
-    def __enter__(self) -> Tensor:
-        data = self.data
-        self.lock = lock_of(data)
-        self.lock.acquire()
-        try:
-            self.originals = self.kernels.enter(data, self.gaps, self.delta)
-        except BaseException:
-            self.lock.release()
-            raise
-        return data
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.kernels.leave(self.data, self.gaps, self.originals)
-        finally:
-            self.lock.release()
-
-
-@contextmanager
-def _through_torch(weight: Tensor, plan: Plan, delta: Tensor) -> Iterator[Tensor]:
-    data = weight.data  # see _Compiled
-    memory = memory_of(data)
-    offsets = plan.offsets()
-    with lock_of(data):
-        originals = memory.index_select(0, offsets)
-        new = replacement(originals, delta)
-        try:
-            memory.index_copy_(0, offsets, new)
-            yield data
-        finally:
-            memory.index_copy_(0, offsets, originals)
+    def put_back(self) -> None:
+        """See `Write`."""
+        if self.originals is not None:
+            self.memory.index_copy_(0, self.offsets, self.originals)
 
 
 def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
@@ -124,6 +119,7 @@ def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:
     flat = plan.flat()
+    settle(weight)
     with lock_of(weight):
         copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         copy.copy_(weight.detach())
@@ -138,14 +134,6 @@ def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
         index.append(flat % size)
         flat = flat // size
     return tuple(reversed(index))
-
-
-def memory_of(data: Tensor) -> Tensor:
-    """The entries of a tensor in the order of memory, as a 1-D view."""
-    if data.is_contiguous():
-        return data.view(-1)
-    extent = 1 + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))
-    return data.as_strided((extent,), (1,))
 
 
 def _overlaps_itself(weight: Tensor) -> bool:

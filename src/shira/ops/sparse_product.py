@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.base import accumulation_dtype
+from shira.ops.memory import keep_over_fork
 from shira.ops.plan import Pattern, Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.util import no_autocast, quiet_about_csr
@@ -164,7 +165,8 @@ class _Columns(NamedTuple):
 
 _BY_ROW: Any = WeakTensorKeyDictionary()
 _BY_COLUMN: Any = WeakTensorKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
+keep_over_fork(_LOCK)
 
 
 def _rows(indices: Tensor, plan: Plan) -> Pattern:

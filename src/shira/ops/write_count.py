@@ -32,9 +32,16 @@ def count_write(weight: Tensor, earlier: WriteCount | None = None) -> WriteCount
     return WriteCount(earlier.before, earlier.writes + 1)
 
 
+def one_write(weight: Tensor) -> WriteCount:
+    """What one write will count, before it is made: for taking it back if it is interrupted."""
+    return WriteCount(None if weight.is_inference() else weight._version, 1)
+
+
 def take_back(weight: Tensor, count: WriteCount) -> None:
     """The weight holds the bits of before the counted writes again."""
     if count.before is None or weight.is_inference():
+        return
+    if weight._version == count.before:  # taken back already, or never counted
         return
     if weight._version == count.before + count.writes:
         torch._C._autograd._unsafe_set_version_counter((weight,), (count.before,))

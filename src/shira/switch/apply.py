@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from shira.ops.patch import ChangedEntryError, Patch, exchange
+from shira.ops.patch import ChangedEntryError, Exchange, Patch
 from shira.switch.targets import Target
 
 Plan = Mapping[Target, Patch]
 """What is in each weight; a weight that is not there is the base's."""
+
+Exchanges = dict[Target, Exchange]
+"""From one plan to another, weight by weight."""
 
 
 class ChangedWeightError(ChangedEntryError):
@@ -22,37 +25,48 @@ class ChangedWeightError(ChangedEntryError):
         self.target = target
 
 
-def exchange_all(
-    before: Plan, after: Plan, *, check: bool = True, then: Callable[[], None] = lambda: None
-) -> None:
-    """Go from one plan to another, in place.
-
-    Whatever goes wrong half way, an interrupt included, the weights are as before when this
-    raises: an unchecked exchange back does not depend on how far the exchange had come.
+def exchanges_between(before: Plan, after: Plan, *, check: bool = True) -> Exchanges:
+    """What leads from one plan to another; nothing is written.
 
     Args:
         before: What is in the weights.
         after: What is to be in them.
         check: Compare each entry before it is overwritten.
+    """
+    return {
+        target: Exchange(target.weight, before.get(target), after.get(target), check=check)
+        for target in {**before, **after}
+    }
+
+
+def exchange_all(exchanges: Exchanges, then: Callable[[], None] = lambda: None) -> None:
+    """Go from one plan to another, in place.
+
+    Whatever goes wrong half way, an interrupt included, the weights are as before when this raises.
+
+    Args:
+        exchanges: Of all weights.
         then: Called when all is written; if it raises, everything is put back too.
 
     Raises:
         ChangedWeightError: If somebody else has changed an entry that would be overwritten.
     """
-    begun: list[Target] = []
     try:
-        for target in {**before, **after}:
-            begun.append(target)
+        for target, exchange in exchanges.items():
             try:
-                exchange(target.weight, before.get(target), after.get(target), check=check)
+                exchange.run()
             except ChangedEntryError as error:
-                begun.pop()  # it has changed nothing, and the foreign values are to stay
                 raise ChangedWeightError(target, error.offset) from None
         then()
     except BaseException:
-        for target in reversed(begun):
-            exchange(target.weight, after.get(target), before.get(target), check=False)
+        roll_back(exchanges)
         raise
+
+
+def roll_back(exchanges: Exchanges) -> None:
+    """Put back what has been exchanged, however far that has come; may be called again."""
+    for exchange in reversed(exchanges.values()):
+        exchange.roll_back()
 
 
 def index_at(weight: Tensor, offset: int) -> tuple[int, ...]:

@@ -42,16 +42,16 @@ class Layouts:
         """Weights that have another layout than remembered."""
         return [t for t, layout in self._layouts.items() if layout_of(t.weight) != layout]
 
-    def follow(self, moved: Iterable[Target], plan: Plan) -> Plan:
-        """Remember the new layouts; what is in the weights, moved along.
+    def followed(self, moved: Iterable[Target], plan: Plan) -> Plan:
+        """What is in the weights, moved along; `add` remembers the new layouts.
 
         Raises:
             SwitchError: If a weight has lost its values or its shape, or was laid out anew in
-                memory with an adapter in it; nothing is remembered then.
+                memory with an adapter in it.
         """
-        patches, layouts = dict(plan), dict(self._layouts)
+        patches = dict(plan)
         for target in moved:
-            layouts[target] = now = layout_of(target.weight)
+            now = layout_of(target.weight)
             before = self._layouts[target]
             if target.weight.is_meta or not target.weight.is_floating_point():
                 raise SwitchError(
@@ -75,5 +75,4 @@ class Layouts:
                 patches[target].originals.to(now.device, now.dtype),
                 patches[target].replacement.to(now.device, now.dtype),
             )
-        self._layouts = layouts
         return patches

@@ -16,8 +16,8 @@ from torch import Tensor
 from shira.base import accumulation_dtype, replacement
 from shira.delta import SparseDelta
 from shira.errors import AdapterError
+from shira.ops.memory import memory_of
 from shira.ops.patch import Patch, memory_offsets
-from shira.ops.resident import memory_of
 from shira.support import index_dtype
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,15 @@ from shira.delta import Adapter, checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
 from shira.ops.patch import Patch
 from shira.ops.write_count import WriteCount, count_write, take_back
-from shira.switch.apply import ChangedWeightError, Plan, exchange_all, index_at
+from shira.switch.apply import (
+    ChangedWeightError,
+    Exchanges,
+    Plan,
+    exchange_all,
+    exchanges_between,
+    index_at,
+    roll_back,
+)
 from shira.switch.layouts import Layouts
 from shira.switch.loaded import Loaded, resolve
 from shira.switch.plan import combined
@@ -26,6 +35,7 @@ from shira.switch.targets import (
     adapter_layers,
     give_private_memory,
     refuse_merged,
+    shared_memory,
 )
 
 Which = str | Mapping[str, float]
@@ -52,7 +62,8 @@ class Switch:
 
     Threads take turns: every method holds `lock`, and `using` holds it for its whole body. A model
     that is used in several threads while others switch is used inside ``with switch.using(...)`` or
-    ``with switch.lock``.
+    ``with switch.lock``. A process that is forked meanwhile has the adapter that was active, and a
+    switch that was not finished is undone by its next call.
 
     Args:
         module: Whose weights are meant; a PEFT model counts as the base inside.
@@ -76,6 +87,8 @@ class Switch:
         self._counts: dict[Target, WriteCount] = {}
         self._adapter_layers: list[nn.Module] = []
         self._to_return_to: list[Scales] = []  # by the bodies of `using` that are under way
+        self._unfinished: tuple[Exchanges, _State] | None = None  # and the state to return to
+        _switches.add(self)
 
     # ---------------------------------------------------------------- what is there
 
@@ -179,6 +192,7 @@ class Switch:
             SwitchError: If somebody else has changed the weights.
         """
         with self.lock:
+            self._settle()
             scales = self._scales(which)
             if scales == self._state.active:
                 return
@@ -196,6 +210,7 @@ class Switch:
             SwitchError: If somebody else has changed the weights; nothing is put back then.
         """
         with self.lock:
+            self._settle()
             if self._state.active:
                 self._follow_moves()
                 self._go(_State(), check=not force)
@@ -209,13 +224,17 @@ class Switch:
         """
         with self.lock:
             before = self._state.active
-            self.activate(which)
             self._to_return_to.append(before)
             try:
+                self.activate(which)
                 yield self
             finally:
                 self._to_return_to.pop()
-                self.activate(dict(before))
+                try:
+                    self.activate(dict(before))
+                except BaseException:  # an interrupt, perhaps: once more
+                    self.activate(dict(before))
+                    raise
 
     def rebase(self) -> None:
         """Take what the weights hold now for the base; nothing is written.
@@ -229,6 +248,7 @@ class Switch:
             SwitchError: Inside the body of `using`.
         """
         with self.lock:
+            self._settle()
             if self._to_return_to:
                 raise SwitchError(
                     "the body of using() is under way, and returns to the base before"
@@ -284,18 +304,33 @@ class Switch:
 
     def _go(self, after: _State, *, check: bool = True) -> None:
         before = self._state
+        shared = shared_memory({**before.plan, **after.plan})
+        if shared:
+            give_private_memory(shared, Targets(self.module))
+        exchanges = exchanges_between(before.plan, after.plan, check=check)
 
         def commit() -> None:
             self._state = after
             self._count_writes(before.plan, after.plan)
+            self._unfinished = None
 
         try:
-            exchange_all(before.plan, after.plan, check=check, then=commit)
-        except ChangedWeightError as error:
-            raise self._explained(error, before) from None
-        except BaseException:
-            self._state = before
+            self._unfinished = exchanges, before
+            exchange_all(exchanges, commit)
+        except BaseException as error:
+            self._unfinished = exchanges, before
+            self._settle()
+            if isinstance(error, ChangedWeightError):
+                raise self._explained(error, before) from None
             raise
+
+    def _settle(self) -> None:
+        """Put back what a switch that was interrupted has left, its exception path too."""
+        if self._unfinished is not None:
+            exchanges, before = self._unfinished
+            roll_back(exchanges)
+            self._state = before
+            self._unfinished = None
 
     def _count_writes(self, before: Plan, after: Plan) -> None:
         for target in after:
@@ -321,11 +356,26 @@ class Switch:
 
     def _follow_moves(self) -> None:
         """Follow weights that were cast or moved to another device since the last call."""
+        self._settle()
         moved = self._layouts.moved()
         if not moved:
             return
-        self._state = _State(self._state.active, self._layouts.follow(moved, self._state.plan))
+        self._state = _State(self._state.active, self._layouts.followed(moved, self._state.plan))
         self._combinations.clear()
         for loaded in self._loaded.values():
             for target in moved:
                 loaded.entries.pop(target, None)
+        self._layouts.add(moved)  # last: until then it can all be done again
+
+
+def _free_locks() -> None:
+    """In a forked child: locks of threads that are not there, and bodies of theirs, are no more."""
+    for switch in tuple(_switches):
+        if not switch.lock._is_owned():  # type: ignore[attr-defined]
+            switch.lock = threading.RLock()
+            switch._to_return_to.clear()
+
+
+_switches: weakref.WeakSet[Switch] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)

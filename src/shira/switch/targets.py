@@ -176,16 +176,20 @@ def check_writable(target: Target, shape: tuple[int, ...]) -> None:
         )
 
 
+def shared_memory(targets: Iterable[Target]) -> list[Target]:
+    """Those whose weight is mapped read-only, or from a file, or shared with other processes."""
+    memory_map = MemoryMap()
+    return [target for target in targets if not memory_map.is_private(target.weight.data)]
+
+
 def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
     """Weights that are mapped read-only, from a file or shared with processes get their own copy.
 
     Writing to them would end the process, change the file, or show others the adapter. This is the
     one time that a weight's memory moves.
     """
-    memory_map, moved = MemoryMap(), []
-    for target in targets:
-        if memory_map.is_private(target.weight.data):
-            continue
+    moved = []
+    for target in shared_memory(targets):
         with torch.no_grad():
             own = target.weight.data.clone()
             for same in index.tied(target):

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
+
+from shira.ops.memory import keep_over_fork
 
 _HOOKS = (
     "_forward_hooks",
@@ -22,6 +25,7 @@ _HOOKS = (
 _MACHINERY = ("torch.distributed.", "deepspeed.")
 
 _swapping = threading.RLock()
+keep_over_fork(_swapping)
 
 
 def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
@@ -55,13 +59,18 @@ def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: T
     """
     attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     with _swapping:
-        kept = module.__dict__.get(attribute)
-        setattr(module, attribute, forward)
+        own = module.__dict__
+        kept = own.get(attribute)
+        put_back = (
+            partial(own.pop, attribute, None)
+            if kept is None
+            else partial(own.__setitem__, attribute, kept)
+        )
         try:
+            own[attribute] = forward
             result: Tensor = module(x)
-            return result
-        finally:
-            if kept is None:
-                delattr(module, attribute)
-            else:
-                setattr(module, attribute, kept)
+        except BaseException:
+            put_back()  # one call into C, so no interrupt leaves half of it
+            raise
+        put_back()
+        return result

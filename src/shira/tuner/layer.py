@@ -213,15 +213,24 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
         self.refuse_sharded()
+        before, names = self._undo, self.merged_adapters
+
+        def note(undo: Undo | None) -> None:
+            self._note_merged(names if undo is before else together, undo)
+
         with torch.no_grad():
-            self._undo = merge_into(
+            merge_into(
                 weight,
                 [self._delta(name) for name in together],
                 [self.shira_indices.kept(name) for name in together],
-                self._undo,
+                before,
+                note,
                 partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
-        self.merged_adapters = together
+
+    def _note_merged(self, names: list[str], undo: Undo | None) -> None:
+        # both at once: no interrupt comes between
+        self.__dict__.update(merged_adapters=names, _undo=undo)
 
     def refuse_sharded(self) -> None:
         """Raise MergeError if this process has a part of the weight only."""
@@ -238,9 +247,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with torch.no_grad():
-            self._undo.restore(weight_of(self.get_base_layer()))
-        self._undo = None
-        self.merged_adapters = []
+            weight = weight_of(self.get_base_layer())
+            self._undo.restore(weight, lambda: self._note_merged([], None))
 
     # ----------------------------------------------------------------- forward
 

@@ -10,7 +10,7 @@ function       does                                        file
 =============  ==========================================  ==================
 `entries`      weight gradient at single entries           ``entries.c``
 `tiles`        weight gradient at square tiles             ``tiles.c``
-`enter`        original + delta in its place, kept         ``gaps.c``
+`Entered`      original + delta in its place, kept         ``gaps.c``
 `leave`        the originals back                          ``gaps.c``
 `coordinates`  rows and columns of entries                 ``gaps.c``
 `put`          values to offsets                           ``exchange.c``
@@ -36,7 +36,7 @@ from torch import Tensor
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 5  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 6  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -48,12 +48,12 @@ _SIGNATURES = {
     "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
     "tiles_scratch": (_L, [_L, _I, _I]),
     "tiles": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _L, _I, _P, _P, _I, _I]),
-    "enter": (None, [_P, _P, _I, _L, _P, _P, _P, _I, _I]),
-    "leave": (None, [_P, _P, _I, _L, _P, _P, _I, _I]),
+    "enter": (None, [_P, _P, _I, _L, _P, _P, _P, _P, _I, _I]),
+    "leave": (None, [_P, _P, _I, _L, _P, _P, _P, _I, _I]),
     "coordinates": (None, [_P, _I, _L, _P, _L, _L, _P, _P, _P, _I]),
     "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
     "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
-    "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _I]),
+    "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _P, _I]),
     "permute": (None, [_L, _L, _L, _L, _L, _P, _I, _P, _I, _I]),
     "ascending": (None, [_P, _L, _P, _L]),
     "touch": (ctypes.c_uint64, [_P, _P, _L, _P, _L, _I]),
@@ -143,29 +143,18 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def enter(self, weight: Tensor, gaps: Gaps, delta: Tensor) -> Tensor:
-        """Write ``round(original + delta)`` to the entries; the originals ``(k,)``.
+    def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
+        """Write the originals back that `Entered` has kept.
 
         Args:
             weight: Of a dtype in `KINDS`, contiguous.
             gaps: Which entries.
-            delta: float32 ``(k,)``, contiguous.
+            originals: ``(k,)`` in the dtype of ``weight``, contiguous.
         """
-        k, kind, units = delta.numel(), weight.dtype, gaps.units
-        originals = torch.empty(k, dtype=kind)
-        self._enter(
-            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            gaps.marks.data_ptr(), delta.data_ptr(), originals.data_ptr(), KINDS[kind],
-            1 if k < _SHORT else torch.get_num_threads(),
-        )  # fmt: skip
-        return originals
-
-    def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
-        """Write back what `enter` returned."""
         units = gaps.units
         self._leave(
             weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            gaps.marks.data_ptr(), originals.data_ptr(), KINDS[originals.dtype],
+            gaps.marks.data_ptr(), originals.data_ptr(), None, KINDS[originals.dtype],
             1 if originals.numel() < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
 
@@ -222,6 +211,7 @@ class Kernels:
         before: tuple[Tensor, Tensor, Tensor] | None,
         after: tuple[Tensor, Tensor, Tensor] | None,
         check: bool,
+        done: ctypes.c_int,
     ) -> int:
         """Take one patch out of a memory and put another in, in one walk.
 
@@ -231,6 +221,7 @@ class Kernels:
                 is there now, in the dtype of ``memory``; all contiguous. None for the base.
             after: Likewise: offsets, what the base holds there, what is to be there.
             check: Compare before writing.
+            done: Set to whether all is written.
 
         Returns:
             The offset of an entry that does not hold what it should, in which case nothing was
@@ -238,11 +229,11 @@ class Kernels:
         """
         entries = sum(patch[0].numel() for patch in (before, after) if patch)
         if not entries:
-            return -1
+            return -1  # and nothing to be undone
         offsets = next(patch[0] for patch in (before, after) if patch)
         return self._call["swap"](  # type: ignore[no-any-return]
             memory.data_ptr(), memory.itemsize, offsets.itemsize, *_patch(before), *_patch(after),
-            check, _threads(entries),
+            check, ctypes.byref(done), _threads(entries),
         )  # fmt: skip
 
     def touch(self, memory: Tensor, lines: Tensor, stream: Tensor) -> None:
@@ -285,6 +276,53 @@ class Kernels:
         """Sort, in place, distinct int32 points of ``[0, numel)``; takes ``numel / 8`` bytes."""
         marks = torch.zeros((numel + 63) // 64, dtype=torch.int64)
         self._call["ascending"](points.data_ptr(), points.numel(), marks.data_ptr(), marks.numel())
+
+
+class Entered:
+    """A write of ``round(original + delta)`` to entries, in one pass with reading the originals.
+
+    A `shira.ops.memory.Write`, in few Python steps: between large products the code and data of
+    each come from memory again.
+
+    Args:
+        kernels: The compiled kernels.
+        weight: Of a dtype in `KINDS`, contiguous.
+        gaps: Which entries.
+        delta: ``(k,)``.
+
+    Attributes:
+        originals: ``(k,)``, once it is put in.
+    """
+
+    __slots__ = ("_delta", "_gaps", "_inside", "_kernels", "_threads", "_weight", "originals")
+
+    def __init__(self, kernels: Kernels, weight: Tensor, gaps: Gaps, delta: Tensor) -> None:
+        if delta.dtype != torch.float32 or not delta.is_contiguous():
+            delta = delta.float().contiguous()
+        self._kernels, self._weight, self._gaps, self._delta = kernels, weight, gaps, delta
+        self.originals = torch.empty(gaps.nnz, dtype=weight.dtype)
+        # The C call itself says that it has written: an interrupt may come right after it, before
+        # anything in Python could.
+        self._inside = ctypes.c_int(0)
+        self._threads = 1 if gaps.nnz < _SHORT else torch.get_num_threads()
+
+    def put_in(self) -> None:
+        """Write, and keep what was there."""
+        weight, units = self._weight, self._gaps.units
+        self._kernels._enter(
+            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
+            self._gaps.marks.data_ptr(), self._delta.data_ptr(), self.originals.data_ptr(),
+            ctypes.byref(self._inside), KINDS[weight.dtype], self._threads,
+        )  # fmt: skip
+
+    def put_back(self) -> None:
+        """Write the originals back, if `put_in` has written."""
+        weight, units = self._weight, self._gaps.units
+        self._kernels._leave(
+            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
+            self._gaps.marks.data_ptr(), self.originals.data_ptr(), ctypes.byref(self._inside),
+            KINDS[weight.dtype], self._threads,
+        )  # fmt: skip
 
 
 @cache

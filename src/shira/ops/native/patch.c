@@ -99,20 +99,25 @@ MAKE(uint64_t, int64_t, 8_8)
 
 // Takes patch a out of a memory of items of 2, 4 or 8 bytes and puts b in; offsets of 4 or 8 bytes.
 // The offset of an entry that does not hold what it should, in which case nothing was changed; or
-// -1. Not both patches may be empty.
+// -1, and `done` is set, for a caller that may be interrupted before it can look at the result. Not
+// both patches may be empty.
 int64_t NAME(shira_swap)(void *memory, int item, int offset_size, const void *a,
                          const void *a_base, const void *a_held, int64_t na, const void *b,
                          const void *b_base, const void *b_held, int64_t nb, int check,
-                         int threads) {
-#define SWAP(N) return swap_##N(memory, a, a_base, a_held, na, b, b_base, b_held, nb, check, threads)
+                         int *done, int threads) {
+    int64_t wrong;
+#define SWAP(N) wrong = swap_##N(memory, a, a_base, a_held, na, b, b_base, b_held, nb, check, threads)
     if (offset_size == 4) {
         if (item == 2) SWAP(2_4);
-        if (item == 4) SWAP(4_4);
-        SWAP(8_4);
+        else if (item == 4) SWAP(4_4);
+        else SWAP(8_4);
+    } else {
+        if (item == 2) SWAP(2_8);
+        else if (item == 4) SWAP(4_8);
+        else SWAP(8_8);
     }
-    if (item == 2) SWAP(2_8);
-    if (item == 4) SWAP(4_8);
-    SWAP(8_8);
+    *done = wrong < 0;
+    return wrong;
 }
 
 // The least that a walk over these 64-byte lines can do: reads and writes one word of each, and
