@@ -107,7 +107,7 @@ def test_tied_weights(kind):
         switch.load("one", one)
     with pytest.raises(TargetError, match=r"'head.weight' shares its memory with 'emb.weight'"):
         switch.load("two", two)
-    with pytest.raises(AdapterError, match="two deltas for one weight, which is tied"):
+    with pytest.raises(AdapterError, match="two changes for one weight, which is tied"):
         switch.load("both", Adapter({**one, **two}), allow_tied=True)
     assert switch.loaded == ()
     switch.load("one", one, allow_tied=True)

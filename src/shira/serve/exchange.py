@@ -54,6 +54,7 @@ class Part(NamedTuple):
 
     def anew(self) -> Part:
         """The same deltas on the values that the storage holds now, as its base."""
+        assert self.entry.values is not None  # whole tensors are not served
         return make_part(self.storage, self.entry.patch.offsets, self.entry.values, None)
 
 

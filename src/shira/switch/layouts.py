@@ -53,7 +53,8 @@ class Layouts:
         for target in moved:
             now = layout_of(target.weight)
             before = self._layouts[target]
-            if target.weight.is_meta or not target.weight.is_floating_point():
+            kept = now.dtype.is_floating_point == before.dtype.is_floating_point
+            if target.weight.is_meta or not kept:
                 raise SwitchError(
                     f"{target.name!r} is {now.dtype} on {now.device} now: no values to switch"
                 )

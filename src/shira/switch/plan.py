@@ -24,8 +24,9 @@ from shira.support import index_dtype
 class Entry(NamedTuple):
     """One adapter on one weight."""
 
-    values: Tensor
-    """``(k,)`` deltas in the order of the patch, on the weight's device."""
+    values: Tensor | None
+    """``(k,)`` deltas in the order of the patch, on the weight's device; None if the patch is of
+    every entry, by a whole tensor, which has no scale and is summed with nothing."""
     patch: Patch
     """At scale 1."""
 
@@ -57,6 +58,29 @@ def make_entry(delta: SparseDelta, weight: Tensor, active: Patch | None) -> tupl
     return Entry(values, patch), flat_originals
 
 
+def make_whole_entry(tensor: Tensor, weight: Tensor, active: Patch | None) -> Entry:
+    """A whole tensor's entry on a weight: rounded once to the weight's dtype.
+
+    Costs what the weight has entries, all of which it changes.
+
+    Args:
+        tensor: Of the weight's shape.
+        weight: The weight or buffer, perhaps with another adapter in it.
+        active: What is in it now.
+
+    Raises:
+        AdapterError: If a finite original becomes infinite.
+    """
+    flat = torch.arange(weight.numel(), dtype=index_dtype(weight.numel()), device=weight.device)
+    offsets = memory_offsets(flat, weight.shape, weight.stride())
+    new = tensor.detach().to(weight.device, weight.dtype).reshape(-1)
+    if offsets is not flat:
+        offsets, order = offsets.sort()
+        new = new[order]
+        offsets = offsets.to(index_dtype(memory_of(weight.data).numel()))
+    return Entry(None, make_patch(offsets, base_at(weight, offsets, active), new.contiguous()))
+
+
 def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
     """``(k,)`` values of the base at places in a weight's memory, whatever is in it now."""
     values = memory_of(weight.data).index_select(0, offsets)
@@ -69,7 +93,7 @@ def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
 
 def scaled(entry: Entry, scale: float) -> Patch:
     """The patch of one adapter, its deltas multiplied by a factor."""
-    if scale == 1.0:
+    if scale == 1.0 or entry.values is None:
         return entry.patch
     offsets, originals = entry.patch.offsets, entry.patch.originals
     wide = accumulation_dtype(originals.dtype, entry.values.dtype)
@@ -81,23 +105,24 @@ def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
 
     Args:
         entries: Each with its scale. The sum is made in their order, in float32 (float64 if the
-            weight or one of the deltas is).
+            weight or one of the deltas is). If one is a whole tensor's, all are the same.
     """
-    if len(entries) == 1:
+    if len(entries) == 1 or entries[0][0].values is None:
         return scaled(*entries[0])
     patches = [entry.patch for entry, _ in entries]
     offsets = torch.unique_consecutive(torch.cat([p.offsets for p in patches]).sort().values)
     originals = patches[0].originals.new_empty(offsets.numel())
-    dtypes = [entry.values.dtype for entry, _ in entries]
+    deltas = [(e.values, e.patch, scale) for e, scale in entries if e.values is not None]
+    dtypes = [values.dtype for values, _, _ in deltas]
     total = torch.zeros(
         offsets.numel(),
         dtype=accumulation_dtype(originals.dtype, *dtypes),
         device=originals.device,
     )
-    for entry, scale in entries:
-        at = torch.searchsorted(offsets, entry.patch.offsets)
-        originals[at] = entry.patch.originals
-        total[at] += entry.values.to(total.dtype) * scale
+    for values, patch, scale in deltas:
+        at = torch.searchsorted(offsets, patch.offsets)
+        originals[at] = patch.originals
+        total[at] += values.to(total.dtype) * scale
     return make_patch(offsets, originals, replacement(originals, total))
 
 

@@ -27,7 +27,7 @@ from shira.switch.apply import (
     roll_back,
 )
 from shira.switch.layouts import Layouts
-from shira.switch.loaded import Loaded, resolve
+from shira.switch.loaded import Loaded, check_together, resolve
 from shira.switch.plan import combined
 from shira.switch.targets import (
     Target,
@@ -59,6 +59,10 @@ class Switch:
     Switching then only moves bits: originals are put back, replacement values
     ``round(base + sum of scale * delta)`` are written, each entry of the outgoing and incoming
     adapters is visited once, and no other. Weights stay where they are in memory.
+
+    An adapter's whole tensors (`Adapter.tensors`) take the place of the weights and buffers of
+    their names, rounded once to their dtype, and the originals come back likewise. Such an adapter
+    is active at scale 1, beside others that leave these weights alone or have the same tensors.
 
     Threads take turns: every method holds `lock`, and `using` holds it for its whole body. A model
     that is used in several threads while others switch is used inside ``with switch.using(...)`` or
@@ -172,7 +176,7 @@ class Switch:
             del self._loaded[name]
             for scales in [s for s in self._combinations if name in dict(s)]:
                 del self._combinations[scales]
-            self._layouts.keep(target for item in self._loaded.values() for target in item.deltas)
+            self._layouts.keep(target for item in self._loaded.values() for target in item.names)
 
     # ---------------------------------------------------------------- switching
 
@@ -187,7 +191,8 @@ class Switch:
 
         Raises:
             UnknownAdapterError: If a name is not loaded.
-            AdapterError: If a scale is not a finite number, or makes values that are not finite.
+            AdapterError: If a scale is not a finite number, or makes values that are not finite; or
+                whole tensors are scaled, or two adapters have different ones for one weight.
             MergeError: If the module has merged adapters of PEFT's.
             SwitchError: If somebody else has changed the weights.
         """
@@ -286,6 +291,7 @@ class Switch:
             loaded.complete(self._state.plan)
         if len(members) == 1 and members[0][1] == 1.0:
             return {target: entry.patch for target, entry in members[0][0].entries.items()}
+        check_together(members)
         if scales in self._combinations:
             self._combinations.move_to_end(scales)
             return self._combinations[scales]

@@ -39,7 +39,7 @@ def layout_of(weight: Tensor) -> Layout:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A parameter of a module, held by its place so that a weight put there later is found."""
+    """A parameter or buffer of a module, held by its place: what is put there later is found."""
 
     name: str
     owner: nn.Module
@@ -47,8 +47,10 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that is there now."""
+        """What is there now."""
         weight = self.owner._parameters.get(self.attribute)
+        if weight is None:
+            weight = self.owner._buffers.get(self.attribute)
         if weight is None:
             raise AdapterError(
                 f"the model has no parameter {self.name!r} any more; Switch was made for one that "
@@ -66,26 +68,39 @@ class Targets:
 
     def __init__(self, module: nn.Module) -> None:
         self._by_name: dict[str, Target] = {}
+        self._buffers: dict[str, Target] = {}
         self._blocks: dict[int, list[_Block]] = {}
         for path, tensor, owner, attribute in _tensors(unwrapped(module)):
             name = base_module_name(f"{path}.{attribute}" if path else attribute)
-            if attribute in owner._parameters:
-                self._by_name.setdefault(name, Target(name, owner, attribute))
+            found = self._by_name if attribute in owner._parameters else self._buffers
+            found.setdefault(name, Target(name, owner, attribute))
             if is_plain(tensor) and not tensor.is_meta:
                 block = _block(name, tensor)
                 self._blocks.setdefault(tensor.untyped_storage().data_ptr(), []).append(block)
 
-    def find(self, name: str) -> Target:
+    def find(self, name: str, *, buffers: bool = False) -> Target:
         """The parameter of this name.
+
+        Args:
+            name: As the base model calls it.
+            buffers: Look among buffers too.
 
         Raises:
             AdapterError: If there is none.
         """
-        if name not in self._by_name:
+        if name in self._by_name:
+            return self._by_name[name]
+        if buffers and name in self._buffers:
+            return self._buffers[name]
+        module, _, attribute = name.rpartition(".")
+        if f"{module}.original_module.{attribute}" in self._by_name:
             raise AdapterError(
-                f"the model has no parameter {name!r}.{did_you_mean(name, self._by_name)}"
+                f"{name!r} is in a module of which PEFT keeps copies that adapters train whole "
+                "(modules_to_save); make the Switch for the base model without PEFT"
             )
-        return self._by_name[name]
+        raise AdapterError(
+            f"the model has no parameter {name!r}.{did_you_mean(name, self._by_name)}"
+        )
 
     def sharers(self, target: Target) -> list[str]:
         """Other names whose memory overlaps that of a weight (tied weights, views)."""
@@ -146,8 +161,16 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def check_writable(target: Target, shape: tuple[int, ...]) -> None:
+def check_writable(
+    target: Target, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
     """Refuse a weight that an adapter for ``shape`` cannot be put into.
+
+    Args:
+        target: The weight.
+        shape: Of the weight that the adapter was made for.
+        dtype: Of a whole tensor that replaces it; None for deltas. One that is no floating point
+            replaces a buffer of its very dtype.
 
     Raises:
         WrongBaseError: If the weight has another shape.
@@ -155,7 +178,8 @@ def check_writable(target: Target, shape: tuple[int, ...]) -> None:
             quantization, sharded, sparse, on the meta device, or with entries that share memory.
     """
     weight = target.weight
-    if not is_plain(weight) or weight.dtype not in _DTYPES:
+    counts = dtype is not None and not dtype.is_floating_point and weight.dtype == dtype
+    if not is_plain(weight) or (weight.dtype not in _DTYPES and not counts):
         raise TargetError(
             f"{target.name!r} is no plain floating point weight ({type(weight.data).__name__}, "
             f"{weight.dtype}, {weight.layout}): entries of quantized, sharded, sparse or lazy "
@@ -166,6 +190,8 @@ def check_writable(target: Target, shape: tuple[int, ...]) -> None:
             f"the adapter's {target.name!r} is for a weight of shape {shape}, but the model's has "
             f"{tuple(weight.shape)}"
         )
+    if dtype is not None and dtype.is_floating_point != weight.is_floating_point():
+        raise WrongBaseError(f"{target.name!r} is {weight.dtype}, and the adapter's {dtype}")
     if weight.is_meta:
         raise TargetError(
             f"{target.name!r} is on the meta device and has no values yet; load the model first"
