@@ -196,6 +196,23 @@ class Adapter(Operators, Mapping[str, SparseDelta]):
                 "without them, which computes something else"
             )
 
+    def require_scale_one(self, name: str, scale: float) -> None:
+        """Refuse whole tensors at another scale than 1: they have none.
+
+        Args:
+            name: What to call the adapter.
+            scale: At which it would be used.
+
+        Raises:
+            AdapterError: If it has some, and the scale is another.
+        """
+        if self.tensors and scale != 1.0:
+            raise AdapterError(
+                f"{name} has whole tensors ({listed(self.tensors)}), which have no scale, so it is "
+                f"used at 1 and not at {scale:g}; adapter.restrict(list(adapter)) is the adapter "
+                "without them"
+            )
+
     @classmethod
     def from_model(cls, model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
         """The named adapter of a PEFT model (or of a model with injected SHiRA layers), as a value.

@@ -212,9 +212,34 @@ def test_the_base_has_another_prefix_or_is_another(saved):
         from_lora(saved, base={"layer.weight": torch.zeros(4, 7)})
 
 
-def test_saved_modules_are_left_out_aloud(saved):
-    change_tensors(saved, lambda t: t.update({"base_model.model.score.weight": torch.ones(2)}))
-    assert from_lora(saved).left_out == ("base_model.model.score.weight",)
+def test_saved_modules_are_carried(saved):
+    head = torch.arange(2.0)
+    change_tensors(saved, lambda t: t.update({"base_model.model.score.weight": head}))
+    found = from_lora(saved)
+    assert list(found.adapter.tensors) == ["score.weight"]
+    assert torch.equal(found.adapter.tensors["score.weight"], head)
+    assert found.as_json()["whole_tensors"] == ["score.weight"]
+
+
+@pytest.mark.parametrize(
+    "name", ["embed.token_adapter.trainable_tokens_delta", "x.ia3_l.weight", "y.shira_weight"]
+)
+def test_tensors_of_other_methods_are_refused_by_name(saved, name):
+    change_tensors(saved, lambda t: t.update({name: torch.ones(2)}))
+    with pytest.raises(FileFormatError, match=f"{name}.*no tensor of a base model"):
+        from_lora(saved)
+
+
+def test_a_copy_of_an_adapted_weight_is_the_bases_or_refused(saved):
+    weight = torch.randn(4, 6)
+    key = "base_model.model.layer.base_layer.weight"
+    change_tensors(saved, lambda t: t.update({key: weight}))
+    for base in (weight, weight.bfloat16(), weight.double()):
+        assert from_lora(saved, base={"layer.weight": base}).adapter.tensors == {}
+    with pytest.raises(AdapterError, match=r"copy of 'layer.weight'.*the base another"):
+        from_lora(saved, base={"layer.weight": weight + 1})
+    with pytest.raises(AdapterError, match="no base is given"):
+        from_lora(saved)
 
 
 @pytest.mark.parametrize(

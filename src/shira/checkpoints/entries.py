@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shira.checkpoints.opening import FLOATS, Stored
 from shira.errors import FileFormatError
+from shira.store.entries import WHOLE_DTYPES
 
 WINDOW = 2**22
 """Bytes that are read at once, at most."""
@@ -26,6 +27,7 @@ _GAP = 2**14  # bytes without an entry that are cheaper read along than sought o
 
 # How entries of a number of bytes are handled, as integers: in the file and as a tensor.
 _BITS: Mapping[int, tuple[np.dtype[np.signedinteger], torch.dtype]] = {
+    1: (np.dtype("i1"), torch.int8),
     2: (np.dtype("<i2"), torch.int16),
     4: (np.dtype("<i4"), torch.int32),
     8: (np.dtype("<i8"), torch.int64),
@@ -49,13 +51,13 @@ def read_entries(file: BinaryIO, stored: Stored, flat: Tensor) -> Tensor:
 
     Args:
         file: Its file, open for reading without a buffer.
-        stored: Of one of the dtypes of `FLOATS`.
+        stored: Of one of the dtypes of `WHOLE_DTYPES`.
         flat: ``(k,)`` increasing flat indices within its shape.
 
     Raises:
         FileFormatError: If the file has become shorter meanwhile.
     """
-    disk, _ = _BITS[FLOATS[stored.dtype].itemsize]
+    disk, _ = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
     found = np.empty(flat.numel(), disk)
     where = flat.numpy()
     for low, high in windows(where, disk.itemsize):
@@ -63,7 +65,7 @@ def read_entries(file: BinaryIO, stored: Stored, flat: Tensor) -> Tensor:
         span = _read(file, stored, first, int(where[high - 1]) + 1 - first, disk)
         found[low:high] = span[where[low:high] - first]
     return torch.from_numpy(found.astype(disk.newbyteorder("="), copy=False)).view(
-        FLOATS[stored.dtype]
+        WHOLE_DTYPES[stored.dtype]
     )
 
 
@@ -72,11 +74,11 @@ def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) 
 
     Args:
         file: Its file, open for reading and writing without a buffer.
-        stored: Of one of the dtypes of `FLOATS`.
+        stored: Of one of the dtypes of `WHOLE_DTYPES`.
         flat: ``(k,)`` increasing flat indices within its shape.
         values: ``(k,)`` in the tensor's dtype.
     """
-    disk, bits = _BITS[FLOATS[stored.dtype].itemsize]
+    disk, bits = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
     where, new = flat.numpy(), values.view(bits).numpy()
     for low, high in windows(where, disk.itemsize):
         first = int(where[low])
@@ -90,10 +92,10 @@ def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) 
 
 def read_span(file: BinaryIO, stored: Stored, first: int, count: int) -> Tensor:
     """``count`` consecutive entries of a stored tensor, from flat index ``first`` on."""
-    disk, _ = _BITS[FLOATS[stored.dtype].itemsize]
+    disk, _ = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
     span = _read(file, stored, first, count, disk)
     native = span.astype(disk.newbyteorder("="), copy=False)
-    return torch.from_numpy(native).view(FLOATS[stored.dtype])
+    return torch.from_numpy(native).view(WHOLE_DTYPES[stored.dtype])
 
 
 def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
 
 from shira.checkpoints.opening import Checkpoint, Stored
-from shira.delta import SparseDelta
+from shira.delta import SparseDelta, listed
 from shira.errors import MergeError, WrongBaseError, did_you_mean
 
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
@@ -87,17 +90,33 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
 
 
 def locate_deltas(
-    deltas: Mapping[str, SparseDelta], checkpoint: Checkpoint
+    deltas: Mapping[str, SparseDelta],
+    checkpoint: Checkpoint,
+    whole: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Stored], Prefix]:
     """The stored tensor of each delta, as `locate` finds them, each of its delta's shape.
+
+    Args:
+        deltas: By parameter name.
+        checkpoint: Where to look.
+        whole: Whole tensors, whose places are to be found too.
 
     Raises:
         WrongBaseError: As `locate`, and if a tensor has another shape.
         MergeError: As `locate`.
     """
-    located, prefix = locate(deltas, checkpoint)
+    try:
+        located, prefix = locate((*deltas, *whole), checkpoint)
+    except WrongBaseError as error:
+        if not whole or not deltas or match_names(list(deltas), checkpoint.tensors) is None:
+            raise
+        raise WrongBaseError(
+            f"{error} The adapter holds {listed(whole)} as a whole, trained under modules_to_save, "
+            "to take the place of the checkpoint's: save the base with that module "
+            "(save_pretrained of the model that was adapted) and merge into that"
+        ) from None
     for name, stored in located.items():
-        shape = deltas[name].support.shape
+        shape = deltas[name].support.shape if name in deltas else tuple(whole[name].shape)
         if stored.shape != shape:
             raise WrongBaseError(
                 f"{stored.file}: {stored.key!r} has shape {stored.shape}, but the adapter was made "

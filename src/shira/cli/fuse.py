@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ EXAMPLES = (
     "shira fuse poems code --method magnitude --k 100000 -o both",
     "shira fuse poems code -o both --format peft --fill",
     "shira fuse poems=-1 -o unpoetic --dtype bfloat16",
+    "shira fuse poems code -o both --whole poems   # two that trained different heads",
 )
 
 
@@ -58,6 +60,13 @@ def command(
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the methods that drop at random; 0 if not given.")
+    ] = None,
+    whole: Annotated[
+        Path | None,
+        typer.Option(
+            help="The adapter whose whole tensors (heads trained under modules_to_save) the result "
+            "has. Without it, all that have one have to agree, at weight 1.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -117,7 +126,7 @@ def command(
         raise ConfigError(f"--output {output} exists; overwrite it (--overwrite), or name another")
     stored = _dtype(dtype)
     weights = [1.0 if weight is None else weight for _, weight in pairs]
-    read = read_all(paths, base)
+    read, names = read_all(paths, base), short_names(paths)
     with Steps("fusing", len({name for adapter in read for name in adapter})) as steps:
         fused = fuse(
             read,
@@ -128,8 +137,9 @@ def command(
             epsilon=epsilon,
             majority_sign_method=majority_sign_method,
             seed=seed,
+            whole=None if whole is None else _named(whole, paths, names),
             check_base=check_base,
-            names=short_names(paths),
+            names=names,
             progress=lambda done, total: steps.update(done),
         )
     if fill:
@@ -142,15 +152,32 @@ def command(
             "nnz": fused.nnz,
             "density": fused.density,
             "parameters": len(fused),
+            "whole_tensors": list(fused.tensors),
             "fused": fused.metadata.get("fused"),
         }
         print(json.dumps(made, indent=2))
         return
-    whole = sum(adapter.nnz for adapter in read)
+    entries = sum(adapter.nnz for adapter in read)
     print(
         f"{output}: {fused.nnz:,} entries in {len(fused)} weights, density {fused.density:.2%}, "
-        f"by {method} from {len(read)} adapters of {whole:,} entries together"
+        f"by {method} from {len(read)} adapters of {entries:,} entries together"
     )
+    if fused.tensors:
+        print(f"whole tensors, carried as they are: {', '.join(fused.tensors)}")
+
+
+def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
+    """The short name of the adapter at a path."""
+    from shira.errors import ConfigError
+
+    found = [
+        n for n, path in zip(names, paths, strict=True) if Path(path).resolve() == whole.resolve()
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"--whole {whole} is {len(found)} of the adapters; name one of {', '.join(paths)}"
+        )
+    return found[0]
 
 
 def _filled(fused: Adapter, output: Path) -> Adapter:

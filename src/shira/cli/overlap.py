@@ -112,6 +112,8 @@ def command(
     out = console()
     if found:
         out.print(tables.pairs(found))
+    if any(pair.whole for pair in found):
+        out.print(tables.whole_tensors(found))
     if len(names) > 2:
         out.print(tables.matrix(names, found, figure))
     if each or len(found) == 1:

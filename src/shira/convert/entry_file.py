@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from shira.checkpoints.opening import FLOATS
-from shira.delta import SparseDelta
 from shira.errors import FileFormatError, ShiraError
 from shira.store.atomic import write_atomically
 from shira.store.json_text import parse_object
@@ -37,6 +35,7 @@ class Kind(NamedTuple):
         what: What such files are called in messages.
         values: What the values of a weight are called in it: ``".values"``.
         about: The entry of the metadata that tells of each weight.
+        dtypes: What the values may be.
         shape_of: The weight's shape, of what is told of it; `FileFormatError` if there is none.
     """
 
@@ -45,13 +44,14 @@ class Kind(NamedTuple):
     what: str
     values: str
     about: str
+    dtypes: Collection[str]
     shape_of: Callable[[Any], list[int]]
 
 
 class Entries(NamedTuple):
     """Some entries of one weight: its name, what is told of it, where they are and what is there.
 
-    ``values`` are ``(k,)`` floating point.
+    ``values`` are ``(k,)``.
     """
 
     name: str
@@ -91,14 +91,19 @@ def read(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
         for name, told in about.items():
             try:
                 shape = kind.shape_of(told)
-                if header.tensors[name + kind.values].dtype not in FLOATS:
-                    raise FileFormatError(f"{kind.values[1:]} are floating point")
+                if header.tensors[name + kind.values].dtype not in kind.dtypes:
+                    raise FileFormatError(f"{kind.values[1:]} are {', '.join(kind.dtypes)}")
                 indices = read_tensor(file, header, name + INDICES)
                 support = Support(shape, indices)
                 if indices.dtype != support.indices.dtype:
                     wanted_dtype = str(support.indices.dtype).removeprefix("torch.")
                     raise FileFormatError(f"indices are {wanted_dtype}")
-                values = SparseDelta(support, read_tensor(file, header, name + kind.values)).values
+                values = read_tensor(file, header, name + kind.values)
+                if values.shape != (support.nnz,):
+                    raise FileFormatError(
+                        f"{support.nnz} indices need {kind.values[1:]} of shape ({support.nnz},), "
+                        f"not {tuple(values.shape)}"
+                    )
             except ShiraError as error:
                 raise FileFormatError(f"{header.path}: {name!r}: {error}") from error
             found.append(Entries(name, told, support, values))

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shira.base import fingerprint_fields
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, Source, source_of
@@ -14,7 +17,7 @@ from shira.convert.budgets import budget_or_none
 from shira.convert.lora import Factors, FromLora, Progress, sparsify
 from shira.convert.lora_file import oriented, read_lora
 from shira.delta import Adapter
-from shira.errors import WrongBaseError, did_you_mean
+from shira.errors import AdapterError, WrongBaseError, did_you_mean
 
 
 def from_lora(
@@ -27,6 +30,8 @@ def from_lora(
     progress: Progress | None = None,
 ) -> FromLora:
     """The adapter that holds the largest entries of a LoRA's update.
+
+    Modules that were trained whole beside it (``modules_to_save``) become its whole tensors.
 
     Without a budget it has as many entries in each weight as the LoRA has parameters.
 
@@ -43,22 +48,25 @@ def from_lora(
     Raises:
         FileNotFoundError: If there is nothing at a path.
         FileFormatError: If a file is damaged, or no LoRA.
-        AdapterError: If the LoRA is a variant or a convolution's, two are of one weight, or a value
-            is not finite.
+        AdapterError: If the LoRA is a variant or a convolution's, two are of one weight, a value
+            is not finite, or a copy of an adapted embedding is in the file that is not known to be
+            the base's.
         WrongBaseError: If the base lacks a weight, or has it in another shape.
         ConfigError: If the budget is not possible.
     """
     budget = budget_or_none(density, r, everywhere)
     source = None if base is None else source_of(base, shared=True)
     if isinstance(lora, (str, os.PathLike)):
-        factors, config, left_out = read_lora(lora)
+        factors, config, whole = read_lora(lora)
         names = _names(factors, source)
         if source is not None:
             shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
             factors = oriented(factors, shapes, os.fspath(lora))
+        _check_copies(factors, names, whole, source, os.fspath(lora))
+        whole = {name: tensor for name, tensor in whole.items() if name not in names}
         metadata = _metadata(config)
     else:
-        factors, left_out, metadata = list(lora), (), {}
+        factors, whole, metadata = list(lora), {}, {}
         names = _names(factors, source)
         _check_shapes(factors, names, source)
     deltas, kept = sparsify(factors, budget, progress)
@@ -66,7 +74,7 @@ def from_lora(
         metadata |= fingerprint_fields(
             {name: source.entries(names[name], d.support.indices) for name, d in deltas.items()}
         )
-    return FromLora(Adapter(deltas, metadata), kept, left_out)
+    return FromLora(Adapter(deltas, metadata, whole), kept)
 
 
 def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:
@@ -82,6 +90,39 @@ def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:
             f"{did_you_mean(odd, source.shapes)}"
         )
     return {name: prefix.apply(name) or name for name in wanted}
+
+
+def _check_copies(
+    factors: list[Factors],
+    names: dict[str, str],
+    whole: dict[str, Tensor],
+    source: Source | None,
+    folder: str,
+) -> None:
+    """Refuse copies of weights that the LoRA changes, if they are not known to be the base's."""
+    for one in factors:
+        copy = whole.get(one.name)
+        if copy is not None and (source is None or not _is(copy, source, names[one.name])):
+            raise AdapterError(
+                f"{folder}: it holds a copy of {one.name!r}, which the LoRA changes, and "
+                f"{'no base is given to compare it with' if source is None else 'the base another'}"
+                "; save the LoRA of this base again, with save_embedding_layers=False"
+            )
+
+
+def _is(copy: Tensor, source: Source, name: str) -> bool:
+    """Whether a copy is the base's tensor, rounded to the narrower dtype of the two."""
+    if tuple(copy.shape) != source.shapes[name]:
+        return False
+    flat, at = copy.reshape(-1), 0
+    for block in source.blocks(name):
+        part = flat[at : at + block.numel()]
+        at += block.numel()
+        if not (
+            torch.equal(part.to(block.dtype), block) or torch.equal(part, block.to(part.dtype))
+        ):
+            return False
+    return True
 
 
 def _check_shapes(factors: list[Factors], names: dict[str, str], source: Source | None) -> None:

@@ -110,12 +110,10 @@ class FromLora:
     Attributes:
         adapter: The adapter.
         weights: Weight by weight.
-        left_out: Tensors of the LoRA's file that are no part of it: saved modules, biases.
     """
 
     adapter: Adapter
     weights: tuple[Kept, ...]
-    left_out: tuple[str, ...] = ()
 
     @property
     def energy_share(self) -> float:
@@ -129,7 +127,7 @@ class FromLora:
             "nnz": self.adapter.nnz,
             "density": self.adapter.density,
             "energy_share": self.energy_share,
-            "left_out": list(self.left_out),
+            "whole_tensors": list(self.adapter.tensors),
             "weights": [asdict(kept) for kept in self.weights],
         }
 

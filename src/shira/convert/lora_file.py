@@ -22,6 +22,7 @@ from shira.convert.lora import Factors
 from shira.errors import AdapterError, FileFormatError, WrongBaseError
 from shira.store.json_text import parse_object
 from shira.store.names import base_module_name, weight_name
+from shira.store.peft_format import read_whole
 from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
@@ -60,14 +61,16 @@ def is_lora(path: str | os.PathLike[str]) -> bool:
 
 def read_lora(
     path: str | os.PathLike[str],
-) -> tuple[list[Factors], dict[str, Any], tuple[str, ...]]:
+) -> tuple[list[Factors], dict[str, Any], dict[str, Tensor]]:
     """Read a LoRA.
 
     Args:
         path: Its folder.
 
     Returns:
-        Factors of each weight, the config, and the names of tensors that are no part of a LoRA.
+        Factors of each weight, the config, and the whole tensors beside them by the base model's
+        own names: ``modules_to_save``, and copies of the base's weights that the LoRA changes,
+        which PEFT saves beside adapted embeddings.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is not there.
@@ -79,14 +82,15 @@ def read_lora(
     weights = folder / WEIGHTS_NAME
     with open_regular(weights) as file:
         header = read_header(file, weights)
-        modules, left_out = _sort_out(header)
+        modules, others = _sort_out(header)
         if not modules:
             raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
         factors = [
             _factors(file, header, config, key, embedding)
             for key, embedding in sorted(modules.items())
         ]
-    return factors, config, tuple(left_out)
+        whole, copies = read_whole(file, header, others, {one.name for one in factors})
+    return factors, config, whole | copies
 
 
 def oriented(
@@ -165,7 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
     """Keys of the adapted modules, with whether they are embeddings, and what is no LoRA's."""
     modules: dict[str, bool] = {}
-    left_out = []
+    others = []
     for name in header.tensors:
         for kinds, embedding in ((_LINEAR, False), (_EMBEDDING, True)):
             kind = next((kind for kind in kinds if name.endswith(f".{kind}")), None)
@@ -181,8 +185,8 @@ def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
                 raise AdapterError(
                     f"{header.path}: {name!r} is not supported: the update is not scaling * B A"
                 )
-            left_out.append(name)
-    return modules, left_out
+            others.append(name)
+    return modules, others
 
 
 def _factors(

@@ -12,11 +12,11 @@ result has the bits of a model that was loaded, merged in memory and saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ from shira.convert.rewriting import Edit, Progress, Written, check_output, rewri
 from shira.convert.undo import Undone, replacing_undo
 from shira.delta import Adapter, SparseDelta
 from shira.errors import ConfigError, MergeError
+from shira.store.entries import WHOLE_DTYPES
 from shira.store.outputs import check_outputs
-from shira.support import Support
+from shira.support import Support, index_dtype
 
 REMEDY = "check_base=False, --no-check-base"
 """How a conversion goes on with another base."""
@@ -62,6 +63,27 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What a merge does to a tensor that the adapter holds as a whole.
+
+    Attributes:
+        name: The parameter or buffer, as the adapter calls it.
+        key: The tensor, as the checkpoint calls it.
+        file: The file that holds it.
+        dtype: Its dtype there, to which the adapter's is rounded.
+        shape: Its shape.
+        changed: Entries that are other bits than the base's.
+    """
+
+    name: str
+    key: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    changed: int
+
+
+@dataclass(frozen=True)
 class Merged:
     """What a merge did.
 
@@ -71,6 +93,7 @@ class Merged:
         naming: How the adapter's names became the checkpoint's, in words.
         targets: Tensor by tensor.
         written: The files.
+        whole: What was written as a whole, such as a trained head.
     """
 
     output: Path
@@ -78,6 +101,7 @@ class Merged:
     naming: str
     targets: tuple[Target, ...]
     written: Written
+    whole: tuple[Whole, ...] = ()
 
     @property
     def nnz(self) -> int:
@@ -105,6 +129,7 @@ class Merged:
             "lost_to_rounding": self.lost,
             "files": asdict(self.written),
             "targets": [asdict(target) for target in self.targets],
+            "whole_tensors": [asdict(whole) for whole in self.whole],
         }
 
 
@@ -122,11 +147,14 @@ def merge(
 ) -> Merged:
     """Write a copy of a checkpoint with an adapter merged into it.
 
+    Whole tensors of the adapter are written in the place of the checkpoint's, rounded once to its
+    dtype.
+
     Args:
         adapter: The adapter, or its path.
         base: A safetensors checkpoint: a folder, one file, or a name on the hub.
         output: Where the merged one goes: a folder or file, as ``base`` is. It appears as a whole.
-        scale: Factor on the deltas.
+        scale: Factor on the deltas; 1 if the adapter has whole tensors.
         undo: Write there what `unmerge` needs to restore the base's bytes.
         overwrite: Replace an output or undo file that is there already.
         check_base: Refuse a base without the values that the adapter was trained on, as far as
@@ -139,6 +167,7 @@ def merge(
         FileFormatError: If one of them is damaged.
         WrongBaseError: If the base lacks a parameter, has it in another shape, or holds other
             values under the entries.
+        AdapterError: If whole tensors are to be scaled.
         MergeError: If a tensor is quantized or otherwise no floating-point number that can be
             added to, is tied to another, a sum overflows its dtype, or too many deltas are lost.
         ConfigError: If the output or the undo file exists, or would overwrite or overlap what is
@@ -154,15 +183,17 @@ def merge(
     undo_path = None if undo is None else _check_undo(undo, overwrite)
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, base=checkpoint)
-    located, prefix = locate_deltas(adapter, checkpoint)
+    adapter.require_scale_one("the adapter", scale)
+    located, prefix = locate_deltas(adapter, checkpoint, adapter.tensors)
     check_untied(located.values(), checkpoint)
-    for stored in located.values():
-        _check_dtype(stored)
+    for name, stored in located.items():
+        _check_dtype(stored, adapter.tensors.get(name))
     changes = list(_changes(adapter, located, scale))
+    targets = tuple(told for told, _, _ in changes if isinstance(told, Target))
     if check_base:
-        verdicts = {told.name: told.base for told, _, _ in changes}
+        verdicts = {told.name: told.base for told in targets}
         accept(adapter.metadata, verdicts, str(checkpoint.path), REMEDY, warn=False)
-    _check_lost([told for told, _, _ in changes], max_lost)
+    _check_lost(targets, max_lost)
     edits = [edit for _, edit, _ in changes]
     if undo_path is None:
         written = rewrite(checkpoint, edits, target, progress)
@@ -170,8 +201,8 @@ def merge(
         undone = [undone for _, _, undone in changes if undone.originals.numel()]
         with replacing_undo(undo_path, undone) as put:
             written = rewrite(checkpoint, edits, target, progress, put)
-    targets = tuple(told for told, _, _ in changes)
-    return Merged(target, undo_path, str(prefix), targets, written)
+    whole = tuple(told for told, _, _ in changes if isinstance(told, Whole))
+    return Merged(target, undo_path, str(prefix), targets, written, whole)
 
 
 def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
@@ -184,24 +215,39 @@ def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
     return path
 
 
-def _check_dtype(stored: Stored) -> None:
+def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
+    """Refuse a stored tensor that no delta can be added to, or whose place ``whole`` cannot take.
+
+    A whole tensor is rounded from one floating dtype to another; a buffer of integers has one.
+    """
+    if whole is not None and WHOLE_DTYPES.get(stored.dtype) == whole.dtype:
+        return
     if stored.dtype not in FLOATS:
         raise MergeError(
             f"{stored.file}: {stored.key!r} has dtype {stored.dtype}: it is quantized or no "
             f"weight, and a delta can be added to {', '.join(FLOATS)} alone; merge into the "
             "checkpoint that it was quantized from"
         )
+    if whole is not None and not whole.is_floating_point():
+        raise MergeError(
+            f"{stored.file}: {stored.key!r} has dtype {stored.dtype}, and the adapter's whole "
+            f"tensor {whole.dtype}"
+        )
 
 
 def _changes(
     adapter: Adapter, located: dict[str, Stored], scale: float
-) -> Iterator[tuple[Target, Edit, Undone]]:
+) -> Iterator[tuple[Target | Whole, Edit, Undone]]:
     """What to write into each tensor, and what is to be told of it."""
     names = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
     for path, group in groupby(names, key=lambda name: located[name].file):
         with open(path, "rb", buffering=0) as file:
             for name in group:
-                delta, stored = adapter[name], located[name]
+                stored = located[name]
+                if name not in adapter:
+                    yield _whole_change(name, adapter.tensors[name], stored, file)
+                    continue
+                delta = adapter[name]
                 flat = delta.support.indices.cpu()
                 old = read_entries(file, stored, flat)
                 verdict = judge(adapter.metadata, name, delta.values, old)
@@ -231,18 +277,43 @@ def _change(
         lost=int((nonzero & (new == old)).sum()),
         base=verdict,
     )
-    flat, old, new = flat[changed], old[changed], new[changed]
+    return told, *_written(stored, flat[changed], old[changed], new[changed])
+
+
+def _whole_change(
+    name: str, tensor: Tensor, stored: Stored, file: BinaryIO
+) -> tuple[Whole, Edit, Undone]:
+    """As `_change`; costs what the tensor has entries, all of which may change."""
+    flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()))
+    old = read_entries(file, stored, flat)
+    new = tensor.detach().reshape(-1).cpu().to(old.dtype)
+    _check_overflow(name, stored, old, new)
+    changed = bits(new) != bits(old)
+    told = Whole(
+        name=name,
+        key=stored.key,
+        file=stored.file.name,
+        dtype=str(old.dtype).removeprefix("torch."),
+        shape=stored.shape,
+        changed=int(changed.sum()),
+    )
+    return told, *_written(stored, flat[changed], old[changed], new[changed])
+
+
+def _written(stored: Stored, flat: Tensor, old: Tensor, new: Tensor) -> tuple[Edit, Undone]:
+    """The entries whose bits change, to be written and to be put back."""
     support = Support._trusted(stored.shape, flat)
     undone = Undone(stored.key, stored.file.name, support, old, fingerprint(new))
-    return told, Edit(stored, flat, new), undone
+    return Edit(stored, flat, new), undone
 
 
 def bits(values: Tensor) -> Tensor:
     """The values as integers of their width, to tell 0.0 from -0.0."""
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(widths[values.element_size()])
 
 
-def _check_lost(targets: list[Target], most: float) -> None:
+def _check_lost(targets: Sequence[Target], most: float) -> None:
     lost, nonzero = sum(t.lost for t in targets), sum(t.nonzero for t in targets)
     if lost > most * nonzero:
         worst = max(targets, key=lambda t: t.lost / max(t.nonzero, 1))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shira.base import accept, judge
 from shira.checkpoints.naming import match_names
+from shira.checkpoints.opening import FLOATS
 from shira.checkpoints.sources import Model, source_of
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
 from shira.delta import Adapter, SparseDelta
@@ -28,7 +29,7 @@ from shira.support import Support
 
 _LIMIT = 2**31
 _FILE = Kind(
-    "shira-sparse-patch", "1", "a file of sparse weight patches", ".values", "shapes", sizes
+    "shira-sparse-patch", "1", "a file of sparse weight patches", ".values", "shapes", FLOATS, sizes
 )
 
 
@@ -64,8 +65,10 @@ def to_patches(
         FileNotFoundError: If there is nothing at the path.
         FileFormatError: If the checkpoint is damaged.
         WrongBaseError: If the base lacks a parameter, has it in another shape, or is another one.
-        AdapterError: If int32 cannot count the entries of a weight.
+        AdapterError: If int32 cannot count the entries of a weight, or the adapter has whole
+            tensors, which are no patches.
     """
+    adapter.require_sparse("sparse weight patches")
     source = source_of(base, shared=True)
     if not len(adapter):
         return []

@@ -32,6 +32,7 @@ from torch import Tensor
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
 from shira.errors import FileFormatError
 from shira.store.atomic import write_atomically
+from shira.store.entries import WHOLE_DTYPES
 from shira.support import Support
 
 
@@ -119,5 +120,11 @@ def _shape(told: object) -> list[int]:
 
 
 _FILE = Kind(
-    "shira-undo", "1", "an undo file of shira merge --undo", ".originals", "tensors", _shape
+    "shira-undo",
+    "1",
+    "an undo file of shira merge --undo",
+    ".originals",
+    "tensors",
+    WHOLE_DTYPES,
+    _shape,
 )

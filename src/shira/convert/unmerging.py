@@ -12,10 +12,11 @@ import torch
 
 from shira.base import fingerprint
 from shira.checkpoints.entries import read_entries
-from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, read_undo, undo_files
 from shira.errors import WrongBaseError
+from shira.store.entries import WHOLE_DTYPES
 from shira.store.outputs import check_outputs
 
 
@@ -103,7 +104,7 @@ def _edit(one: Undone, checkpoint: Checkpoint, undo: Path) -> Edit:
 
 
 def _fits(one: Undone, stored: Stored, checkpoint: Checkpoint) -> bool:
-    dtype: torch.dtype | None = FLOATS.get(stored.dtype)
+    dtype: torch.dtype | None = WHOLE_DTYPES.get(stored.dtype)
     # A checkpoint of a single file may have been renamed; a shard of several may not.
     placed = len(checkpoint.files) == 1 or stored.file.name == one.file
     return placed and stored.shape == one.support.shape and dtype == one.originals.dtype

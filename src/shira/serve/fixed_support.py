@@ -40,7 +40,12 @@ class FixedSupport:
 
     @classmethod
     def of(cls, adapter: Mapping[str, SparseDelta]) -> FixedSupport:
-        """The support of an adapter."""
+        """The support of an adapter.
+
+        Raises:
+            AdapterError: If it has whole tensors, which have no support.
+        """
+        _require_sparse(adapter)
         return cls({name: delta.support for name, delta in adapter.items()})
 
     def flat(self, adapter: Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> Tensor:
@@ -100,3 +105,8 @@ def check_finite(values: Tensor, of: str) -> None:
         raise AdapterError(
             f"{odd} of the {values.numel()} values of {of} are not finite in {dtype}"
         )
+
+
+def _require_sparse(adapter: Mapping[str, SparseDelta]) -> None:
+    if isinstance(adapter, Adapter):
+        adapter.require_sparse("values that travel alone")

@@ -80,12 +80,14 @@ def load(
         FileNotFoundError: If there is no adapter.
         FileFormatError: If it is damaged.
         PlacementError: If a weight cannot be placed entry by entry, or an entry has no place.
-        AdapterError: If two of its weights are one, or ranks read different adapters.
+        AdapterError: If it has whole tensors, two of its weights are one, or ranks read different
+            adapters.
         WrongBaseError: If it was made for another base.
     """
 
     def place_it() -> tuple[Adapter, str, dict[str, Found], dict[int, Part]]:
         adapter = read()
+        adapter.require_sparse("a served model")
         found, parts = _placed(adapter, place, active)
         check_layout(adapter, found, active, stored)
         return adapter, digest_of(adapter), found, parts

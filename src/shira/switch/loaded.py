@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from shira.base import Verdict, accept, judge
 from shira.delta import Adapter, SparseDelta, same_tensor

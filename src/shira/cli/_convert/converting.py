@@ -104,9 +104,12 @@ def _saved(request: Request, adapter: Adapter, base: Checkpoint | None) -> Shown
     else:
         saved = save(adapter, request.output, request.to, request.dtype)
     saved |= {"parameters": len(adapter), "nnz": adapter.nnz, "density": adapter.density}
+    saved["whole_tensors"] = list(adapter.tensors)
+    sparse = saved["bytes"] - sum(tensor.nbytes for tensor in adapter.tensors.values())
     lines = {
         "output": f"{saved['output']}, {saved['format']}, {megabytes(saved['bytes'])}",
         "entries": f"{adapter.nnz:,} in {len(adapter)} weights, density {adapter.density:.2%}",
-        "size": f"{saved['bytes'] / max(adapter.nnz, 1):.2f} bytes an entry",
+        "size": f"{sparse / max(adapter.nnz, 1):.2f} bytes an entry",
+        **tables.whole_tensors(adapter),
     }
     return saved, lambda: console().print(tables.summary("Converted", lines))

@@ -11,6 +11,7 @@ from shira.cli.console import console, megabytes, table
 if TYPE_CHECKING:
     from shira.convert import Extraction, FromLora, Merged, Unmerged
     from shira.convert.rewriting import Written
+    from shira.delta import Adapter
 
 _MANY = 24  # rows of a table before the rest is summed up
 
@@ -35,6 +36,10 @@ def merged(told: Merged) -> None:
     ]
     columns = ("weight", "dtype", "k", "lost", "lost %", "base")
     out.print(listing("Weights", columns, rows, right=("k", "lost", "lost %")))
+    if told.whole:
+        whole = [(w.key, w.dtype, _shape(w.shape), f"{w.changed:,}") for w in told.whole]
+        columns = ("whole tensor", "dtype", "shape", "changed")
+        out.print(listing("Whole tensors", columns, whole, right=("changed",)))
 
 
 def unmerged(told: Unmerged) -> None:
@@ -95,9 +100,7 @@ def from_lora(told: FromLora, saved: Mapping[str, Any]) -> None:
         f"{told.adapter.density:.2%}",
         "energy kept": f"{told.energy_share:.2%} of the squared update",
     }
-    if told.left_out:
-        lines["left out"] = some(told.left_out)
-    out.print(summary("From LoRA", lines))
+    out.print(summary("From LoRA", lines | whole_tensors(told.adapter)))
     rows = [
         (
             kept.name,
@@ -144,6 +147,19 @@ def some(names: Iterable[str]) -> str:
 def share(part: int, whole: int, what: str) -> str:
     """A part of a whole, as a count and in percent."""
     return f"{part:,} of {whole:,} {what} ({_percent(part, whole)})"
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, str]:
+    """A line for each whole tensor of an adapter."""
+    lines = {}
+    for name, tensor in adapter.tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        lines[f"whole {name}"] = f"{_shape(tensor.shape)}, {dtype}, {megabytes(tensor.nbytes)}"
+    return lines
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
 
 
 def _files(written: Written) -> dict[str, str]:

@@ -39,6 +39,15 @@ def parameters(pair: Overlap, *, each: bool) -> Table:
     return result
 
 
+def whole_tensors(found: Sequence[Overlap]) -> Table:
+    """A row for each whole tensor of each pair."""
+    result = table("Whole tensors", "a", "b", "tensor", "")
+    for pair in found:
+        for name, state in pair.whole.items():
+            result.add_row(pair.a, pair.b, name, state)
+    return result
+
+
 def matrix(names: Sequence[str], found: Sequence[Overlap], figure: str) -> Table:
     """One figure of all pairs, above and below the diagonal alike."""
     result = table(f"{figure} of all pairs", "", *names, right=tuple(names))
