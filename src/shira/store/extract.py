@@ -110,7 +110,9 @@ def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     configs: Any = getattr(root, "peft_config", None)
     if not isinstance(configs, Mapping) or adapter_name not in configs:
         return {}
-    fields = _plain(configs[adapter_name].to_dict())
+    config = configs[adapter_name]
+    described = getattr(config, "to_dict_of", None)  # shira's own config looks at the layers
+    fields = _plain(described(root, adapter_name) if described else config.to_dict())
     return {field: value for field, value in fields.items() if field != SHAPES_FIELD}
 
 

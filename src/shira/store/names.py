@@ -8,19 +8,44 @@ adapter knows parameters by the names that the base has without any of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from torch import Tensor, nn
+
+from shira.errors import AdapterError
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own module names, in a `PeftModel` and in its files."""
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
+_OUTER = "module."
+"""What data parallelism puts before all names; also what a model may call a part of its own."""
+
+
+def bare_name(path: str) -> str:
+    """Return the path of a module or tensor without the names that wrappers and PEFT add to it.
+
+    ``module.`` is a wrapper's only where PEFT's prefix follows it: `own_names` knows the model, and
+    tells in other cases too.
+
+    Args:
+        path: Such as ``module.base_model.model.layers.0._orig_mod.up.base_layer.weight``.
+
+    Returns:
+        Such as ``layers.0.up.base_layer.weight``.
+    """
+    bare = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    inner = bare
+    while inner.startswith(_OUTER):
+        inner = inner.removeprefix(_OUTER)
+    if f"{inner}.".startswith(PEFT_PREFIX):
+        bare = f"{inner}.".removeprefix(PEFT_PREFIX).removesuffix(".")
+    return bare
 
 
 def base_module_name(path: str) -> str:
-    """A module's path in a model or in a PEFT file, as the base model would call it.
+    """Return a module's path in a model or in a PEFT file as the base model would call it.
 
     Args:
         path: Such as ``base_model.model.model.layers.0.mlp.up_proj.base_layer``.
@@ -28,11 +53,44 @@ def base_module_name(path: str) -> str:
     Returns:
         Such as ``model.layers.0.mlp.up_proj``.
     """
-    parts = [part for part in path.split(".") if part not in _WRAPPERS]
-    bare = ".".join(parts)
-    if bare + "." == PEFT_PREFIX:
-        return ""
-    return ".".join(p for p in bare.removeprefix(PEFT_PREFIX).split(".") if p != "base_layer")
+    return ".".join(part for part in bare_name(path).split(".") if part != "base_layer")
+
+
+def own_names(keys: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """Return what a model itself calls the tensors of some of its modules.
+
+    Args:
+        keys: Names of tensors, perhaps with the prefixes of another wrapping.
+        modules: The model's own names of modules.
+
+    Returns:
+        ``{key: name}`` for the keys that are those of tensors in one of the modules.
+
+    Raises:
+        AdapterError: If two keys are names of one tensor.
+    """
+    known = {bare_name(module): module for module in modules}
+    found: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for key in keys:
+        bare = bare_name(key)
+        while (module := _inside(bare, known)) is None and bare.startswith(_OUTER):
+            bare = bare.removeprefix(_OUTER)
+        if module is None:
+            continue
+        name = found[key] = known[module] + bare[len(module) :]
+        if taken.setdefault(name, key) != key:
+            raise AdapterError(f"{taken[name]!r} and {key!r} are both names of {name!r}")
+    return found
+
+
+def _inside(path: str, modules: Container[str]) -> str | None:
+    """The innermost of some modules that a path is inside of."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in modules:
+            return path
+    return None
 
 
 def weight_name(module: str) -> str:

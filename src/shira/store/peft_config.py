@@ -89,7 +89,7 @@ def compose_config(
     config.setdefault("task_type", None)
     config.setdefault("inference_mode", True)
     config["modules_to_save"] = _modules_of(whole, config.get("modules_to_save"))
-    config["r"] = _rank(shapes, counts, config.get("r"))
+    config["r"] = common_rank(shapes, counts, config.get("r"))
     modules = [name.removesuffix(".weight") for name in shapes]
     if not _matches_all(config.get("target_modules"), modules):
         config["target_modules"] = sorted(modules)
@@ -107,8 +107,10 @@ def compose_config(
     return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _rank(shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], given: Any) -> int:
-    """The r with k = r (m + n) in every weight, else the given one, else the nearest on average."""
+def common_rank(
+    shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], given: Any
+) -> int:
+    """Return the r with k = r (m + n) in every weight, else the given one, else an average."""
     spans = [sum(matrix_shape(shape)) for shape in shapes.values()]
     ranks = {k / span for k, span in zip(counts.values(), spans, strict=True) if span}
     if len(ranks) == 1 and (rank := ranks.pop()).is_integer() and rank >= 1:

@@ -258,6 +258,7 @@ class Switch:
                 raise SwitchError(
                     "the body of using() is under way, and returns to the base before"
                 )
+            _note(self._state.plan, {})
             self._state = _State()
             self._counts.clear()
             self._combinations.clear()
@@ -344,6 +345,7 @@ class Switch:
         for target in before:
             if target not in after and target in self._counts:
                 take_back(target.weight, self._counts.pop(target))
+        _note(before, after)
 
     def _explained(self, error: ChangedWeightError, before: _State) -> SwitchError:
         target, patch = error.target, before.plan.get(error.target)
@@ -372,6 +374,12 @@ class Switch:
             for target in moved:
                 loaded.entries.pop(target, None)
         self._layouts.add(moved)  # last: until then it can all be done again
+
+
+def _note(before: Plan, after: Plan) -> None:
+    """Leave what is in each weight with the weight, for who needs to know the base's values."""
+    for target in {**before, **after}:
+        target.weight.shira_patch = after.get(target)  # type: ignore[attr-defined]
 
 
 def _free_locks() -> None:

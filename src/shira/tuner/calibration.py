@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shira.errors import ConfigError, MaskError, TargetError
+from shira.errors import ConfigError, MaskError, MergeError, TargetError
 from shira.masks import MASKS, choose
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support
@@ -66,7 +66,9 @@ def calibrate(
         ConfigError: If the mask needs no gradients, or there are no batches.
         TargetError: If a target does not exist or has no weight to differentiate.
         MaskError: If the budget does not fit a weight, or a gradient is not finite.
+        MergeError: If adapters are merged into the model, or a `shira.Switch` is active on it.
     """
+    _refuse_merged(model)
     config = copy.deepcopy(as_ours(config))
     spec = MASKS.get(config.mask_type)
     if spec is None or "gradient" not in spec.needs_with(config.mask_options):
@@ -97,6 +99,22 @@ def calibrate(
                 supports[name] = _choose(config, name, layer, scores.pop(name))
     config.mask_fn = SupportTable(supports)
     return config
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    """Refuse a model whose gradients are not those of the base."""
+    for name, module in model.named_modules():
+        merged = getattr(module, "merged_adapters", None)
+        if merged:
+            raise MergeError(
+                f"{name}: adapters {list(merged)} are merged into the weight, so its gradient is "
+                "not the base's; call unmerge_adapter() first"
+            )
+        if getattr(module._parameters.get("weight"), "shira_patch", None) is not None:
+            raise MergeError(
+                f"{name}: a shira.Switch has an adapter in the weight, so its gradient is not the "
+                "base's; call its deactivate() first"
+            )
 
 
 def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from torch import nn
 
 from shira.errors import ConfigError, MaskError, did_you_mean
 from shira.masks import MASKS
@@ -136,6 +137,8 @@ class ShiraConfig(PeftConfig):
         self.mask_fn: MaskFn | None = self._builtin_mask_fn()
         # Where the weights lie that belong to this config; set by from_pretrained, used once.
         self._source: str | None = None
+        # Says what the adapter's positions and base decide; see `shira.tuner.describing.watch`.
+        self._describe: Callable[[ShiraConfig], dict[str, Any]] | None = None
 
     def _check_budget(self) -> None:
         for name, value in [
@@ -221,13 +224,33 @@ class ShiraConfig(PeftConfig):
         return self.random_seed
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary; what was not set of shira's own stays out of the file.
+        """Return the fields as a dictionary; what was not set of shira's own stays out of the file.
 
-        Sets are sorted lists, so that every process writes the same file.
+        Sets are sorted lists, so that every process writes the same file. While a model has the
+        adapter, what depends on the adapter's positions and on the base is read off its layers.
         """
+        return self._written({} if self._describe is None else self._describe(self))
+
+    def to_dict_of(self, model: nn.Module, adapter_name: str) -> dict[str, Any]:
+        """Return `to_dict` for one of several adapters that share this configuration.
+
+        A collective call where the model is sharded.
+
+        Args:
+            model: With the adapter's layers.
+            adapter_name: Of the adapter.
+        """
+        from shira.tuner.describing import describe
+
+        return self._written(describe(self, model, adapter_name, gather=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_describe": None}  # a copy belongs to another model, or to none
+
+    def _written(self, described: dict[str, Any]) -> dict[str, Any]:
         return {
             name: sorted(value) if isinstance(value, set) else value
-            for name, value in super().to_dict().items()
+            for name, value in {**super().to_dict(), **described}.items()
             if not (name in _LEFT_OUT_WHEN_UNSET and value == _LEFT_OUT_WHEN_UNSET[name])
         }
 

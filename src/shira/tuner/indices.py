@@ -10,6 +10,7 @@ before: who loads a file into a new model, transformers for one, compares shapes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ from torch import Tensor
 
 from shira.errors import SupportError
 from shira.ops.packed import pack, unpack
+from shira.support import Support
+
+
+def digest_of(support: Support) -> str:
+    """Return a hash of positions."""
+    raw = support.indices.cpu().contiguous().numpy().tobytes()
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 
 class IndexDict(BufferDict):

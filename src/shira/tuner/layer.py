@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
+from shira.tuner.base_values import with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
 from shira.tuner.held import held
 from shira.tuner.hooks import call_with_hooks, has_hooks
-from shira.tuner.indices import IndexDict
+from shira.tuner.indices import IndexDict, digest_of
 from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling
 from shira.tuner.zero import fetch
+
+_STORED = ("shira_weight", "shira_indices")
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -45,11 +48,15 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             stored (of more than two dimensions: the first, and all others together). Kept in less
             memory: see `IndexDict`.
         scaling: Factor on each adapter's deltas; 1.0 in training.
+        chosen: A hash of the positions that each adapter's configuration led to.
         weight_name: Of the weight, in the base model; empty if not known.
     """
 
     adapter_layer_names = ("shira_weight",)
-    other_param_names = ("r", "scaling", "shira_indices")
+    other_param_names = ("r", "scaling", "shira_indices", "chosen")
+    cast_input_dtype_enabled = True
+    """A switch of PEFT's (``disable_input_dtype_casting``). Nothing depends on it, as the input is
+    cast only where torch's own layer casts it, under autocast."""
 
     def __init__(
         self,
@@ -64,11 +71,14 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.chosen: dict[str, str] = {}
         self.shira_weight = nn.ParameterDict({})
         self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
+        self._trained_when_disabled: tuple[list[str], dict[str, bool]] | None = None
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
+        self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
         self.weight_name = ""
         self.weight_shape = shape_of(self.weight)
@@ -79,6 +89,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             self.in_features, self.out_features = self.out_features, self.in_features
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, support, r, config=config)
+        for module in (self, self.shira_weight, self.shira_indices):
+            module.training = base_layer.training
+        self.register_load_state_dict_post_hook(_merge_what_was_merged)
 
     def _stores_input_first(self) -> bool:
         """Whether the first dimension of the weight is that of the input."""
@@ -117,6 +130,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         make = torch.zeros if config.init_weights else torch.randn
         self.shira_weight[adapter_name] = nn.Parameter(make(support.nnz), requires_grad=True)
         self.shira_indices[adapter_name] = support.coordinates()
+        self.chosen[adapter_name] = digest_of(support)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -125,9 +139,18 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         nn.init.zeros_(self.shira_weight[adapter_name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor on an adapter's deltas; an adapter that is not here is ignored."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale
+        """Set the factor on an adapter's deltas, also if it is merged.
+
+        An adapter that is not here is ignored.
+        """
+        if adapter not in self.scaling:
+            return
+        merged = list(self.merged_adapters)
+        if adapter in merged:
+            self.unmerge()
+        self.scaling[adapter] = scale
+        if adapter in merged:
+            self.merge(adapter_names=merged)
 
     def support(self, adapter_name: str) -> Support:
         """The entries that an adapter trains."""
@@ -151,6 +174,24 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             if others:
                 self.merge(adapter_names=others)
         super().delete_adapter(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the adapters; enabled again, they are trainable where they were.
+
+        Args:
+            enabled: Whether forwards are to use the active adapters.
+        """
+        if not enabled and not self._disable_adapters:
+            trained = {name: value.requires_grad for name, value in self.shira_weight.items()}
+            self._trained_when_disabled = list(self.active_adapters), trained
+        before, self._trained_when_disabled = self._trained_when_disabled, None
+        super().enable_adapters(enabled)
+        if not enabled:
+            self._trained_when_disabled = before
+        elif before is not None and before[0] == list(self.active_adapters):
+            for name, trained_then in before[1].items():
+                if name in self.shira_weight:
+                    self.shira_weight[name].requires_grad_(trained_then)
 
     def _delta(self, adapter: str) -> Tensor:
         return self._scaled(adapter, self.shira_weight[adapter])
@@ -191,6 +232,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         ):
             self.shira_indices.leave_out(result, f"{kwargs.get('prefix', '')}shira_indices.")
         return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # What is loaded belongs to the base and the adapters, not to what a merge made of them: the
+        # merged ones are taken out before and put in again when all is loaded.
+        keys = [f"{kind}.{name}" for kind in _STORED for name in self.merged_adapters]
+        if keys and any(prefix + key in state_dict for key in ("base_layer.weight", *keys)):
+            with_originals(state_dict, f"{prefix}base_layer.weight", self)
+            self._merge_after_loading = list(self.merged_adapters)
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ----------------------------------------------------------------- merging
 
@@ -367,6 +418,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def extra_repr(self) -> str:
         """What PEFT's layers say of a quantized base."""
         return str(quantization_extra_repr(self))
+
+
+def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:
+    merged, layer._merge_after_loading = layer._merge_after_loading, []
+    if merged:
+        layer.merge(adapter_names=layer._present(merged))
 
 
 def _refuse_not_finite(adapter_name: str, merged: Tensor) -> None:

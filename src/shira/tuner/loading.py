@@ -81,14 +81,13 @@ def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports:
         ROUNDED_FIELD: config.base_fingerprint_rounded,
         "base_model_name_or_path": config.base_model_name_or_path,
     }
-    parameters = {
-        weight_name(base_module_name(name)): module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-    }
+    layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            layers.setdefault(weight_name(base_module_name(path)), module)
     verdicts: dict[str, Verdict] = {}
     for raw in file.tensors.values():
-        held = base_values(parameters[raw.weight_name], supports[raw.weight_name])
+        held = base_values(layers[raw.weight_name], supports[raw.weight_name])
         verdicts[raw.weight_name] = judge(metadata, raw.weight_name, raw.values, held)
     remedy = "pass a config whose base_fingerprint is None"
     accept(metadata, verdicts, str(file.path), remedy)

@@ -20,6 +20,7 @@ from shira.errors import MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
 from shira.store.names import full_shape
 from shira.support import Support, matrix_shape
+from shira.tuner.base_values import base_of, pristine
 from shira.tuner.elsewhere import readable
 from shira.tuner.quantized import unpacked
 
@@ -33,11 +34,16 @@ class BuiltinMask:
     def __init__(self, config: ShiraConfig) -> None:
         self.config = config
 
+    @property
+    def looks_at_weight(self) -> bool:
+        """Whether the mask depends on the weight's values."""
+        config = self.config
+        return "weight" in MASKS[config.mask_type].needs_with(config.mask_options)
+
     def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
         """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
         config, weight = self.config, weight_of(base_layer)
-        shape = shape_of(weight)
-        looks = "weight" in MASKS[config.mask_type].needs_with(config.mask_options)
+        shape, looks = shape_of(weight), self.looks_at_weight
         with readable(base_layer) if looks else nullcontext():
             return choose(
                 config.mask_type,
@@ -54,6 +60,8 @@ class BuiltinMask:
 class SupportTable:
     """``config.mask_fn`` of a calibrated configuration: supports by parameter name."""
 
+    looks_at_weight = False
+
     def __init__(self, supports: Mapping[str, Support]) -> None:
         self.supports = dict(supports)
 
@@ -69,12 +77,13 @@ class SupportTable:
             ) from None
 
 
-def support_of_layer(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
-    """The entries to train in one layer.
+def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -> Support:
+    """Choose the entries to train in one layer.
 
     Args:
         config: Its mask function, budget, seed and options.
-        base_layer: The layer to adapt.
+        layer: The layer to adapt, or an adapted one that gets a further adapter; masks see the
+            base, also while adapters are merged into its weight.
         name: The weight's parameter name in the base model: part of the key of random masks.
         r: The layer's rank (``rank_pattern`` may give layers their own).
 
@@ -84,13 +93,14 @@ def support_of_layer(config: ShiraConfig, base_layer: nn.Module, name: str, r: i
     Raises:
         MaskError: If there is no mask function, or what it returns does not fit.
     """
-    shape = shape_of(weight_of(base_layer))
     mask_fn = config.mask_fn
     if mask_fn is None:
         raise MaskError(
             f"{name}: mask_type={config.mask_type!r} is not built in and config.mask_fn is not "
             f"set; built in are {', '.join(MASKS)}.{did_you_mean(config.mask_type, MASKS)}"
         )
+    base_layer = pristine(layer) if getattr(mask_fn, "looks_at_weight", True) else base_of(layer)
+    shape = shape_of(weight_of(base_layer))
     if isinstance(mask_fn, (BuiltinMask, SupportTable)):
         support = mask_fn(base_layer, r, name=name)
     else:

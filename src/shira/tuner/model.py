@@ -25,9 +25,10 @@ from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support
-from shira.tuner.base_values import base_values
+from shira.tuner.base_values import base_of, base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.conv2d import Conv2d
+from shira.tuner.describing import watch
 from shira.tuner.elsewhere import readable
 from shira.tuner.embedding import Embedding
 from shira.tuner.layer import ShiraLayer
@@ -37,7 +38,7 @@ from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
-from shira.tuner.saving import in_few_bytes, whole_values
+from shira.tuner.saving import in_few_bytes, whole_state
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
@@ -139,13 +140,13 @@ class ShiraModel(BaseTuner):
         layer_class, name, r, support = prepared or prepare(config, current_key, target, None)
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
         # PEFT moves what is new to where the weight is: not to the meta device, if it is offloaded
-        with readable(base_layer_of(target)):
+        with readable(base_of(target)):
             if isinstance(target, ShiraLayer):
                 target.update_layer(adapter_name, support, r, config=config, **kwargs)
                 if adapter_name == REFERENCE:
                     self._copy_adapter_of_same_config(target, config)
             else:
-                if backend_of(base_layer_of(target)) is None:  # a packed weight is never written to
+                if backend_of(base_of(target)) is None:  # a packed weight is never written to
                     own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
                 new_module = layer_class(
                     target, support, adapter_name, config=config, r=r, **kwargs
@@ -154,7 +155,8 @@ class ShiraModel(BaseTuner):
                     new_module.requires_grad_(False)
                 new_module.weight_name = name
                 self._replace_module(parent, target_name, new_module, target)
-            _record(config, base_layer_of(target), name, support)
+            _record(config, target, name, support)
+            watch(config, self.model, adapter_name)
 
     def _copy_adapter_of_same_config(self, layer: ShiraLayer, config: ShiraConfig) -> None:
         """TRL adds its reference with the policy's config object and means a copy of the policy.
@@ -164,6 +166,7 @@ class ShiraModel(BaseTuner):
         for name in layer.shira_weight:
             if name != REFERENCE and self.peft_config.get(name) is config:
                 layer.shira_indices[REFERENCE] = layer.shira_indices[name].clone()
+                layer.chosen[REFERENCE] = layer.chosen[name]
                 copied = layer.shira_weight[name].detach().clone()
                 layer.shira_weight[REFERENCE] = nn.Parameter(copied, requires_grad=False)
                 return
@@ -284,7 +287,10 @@ class ShiraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        state_dict = whole_values(model, adapter_name, state_dict)
+        # In place: PEFT goes on to look for modules_to_save in this, its own, dictionary.
+        state = whole_state(model, config, adapter_name, state_dict)
+        state_dict.clear()
+        state_dict.update(state)
         result: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -329,7 +335,7 @@ def prepare(
         TargetError: If there is no adapted layer for it.
         MaskError: If the mask does not fit.
     """
-    base_layer = base_layer_of(target)
+    base_layer = base_of(target)
     name = weight_name(base_module_name(key))
     layer_class = layer_class_of(base_layer)
     if layer_class is None:
@@ -355,19 +361,14 @@ def prepare(
     elif needs_placeholder(config):
         support = placeholder(config, base_layer, name, r)
     else:
-        support = support_of_layer(config, base_layer, name, r)
+        support = support_of_layer(config, target, name, r)
     return Prepared(layer_class, name, r, support)
 
 
-def base_layer_of(target: nn.Module) -> nn.Module:
-    """The layer that is adapted, under whatever adapts it already."""
-    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-
-
-def _record(config: ShiraConfig, base_layer: nn.Module, name: str, support: Support) -> None:
+def _record(config: ShiraConfig, layer: nn.Module, name: str, support: Support) -> None:
     """Write into the config what a reader of the saved file needs to know of the base."""
     config.shira_shapes = {**(config.shira_shapes or {}), name: list(support.shape)}
-    values = base_values(base_layer, support)
+    values = base_values(layer, support)
     if values is not None:
         for field, told in fingerprint_fields({name: values}).items():
             setattr(config, field, {**(getattr(config, field) or {}), **told})

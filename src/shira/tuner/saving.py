@@ -1,56 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``save_pretrained`` writes: whole values (`whole_values`), in few bytes (`in_few_bytes`)."""
+"""What ``save_pretrained`` writes: all of an adapter (`whole_state`), in few bytes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError
 from shira.ops.packed import unpack
-from shira.store.sharded import gathered, is_partitioned, whole
+from shira.store.names import base_module_name, own_names, weight_name
+from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
+from shira.tuner.base_values import base_of
+from shira.tuner.config import ShiraConfig
+from shira.tuner.describing import fingerprint_in, fingerprint_of, layers_of, watch
+from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 
 _STORED = ("shira_weight", "shira_indices")
 
 
-def whole_values(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+def whole_state(
+    model: nn.Module, config: ShiraConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state dict with the values of an adapter whole and its positions as PEFT has them.
+    """Return a state dict by the model's own names, with an adapter in it that is whole.
 
-    A collective call where the state dict is that of a sharded model (FSDP2, ZeRO-3); none where
-    the caller has gathered it already, as Accelerate and Trainer do.
+    The configuration is described by this adapter from then on. A collective call where the state
+    dict is that of a sharded model (FSDP2, ZeRO-3); none where the caller has gathered it already,
+    as Accelerate and Trainer do.
 
     Args:
         model: With the adapter's layers.
+        config: Of the adapter.
         adapter_name: Of the adapter.
-        state_dict: By the names of the model's own state dict.
+        state_dict: Of the model; other wrappers may have put their names before or in the keys.
+
+    Returns:
+        Values whole, positions as PEFT has them.
+
+    Raises:
+        AdapterError: If the state dict lacks values of the adapter, or has other positions than the
+            model.
     """
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, ShiraLayer) and adapter_name in layer.shira_weight
+    if is_elsewhere(state_dict):
+        return state_dict
+    state_dict = by_own_names(model, state_dict)
+    layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
+    keys = {f"{path}.shira_weight.{adapter_name}": layer for path, layer in layers.items()}
+    for key in keys:
+        if key not in state_dict:
+            raise AdapterError(
+                f"the state dict has no {key!r}, so adapter {adapter_name!r} cannot be saved from "
+                f"it: pass that of the whole model{_example_of(state_dict)}"
+            )
+    parts = {
+        key: layer.shira_weight[adapter_name]
+        for key, layer in keys.items()
+        if is_partitioned(layer.shira_weight[adapter_name]) and not state_dict[key].numel()
     }
-    parameters = {
-        f"{name}.shira_weight.{adapter_name}": layer.shira_weight[adapter_name]
-        for name, layer in layers.items()
-    }
-    result = dict(state_dict)
-    missing = {
-        key: parameter
-        for key, parameter in parameters.items()
-        if key in state_dict and is_partitioned(parameter) and not state_dict[key].numel()
-    }
-    with gathered(missing.values()):
-        result.update({key: parameter.detach().clone() for key, parameter in missing.items()})
-    for name, layer in layers.items():
-        value_key, index_key = (f"{name}.{kind}.{adapter_name}" for kind in _STORED)
-        if value_key in result:
-            result[value_key] = whole(result[value_key])
-        if index_key in result:  # as they are kept, if this is no state dict but a list of buffers
-            result[index_key] = unpack(result[index_key], layer.weight_shape)
-    return result
+    with gathered(parts.values()):
+        state_dict |= {key: parameter.detach().clone() for key, parameter in parts.items()}
+    known = {}
+    for path, layer in layers.items():
+        value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in _STORED)
+        support = layer.support(adapter_name)
+        if is_sharded(base_of(layer).weight):
+            found = (
+                fingerprint_of(layer, support, gather=True)
+                if value_key in parts
+                else fingerprint_in(state_dict, path, support)
+            )
+            if found is not None:
+                name = weight_name(base_module_name(path))
+                known[name] = digest_of(support), found
+        state_dict[value_key] = whole(state_dict[value_key])
+        positions = layer.shira_indices[adapter_name]
+        # as they are kept, if this is no state dict but a list of buffers
+        given = unpack(state_dict.get(index_key, positions), layer.weight_shape)
+        if state_dict[value_key].shape != positions.shape[1:] or not torch.equal(
+            given.to(positions), positions
+        ):
+            raise AdapterError(
+                f"{index_key!r} of the state dict are not the positions that the model's adapter "
+                f"{adapter_name!r} has; load the state dict into the model first, and save that"
+            )
+        state_dict[index_key] = given
+    watch(config, model, adapter_name, known)
+    return state_dict
+
+
+def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with the names by which PEFT knows what belongs to adapters.
+
+    Args:
+        model: With adapters.
+        state_dict: Perhaps of the same model in another wrapping.
+
+    Raises:
+        AdapterError: If two of its keys mean the same tensor.
+    """
+    modules = [
+        path_in_state(path)
+        for path, module in model.named_modules()
+        if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper))
+    ]
+    names = own_names(state_dict, modules)
+    return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def path_in_state(path: str) -> str:
+    """Return how PEFT calls a module of a model that FSDP has wrapped as a whole."""
+    return path.removeprefix("_fsdp_wrapped_module.")
+
+
+def is_elsewhere(state_dict: dict[str, Any]) -> bool:
+    """Whether an empty state dict is that of a process to which another one's was not sent."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and not state_dict
+
+
+def _example_of(state_dict: dict[str, Any]) -> str:
+    found = sorted(key for key in state_dict if "shira_weight" in key)[:1]
+    return f" (the adapter's names in this one are like {found[0]!r})" if found else ""
 
 
 def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
