@@ -64,8 +64,9 @@ def pristine(layer: nn.Module) -> nn.Module:
     """
     base, copied = base_of(layer), None
     with readable(base):
-        for offsets, originals in _overwritten(layer, base.weight):
-            copied = base.weight.detach().clone() if copied is None else copied
+        weight = stored_weight(layer)
+        for offsets, originals in _overwritten(layer, weight):
+            copied = weight.detach().clone() if copied is None else copied
             memory_of(copied).index_copy_(0, offsets.long(), originals)
     if copied is None:
         return base  # type: ignore[no-any-return]
@@ -117,6 +118,11 @@ def values_at(weight: Tensor, support: Support) -> Tensor | None:
 def base_of(layer: Any) -> Any:
     """Return the layer that is adapted, under whatever adapts it already."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def stored_weight(layer: nn.Module) -> Any:
+    """Return the weight of the base layer as it is stored: packed, in parts, or None (GPTQ)."""
+    return getattr(base_of(layer), "weight", None)
 
 
 def _overwritten(layer: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from shira.delta import fingerprint
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, fingerprint_fields
 from shira.errors import MaskError
 from shira.store.names import base_module_name, weight_name
 from shira.store.peft_config import common_rank
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
-from shira.tuner.base_values import base_of, base_values, values_at
+from shira.tuner.base_values import base_values, stored_weight, values_at
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import entries
@@ -29,8 +29,10 @@ from shira.tuner.masking import entries
 if TYPE_CHECKING:
     from shira.tuner.config import ShiraConfig
 
-Fingerprints = Mapping[str, tuple[str, str]]
-"""``{parameter name: (digest of the positions, fingerprint of the base under them)}``"""
+Known = Mapping[str, tuple[str, dict[str, Any]]]
+"""``{parameter name: (digest of the positions, what is recorded of the base under them)}``"""
+
+_OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, ShiraLayer]:
@@ -46,7 +48,7 @@ def describe(
     config: ShiraConfig,
     model: nn.Module,
     adapter_name: str,
-    known: Fingerprints = MappingProxyType({}),
+    known: Known = MappingProxyType({}),
     gather: bool = False,
 ) -> dict[str, Any]:
     """Return the fields of a configuration that its adapter's positions and base decide.
@@ -59,7 +61,7 @@ def describe(
         config: Of the adapter.
         model: With the adapter's layers.
         adapter_name: Its name.
-        known: Fingerprints for weights of which this process has a part only.
+        known: What is known of weights of which this process has a part only.
         gather: Read such weights, weight by weight; a collective call.
 
     Returns:
@@ -67,7 +69,7 @@ def describe(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
-    prints: dict[str, str] = {}
+    prints: dict[str, dict[str, Any]] = {field: {} for field in _OF_THE_BASE}
     as_chosen = as_budgeted = True
     for path, layer in layers_of(model, adapter_name).items():
         module = base_module_name(path)
@@ -77,18 +79,19 @@ def describe(
         unchanged = layer.chosen.get(adapter_name) == digest
         as_chosen &= unchanged
         as_budgeted &= _budget(config, module, support.shape) == support.nnz
-        found = fingerprint_of(layer, support, gather)
+        found = recorded_of(layer, name, support, gather)
         if found is None and known.get(name, ("",))[0] == digest:
             found = known[name][1]
         elif found is None and unchanged and layer.quantization_backend is not None:
-            found = (config.base_fingerprint or {}).get(name)  # of the base before it was packed
-        if found is not None:
-            prints[name] = found
+            # of the base before it was packed
+            found = {field: getattr(config, field, None) for field in _OF_THE_BASE}
+        for field, told in (found or {}).items():
+            prints[field] |= {name: told[name]} if name in (told or {}) else {}
     if not shapes:
         return {}
     fields: dict[str, Any] = {
         "shira_shapes": {name: list(shape) for name, shape in shapes.items()},
-        "base_fingerprint": prints or None,
+        **{field: told or None for field, told in prints.items() if hasattr(config, field)},
     }
     if not as_chosen:
         fields |= {"random_seed": None, "mask_slot": 0}
@@ -101,7 +104,7 @@ def watch(
     config: ShiraConfig,
     model: nn.Module,
     adapter_name: str,
-    known: Fingerprints = MappingProxyType({}),
+    known: Known = MappingProxyType({}),
 ) -> None:
     """Have a configuration described by an adapter, as long as its model is there.
 
@@ -111,9 +114,7 @@ def watch(
 
 
 class _Watch:
-    def __init__(
-        self, model: weakref.ref[nn.Module], adapter_name: str, known: Fingerprints
-    ) -> None:
+    def __init__(self, model: weakref.ref[nn.Module], adapter_name: str, known: Known) -> None:
         self.model, self.adapter_name, self.known = model, adapter_name, known
 
     def __call__(self, config: ShiraConfig) -> dict[str, Any]:
@@ -121,28 +122,39 @@ class _Watch:
         return {} if model is None else describe(config, model, self.adapter_name, self.known)
 
 
-def fingerprint_of(layer: nn.Module, support: Support, gather: bool = False) -> str | None:
-    """Return the fingerprint of the base under some entries, or None if it cannot be read here."""
-    weight: Tensor = base_of(layer).weight
-    if is_sharded(weight) and not gather:
+def recorded_of(
+    layer: nn.Module, name: str, support: Support, gather: bool = False
+) -> dict[str, Any] | None:
+    """Return what is recorded of the base under some entries; None if it cannot be read here.
+
+    Args:
+        layer: The base layer, or an adapted one.
+        name: The parameter's.
+        support: On its weight.
+        gather: Read also a weight of which this process has a part only; a collective call.
+    """
+    if not gather and is_sharded(stored_weight(layer)):
         return None
     values = base_values(layer, support, gather)
-    return None if values is None else fingerprint(values)
+    return None if values is None else fingerprint_fields({name: values})
 
 
-def fingerprint_in(state_dict: Mapping[str, Any], path: str, support: Support) -> str | None:
-    """Return the fingerprint of the base under some entries as a state dict has it.
+def recorded_in(
+    state_dict: Mapping[str, Any], path: str, name: str, support: Support
+) -> dict[str, Any] | None:
+    """Return what is recorded of the base under some entries as a state dict has it.
 
     A collective call if that holds a part as well.
 
     Args:
         state_dict: By the model's own names.
         path: Of the adapted layer.
+        name: The parameter's.
         support: On its weight.
     """
     weight = state_dict.get(f"{path}.base_layer.weight")
     values = values_at(whole(weight), support) if isinstance(weight, Tensor) else None
-    return None if values is None else fingerprint(values)
+    return None if values is None else fingerprint_fields({name: values})
 
 
 def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:

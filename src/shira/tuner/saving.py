@@ -14,9 +14,9 @@ from shira.errors import AdapterError
 from shira.ops.packed import unpack
 from shira.store.names import base_module_name, own_names, weight_name
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
-from shira.tuner.base_values import base_of
+from shira.tuner.base_values import stored_weight
 from shira.tuner.config import ShiraConfig
-from shira.tuner.describing import fingerprint_in, fingerprint_of, layers_of, watch
+from shira.tuner.describing import layers_of, recorded_in, recorded_of, watch
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 
@@ -67,14 +67,14 @@ def whole_state(
     for path, layer in layers.items():
         value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in _STORED)
         support = layer.support(adapter_name)
-        if is_sharded(base_of(layer).weight):
+        if is_sharded(stored_weight(layer)):
+            name = weight_name(base_module_name(path))
             found = (
-                fingerprint_of(layer, support, gather=True)
+                recorded_of(layer, name, support, gather=True)
                 if value_key in parts
-                else fingerprint_in(state_dict, path, support)
+                else recorded_in(state_dict, path, name, support)
             )
             if found is not None:
-                name = weight_name(base_module_name(path))
                 known[name] = digest_of(support), found
         state_dict[value_key] = whole(state_dict[value_key])
         positions = layer.shira_indices[adapter_name]
