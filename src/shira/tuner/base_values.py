@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.ops.memory import memory_of
 from shira.ops.patch import memory_offsets
-from shira.ops.resident import memory_of
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
 from shira.tuner.elsewhere import readable
