@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.base import accumulation_dtype, fingerprint, replacement
 from shira.delta import Adapter, SparseDelta, checked_scale
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.support import Support
@@ -70,19 +69,6 @@ def test_a_zero_delta_gives_the_base_back_bit_for_bit(dtype):
     zero = SparseDelta(Support((1000,), torch.arange(1000)), torch.zeros(1000))
     assert torch.equal(zero.replacement(base), base)
     assert torch.equal(zero.replacement(base, 0.3), base)
-
-
-def test_the_sum_is_rounded_once():
-    # 1 + 2^-8 is a tie in bfloat16; the 2^-20 beyond it, lost if the delta were rounded first,
-    # decides.
-    base, value = torch.ones(1, dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])
-    assert replacement(base, value).item() == 1 + 2.0**-7
-    assert (base + value.bfloat16()).item() == 1.0
-
-
-def test_accumulation_dtype():
-    assert accumulation_dtype(torch.bfloat16, torch.float16) == torch.float32
-    assert accumulation_dtype(torch.float32, torch.float64) == torch.float64
 
 
 # --- SparseDelta --------------------------------------------------------------------------------
@@ -214,27 +200,3 @@ def test_a_scale_is_a_real_number(scale):
 def test_a_scale_that_is_none(scale):
     with pytest.raises(AdapterError, match="the scale of 'a' is"):
         checked_scale("a", scale)
-
-
-# --- fingerprint --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (torch.float32, "float32:3d246f40a736a7cc"),
-        (torch.bfloat16, "bfloat16:cc114a6b3d595316"),
-        (torch.float16, "float16:55553857f02d5acc"),
-        (torch.float64, "float64:cd67521e37554393"),
-    ],
-)
-def test_fingerprint_is_the_same_for_ever(dtype, expected):
-    assert fingerprint(torch.tensor([0.0, 1.0, -2.5, 1024.0], dtype=dtype)) == expected
-
-
-def test_fingerprint_knows_values_order_dtype_and_sign_of_zero():
-    values = torch.tensor([0.0, 1.0, 2.0])
-    same = torch.tensor([0.0, 9.0, 1.0, 9.0, 2.0])[::2].requires_grad_()
-    assert fingerprint(same) == fingerprint(values)
-    others = [values.flip(0), values.half(), values[:2], values[:0], -values]
-    assert len({fingerprint(v) for v in [values, *others]}) == 6

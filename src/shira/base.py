@@ -165,24 +165,25 @@ def accept(
 
 
 def _compare(recorded: str, rounded: Sequence[str], held: Tensor) -> Verdict:
-    own = fingerprint(held)
+    own, dtype = fingerprint(held), held.dtype
     if own == recorded:
         return "same"
-    if own in rounded:
-        return "same after rounding"
-    made_on, dtype = _FLOATS.get(recorded.partition(":")[0]), held.dtype
-    if own.partition(":")[0] == recorded.partition(":")[0]:
+    if _dtype_of(own) == _dtype_of(recorded):
         return "another"
+    made_on = _FLOATS.get(_dtype_of(recorded))
     if made_on is None or dtype not in _FLOATS.values():
         return "cannot be told"
     if fingerprint(held.to(made_on)) == recorded:
         return "same after rounding" if _loses(dtype, made_on) else "same"
-    if not _loses(made_on, dtype):  # the base is wider
-        through = fingerprint(held.float().to(made_on))  # float64, loaded as float32 and cast then
-        return "same after rounding" if through == recorded else "another"
-    narrower = not _loses(dtype, made_on)
-    known = {text.partition(":")[0] for text in rounded}
-    return "another" if narrower and own.partition(":")[0] in known else "cannot be told"
+    if own in rounded:
+        return "same after rounding"
+    wider, narrower = not _loses(made_on, dtype), not _loses(dtype, made_on)
+    comparable = wider or (narrower and _dtype_of(own) in map(_dtype_of, rounded))
+    return "another" if comparable else "cannot be told"
+
+
+def _dtype_of(text: str) -> str:
+    return text.partition(":")[0]
 
 
 def _loses(source: torch.dtype, target: torch.dtype) -> bool:
