@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.sweep.checking import NO_GRAD, Run, outputs
 
 MOST_PARAMETERS = 20_000_000
 MOST_INPUTS = 16
+SAME_REASON = 5
 STAGES = ("model", "inputs")
 
 
@@ -32,6 +34,7 @@ def first_that_runs(
         NotBuilt: If none does, with the reason of the first that came farthest.
     """
     farthest, why = -1, ""
+    reasons: Counter[str] = Counter()
     for profile in profiles:
         stage = 0
         try:
@@ -44,8 +47,11 @@ def first_that_runs(
             stage = 1
             return model, _first_input(model, inputs)
         except Exception as error:
+            reasons[_said(error)] += 1
             if stage > farthest:
                 farthest, why = stage, _said(error)
+            if stage and reasons[_said(error)] == SAME_REASON:
+                break
     raise NotBuilt(f"{STAGES[farthest]}: {why}")
 
 

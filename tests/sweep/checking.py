@@ -40,7 +40,7 @@ Run = Callable[[nn.Module], Any]
 
 
 def steady(model: nn.Module) -> nn.Module:
-    """Set all dropout to zero, and give constant weights values that let outputs depend on them."""
+    """Freeze, set all dropout to zero, and give constant weights values that outputs depend on."""
     for module in model.modules():
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
@@ -49,6 +49,8 @@ def steady(model: nn.Module) -> nn.Module:
             module.p = 0.0
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
+        # As PEFT leaves it: torch sums in another order where a weight takes part in training.
+        parameter.requires_grad_(False)
         data = parameter.data
         if not data.is_floating_point() or not data.numel():
             continue
@@ -290,7 +292,7 @@ def _train(adapted: Any, layers: dict[str, Any], merged: nn.Module, run: Run) ->
             if not torch.isfinite(wanted).all():
                 unused.append(name)
                 continue
-            off = float((got - wanted).norm() / wanted.norm())
+            off = float((got.double() - wanted).norm() / wanted.double().norm())
             if not off < 2e-3:
                 different.append((name, f"off by {off:.1e}"))
     if missing:

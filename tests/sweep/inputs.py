@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH, LENGTH = 2, 12
+MODALITIES = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
 def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -30,11 +31,14 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         sets = [[*names, "decoder_input_ids"] for names in sets] + sets
     elif "decoder_inputs_embeds" in parameters and "input_ids" not in parameters:
         sets.append([*required, main])
-    for name in ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds"):
+    for name in (*MODALITIES, "inputs_embeds"):
         if name in parameters and name != main:
             sets.append([*required, name])
             if "decoder_input_ids" in parameters:
                 sets.append([*required, name, "decoder_input_ids"])
+    kinds = [name for name in MODALITIES if name in parameters]
+    if len(kinds) > 1:
+        sets.append([*required, *kinds])
     if "bbox" in parameters:
         sets = [[*names, "bbox"] for names in sets] + sets
     if "attention_mask" in parameters:
@@ -45,27 +49,14 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         if tuple(names) in seen:
             continue
         seen.add(tuple(names))
-        for variant in range(5):
-            try:
-                yield {name: _make(name, model, variant) for name in names}
-            except _NoMore:
-                break
-
-
-class _NoMore(Exception):
-    """There is no further way to make this input."""
-
-
-def _make(name: str, model: nn.Module, variant: int) -> Any:
-    maker = MAKERS.get(name)
-    if maker is None:
-        raise KeyError(f"no rule for the input {name!r}")
-    made = maker(model)
-    if variant == 0:
-        return made[0] if isinstance(made, list) else made
-    if isinstance(made, list):
-        return made[min(variant, len(made) - 1)]
-    return made
+        makers = {name: MAKERS.get(name) for name in names}
+        missing = [name for name, maker in makers.items() if maker is None]
+        if missing:
+            raise KeyError(f"no rule for the input {missing[0]!r}")
+        made = {name: maker(model) for name, maker in makers.items() if maker is not None}
+        made = {name: one if isinstance(one, list) else [one] for name, one in made.items()}
+        for variant in range(max(len(one) for one in made.values())):
+            yield {name: one[min(variant, len(one) - 1)] for name, one in made.items()}
 
 
 def _normal(*shape: int) -> Tensor:
@@ -115,6 +106,12 @@ def _decoder_ids(model: nn.Module) -> Tensor:
 
 
 def _pixels(model: nn.Module) -> list[Tensor]:
+    if _takes(model, "grid_thw"):
+        patch = find(model, "patch_size", default=14)
+        depth = find(model, "temporal_patch_size", default=1)
+        channels = find(model, "in_channels", "in_chans", "num_channels", default=3)
+        widths = [channels * depth * patch**2, channels * patch**2]
+        return [_normal(BATCH * 16, width) for width in widths]
     size = find(model, "image_size", "input_size", "img_size", "crop_size", default=64)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     if isinstance(size, dict):
@@ -159,7 +156,13 @@ def _ones(length: int):  # type: ignore[no-untyped-def]
     return lambda model: torch.ones(BATCH, length, dtype=torch.long)
 
 
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
 def _embeds(model: nn.Module) -> list[Tensor]:
+    if _takes(model, "grid_thw"):
+        return _pixels(model)
     width = find(model, "hidden_size", "d_model", "n_embd", "dim", default=32)
     return [_normal(BATCH, LENGTH, width)]
 
@@ -187,7 +190,10 @@ MAKERS: dict[str, Any] = {
     "inputs_embeds": _embeds,
     "hidden_states": _embeds,
     "encoder_hidden_states": _embeds,
+    "query_embeds": _embeds,
     "bbox": _boxes,
+    "grid_thw": lambda model: torch.tensor([[1, 4, 4]] * BATCH),
+    "input_features_mask": _ones(64),
     "inputs": lambda m: [*_ids(m), *_pixels(m)],
     "spectrogram": lambda m: [
         _normal(BATCH, 50, find(m, "model_in_dim", "num_mel_bins", default=80))

@@ -7,6 +7,7 @@ import copy
 import importlib
 import logging
 import subprocess
+import time
 import warnings
 from typing import Any, NamedTuple
 
@@ -30,7 +31,12 @@ class Work(NamedTuple):
     library: str
 
     def __call__(self, name: str) -> dict[str, Any]:
-        """Check one class; the row of the table."""
+        """Check one class; the row of the table, and the processor time it took."""
+        began = time.process_time()
+        row = self._row_of(name)
+        return row | {"seconds": round(time.process_time() - began, 2)}
+
+    def _row_of(self, name: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         torch.set_num_threads(1)

@@ -21,5 +21,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dab-detr": {**_DETR, "backbone_config": {**_RESNET, "out_features": ["stage4"]}},
     "deformable_detr": _DETR,
     "bamba": {"attn_layer_indices": [1]},
-    "align": {"width_coefficient": 0.2, "depth_coefficient": 0.2},
+    "align": {"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256},
+    "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 256},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
 }

@@ -119,8 +119,11 @@ def _shrink(config: dict, profile: Profile, ids: dict[int, int], fixed: dict) ->
             continue
         elif key == "pad_token_id" and value is None:
             small[key] = 0
-        elif not isinstance(key, str) or key in ("id2label", "label2id"):
+        elif key in ("id2label", "label2id"):
             small[key] = value
+        elif key == "per_layer_config" and value:
+            few = {k: v for k, v in value.items() if int(k) < wanted}
+            small[key] = {k: _shrink(v, profile, ids, fixed) for k, v in few.items()}
         elif isinstance(value, dict):
             small[key] = _shrink(value, profile, ids, fixed)
         elif _is_layer_list(key, value, layers):
