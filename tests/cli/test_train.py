@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -93,14 +93,50 @@ def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path):
     assert shira(*write, "--max-steps", 6, "--save-steps", 3).status == 0
     out = tmp_path / "out"
     unbroken = Adapter.load(out)
-    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    # as if it had been killed while it wrote the last checkpoint
+    cut = out / "checkpoints" / "checkpoint-6" / "optimizer.pt"
+    cut.write_bytes(cut.read_bytes()[:100])
     for path in out.glob("adapter_*"):
         path.unlink()
     answer = shira(*write, "--max-steps", 6, "--save-steps", 3, "--resume", "last")
     assert answer.status == 0, answer.err
+    assert "checkpoint-6 is not whole (optimizer.pt is damaged" in answer.err
+    assert "going on from checkpoint-3" in answer.err
     resumed = Adapter.load(out)
     assert json.loads((out / "metrics.json").read_text())["steps"] == 6
     assert resumed == unbroken
+
+    for more in (["--density", 0.1], ["--seed", 7], ["--mask-type", "struct"]):
+        answer = shira(*write, "--max-steps", 6, "--resume", "last", *more)
+        assert answer.status == 2
+        assert f"checkpoint-6 was made with {more[0]}" in answer.err.splitlines()[-1]
+    assert Adapter.load(out) == unbroken
+
+
+def test_a_run_that_ends_in_no_number_writes_no_adapter(shira, write, tmp_path):
+    out = tmp_path / "out"
+    wild = ["--dtype", "float16", "--learning-rate", 1e4, "--max-steps", 6, "--logging-steps", 9]
+    answer = shira(*write, *wild)
+    assert answer.status == 2
+    assert re.search(r"error: the loss was not finite .* at step \d", answer.err.splitlines()[-1])
+    assert not out.exists()
+    assert answer.out == ""
+    assert shira(*write, "--max-steps", 1).status == 0
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert shira(*write, *wild, "--overwrite").status == 2
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_data_that_does_not_fit_the_model(shira, classify, write, tmp_path):
+    three = tmp_path / "three.csv"
+    three.write_text("text,label\nthe film,a\nthe book,b\nthe meal,c\n")
+    answer = shira(*classify, "--train-file", three, "--eval-file", three)
+    assert answer.status == 2
+    assert "its head has 2 labels, the data has 3 (a, b, c)" in answer.err.splitlines()[-1]
+    answer = shira(*write, "--max-length", 40)
+    assert answer.status == 2
+    assert "it has 32 positions, and a row has 40 tokens" in answer.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_job_file_with_the_command_line_over_it(shira, write, tmp_path):
@@ -157,13 +193,16 @@ def test_mistakes_are_one_line_and_write_nothing(shira, write, tmp_path):
         (["--train-file", tmp_path / "none.txt"], "no such file"),
         (["--resume", "last"], "no checkpoint"),
         (["--density", 2], "density"),
+        (["--epochs", "inf"], "--epochs"),
+        (["--seed", -1], "--seed"),
+        (["--output", write[write.index("--train-file") + 1]], "cannot be replaced by a folder"),
     ):
         answer = shira(*write, *more, "--max-steps", 1)
         assert answer.status == 2, more
         line = answer.err.splitlines()[-1]
         assert line.startswith("error: ")
         assert words in line
-        assert not (tmp_path / "out" / "adapter_config.json").exists()
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_not_written_over_unasked(shira, write, tmp_path):

@@ -54,6 +54,10 @@ ROWS = [
 ]
 
 
+def labelled(*labels):
+    return [{"text": "x", "label": label} for label in labels]
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_columns_are_found_in_every_format(tmp_path, kind):
     path = table(tmp_path / f"train.{kind}", ROWS)
@@ -90,10 +94,18 @@ def test_columns_that_are_named(tmp_path):
         ([{"a": "x", "label": "y"}], {}, "which column is the text? There are a, label"),
         ([{"text": "x", "b": "y"}], {}, "which column is the label?"),
         ([{"text": "x", "label": "y"}], {}, "a classifier needs two labels"),
+        (labelled({"x": 1}, {"x": 2}), {}, "column 'label' holds lists, objects"),
+        (labelled([1], [2]), {}, "column 'label' holds lists, objects"),
+        (labelled("a", 1, [2]), {}, "column 'label' holds lists, objects"),
+        (labelled("a", None, "b"), {}, "some rows have no label"),
+        (labelled(None, None), {}, "some rows have no label"),
+        (labelled(1.0, float("nan"), 2.0), {}, "some rows have no label"),
+        ([{"text": {"a": 1}, "label": n} for n in "xy"], {}, "column 'text' holds lists, objects"),
+        ([{"text": "x", "label": n} for n in "xy"], {"eval_fraction": 1e-9}, "needs two labels"),
     ],
 )
 def test_columns_that_cannot_be_told(tmp_path, rows, change, message):
-    path = table(tmp_path / "train.csv", rows)
+    path = table(tmp_path / "train.jsonl", rows)
     with pytest.raises(ConfigError) as error:
         load_data(replace(OPTIONS, train_file=path, **change), Words())
     assert message in str(error.value)
@@ -125,12 +137,15 @@ def test_running_text_becomes_blocks(tmp_path):
     assert data.labels is None
 
 
-def test_only_the_completion_is_learnt(tmp_path):
+def test_only_the_completion_is_learnt(tmp_path, capsys):
     rows = [{"prompt": "a b", "completion": "cc dd"}, {"prompt": "a " * 9, "completion": "b"}]
     path = table(tmp_path / "train.jsonl", rows)
     data = load_data(replace(RUNNING, train_file=path, max_length=6), Words())
-    assert data.train["input_ids"][:] == [[1, 11, 11, 12, 12, 2], [1, 11, 11, 11, 11, 11]]
-    assert data.train["labels"][:] == [[-100, -100, -100, 12, 12, 2], [-100] * 6]
+    assert data.train["input_ids"][:] == [[1, 11, 11, 12, 12, 2]]
+    assert data.train["labels"][:] == [[-100, -100, -100, 12, 12, 2]]
+    assert "1 of 2 rows are left out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no row has a token of its completion"):
+        load_data(replace(RUNNING, train_file=path, max_length=2), Words())
 
 
 @pytest.mark.parametrize(
@@ -139,13 +154,35 @@ def test_only_the_completion_is_learnt(tmp_path):
         ("train.xlsx", "x", "not of '.xlsx'"),
         ("train.csv", "text,label\n", "no rows"),
         ("train.jsonl", '{"text": 1}\n{"text": {"a": 1}}\nnot json', "could not be read as json"),
+        ("train.csv", "", "could not be read as csv"),
+        ("train.txt", "", "could not be read as text"),
+        ("train.csv", b"text,label\ncaf\xe9,x\n", "could not be read as csv: 'utf-8' codec"),
+        ("train.parquet", b"PAR1nonsense", "could not be read as parquet"),
+        ("train.json", "[" * 100_000, "could not be read as json"),
+        ("train.jsonl", '{"text":' * 3000 + "1" + "}" * 3000, "could not be read as json"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+def test_files_that_cannot_be_read(tmp_path, name, content, message, caplog):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as error:
         read_table(str(tmp_path / name))
     assert message in str(error.value)
+    assert caplog.text == ""
+
+
+def test_text_that_is_no_utf8(tmp_path):
+    """A reader may leave that to who looks at the text."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    with pytest.raises(ConfigError, match="column 'text' is no UTF-8"):
+        load_data(replace(OPTIONS, train_file=str(path)), Words())
+
+
+def test_lines_without_text(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("\n\n\n")
+    with pytest.raises(ConfigError, match="no row has a token after its first"):
+        load_data(replace(RUNNING, train_file=str(path)), Words())
 
 
 def test_padding():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from shira.cli._train.options import resolve
@@ -73,12 +75,46 @@ def test_an_empty_file_says_nothing(needed, tmp_path):
         ("model: 3\n", "model: 3 is not text"),
         ("- a\n- b\n", "not a list"),
         ("a: [\n", "not YAML"),
+        ("epochs: .inf\n", "--epochs is a finite number, not inf"),
+        ("epochs: 1e999\n", "--epochs is a finite number, not inf"),
+        ("learning_rate: .nan\n", "--learning-rate is a finite number, not nan"),
+        ("seed: -1\n", "--seed is not below 0"),
+        (f"seed: {2**70}\n", "an integer of 71 bits"),
+        (f"epochs: 0x{'f' * 5000}\n", "an integer of 20000 bits"),
+        (f"seed: {'9' * 5000}\n", "not YAML"),
+        (f"0x{'f' * 500}: 1\n", "name is text"),
+        ("model: {a: {b: 1}}\n", "not nested further"),
+        ("model: " + "[" * 50_000, "not nested further"),
+        ("a: &a [x, x]\nmodel: [*a, *a]\n", "not references (*a)"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n", "not references (*a)"),
+        ("model: {a: 1}\n", "is not text"),
+        ("model: !!python/object/apply:os.system [exit]\n", "not YAML"),
+        ("bf16: !!bool maybe\n", "not YAML"),
+        ("seed: 1\nseed: 2\n", "option 'seed' stands there twice"),
+        ("batch_size: 1\nbatch-size: 2\n", "stands there twice"),
+        ("? [a, b]\n: 1\n", "name is text"),
+        ("just text\n", "not a str"),
+        ("a: 1\n" * 20_000, "65536 bytes at most"),
     ],
 )
 def test_a_file_that_cannot_be_meant(needed, tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         resolve(needed, write(tmp_path, text))
     assert message in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_file_that_is_no_utf8(needed, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes("model: café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not YAML"):
+        resolve(needed, path)
+
+
+def test_what_may_be_extreme(needed, tmp_path):
+    config = write(tmp_path, "mask-seed: -3\nmax-grad-norm: 0\nwarmup: 0\nr: 1\n")
+    options = resolve({**needed, "seed": 2**32 - 1}, config)
+    assert (options.mask_seed, options.seed) == (-3, 2**32 - 1)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +130,20 @@ def test_a_file_that_cannot_be_meant(needed, tmp_path, text, message):
         ({"batch_size": 0}, "--batch-size is above 0, not 0"),
         ({"learning_rate": -1.0}, "--learning-rate is above 0"),
         ({"warmup": -1.0}, "--warmup"),
+        *(({"epochs": n}, "--epochs") for n in (math.inf, math.nan, 0.0, -1.0, 1e300)),
+        *(({"learning_rate": n}, "--learning-rate") for n in (math.inf, math.nan, 0.0, -math.inf)),
+        *(({name: math.inf}, "finite") for name in ("warmup", "weight_decay", "max_grad_norm")),
+        *(({"density": n}, "--density") for n in (0.0, -0.1, 1.5, math.nan)),
+        ({"eval_fraction": math.nan}, "--eval-fraction"),
+        *(({"seed": n}, "--seed") for n in (-1, 2**32, 2**70)),
+        ({"mask_seed": 2**70}, "--mask-seed"),
+        ({"mask_slot": -1}, "--mask-slot"),
+        *(({"r": n}, "--r") for n in (0, -4, 2**40)),
+        ({"max_steps": 2**31}, "--max-steps is at most"),
+        ({"max_length": -1}, "--max-length"),
+        ({"output": ""}, "--output is needed"),
+        ({"output": "a\0b"}, "--output 'a\\x00b' has a NUL"),
+        ({"model": "caf\udce9"}, "--model 'caf\\udce9' is no Unicode text"),
     ],
 )
 def test_values_that_cannot_be_meant(needed, given, message):

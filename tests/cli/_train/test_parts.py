@@ -3,20 +3,33 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from shira.cli._train.arguments import set_warmup
 from shira.cli._train.card import command_line
-from shira.cli._train.checkpoints import find_checkpoint
+from shira.cli._train.checkpoints import check_same, find_checkpoint, record_of
 from shira.cli._train.evaluation import classification_figures
 from shira.cli._train.model import parse_targets
 from shira.cli._train.options import TrainOptions
 from shira.cli._train.plot import plot_losses
+from shira.delta import Adapter, SparseDelta
 from shira.errors import ConfigError, TargetError
+from shira.masks import random_support
+
+FILES = (
+    *("adapter_model.safetensors", "adapter_config.json", "trainer_state.json"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +61,107 @@ def test_checkpoints(tmp_path):
     with pytest.raises(ConfigError, match="not a checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path))
     for step in (5, 10, 9):
-        path = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        path.mkdir(parents=True)
-        (path / "trainer_state.json").touch()
-    (tmp_path / "checkpoints" / "checkpoint-99").mkdir()  # broken off while it was written
+        whole_checkpoint(tmp_path / "checkpoints" / f"checkpoint-{step}")
     for resume in ("last", "auto"):
         assert find_checkpoint(tmp_path, resume).name == "checkpoint-10"
     fifth = tmp_path / "checkpoints" / "checkpoint-5"
     assert find_checkpoint(tmp_path, str(fifth)) == fifth
+
+
+def whole_checkpoint(path, value=1):
+    support = random_support((4, 6), 5, seed=0)
+    Adapter({"fc.weight": SparseDelta(support, torch.ones(5))}).save(path, format="peft")
+    file = path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.mul_(value)
+    save_file(tensors, file, metadata)
+    (path / "trainer_state.json").write_text('{"global_step": 5}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.zeros(100)}, path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, lambda raw: raw[: len(raw) // 2]) for name in FILES),
+        *((name, lambda raw: raw[:-3]) for name in FILES),
+        *((name, None) for name in FILES),
+        ("optimizer.pt", lambda raw: raw.replace(bytes(400), bytes(399) + b"x", 1)),
+        ("adapter_model.safetensors", "nan"),
+    ],
+)
+@pytest.mark.parametrize("resume", ["last", "auto"])
+def test_a_checkpoint_cut_short_gives_way_to_the_one_before(tmp_path, capsys, name, change, resume):
+    for step in (5, 10):
+        whole_checkpoint(tmp_path / "checkpoints" / f"checkpoint-{step}")
+    last = tmp_path / "checkpoints" / "checkpoint-10"
+    if change is None:
+        (last / name).unlink()
+    elif change == "nan":
+        shutil.rmtree(last)
+        whole_checkpoint(last, value=float("nan"))
+    else:
+        (last / name).write_bytes(change((last / name).read_bytes()))
+    assert find_checkpoint(tmp_path, resume).name == "checkpoint-5"
+    said = capsys.readouterr().err
+    assert "checkpoint-10 is not whole (" in said
+    assert "going on from checkpoint-5" in said
+    if (last / "trainer_state.json").is_file():
+        with pytest.raises(ConfigError, match="the checkpoint is not whole"):
+            find_checkpoint(tmp_path, str(last))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-5")
+    with pytest.raises(ConfigError, match="there is no whole checkpoint"):
+        find_checkpoint(tmp_path, resume)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused", "said"),
+    [
+        ({}, None, ""),
+        ({"epochs": 9.0, "learning_rate": 0.5}, None, "--epochs 3.0, now 9.0"),
+        ({"save_steps": 7, "output": "other", "resume": "last"}, None, ""),
+        ({"density": 0.02, "mask_seed": 42, "target_modules": "all-linear"}, None, ""),
+        *(
+            ({name: value}, f"--{name.replace('_', '-')} ", "")
+            for name, value in (
+                *(("r", 3), ("density", 0.1), ("seed", 7), ("mask_seed", 7), ("mask_slot", 1)),
+                *(("mask_type", "snip"), ("target_modules", "q"), ("modules_to_save", "head")),
+                *(("max_length", 9), ("eval_fraction", 0.5), ("label_column", "b")),
+            )
+        ),
+        ("another file", "training data", ""),
+    ],
+)
+def test_a_checkpoint_of_other_settings(tmp_path, capsys, change, refused, said):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    options = TrainOptions(task="causal-lm", train_file=str(tmp_path / "train.csv"))
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    record = record_of(options, processes=1)
+    check_same(checkpoint, record)
+    assert "not compared" in capsys.readouterr().err
+    (checkpoint / "shira_train.json").write_text(json.dumps(record))
+    if change == "another file":
+        (tmp_path / "train.csv").write_text("text,label\nmore,1\n")
+        change = {}
+    now = record_of(replace(options, **change), processes=1)
+    if refused is None:
+        check_same(checkpoint, now)
+        err = capsys.readouterr().err
+        assert said in err if said else err == ""
+    else:
+        with pytest.raises(ConfigError, match=f"checkpoint-5 was made with .*{refused}"):
+            check_same(checkpoint, now)
+
+
+def test_a_record_that_is_none_is_refused(tmp_path):
+    (tmp_path / "shira_train.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="no record of settings"):
+        check_same(tmp_path, {})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
 )
 
@@ -26,6 +25,7 @@ from shira import ShiraConfig, get_peft_model
 from shira.cli._demo.predict import accuracy, encode, pad, predict_logits
 from shira.cli._demo.settings import Files, Settings, model_path
 from shira.cli._demo.tasks import Example, Task
+from shira.cli.finite import FiniteTrainer
 from shira.cli.training_progress import ProgressCallback
 
 
@@ -114,7 +114,7 @@ def _train(
     progress = ProgressCallback(what)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
+        trainer = FiniteTrainer(
             model=model,
             args=_arguments(scratch, settings),
             train_dataset=_dataset(tokenizer, task.train, settings.max_length),

@@ -1,41 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's checkpoints lie, which one to go on from, and whether the folder is free."""
+"""Where a run's checkpoints lie, which one to go on from, and whether the folder is free.
+
+Beside what the Trainer writes, each checkpoint has a record of the settings that it was made with,
+so that a run does not go on from one of another job.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from shira.cli._train.options import TrainOptions
-from shira.errors import ConfigError
+from shira.cli._train.options import DEFAULT_DENSITY, TrainOptions
+from shira.cli.progress import say
+from shira.errors import ConfigError, ShiraError
 from shira.store.atomic import check_kind
 from shira.store.outputs import check_outputs
 
 CHECKPOINTS = "checkpoints"
+RECORD = "shira_train.json"
+
+# A checkpoint of other values is not gone on from: they decide the entries, or the rows.
+_FIXED = (
+    *("task", "data", "eval_fraction", "text_column", "label_column", "max_length", "seed"),
+    *("target_modules", "modules_to_save", "r", "density", "mask_type", "mask_seed", "mask_slot"),
+)
+# These change nothing that is trained. Of all others a difference is told.
+_FREE = (
+    *("train_file", "eval_file", "eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
+    *("save_total_limit", "cpu", "output", "resume", "overwrite"),
+)
 
 
 def find_checkpoint(output: Path, resume: str | None) -> Path | None:
-    """The checkpoint that ``--resume`` means: ``last``, ``auto`` or a path.
+    """The checkpoint that ``--resume`` names: ``last``, ``auto`` or a path.
+
+    Of those that are not whole, because the run was killed while it wrote them, the one before is
+    taken, and it is said.
 
     Raises:
-        ConfigError: If there is none, save for ``auto``.
+        ConfigError: If there is none (save for ``auto``), or none that is whole.
     """
     if resume is None:
         return None
     if resume not in ("last", "auto"):
         if not (Path(resume) / "trainer_state.json").is_file():
             raise ConfigError(f"--resume {resume}: not a checkpoint (last and auto find one)")
+        if why := _broken(Path(resume)):
+            raise ConfigError(f"--resume {resume}: the checkpoint is not whole: {why}")
         return Path(resume)
-    found = [
-        path
+    found = sorted(
+        (int(path.name.rpartition("-")[2]), path)
         for path in (output / CHECKPOINTS).glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file() and path.name.rpartition("-")[2].isdigit()
-    ]
-    if not found and resume == "last":
+        if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
+    )
+    broken: list[str] = []
+    for _, path in reversed(found):
+        why = _broken(path)
+        if why is None:
+            for told in broken:
+                say(f"{told}; going on from {path.name}")
+            return path
+        broken.append(f"{path.name} is not whole ({why})")
+    if broken:
+        raise ConfigError(
+            f"--resume {resume}: there is no whole checkpoint in {output / CHECKPOINTS}: "
+            f"{'; '.join(broken)}. Without --resume the training starts anew"
+        )
+    if resume == "last":
         raise ConfigError(
             f"--resume last: there is no checkpoint in {output / CHECKPOINTS}; without --resume "
             "the training starts anew, with --resume auto it does so if there is none"
         )
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None
 
 
 WRITTEN = (
@@ -66,3 +107,86 @@ def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -
             f"--output {output}: there is an adapter already; --overwrite replaces it, "
             "--resume last trains it on"
         )
+
+
+def record_of(options: TrainOptions, processes: int) -> dict[str, Any]:
+    """The settings of a run as its checkpoints keep them, defaults filled in."""
+    record = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    if options.r is None and options.density is None:
+        record["density"] = DEFAULT_DENSITY
+    if options.mask_seed is None:
+        record["mask_seed"] = options.seed
+    record["target_modules"] = options.target_modules or "all-linear"
+    digest = hashlib.blake2b(digest_size=16)
+    with Path(options.train_file or "").open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {**record, "data": digest.hexdigest(), "processes": processes}
+
+
+def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's settings with those of the run that goes on from it.
+
+    A difference in what decides the trained entries or the rows is an error, another one is said.
+
+    Raises:
+        ConfigError: If it was made for another adapter, or on other data.
+    """
+    path = checkpoint / RECORD
+    if not path.is_file():
+        say(f"{checkpoint.name} has no {RECORD}: its settings are not compared with those of now")
+        return
+    try:
+        before = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path}: no record of settings; remove it to go on without")
+    changed = {
+        name: f"{_flag(name)} {before.get(name)!r:.60}, now {value!r:.60}"
+        for name, value in record.items()
+        if before.get(name) != value
+    }
+    if fixed := [changed[name] for name in _FIXED if name in changed]:
+        raise ConfigError(
+            f"--resume: {checkpoint.name} was made with {'; '.join(fixed)}. Give what it was made "
+            "with, or train anew into another folder"
+        )
+    for told in changed.values():
+        say(f"{checkpoint.name} was made with {told}")
+
+
+def _flag(name: str) -> str:
+    named = {"data": "training data (a hash)", "processes": "processes"}
+    return named.get(name, f"--{name.replace('_', '-')}")
+
+
+def _broken(path: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it is whole."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from shira import Adapter
+
+    for needed in ("trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*"):
+        if not any(path.glob(needed)) and not any(path.glob("global_step*")):  # DeepSpeed's
+            return f"there is no {needed}"
+    try:
+        state = json.loads((path / "trainer_state.json").read_bytes())
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+            return "trainer_state.json has no step"
+        Adapter.load(path)
+        with safe_open(str(path / "adapter_model.safetensors"), "pt") as file:
+            for name in file.keys():  # noqa: SIM118  no mapping
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return f"{name} is not finite"
+        for packed in sorted(path.glob("*.pt*")):
+            with zipfile.ZipFile(packed) as parts:
+                if parts.testzip() is not None:
+                    return f"{packed.name} is damaged"
+    except (ShiraError, OSError, ValueError, RecursionError, SafetensorError) as error:
+        return str(error).replace(f"{path}/", "")[:200]
+    except zipfile.BadZipFile:
+        return f"{packed.name} is damaged or cut short"
+    return None

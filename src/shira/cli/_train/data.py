@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shira.cli._train.options import TrainOptions
+from shira.cli.progress import say
 from shira.errors import ConfigError, did_you_mean
 
 READERS = {
@@ -55,7 +56,12 @@ def load_data(options: TrainOptions, tokenizer: Any) -> Data:
     train = read_table(options.train_file or "")
     evaluation = None if options.eval_file is None else read_table(options.eval_file)
     if options.eval_fraction is not None:
-        parts = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
+        try:
+            parts = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
+        except ValueError as error:  # one of the two would be empty
+            raise ConfigError(
+                f"--eval-fraction {options.eval_fraction} of {len(train)} rows: {str(error)[:300]}"
+            ) from error
         train, evaluation = parts["train"], parts["test"]
     encode = _encode_labelled if options.task == "text-classification" else _encode_running
     return encode(train, evaluation, options, tokenizer)
@@ -68,11 +74,14 @@ def read_table(path: str) -> Any:
         ConfigError: If its kind is not known, it cannot be read, or it has no rows.
     """
     from datasets import load_dataset
+    from datasets.utils import logging
 
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         raise ConfigError(f"{path}: a file of {', '.join(READERS)} is needed, not of {suffix!r}")
     reader, arguments = READERS[suffix]
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it tells of an error, and then raises it
     try:
         table = load_dataset(reader, data_files=path, split="train", **arguments)
     except Exception as error:  # readers raise what they like; the cause is kept
@@ -80,6 +89,8 @@ def read_table(path: str) -> Any:
         if "corresponds to no data" in cause:  # how `datasets` puts it
             raise ConfigError(f"{path}: no rows") from error
         raise ConfigError(f"{path}: could not be read as {reader}: {cause[:300]}") from error
+    finally:
+        logging.set_verbosity(level)
     if not len(table):
         raise ConfigError(f"{path}: no rows")
     return table
@@ -91,23 +102,37 @@ def column(
     """The name of a column: the one wanted, else the first usual one that is there.
 
     Raises:
-        ConfigError: If the wanted one is not there, or none is usual.
+        ConfigError: If the wanted one is not there, none is usual, it holds neither text nor
+            numbers, or its text is no UTF-8.
     """
     names: list[str] = table.column_names
-    if wanted is not None:
-        if wanted not in names:
-            raise ConfigError(
-                f"{path}: there is no column {wanted!r}; there are {', '.join(names)}."
-                f"{did_you_mean(wanted, names)}"
-            )
-        return wanted
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    if wanted is not None and wanted not in names:
+        raise ConfigError(
+            f"{path}: there is no column {wanted!r}; there are {listed}."
+            f"{did_you_mean(wanted, names)}"
+        )
     by_lower_name = {name.lower(): name for name in names}
-    for name in usual:
-        if name in by_lower_name:
-            return by_lower_name[name]
-    raise ConfigError(
-        f"{path}: which column is the {what}? There are {', '.join(names)}; say --{what}-column"
-    )
+    found = [by_lower_name[name] for name in usual if name in by_lower_name]
+    name = wanted if wanted is not None else next(iter(found), None)
+    if name is None:
+        raise ConfigError(
+            f"{path}: which column is the {what}? There are {listed}; say --{what}-column"
+        )
+    kind = str(getattr(table.features[name], "dtype", "object"))
+    if not kind.startswith(_SCALARS):
+        raise ConfigError(
+            f"{path}: column {name!r} holds lists, objects or other values ({kind}), and the "
+            f"{what} is text or a number"
+        )
+    try:
+        table.data[name].validate(full=True)  # some readers leave that to who looks at the text
+    except ValueError as error:
+        raise ConfigError(f"{path}: column {name!r} is no UTF-8: {str(error)[:200]}") from error
+    return name
+
+
+_SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool", "null")
 
 
 def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokenizer: Any) -> Data:
@@ -131,13 +156,17 @@ def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokeniz
                 f"{where}: label {strange[0]!r} does not occur in what is trained on, where there "
                 f"are {', '.join(names[:20])}.{did_you_mean(strange[0], names)}"
             )
-    return Data(_mapped(train, encode), _mapped(evaluation, encode), names)
+    data = Data(_mapped(train, encode), _mapped(evaluation, encode), names)
+    for table, where in ((data.train, path), (data.evaluation, options.eval_file or path)):
+        if table is not None and not (lengths := row_lengths(table)).all():
+            raise ConfigError(f"{where}: row {int(lengths.argmin()) + 1} has no text")
+    return data
 
 
 def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
     """The distinct labels as text: numbers in order of value, others in that of the alphabet."""
     distinct = set(values)
-    if None in distinct:
+    if None in distinct or any(value != value for value in distinct):  # NaN
         raise ConfigError(f"{where}: some rows have no label")
     if len(distinct) < 2:
         raise ConfigError(f"{where}: a classifier needs two labels, here all are {distinct}")
@@ -156,13 +185,16 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
         ids, labels = [], []
         for head, tail in zip(heads, tails, strict=True):
             row = [*head, *tail, *end][: options.max_length]
-            ids.append(row)
-            labels.append([IGNORED] * min(len(head), len(row)) + row[len(head) :])
+            learnt = [IGNORED] * min(len(head), len(row)) + row[len(head) :]
+            if any(label != IGNORED for label in learnt[1:]):  # the first token is never predicted
+                ids.append(row)
+                labels.append(learnt)
         return {"input_ids": ids, "labels": labels}
 
     def encode_blocks(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [value for value in _texts(rows[text]) if value]
-        run = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, *end]]
+        encoded = tokenizer(texts)["input_ids"] if texts else []
+        run = [token for ids in encoded for token in [*ids, *end]]
         size = options.max_length
         blocks = [run[at : at + size] for at in range(0, len(run), size)]
         blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
@@ -182,13 +214,35 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
             continue
         for needed in (PROMPT, COMPLETION) if pairs else (text,):
             column(table, needed, (), what=needed, path=where)
+        encoded = _mapped(table, encode)
+        if not len(encoded):
+            what = "of its completion within --max-length" if pairs else "after its first"
+            raise ConfigError(f"{where}: no row has a token {what}, so there is none to learn")
+        if pairs and len(encoded) < len(table):
+            say(
+                f"{where}: {len(table) - len(encoded)} of {len(table)} rows are left out: no token "
+                f"of their completion is within --max-length {options.max_length}"
+            )
         if name == "train":
-            train = _mapped(table, encode)
+            train = encoded
         else:
-            evaluation = _mapped(table, encode)
-    if not len(train):
-        raise ConfigError(f"{options.train_file}: no row has two tokens, so there is none to learn")
+            evaluation = encoded
     return Data(train, evaluation, None)
+
+
+def row_lengths(table: Any) -> Any:
+    """How many tokens each row of an encoded table has: integers ``(rows,)`` in numpy."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(table.data["input_ids"]).to_numpy()
+
+
+def largest_token(table: Any) -> int:
+    """The largest token id in an encoded table."""
+    import pyarrow.compute
+
+    tokens = pyarrow.compute.list_flatten(table.data["input_ids"])
+    return int(pyarrow.compute.max(tokens).as_py())
 
 
 def _mapped(table: Any, encode: Any) -> Any:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shira.cli._train.data import Collator, Data
-from shira.cli._train.options import TrainOptions
+from shira.cli._train.data import Collator, Data, largest_token, row_lengths
+from shira.cli._train.options import DEFAULT_DENSITY, TrainOptions
 from shira.errors import ConfigError, TargetError, did_you_mean
 from shira.masks import MASKS
 
 TASK_TYPES = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-DEFAULT_DENSITY = 0.02
 _PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
@@ -30,7 +29,7 @@ def load_tokenizer(options: TrainOptions) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises what its reader likes; the cause is kept
         raise _no_model(options, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -43,7 +42,8 @@ def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_i
     """The base model; a classifier gets a new head, which the seed alone decides.
 
     Raises:
-        ConfigError: If there is no such model, or it is not one for the task.
+        ConfigError: If there is no such model, it is not one for the task, or it has a head of
+            another number of labels.
     """
     import transformers
 
@@ -51,27 +51,74 @@ def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_i
     kind: Any = transformers.AutoModelForCausalLM
     if labels is not None:
         kind = transformers.AutoModelForSequenceClassification
+        _check_head(options, labels)
+        arguments["problem_type"] = "single_label_classification"
         arguments["num_labels"] = len(labels)
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: number for number, label in enumerate(labels)}
     torch.manual_seed(options.seed)
     try:
         model = kind.from_pretrained(options.model, **arguments)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _no_model(options, f"model for {options.task}", error) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return model
 
 
-def adapt(
-    model: Any, options: TrainOptions, data: Data, pad_token_id: int, device: torch.device
-) -> Any:
-    """The base with a new adapter in it; masks that need gradients see the first training rows.
+def _check_head(options: TrainOptions, labels: tuple[str, ...]) -> None:
+    from transformers import AutoConfig
 
-    Every process of several takes the same rows, so that all choose the same entries.
+    try:
+        config = AutoConfig.from_pretrained(options.model or "")
+    except Exception as error:
+        raise _no_model(options, "configuration", error) from error
+    made_for = " ".join(getattr(config, "architectures", None) or [])
+    if "ForSequenceClassification" in made_for and config.num_labels != len(labels):
+        shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+        raise ConfigError(
+            f"--model {options.model}: its head has {config.num_labels} labels, the data has "
+            f"{len(labels)} ({shown}); take the model without that head, or data of its labels"
+        )
+
+
+def check_fits(model: Any, options: TrainOptions, data: Data) -> None:
+    """Check that the model has an embedding for each token and each position of the data.
+
+    Raises:
+        ConfigError: If it has not.
     """
-    from shira import ShiraConfig, calibrate, get_peft_model
+    tables = [table for table in (data.train, data.evaluation) if table is not None]
+    tokens = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(map(largest_token, tables))) >= tokens:
+        raise ConfigError(
+            f"--model {options.model}: its tokenizer gives token {largest}, and it has embeddings "
+            f"of {tokens} tokens"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(int(row_lengths(table).max()) for table in tables)
+    for name, module in model.named_modules():
+        learnt = isinstance(module, nn.Embedding) and re.search(
+            "position|wpe", name.rpartition(".")[2]
+        )
+        if not learnt or not isinstance(positions, int):
+            continue
+        most = positions if module.padding_idx is None else positions - module.padding_idx - 1
+        if longest > most:
+            raise ConfigError(
+                f"--model {options.model}: it has {most} positions, and a row has {longest} "
+                f"tokens: give --max-length {most}"
+            )
+
+
+def adapter_config(options: TrainOptions) -> Any:
+    """The configuration of the adapter.
+
+    Raises:
+        ConfigError: If there is no such mask, or the budget cannot be meant.
+        TargetError: If the targets are neither names nor a regular expression.
+    """
+    from shira import ShiraConfig
 
     if options.mask_type not in MASKS:
         raise ConfigError(
@@ -83,7 +130,7 @@ def adapt(
         if options.r is not None
         else {"density": DEFAULT_DENSITY if options.density is None else options.density}
     )
-    config = ShiraConfig(
+    return ShiraConfig(
         **budget,
         mask_type=options.mask_type,
         mask_slot=options.mask_slot,
@@ -92,6 +139,22 @@ def adapt(
         modules_to_save=_names(options.modules_to_save),
         task_type=TASK_TYPES[options.task or ""],
     )
+
+
+def adapt(
+    model: Any,
+    config: Any,
+    options: TrainOptions,
+    data: Data,
+    pad_token_id: int,
+    device: torch.device,
+) -> Any:
+    """The base with a new adapter in it; masks that need gradients see the first training rows.
+
+    Every process of several takes the same rows, so that all choose the same entries.
+    """
+    from shira import calibrate, get_peft_model
+
     if "gradient" in MASKS[options.mask_type].needs:
         batches = _calibration_batches(data, options, pad_token_id, device)
         config = calibrate(model.to(device), config, batches)

@@ -7,9 +7,10 @@ A value comes from the command line, else from the file of ``--config``, else fr
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -17,6 +18,7 @@ from typing import Any, Union
 from shira.errors import ConfigError, MissingDependencyError, did_you_mean
 
 TASKS = ("text-classification", "causal-lm")
+DEFAULT_DENSITY = 0.02
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -128,24 +130,62 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MissingDependencyError(
             "--config needs PyYAML, which is not installed: pip install 'shira[train]'"
         ) from error
+    with path.open("rb") as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise ConfigError(f"{path}: a file of options has {_LARGEST} bytes at most")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        text = raw.decode()
+        _check_flat(yaml.parse(text, yaml.SafeLoader), path)
+        content = yaml.load(text, _pairs_loader(yaml))
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise more than its own errors
+        raise ConfigError(f"{path}: not YAML: {str(error)[:300]}") from error
     if content is None:
         return {}
-    if not isinstance(content, dict):
+    if not isinstance(content, list) or not all(isinstance(pair, tuple) for pair in content):
         raise ConfigError(
             f"{path}: options are 'name: value' lines, not a {type(content).__name__}"
         )
     known = {field.name: hint for field, hint in fields()}
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    values: dict[str, Any] = {}
+    for key, value in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: an option's name is text, not a {type(key).__name__}")
+        name = key.replace("-", "_")
         if name not in known:
-            raise ConfigError(f"{path}: unknown option {key!r}.{did_you_mean(name, known)}")
+            raise ConfigError(f"{path}: unknown option {key!r:.100}.{did_you_mean(name, known)}")
+        if name in values:
+            raise ConfigError(f"{path}: option {key!r} stands there twice")
         values[name] = _converted(value, known[name], f"{path}: {key}")
     return values
+
+
+_LARGEST = 2**16  # bytes of a file of options
+
+
+def _check_flat(events: Iterable[Any], path: Path) -> None:
+    """Refuse what a file of options has no use for, and what a few lines of can fill the memory."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        if kind == "AliasEvent":
+            raise ConfigError(f"{path}: options are values, not references (*{event.anchor})")
+        depth += kind in ("MappingStartEvent", "SequenceStartEvent")
+        depth -= kind in ("MappingEndEvent", "SequenceEndEvent")
+        if depth > 2:
+            raise ConfigError(f"{path}: options are values and lists of names, not nested further")
+
+
+def _pairs_loader(yaml: Any) -> Any:
+    """PyYAML's safe loader, with a mapping as the list of its pairs, so that none is lost."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_pairs)
+    return Loader
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
@@ -154,16 +194,18 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    if isinstance(value, int) and value.bit_length() > 64:  # perhaps too long to be shown
+        raise ConfigError(f"{where}: an integer of {value.bit_length()} bits")
     if hint is str and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return ",".join(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: {value!r} is not {_KIND[hint]}")
+    raise ConfigError(f"{where}: {value!r:.100} is not {_KIND[hint]}")
 
 
 _KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
@@ -171,7 +213,7 @@ _KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false
 
 def _check(options: TrainOptions) -> None:
     for name in ("model", "task", "train_file", "output"):
-        if getattr(options, name) is None:
+        if not getattr(options, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is needed, here or in the file of --config")
     _one_of("task", options.task, TASKS)
@@ -182,24 +224,44 @@ def _check(options: TrainOptions) -> None:
         raise ConfigError("--eval-file and --eval-fraction both say what to evaluate on: give one")
     if options.eval_fraction is not None and not 0 < options.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction is between 0 and 1, not {options.eval_fraction}")
-    positive = (
-        *("max_length", "calibration_samples", "learning_rate", "epochs", "max_steps"),
-        *("batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps"),
-        *("eval_steps", "save_steps", "save_total_limit"),
-    )
-    for name in positive:
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} is above 0, not {value}")
-    for name in ("warmup", "weight_decay", "max_grad_norm"):
-        if not getattr(options, name) >= 0:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is not below 0, as {getattr(options, name)} is"
-            )
+    for field, _ in fields():
+        _check_value(field.name, getattr(options, field.name))
     for name in ("train_file", "eval_file"):
         value = getattr(options, name)
         if value is not None and not Path(value).is_file():
             raise FileNotFoundError(2, "no such file", value)
+
+
+_FROM_ZERO = ("seed", "warmup", "weight_decay", "max_grad_norm", "mask_slot")
+_MOST = {"seed": 2**32 - 1, "density": 1.0, "epochs": 1e6}
+_MOST_OF_ALL = 2**31 - 1  # of other integers, so that no library underneath overflows
+
+
+def _check_value(name: str, value: Any) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeError:
+            raise ConfigError(f"{flag} {value!r:.100} is no Unicode text") from None
+        if "\0" in value:
+            raise ConfigError(f"{flag} {value!r:.100} has a NUL in it")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if name == "mask_seed":
+        if not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{flag} is an integer of 64 bits")
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{flag} is a finite number, not {value}")
+    if name in _FROM_ZERO:
+        if value < 0:
+            raise ConfigError(f"{flag} is not below 0, as {value} is")
+    elif not value > 0:
+        raise ConfigError(f"{flag} is above 0, not {value}")
+    most = _MOST.get(name, _MOST_OF_ALL if isinstance(value, int) else math.inf)
+    if value > most:
+        raise ConfigError(f"{flag} is at most {most}, not {value}")
 
 
 def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:

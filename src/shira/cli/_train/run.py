@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,14 @@ import torch
 from shira.cli import quiet
 from shira.cli._train import model as models
 from shira.cli._train.arguments import set_warmup, training_arguments
-from shira.cli._train.checkpoints import check_output, find_checkpoint
+from shira.cli._train.checkpoints import (
+    CHECKPOINTS,
+    RECORD,
+    check_output,
+    check_same,
+    find_checkpoint,
+    record_of,
+)
 from shira.cli._train.data import Collator, load_data
 from shira.cli._train.evaluation import classification_figures, evaluate
 from shira.cli._train.options import TrainOptions
@@ -60,26 +71,32 @@ def run_training(options: TrainOptions) -> None:
     check_output(output, options, checkpoint)
     quiet.no_accelerator_note()
     _check_installed()
-    from transformers import Trainer
+    from shira.cli.finite import FiniteTrainer
 
     quiet.quiet(warnings_too=False)
+    config = models.adapter_config(options)
     arguments = training_arguments(options, output)
+    record = record_of(options, arguments.world_size)
+    if checkpoint is not None:
+        check_same(checkpoint, record)
     tokenizer = models.load_tokenizer(options)
     if arguments.process_index == 0:
         say(f"reading {options.train_file}")
     with arguments.main_process_first(desc="reading the data"):
         data = load_data(options, tokenizer)
     base = models.load_base(options, data.labels, tokenizer.pad_token_id)
+    models.check_fits(base, options, data)
     total = sum(parameter.numel() for parameter in base.parameters())
     if checkpoint is None:
-        model = models.adapt(base, options, data, tokenizer.pad_token_id, arguments.device)
+        model = models.adapt(base, config, options, data, tokenizer.pad_token_id, arguments.device)
     else:
         model = models.resume_adapter(base, checkpoint)
     _check_same_entries(model)
 
     set_warmup(arguments, options, rows=len(data.train))
-    progress, callbacks = _callbacks()
-    trainer = Trainer(
+    made = [folder for folder in (output / CHECKPOINTS, output) if not folder.exists()]
+    progress, callbacks = _callbacks(record)
+    trainer = FiniteTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -96,10 +113,20 @@ def run_training(options: TrainOptions) -> None:
     started = time.perf_counter()
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # with a checkpoint in it, it stays
+                folder.rmdir()
+        raise
     finally:
         progress.close()
     seconds = time.perf_counter() - started
     after = evaluate(trainer) if data.evaluation is not None else {}
+    if not math.isfinite(after.get("loss", 0.0)):
+        raise ShiraError(
+            f"the loss on the evaluation data is {after['loss']} after step "
+            f"{trainer.state.global_step}. No adapter was written"
+        )
     if not main:
         return
     result = Result(
@@ -147,11 +174,21 @@ def _check_same_entries(model: torch.nn.Module) -> None:
         )
 
 
-def _callbacks() -> tuple[Any, list[Any]]:
+def _callbacks(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    from transformers import TrainerCallback
+
     from shira.cli.training_progress import ProgressCallback
 
+    class Record(TrainerCallback):  # type: ignore[misc]
+        """Writes the settings into each checkpoint."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
     progress = ProgressCallback("training")
-    return progress, [progress]
+    return progress, [progress, Record()]
 
 
 def _drop_printer(trainer: Any) -> None:
