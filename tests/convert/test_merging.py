@@ -336,46 +336,7 @@ def test_progress_reaches_the_end(checkpoint, adapter, tmp_path):
     assert seen == sorted(seen)
 
 
-# Damaged checkpoints and undo files
-
-
-def test_an_index_that_does_not_fit(checkpoint):
-    path = checkpoint / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-
-    def refused(match, change):
-        changed = json.loads(json.dumps(index))
-        change(changed["weight_map"])
-        path.write_text(json.dumps(changed))
-        with pytest.raises(FileFormatError, match=match):
-            open_checkpoint(checkpoint)
-
-    first, second, _ = SHARDS
-    refused("lists 'ghost' in .*, which lacks it", lambda m: m.update(ghost=first))
-    refused("but it is in", lambda m: m.update({"model.norm.weight": second}))
-    refused("no file beside the index", lambda m: m.update({"model.norm.weight": "../x"}))
-    path.write_text('{"weight_map": {}}')
-    with pytest.raises(FileFormatError, match="weight_map"):
-        open_checkpoint(checkpoint)
-    path.write_text(json.dumps(index))
-    (checkpoint / second).unlink()
-    with pytest.raises(FileNotFoundError):
-        open_checkpoint(checkpoint)
-
-
-def test_folders_without_an_index(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(FileFormatError, match="no safetensors checkpoint"):
-        open_checkpoint(tmp_path)
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    save_file({"b": torch.ones(2)}, tmp_path / "y.safetensors")
-    assert open_checkpoint(tmp_path).tensors.keys() == {"a", "b"}
-    save_file({"b": torch.zeros(2)}, tmp_path / "z.safetensors")
-    with pytest.raises(FileFormatError, match=r"both y.safetensors and z.safetensors hold 'b'"):
-        open_checkpoint(tmp_path)
-    save_file({"c": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert open_checkpoint(tmp_path).tensors.keys() == {"c"}
+# Undo files of others
 
 
 def test_an_undo_file_of_another_merge(checkpoint, tensors, adapter, tmp_path):
