@@ -8,14 +8,14 @@ it was; `check_state_dict` looks at what reaches the layers by any other way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
-from shira.errors import FileFormatError, SupportError
+from shira.errors import FileFormatError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import base_module_name, weight_name
 from shira.support import Support, matrix_shape
@@ -48,6 +48,7 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
     shapes = shapes_of(model)
     validate_against(file, shapes)
     _check_targets(file, config, model)
+    _check_whole(file, config, model, shapes)
     supports = {
         raw.weight_name: Support.from_coordinates(shapes[raw.weight_name], raw.coordinates)
         for raw in file.tensors.values()
@@ -73,6 +74,33 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
             f"{file.path}: unknown target: the file has tensors for {name!r}, which the config's "
             "target_modules do not name"
         )
+
+
+def _check_whole(
+    file: PeftFile, config: ShiraConfig, model: nn.Module, shapes: Collection[str]
+) -> None:
+    """The file's whole tensors are the model's, and those of each of ``modules_to_save`` complete.
+
+    PEFT leaves out what the model lacks, and fails on what the file lacks when it has changed the
+    model already.
+    """
+    for name in file.whole:
+        if name not in shapes:
+            raise FileFormatError(
+                f"{file.path}: unknown target: the file has the whole of {name!r}, but the base "
+                f"model has no such parameter or buffer.{did_you_mean(name, shapes)}"
+            )
+    modules = tuple(config.modules_to_save or ())
+    for path, module in model.named_modules():
+        if not modules or not path.endswith(modules):
+            continue
+        name = base_module_name(path)
+        for key in getattr(module, "original_module", module).state_dict():
+            if f"{name}.{key}" not in file.whole:
+                raise FileFormatError(
+                    f"{file.path}: missing tensor: the config's modules_to_save name {name!r}, but "
+                    f"the file does not hold its {key!r}"
+                )
 
 
 def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming) -> None:

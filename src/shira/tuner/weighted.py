@@ -144,11 +144,14 @@ def _layers(model: ShiraModel) -> list[tuple[str, ShiraLayer]]:
 
 
 def _scaled(model: ShiraModel, adapter_name: str) -> Adapter:
-    """An adapter as a value, times what `set_scale` has set in each layer."""
+    """An adapter's deltas, times what `set_scale` has set in each layer.
+
+    Modules that it trains whole have their owner already.
+    """
     adapter = Adapter.from_model(model.model, adapter_name)
     scales = {name: layer.scaling.get(adapter_name, 1.0) for name, layer in _layers(model)}
     if all(scale == 1.0 for scale in scales.values()):
-        return adapter
+        return Adapter(adapter, adapter.metadata)
     return Adapter(
         {name: SparseDelta(d.support, d.values * scales[name]) for name, d in adapter.items()},
         adapter.metadata,
