@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from shira import Adapter, SparseDelta, Support
 from shira.convert import load_patches
@@ -197,6 +197,25 @@ def test_convert_between_formats(shira, saved, adapter, tmp_path):
     half = shira("convert", saved, "--output", small, "--overwrite", "--dtype", "bfloat16")
     assert half.status == 0
     assert all(d.values.dtype == torch.bfloat16 for d in Adapter.load(small).values())
+
+
+def test_whole_tensors_come_along(shira, saved, base, tmp_path):
+    """Through every format and into a checkpoint; to a patch they are refused."""
+    path = saved / "adapter_model.safetensors"
+    head = torch.full((4, 8), 0.3)
+    save_file({**load_file(path), "base_model.model.head.weight": head}, path)
+    small, back, merged = (tmp_path / name for name in ("small.safetensors", "back", "merged"))
+    answer = shira("convert", saved, "--output", small)
+    assert "whole head.weight" in answer.out
+    told = json.loads(shira("convert", small, "--to", "peft", "--output", back, "--json").out)
+    assert told["whole_tensors"] == ["head.weight"]
+    assert torch.equal(Adapter.load(back).tensors["head.weight"], head)
+    answer = shira("merge", back, "--base", base, "--output", merged)
+    assert "Whole tensors" in answer.out
+    held = load_file(merged / "b.safetensors")["head.weight"]
+    assert torch.equal(held, head.to(held.dtype))
+    patch = ["convert", small, "--to", "patch", "--base", base, "--output", tmp_path / "patch"]
+    refused(shira(*patch), "'head.weight'")
 
 
 def test_convert_stock_files_with_the_base(shira, saved, base, adapter, tmp_path):

@@ -240,3 +240,52 @@ def test_need_the_core_alone(folders):
     out = subprocess.check_output([sys.executable, "-c", code], text=True)
     loaded = {name.partition(".")[0] for name in out.partition("MODULES")[2].split()}
     assert not {"peft", "transformers", "accelerate", "matplotlib"} & loaded
+
+
+# ---------------------------------------------------------------------------------- whole tensors
+
+
+@pytest.fixture
+def headed(tmp_path):
+    """Two adapters that trained different heads, and one without."""
+    made = {}
+    for seed, name in enumerate(("poems", "code", "law")):
+        head = {} if name == "law" else {"score.weight": torch.full((2, 3), float(seed))}
+        made[name] = Adapter(random_adapter(seed, SHAPES, k=40), None, head)
+        made[name].save(tmp_path / name, format="peft")
+    return tmp_path, made
+
+
+def test_fuse_of_two_heads_is_told_which(shira, headed):
+    path, made = headed
+    parts = [path / "poems", path / "code"]
+    answer = shira("fuse", *parts, "-o", path / "both")
+    assert answer.status == 2
+    assert "poems and code hold different tensors for the whole of 'score.weight'" in answer.err
+    assert not (path / "both").exists()
+    answer = shira("fuse", *parts, "-o", path / "both", "--whole", path / "code")
+    assert (answer.status, answer.err) == (0, "")
+    assert "whole tensors, carried as they are: score.weight" in answer.out
+    assert Adapter.load(path / "both") == fuse(
+        [made["poems"], made["code"]], names=["poems", "code"], whole="code"
+    )
+    answer = shira("fuse", *parts, "-o", path / "no", "--whole", path / "law")
+    assert (answer.status, "is 0 of the adapters" in answer.err) == (2, True)
+
+
+def test_a_head_that_one_alone_has_is_carried(shira, headed):
+    path, made = headed
+    answer = shira("fuse", path / "poems", path / "law", "-o", path / "both", "--json")
+    assert json.loads(answer.out)["whole_tensors"] == ["score.weight"]
+    assert Adapter.load(path / "both") == made["poems"] + made["law"]
+    answer = shira("fuse", f"{path / 'poems'}=0.5", path / "law", "-o", path / "half")
+    assert (answer.status, "have no scale" in answer.err) == (2, True)
+
+
+def test_overlap_lists_heads(shira, headed):
+    path, _ = headed
+    answer = shira("overlap", path / "poems", path / "code", "--fast")
+    assert "Whole tensors" in answer.out
+    assert "different" in answer.out
+    found = json.loads(shira("overlap", path / "poems", path / "law", "--fast", "--json").out)
+    assert found["pairs"][0]["whole_tensors"] == {"score.weight": "only in a"}

@@ -256,9 +256,10 @@ def test_include_and_exclude(tensors, full):
 
 
 def test_models_that_differ_in_more_than_values(tensors, full, tmp_path):
-    tuned = {**full, "score.weight": torch.ones(2, 8)}
+    tuned = {**full, "score.weight": torch.ones(2, 8), "norm.count": torch.tensor(1)}
     tuned.pop("lm_head.weight")
     found = extract(tensors, tuned, density=0.1)
+    assert found.not_compared == ("norm.count",)
     assert found.only_in_base == ("lm_head.weight",)
     assert found.only_in_tuned == ("score.weight",)
     tuned["model.norm.weight"] = torch.ones(9)

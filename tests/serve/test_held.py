@@ -292,6 +292,13 @@ def test_entries_without_a_place(cluster):
     assert "entries" in str(error)
 
 
+def test_whole_tensors_are_refused_by_name(cluster):
+    head = {"lm_head.weight": torch.ones(2, 6)}
+    bad = Adapter(adapter_for(cluster.base, 2), None, head)
+    match = "served model cannot hold whole tensors, and the adapter has 'lm_head.weight'"
+    refused(cluster, AdapterError, match, lambda held: held.load("b", lambda: bad))
+
+
 def test_a_name_that_the_model_does_not_know(cluster):
     bad = Adapter({"z": adapter_for(cluster.base, 1)["q"]})
     refused(cluster, PlacementError, "no module named 'z'", lambda h: h.load("b", lambda: bad))

@@ -73,6 +73,8 @@ class Extraction:
         excluded: Tensors that the caller left out.
         only_in_base: Tensors that the tuned model lacks.
         only_in_tuned: Tensors that the base lacks, such as a new head.
+        not_compared: Tensors without floating-point numbers, such as counting buffers and
+            quantized weights.
     """
 
     adapter: Adapter
@@ -81,6 +83,7 @@ class Extraction:
     excluded: tuple[str, ...]
     only_in_base: tuple[str, ...]
     only_in_tuned: tuple[str, ...]
+    not_compared: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -106,6 +109,7 @@ class Extraction:
             "excluded": list(self.excluded),
             "only_in_base": list(self.only_in_base),
             "only_in_tuned": list(self.only_in_tuned),
+            "not_compared": list(self.not_compared),
             "changes": [asdict(change) for change in self.changes],
         }
 
@@ -330,6 +334,7 @@ def _assemble(
         excluded=excluded,
         only_in_base=tuple(n for n in old.shapes if n not in names and n not in excluded),
         only_in_tuned=tuple(name for name in new.shapes if name not in theirs),
+        not_compared=tuple(dict.fromkeys((*old.others, *new.others))),
     )
 
 

@@ -56,10 +56,10 @@ def whole_tensors(
                     f"whole={names[other]!r}"
                 )
     for name, at in found.items():
-        for other, adapter in zip(names, adapters, strict=True):
+        for called, adapter in zip(names, adapters, strict=True):
             if name in adapter:
                 raise AdapterError(
-                    f"{name!r} is a whole tensor in {names[at]} and has a delta in {other}: they "
+                    f"{name!r} is a whole tensor in {names[at]} and has a delta in {called}: they "
                     "do not go together; leave it out of one with adapter.restrict(...)"
                 )
     return {name: adapters[at].tensors[name] for name, at in found.items()}

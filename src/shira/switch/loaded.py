@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from shira.base import Verdict, accept, judge
 from shira.delta import Adapter, SparseDelta, same_tensor
@@ -124,7 +125,8 @@ def resolve(
         TargetError: If a weight cannot be written to, or is tied and ``allow_tied`` is not set.
     """
     names: dict[Target, str] = {}
-    for parameter, change in (*adapter.items(), *adapter.tensors.items()):
+    changes: dict[str, SparseDelta | Tensor] = {**adapter, **adapter.tensors}
+    for parameter, change in changes.items():
         same = {parameter}  # names that get the very same tensor
         try:
             if isinstance(change, SparseDelta):

@@ -48,7 +48,7 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """What is there now."""
-        weight = self.owner._parameters.get(self.attribute)
+        weight: Tensor | None = self.owner._parameters.get(self.attribute)
         if weight is None:
             weight = self.owner._buffers.get(self.attribute)
         if weight is None:

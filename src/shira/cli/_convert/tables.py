@@ -38,8 +38,8 @@ def merged(told: Merged) -> None:
     out.print(listing("Weights", columns, rows, right=("k", "lost", "lost %")))
     if told.whole:
         whole = [(w.key, w.dtype, _shape(w.shape), f"{w.changed:,}") for w in told.whole]
-        columns = ("whole tensor", "dtype", "shape", "changed")
-        out.print(listing("Whole tensors", columns, whole, right=("changed",)))
+        of_whole = ("whole tensor", "dtype", "shape", "changed")
+        out.print(listing("Whole tensors", of_whole, whole, right=("changed",)))
 
 
 def unmerged(told: Unmerged) -> None:
@@ -74,6 +74,7 @@ def extracted(told: Extraction, saved: Mapping[str, Any], exact: bool) -> None:
         ("left out", told.excluded),
         ("only in the base", told.only_in_base),
         ("only in the tuned", told.only_in_tuned),
+        ("not compared", told.not_compared),
     ):
         if names:
             lines[title] = some(names)
