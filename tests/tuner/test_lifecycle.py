@@ -388,3 +388,116 @@ def test_layers_that_accelerate_offloads(tmp_path):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
     assert layer.weight.is_meta
+
+
+def trainable(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_disabling_gives_requires_grad_back_as_it_was(nested):
+    config = ShiraConfig(
+        r=1, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], random_seed=1
+    )
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", ShiraConfig(r=1, target_modules=["q_proj"], random_seed=2))
+    for name, parameter in model.named_parameters():
+        if "layers.0" in name or "lm_head" in name:
+            parameter.requires_grad_(False)
+        if "layers.1" in name and name.endswith("q_proj.shira_weight.other"):
+            parameter.requires_grad_(True)
+    before = trainable(model)
+    assert set(before.values()) == {True, False}
+    with model.disable_adapter():
+        assert not any(trainable(model).values())
+        if nested:
+            with model.disable_adapter():
+                pass
+    assert trainable(model) == before
+    model.disable_adapter_layers()
+    model.disable_adapter_layers()
+    model.enable_adapter_layers()
+    assert trainable(model) == before
+    with model.disable_adapter():
+        model.set_adapter("other")
+    assert all(
+        required == name.endswith(".other")
+        for name, required in trainable(model).items()
+        if "shira_weight" in name
+    )
+
+
+def test_transformers_own_disabling_too():
+    model = llama()
+    model.add_adapter(ShiraConfig(r=1, target_modules=["q_proj"], random_seed=1))
+    for name, parameter in model.named_parameters():
+        if "layers.0" in name:
+            parameter.requires_grad_(False)
+    before = trainable(model)
+    model.disable_adapters()
+    model.enable_adapters()
+    assert trainable(model) == before
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_new_layers_take_the_mode_of_what_they_replace(mode):
+    base = llama().train(mode)
+    base.model.layers[1].self_attn.q_proj.train(not mode)
+    before = {name: module.training for name, module in base.named_modules()}
+    config = ShiraConfig(r=1, target_modules=["q_proj"], random_seed=1)
+    model = get_peft_model(base, config)
+    model.add_adapter("other", config)
+    for name, module in model.base_model.model.named_modules():
+        bare = name.partition(".base_layer")[0].partition(".shira_")[0]
+        assert module.training == before[bare], name
+    assert model.base_model.training == mode
+
+
+@pytest.mark.parametrize("whole", [None, ["lm_head"]])
+def test_without_its_last_adapter_a_model_is_the_base_and_can_get_another(tmp_path, whole):
+    def config(seed):
+        return ShiraConfig(
+            r=1,
+            target_modules=["q_proj"],
+            modules_to_save=whole,
+            random_seed=seed,
+            task_type="CAUSAL_LM",
+        )
+
+    ids = torch.arange(6)[None]
+    want = llama()(ids).logits
+    model = get_peft_model(llama(), config(1)).eval()
+    randomize(model)
+    for name in ("default", "again"):
+        model.delete_adapter(name)
+        assert not model.peft_config
+        assert torch.equal(model(ids).logits, want)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, want)
+        assert not any(trainable(model).values())
+        with pytest.raises(KeyError):
+            model.peft_config["default"]
+        model.add_adapter("again", config(2))
+        assert torch.equal(model(ids).logits, want)
+        model.set_adapter("again")
+        randomize(model)
+    other = get_peft_model(llama(), config(2)).eval()
+    randomize(other)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    model.generate(input_ids=ids, max_new_tokens=1)
+    model.save_pretrained(tmp_path)
+    model.delete_adapter("again")
+    assert torch.equal(copy.deepcopy(model)(ids).logits, want)
+    assert same_weights(base_weights(model.unload()), base_weights(llama()))
+
+
+def test_pefts_switch_for_casting_the_input():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = get_peft_model(mlp(), ShiraConfig(r=1, target_modules=["lin1"], random_seed=1))
+    randomize(model)
+    x = torch.randn(3, 8)
+    want = model(x)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(x), want)
+    assert model.base_model.model.lin1.cast_input_dtype_enabled

@@ -11,17 +11,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
-from shira.store.names import base_module_name, weight_name
+from shira.store.names import bare_name, base_module_name, weight_name
+from shira.store.peft_format import INDICES, VALUES
 from shira.support import Support, matrix_shape
 from shira.tuner.base_values import base_values
 from shira.tuner.config import ShiraConfig
+from shira.tuner.describing import layers_of
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.saving import by_own_names, is_elsewhere, path_in_state
 from shira.tuner.targets import matched_modules
 
 Incoming = Mapping[str, Support]
@@ -121,6 +125,66 @@ def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports:
     accept(metadata, verdicts, str(file.path), remedy)
 
 
+def understood(
+    model: nn.Module,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    ignore_mismatched_sizes: bool = False,
+    loaded_whole: bool = False,
+) -> dict[str, Tensor]:
+    """Return an adapter's state dict with the names by which PEFT loads it.
+
+    Args:
+        model: With the adapter's layers in place.
+        adapter_name: Of the adapter.
+        state_dict: As an adapter's file has it, or with the prefixes of another wrapping.
+        ignore_mismatched_sizes: As PEFT has it: leave out whole tensors of other shapes.
+        loaded_whole: PEFT has seen to modules that the adapter trains whole: do not look at them.
+
+    Raises:
+        FileFormatError: If a tensor of a module that the adapter trains whole is missing, a whole
+            tensor is none of the model's, or has another shape.
+        AdapterError: If two keys mean the same tensor.
+    """
+    named = by_own_names(model, dict(state_dict))
+    if is_elsewhere(named):
+        return named
+    own = {
+        name: (*tensor.shape,)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, wrapper in () if loaded_whole else model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            for stored, inside in wrapper.adapter_state_dict_load_map(adapter_name).items():
+                wanted[f"{path_in_state(path)}.{stored}"] = own[f"{path}.{inside}"]
+    for key in wanted:
+        if key not in named:
+            raise FileFormatError(
+                f"adapter {adapter_name!r} trains whole modules, but its state dict has no {key!r}"
+            )
+    names = {bare_name(name): name for name in own}
+    result: dict[str, Tensor] = {}
+    for key, tensor in named.items():
+        name, shape = key, wanted.get(key)
+        if shape is None and not {VALUES, INDICES} & set(key.split(".")[-2:]):
+            bare = bare_name(key)
+            if bare not in names:
+                raise FileFormatError(
+                    f"{key!r} is no tensor of SHiRA's, nor one that the model or a module that "
+                    f"adapter {adapter_name!r} trains whole has: it would be left out."
+                    f"{did_you_mean(bare, names)}"
+                )
+            name, shape = path_in_state(names[bare]), own[names[bare]]
+        ignored = ignore_mismatched_sizes or loaded_whole
+        if shape not in (None, tuple(tensor.shape)) and not ignored:
+            raise FileFormatError(
+                f"{key!r} has shape {tuple(tensor.shape)}, but the model's has {shape}"
+            )
+        result[name] = tensor
+    return result
+
+
 def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -139,9 +203,16 @@ def check_state_dict(
     """
     checked = dict(state_dict)
     pairs: list[tuple[ShiraLayer, Tensor]] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, ShiraLayer) or adapter_name not in layer.shira_weight:
-            continue
+    layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
+    others = {
+        f"{path_in_state(path)}.{kind}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ShiraLayer)
+        for name in module.shira_weight
+        for kind in (VALUES, INDICES)
+    }
+    _check_known(layers, adapter_name, others, state_dict)
+    for name, layer in layers.items():
         value_key = f"{name}.shira_weight.{adapter_name}"
         index_key = f"{name}.shira_indices.{adapter_name}"
         present = [key for key in (value_key, index_key) if key in state_dict]
@@ -157,6 +228,40 @@ def check_state_dict(
         if layer.shira_weight[adapter_name].shape[0] != indices.shape[1]:
             _resize(layer, adapter_name, indices.shape[1])
     return checked
+
+
+def _check_known(
+    layers: Collection[str], adapter_name: str, others: Collection[str], names: Collection[str]
+) -> None:
+    """Refuse tensors of SHiRA's that are for none of the layers, and a state dict without any.
+
+    Args:
+        layers: That have the adapter.
+        adapter_name: Its name.
+        others: Names of the tensors of other adapters.
+        names: In the state dict.
+
+    Raises:
+        FileFormatError: If there are.
+    """
+    wanted = {f"{path}.{kind}.{adapter_name}" for path in layers for kind in (VALUES, INDICES)}
+    known = {base_module_name(path) for path in layers}
+    for name in names:
+        if (
+            name not in wanted
+            and name not in others
+            and {VALUES, INDICES} & set(name.split(".")[-2:])
+        ):
+            path = base_module_name(name.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])
+            raise FileFormatError(
+                f"{name!r} is for no layer that adapter {adapter_name!r} has in this model."
+                f"{did_you_mean(path, known)}"
+            )
+    if wanted and not wanted & set(names):
+        raise FileFormatError(
+            f"no tensor is for adapter {adapter_name!r}; its layers are like {min(known)!r}, the "
+            f"{len(names)} names given like {min(names, default=None)!r}"
+        )
 
 
 def _sorted_pair(

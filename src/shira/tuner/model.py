@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -31,14 +32,15 @@ from shira.tuner.conv2d import Conv2d
 from shira.tuner.describing import watch
 from shira.tuner.elsewhere import readable
 from shira.tuner.embedding import Embedding
-from shira.tuner.layer import ShiraLayer
+from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear, is_conv1d
-from shira.tuner.loading import Incoming, check_state_dict, read_incoming
+from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
 from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
-from shira.tuner.saving import in_few_bytes, whole_state
+from shira.tuner.rollback import as_it_was
+from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
@@ -83,6 +85,18 @@ class ShiraModel(BaseTuner):
     tuner_layer_cls = ShiraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        adapted = "peft_config" in model.__dict__
+        self.__dict__["_trained_whole"] = {}  # while adapters are disabled, by wrapper
+        try:
+            with as_it_was(model):
+                super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if not adapted:
+                model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers sets it before
+            raise
+        self.training = model.training
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -100,7 +114,8 @@ class ShiraModel(BaseTuner):
                     self._prepared = {
                         key: prepare(config, key, module, incoming) for key, module in targets
                     }
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with as_it_was(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             config._source = None
             register_model(model)
             ignore_in_ddp(model)
@@ -304,10 +319,70 @@ class ShiraModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        if is_elsewhere(state_dict):
+            return state_dict
+        # Modules trained whole have the model's own names here; their shapes are PEFT's to compare.
+        state_dict = understood(model, adapter_name, state_dict, loaded_whole=True)
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         return check_state_dict(model, adapter_name, remapped)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters.
+
+        Args:
+            adapter_name: One or several; none, as after the last one was deleted, is the base.
+            inference_mode: Leave them frozen.
+        """
+        if adapter_name:
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        for module in self.model.modules():
+            if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper)):
+                module.set_adapter([])
+        self.active_adapter = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; without the last one the model runs as the base.
+
+        Args:
+            adapter_name: Its name.
+        """
+        super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            self.peft_config = self.model.peft_config = _Configs()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Enable or disable all adapters; enabled again, they are trainable where they were.
+
+        The layers do it themselves (`ShiraLayer.enable_adapters`), modules trained whole do not.
+        """
+        wrappers = [
+            wrapper
+            for wrapper in self.model.modules()
+            if isinstance(wrapper, AuxiliaryTrainingWrapper)
+        ]
+        for wrapper in wrappers:
+            if not enabled and not wrapper.disable_adapters:
+                self._trained_whole[wrapper] = (
+                    list(wrapper.active_adapters),
+                    [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()],
+                )
+        super()._enable_adapter_layers(enabled)
+        for wrapper in wrappers if enabled else ():
+            active, trained = self._trained_whole.pop(wrapper, (None, ()))
+            for parameter, requires_grad in trained if active == wrapper.active_adapters else ():
+                parameter.requires_grad_(requires_grad)
+
+
+class _Configs(dict[str, Any]):
+    """The configurations of a model's adapters; PEFT asks for one also when there is no adapter."""
+
+    def __missing__(self, name: str) -> ShiraConfig:
+        if name == BASE:
+            return ShiraConfig(inference_mode=True)
+        raise KeyError(name)
 
 
 class Prepared(NamedTuple):

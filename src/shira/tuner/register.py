@@ -8,12 +8,14 @@ PEFT's classes (``peft.tuners.shira.config`` and so on) keep them.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType, SimpleNamespace
 from typing import Any, Union, get_args
 
 import peft
 import peft.mapping
+import peft.mixed_model
 import peft.peft_model
 import peft.tuners
 import peft.tuners.mixed.model as mixed
@@ -21,13 +23,16 @@ import peft.tuners.shira
 from packaging.version import Version
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, hotswap, save_and_load
+from torch import nn
 
-from shira.errors import MissingDependencyError
+from shira.errors import AdapterError, MissingDependencyError
 from shira.tuner.config import ShiraConfig
-from shira.tuner.layer import ShiraLayer
+from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear
+from shira.tuner.loading import understood
 from shira.tuner.model import ShiraModel
+from shira.tuner.rollback import as_it_was
 
 LOWEST = "0.21.2"
 """The oldest PEFT that shira works with."""
@@ -49,6 +54,7 @@ def register() -> None:
         _replace(package, ShiraConfig=ShiraConfig, ShiraModel=ShiraModel)
     _replace(peft.tuners.shira, ShiraLayer=ShiraLayer, Linear=Linear)
     _register_mixed()
+    _register_loading()
 
 
 def _check_version(version: str) -> None:
@@ -68,6 +74,80 @@ def _check_version(version: str) -> None:
             "installed. It may work; if it does not, install an older PEFT or a newer shira",
             stacklevel=2,
         )
+
+
+def _register_loading() -> None:
+    """What is loaded is understood in any wrapping, and a load that fails changes nothing."""
+    load = save_and_load.set_peft_model_state_dict
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def set_state(
+        model: Any,
+        state_dict: Any,
+        adapter_name: str = "default",
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(model.peft_config.get(adapter_name), ShiraConfig):
+            state_dict = understood(model, adapter_name, state_dict, ignore_mismatched_sizes)
+        with as_it_was(model, ShiraLayer):
+            return load(model, state_dict, adapter_name, ignore_mismatched_sizes, **kwargs)
+
+    for module in (peft, peft.utils, save_and_load, peft.peft_model, peft.mixed_model):
+        if hasattr(module, load.__name__):
+            _replace(module, **{load.__name__: set_state})
+    for cls in (peft.PeftModel, peft.PeftMixedModel):
+        for name in ("add_adapter", "load_adapter", "from_pretrained"):
+            if name in vars(cls):
+                setattr(cls, name, _restoring(vars(cls)[name]))
+    peft.PeftModel.delete_adapter = _down_to_the_base(peft.PeftModel.delete_adapter)
+    for name in ("hotswap_adapter", "hotswap_adapter_from_state_dict"):
+        _replace(hotswap, **{name: _not_for_shira(getattr(hotswap, name))})
+
+
+def _restoring(method: Any) -> Any:
+    """A method of a PEFT model, or a class method on one, that leaves it as it was if it fails."""
+    of_class = isinstance(method, classmethod)
+    function = method.__func__ if of_class else method
+
+    @functools.wraps(function)
+    def restoring(first: Any, *args: Any, **kwargs: Any) -> Any:
+        model = (args[0] if args else kwargs.get("model")) if of_class else first
+        if not isinstance(model, nn.Module):
+            return function(first, *args, **kwargs)
+        with as_it_was(model, ShiraLayer):
+            return function(first, *args, **kwargs)
+
+    return classmethod(restoring) if of_class else restoring
+
+
+def _down_to_the_base(delete: Any) -> Any:
+    """PEFT's deletion of an adapter, after which a model without any runs as the base."""
+
+    @functools.wraps(delete)
+    def deleting(model: Any, adapter_name: str) -> None:
+        delete(model, adapter_name)
+        if isinstance(model.base_model, ShiraModel) and not model.peft_config:
+            model.active_adapter = BASE
+
+    return deleting
+
+
+def _not_for_shira(swap: Any) -> Any:
+    """PEFT's hot swapping, which writes LoRA's tensors over each other, with a clear refusal."""
+
+    @functools.wraps(swap)
+    def refusing(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, ShiraLayer) for module in model.modules()):
+            raise AdapterError(
+                "hot swapping is PEFT's for LoRA; load the other SHiRA adapter beside the first "
+                "with load_adapter and switch with set_adapter, or use shira.Switch"
+            )
+        return swap(model, *args, **kwargs)
+
+    return refusing
 
 
 def _register_mixed() -> None:
