@@ -251,7 +251,7 @@ def test_hot_swapping_is_refused(tmp_path):
 
     model = get_peft_model(llama(), config())
     model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="hot swapping is PEFT's for LoRA.*load_adapter"):
+    with pytest.raises(AdapterError, match=r"hot swapping is PEFT's for LoRA.*load_adapter"):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(AdapterError, match="hot swapping"):
         hotswap_adapter_from_state_dict(model, {}, "default", config(), "shira_")
