@@ -139,6 +139,21 @@ def test_options_reach_the_settings(shira, monkeypatch):
     assert (settings.steps, settings.density, settings.batch_size) == (5, 0.1, 8)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--seed=-1", f"--seed={2**70}", "--density=nan", "--density=2", "--learning-rate=inf"),
+        *("--learning-rate=-1", f"--steps={2**40}"),
+    ],
+)
+def test_settings_out_of_range_are_one_line_and_write_nothing(shira, tmp_path, option):
+    answer = shira("demo", "--quick", "--output", tmp_path / "out", option)
+    assert answer.status == 2
+    assert answer.err.startswith(f"error: {option.partition('=')[0]} is ")
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_says_what_to_install_without_the_model(shira, monkeypatch, tmp_path):
     import shira.cli._demo.settings as settings
 

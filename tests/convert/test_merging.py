@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint
 from shira.convert import merge, open_checkpoint, rewriting, unmerge
-from shira.errors import ConfigError, FileFormatError, MergeError, WrongBaseError
+from shira.errors import AdapterError, ConfigError, FileFormatError, MergeError, WrongBaseError
 from shira.store import atomic
 from tests.convert.conftest import SHARDS, applied, digests, load, make_adapter, write_checkpoint
 
@@ -48,6 +48,19 @@ def test_as_merged_in_memory_and_back_to_the_same_bytes(
     assert digests(tmp_path / "back") == before
     assert back.entries <= adapter.nnz
     assert digests(checkpoint) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        *(({"scale": scale}, AdapterError) for scale in (float("nan"), float("inf"), True, "1")),
+        *(({"max_lost": share}, ConfigError) for share in (float("nan"), -0.1, 2)),
+    ],
+)
+def test_numbers_that_are_none_are_refused(checkpoint, adapter, tmp_path, options, error):
+    with pytest.raises(error):
+        merge(adapter, checkpoint, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_headers_and_metadata_of_shards_stay(checkpoint, adapter, tmp_path):

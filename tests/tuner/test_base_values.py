@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from shira import Adapter, PeftModel, ShiraConfig, Switch, calibrate, get_peft_model
-from shira.errors import MergeError
+from shira.errors import AdapterError, MergeError
 
 from .models import base_weights, everything, llama, randomize, same_weights
 
@@ -198,6 +198,20 @@ def test_a_scale_acts_on_a_merged_adapter():
     assert torch.equal(model(X).logits, want)
     model.unmerge_adapter()
     assert same_weights(base_weights(model), base_weights(llama()))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 10**400, True, "1", None])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_scale_that_is_none_is_refused_and_changes_nothing(scale, merged):
+    model, _ = two()
+    if merged:
+        model.merge_adapter()
+    before, want = base_weights(model), model(X).logits
+    layer = next(layer for layer in model.modules() if hasattr(layer, "set_scale"))
+    with pytest.raises(AdapterError, match="the scale of 'default' is"):
+        layer.set_scale("default", scale)
+    assert same_weights(base_weights(model), before)
+    assert torch.equal(model(X).logits, want)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set")

