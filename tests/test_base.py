@@ -19,6 +19,7 @@ from shira.base import (
     fingerprint,
     fingerprint_fields,
     judge,
+    judge_together,
     replacement,
 )
 from shira.checkpoints import open_checkpoint
@@ -26,6 +27,7 @@ from shira.cli._inspect.summary import summarize
 from shira.convert import merge, to_patches
 from shira.delta import Adapter, SparseDelta
 from shira.errors import WrongBaseError
+from shira.fusing import fuse
 from shira.support import Support
 from shira.switch import Switch
 
@@ -264,6 +266,22 @@ def test_a_float64_base_is_rounded_as_its_copies_are():
     tie = torch.tensor([1 + 2.0**-8 + 2.0**-40], dtype=F64)
     for made_on in (tie.bfloat16(), tie.float().bfloat16(), tie.half(), tie.float().half()):
         assert judge(fingerprint_fields({"w": made_on}), "w", tie, tie) == "same after rounding"
+
+
+@pytest.mark.parametrize(("made_on", "other", "wrong", "old", "verdict"), CASES)
+def test_two_adapters_with_the_same_entries(made_on, other, wrong, old, verdict):
+    """Known is what they record: of the wider one its narrower copies, if it is not old."""
+    one = adapter_on(weights().to(made_on), "w", old=old)
+    whole = weights() + 0.25 if wrong else weights()
+    two = adapter_on(whole.to(other), "w", old=old)
+    found = judge_together(one.metadata, two.metadata, "w")
+    if not old:  # that the wider one is exactly the narrower, its own values alone can tell
+        assert found == (ROUNDED if (made_on, other, verdict) == (F64, F32, SAME) else verdict)
+    if found == "another":
+        with pytest.raises(WrongBaseError, match="different base models"):
+            fuse([one, two])
+    else:
+        fuse([one, two])
 
 
 @pytest.mark.parametrize("text", ["float8_e4m3fn:" + "0" * 16, "int8:" + "0" * 16, "x:" + "0" * 16])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -118,7 +118,14 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
     if recorded is None:
         return "not recorded"
     rounded = (metadata.get(ROUNDED_FIELD) or {}).get(name) or ()
-    verdict = "cannot be told" if held is None else _compare(recorded, rounded, held.cpu())
+    verdict: Verdict = "cannot be told"
+    if held is not None:
+        values_held = held.detach().cpu()
+
+        def in_dtype(dtype: str) -> str:
+            return fingerprint(values_held.to(_FLOATS[dtype]))
+
+        verdict = _compare(recorded, rounded, fingerprint(values_held), in_dtype)
     if verdict in ("another", "cannot be told") and not bool(values.any()):
         return "untrained"
     return verdict
@@ -164,22 +171,51 @@ def accept(
         )
 
 
-def _compare(recorded: str, rounded: Sequence[str], held: Tensor) -> Verdict:
-    own, dtype = fingerprint(held), held.dtype
+def judge_together(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Verdict:
+    """Tell whether two adapters with the same entries of a parameter were made on one base.
+
+    Args:
+        a: Metadata of the one.
+        b: Metadata of the other.
+        name: The parameter.
+
+    Returns:
+        As `judge`, for a base of which what ``b`` records is known.
+    """
+    recorded, own = ((told.get(FINGERPRINT_FIELD) or {}).get(name) for told in (a, b))
+    if recorded is None or own is None:
+        return "not recorded"
+    rounded, others = ((told.get(ROUNDED_FIELD) or {}).get(name) or () for told in (a, b))
+    known = {_dtype_of(text): text for text in others}
+    return _compare(recorded, rounded, own, known.get)
+
+
+def _compare(
+    recorded: str, rounded: Sequence[str], own: str, in_dtype: Callable[[str], str | None]
+) -> Verdict:
+    """Compare what is recorded of one base with another base.
+
+    Args:
+        recorded: The one's fingerprint.
+        rounded: Fingerprints of the same values in narrower dtypes.
+        own: The other's.
+        in_dtype: From a dtype to the fingerprint of the other's values in it; None if not known.
+    """
     if own == recorded:
         return "same"
     if _dtype_of(own) == _dtype_of(recorded):
         return "another"
-    made_on = _FLOATS.get(_dtype_of(recorded))
-    if made_on is None or dtype not in _FLOATS.values():
+    made_on, dtype = _FLOATS.get(_dtype_of(recorded)), _FLOATS.get(_dtype_of(own))
+    if made_on is None or dtype is None:
         return "cannot be told"
-    if fingerprint(held.to(made_on)) == recorded:
+    found = in_dtype(_dtype_of(recorded))
+    if found == recorded:
         return "same after rounding" if _loses(dtype, made_on) else "same"
     if own in rounded:
         return "same after rounding"
-    wider, narrower = not _loses(made_on, dtype), not _loses(dtype, made_on)
-    comparable = wider or (narrower and _dtype_of(own) in map(_dtype_of, rounded))
-    return "another" if comparable else "cannot be told"
+    wider = not _loses(made_on, dtype) and found is not None
+    narrower = not _loses(dtype, made_on) and _dtype_of(own) in map(_dtype_of, rounded)
+    return "another" if wider or narrower else "cannot be told"
 
 
 def _dtype_of(text: str) -> str:

@@ -314,6 +314,9 @@ HOSTILE: tuple[Hostile, ...] = (
     Hostile("unknown_part", _table(paramters={}), ("'paramters'", "Did you mean 'parameters'")),
     Hostile("fingerprint_malformed", _table("metadata", base_fingerprint={GAPS: "float32:x"}),
             ("base_fingerprint", GAPS)),
+    Hostile("rounded_fingerprints_malformed",
+            _table("metadata", base_fingerprint_rounded={GAPS: ["float32:" + "0" * 16, 4]}),
+            ("base_fingerprint_rounded", GAPS)),
     # A parameter's record
     Hostile("record_a_number", _table("parameters", **{GAPS: 4}), (GAPS, "an object")),
     Hostile("unknown_coding", _record(GAPS, indices="gap"), (GAPS, "Did you mean 'gaps'")),

@@ -305,4 +305,8 @@ HOSTILE: tuple[Hostile, ...] = (
             "base_fingerprint", CONFIG),
     Hostile("fingerprint_malformed", _config(base_fingerprint={PARAMETER: "float32:xyz"}), None,
             PARAMETER, CONFIG),
+    Hostile("rounded_fingerprints_malformed", _config(base_fingerprint_rounded={PARAMETER: [{}]}),
+            None, PARAMETER, CONFIG),
+    Hostile("rounded_fingerprints_no_mapping", _config(base_fingerprint_rounded=[]), None,
+            "base_fingerprint_rounded", CONFIG),
 )  # fmt: skip

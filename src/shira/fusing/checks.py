@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from shira.base import FINGERPRINT_FIELD
+from shira.base import FINGERPRINT_FIELD, judge_together
 from shira.delta import Adapter
 from shira.errors import AdapterError, WrongBaseError
 
@@ -65,14 +65,11 @@ def _check_names(a: Adapter, a_name: str, b: Adapter, b_name: str) -> None:
 
 
 def _check_fingerprints(a: Adapter, a_name: str, b: Adapter, b_name: str) -> None:
-    of_a = a.metadata.get(FINGERPRINT_FIELD) or {}
-    of_b = b.metadata.get(FINGERPRINT_FIELD) or {}
     for name in a:
-        one, other = of_a.get(name), of_b.get(name)
-        if one is None or other is None or one == other or name not in b:
+        if name not in b or judge_together(a.metadata, b.metadata, name) != "another":
             continue
-        same_dtype = one.partition(":")[0] == other.partition(":")[0]
-        if same_dtype and a[name].support == b[name].support:
+        if a[name].support == b[name].support:
+            one, other = (x.metadata[FINGERPRINT_FIELD][name] for x in (a, b))
             raise WrongBaseError(
                 f"{a_name} and {b_name} were trained on different base models: at the same "
                 f"positions of {name!r} one recorded the base fingerprint {one}, the other "

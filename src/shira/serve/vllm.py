@@ -33,7 +33,7 @@ from vllm.platforms import current_platform
 from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.delta import Adapter
-from shira.errors import PlacementError, ServeError, ShiraError
+from shira.errors import MergeError, PlacementError, ServeError, ShiraError
 from shira.serve.held import Held
 from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
@@ -156,8 +156,15 @@ class ShiraWorkerExtension:
     def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:
         source: OnDisk | None = self._shira_source
         base = source.checkpoint if source is not None else None
+
+        def read() -> Adapter:
+            try:
+                return Adapter.load(path, base=base)
+            except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
+                raise PlacementError(str(error)) from None
+
         try:
-            loaded = held.load(name, lambda: Adapter.load(path, base=base), compare=compare)
+            loaded = held.load(name, read, compare=compare)
         except PlacementError as error:
             if self.model_config.quantization:
                 raise PlacementError(
