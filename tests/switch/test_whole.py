@@ -19,6 +19,8 @@ class Headed(Net):
         super().__init__(0, dtype)
         self.head = nn.Linear(6, 3, dtype=dtype)
         self.norm = nn.BatchNorm1d(6, dtype=dtype)
+        self.norm.register_buffer("bytes", torch.randint(9, (130,), dtype=torch.uint8))
+        self.norm.register_buffer("none", torch.empty(0, 3, dtype=dtype))
         self.out = nn.Conv2d(3, 4, 2, dtype=dtype).to(memory_format=torch.channels_last)
         self.eval()
 
@@ -63,6 +65,27 @@ def test_they_go_in_and_the_base_comes_back(dtype: torch.dtype) -> None:
     with switch.using("b"):
         assert int(model.norm.num_batches_tracked) == 1
     assert same(model, base)
+
+
+def test_a_byte_is_exchanged_alone() -> None:
+    """Neighbours of a buffer of bytes in one memory stay as they are."""
+    model = nn.Module()
+    memory = torch.arange(64, dtype=torch.uint8)
+    model.register_buffer("flags", memory[8:16])
+    switch = Switch(model)
+    switch.load("a", Adapter({}, None, {"flags": torch.zeros(8, dtype=torch.uint8)}))
+    with switch.using("a"):
+        assert (memory != torch.arange(64)).nonzero().flatten().tolist() == [*range(8, 16)]
+    assert torch.equal(memory, torch.arange(64, dtype=torch.uint8))
+
+
+def test_the_adapters_tensor_may_change_after_loading() -> None:
+    model, tensor = Headed(), torch.ones(3)
+    switch = Switch(model)
+    switch.load("a", Adapter({}, None, {"head.bias": tensor}))
+    tensor.zero_()
+    switch.activate("a")
+    assert torch.equal(model.head.bias, torch.ones(3))
 
 
 def test_they_are_rounded_once_to_the_weights_dtype() -> None:

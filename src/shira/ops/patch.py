@@ -143,7 +143,9 @@ class Exchange:
         self._done.value, self._there = 0, []
 
     def _kernels(self) -> native.Kernels | None:
-        return native.load().library if self.weight.device.type == "cpu" else None
+        """The compiled walk, if there is one: not for buffers of single bytes."""
+        walks = self.weight.device.type == "cpu" and self.weight.element_size() > 1
+        return native.load().library if walks else None
 
     def _put_in_with_torch(self, memory: Tensor) -> None:
         """Entries that both patches have are written twice here; ``memory`` is 1-D."""

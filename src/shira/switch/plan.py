@@ -73,7 +73,7 @@ def make_whole_entry(tensor: Tensor, weight: Tensor, active: Patch | None) -> En
     """
     flat = torch.arange(weight.numel(), dtype=index_dtype(weight.numel()), device=weight.device)
     offsets = memory_offsets(flat, weight.shape, weight.stride())
-    new = tensor.detach().to(weight.device, weight.dtype).reshape(-1)
+    new = tensor.detach().to(weight.device, weight.dtype, copy=True).reshape(-1)
     if offsets is not flat:
         offsets, order = offsets.sort()
         new = new[order]
