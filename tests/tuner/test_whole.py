@@ -14,7 +14,7 @@ from torch import nn
 
 from shira import Adapter, PeftModel, ShiraConfig, Switch, fuse, get_peft_model
 from shira.convert import merge, unmerge
-from shira.errors import FileFormatError, WrongBaseError
+from shira.errors import AdapterError, FileFormatError, MergeError, TargetError, WrongBaseError
 from tests.tuner.models import llama, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
@@ -176,6 +176,25 @@ def test_a_second_adapter_with_the_same_module(tmp_path):
         model.set_adapter(name)
         assert torch.equal(outputs(model), outputs(source))
         assert Adapter.from_model(model, name) == Adapter.from_model(source)
+
+
+def test_a_switch_is_for_the_base_and_not_for_copies_of_peft():
+    model = trained(mlp, {"target_modules": ["lin1"], "modules_to_save": ["lin2"]})
+    switch = Switch(model)
+    with pytest.raises(AdapterError, match=r"'lin2.\w+' is in a module of which PEFT keeps copies"):
+        switch.load("a", Adapter.from_model(model))
+
+
+def test_the_head_of_a_tied_model_is_refused_where_it_would_change_the_embedding(tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = trained(lambda: llama(tie_word_embeddings=True), options)
+    model.save_pretrained(tmp_path / "a")
+    base = llama(tie_word_embeddings=True)
+    with pytest.raises(TargetError, match=r"'lm_head.weight' shares its memory with 'model.emb"):
+        Switch(base).load("a", tmp_path / "a")
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(MergeError, match=r"'lm_head.weight' is not in the checkpoint: it is tied"):
+        merge(tmp_path / "a", tmp_path / "base", tmp_path / "out")
 
 
 def test_weighted_adapters_take_the_module_of_the_one_that_has_it():
