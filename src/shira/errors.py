@@ -25,6 +25,7 @@ catches it as usual::
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 
 
@@ -104,6 +105,7 @@ class MissingDependencyError(ShiraError, ImportError):
 
 
 _LONGEST_NAME = 300
+_COMPARED = 2_000_000  # pairs of characters
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -119,7 +121,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     name = str(name)
     if len(name) > _LONGEST_NAME:  # the comparison takes the square of the length
         return ""
-    near = difflib.get_close_matches(name, sorted(map(str, known)), n=3, cutoff=0.6)
+    others = sorted(other for other in map(str, known) if len(other) <= _LONGEST_NAME)
+    if len(name) * sum(map(len, others)) > _COMPARED:  # of many, those that are alike at both ends
+        others.sort(key=lambda other: -_shared_ends(name, other))
+        del others[_COMPARED // (len(name) * _LONGEST_NAME) :]
+    near = difflib.get_close_matches(name, others, n=3, cutoff=0.6)
     if not near:
         return ""
     return f" Did you mean {' or '.join(map(repr, near))}?"
+
+
+def _shared_ends(one: str, other: str) -> int:
+    """Characters that two names begin and end with alike."""
+    ends = (zip(one, other, strict=False), zip(reversed(one), reversed(other), strict=False))
+    return sum(
+        1 for pairs in ends for _ in itertools.takewhile(lambda two: two[0] == two[1], pairs)
+    )

@@ -251,7 +251,7 @@ def test_a_copy_of_an_adapted_weight_is_the_bases_or_refused(saved):
         ({"peft_type": "SHIRA"}, FileFormatError, "not 'LORA'"),
         ({"r": 3}, FileFormatError, "not of the config's rank 3"),
         ({"r": "2"}, FileFormatError, "r is a number"),
-        ({"alpha_pattern": {"(": 1}}, FileFormatError, "no pattern"),
+        ({"alpha_pattern": {"(": 1}}, FileFormatError, "no regular expression"),
         ({"rank_pattern": []}, None, None),
         ({"rank_pattern": ["x"]}, FileFormatError, "maps patterns to numbers"),
     ],

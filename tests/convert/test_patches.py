@@ -110,7 +110,7 @@ def test_weights_that_int32_cannot_count():
         (lambda t, m: m.update(version="2"), "version '2'"),
         (lambda t, m: m.update(shapes="{"), "not valid JSON"),
         (lambda t, m: m.update(shapes='{"w": [1]}'), "outside a weight of shape"),
-        (lambda t, m: m.update(shapes='{"w": "x"}'), "a shape is a list"),
+        (lambda t, m: m.update(shapes='{"w": "x"}'), "the shape is a list"),
         (lambda t, m: m.update(shapes='{"w": [4], "v": [4]}'), "'v.indices' is missing"),
         (lambda t, m: t.update({"w.indices": torch.tensor([2, 1]).int()}), "sorted and unique"),
         (lambda t, m: t.update({"w.indices": torch.tensor([1, 2])}), "indices are int32"),

@@ -295,7 +295,7 @@ HOSTILE: tuple[Hostile, ...] = (
             CONFIG),
     Hostile("shapes_fractional", _config(shira_shapes={PARAMETER: [8.0, 6]}), None, PARAMETER,
             CONFIG),
-    Hostile("shapes_overflow", _config(shira_shapes={PARAMETER: [8, 2**40, 2**40]}), None,
+    Hostile("shapes_overflow", _config(shira_shapes={PARAMETER: [8, 2**20, 2**20]}), None,
             "overflows", CONFIG),
     Hostile("shapes_list_a_missing_target",
             _config(shira_shapes={PARAMETER: [8, 6], "gone.weight": [8, 6]}), None,

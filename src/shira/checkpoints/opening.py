@@ -17,7 +17,6 @@ A name that is no path is looked for on the Hugging Face hub, as transformers do
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ _STANDARD = (  # in the order in which their libraries look for them
 _ADAPTERS = ("adapter_model.safetensors", "adapter.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_FORMATS = [*(f"*{kind}" for kind in _PICKLES), "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
+_CONFIG_LIMIT = 50_000_000  # bytes
 _INDEX_LIMIT = 200_000_000  # bytes; 100 is about one entry
 
 
@@ -247,7 +247,7 @@ def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Sto
 def _config_of(file: Path) -> Mapping[str, Any]:
     """The config beside a checkpoint; a damaged one counts as none."""
     try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with open_regular(file) as opened:
+            return parse_object(opened.read(_CONFIG_LIMIT), file, "config")
+    except (OSError, FileFormatError):
         return {}
-    return config if isinstance(config, dict) else {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shira.errors import FileFormatError, ShiraError
 from shira.store.atomic import write_atomically
-from shira.store.json_text import parse_object
+from shira.store.json_text import parse_object, shape_in
 from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
 from shira.support import Support
 
@@ -116,9 +116,10 @@ def sizes(told: object) -> list[int]:
     Raises:
         FileFormatError: If it is none.
     """
-    if not isinstance(told, list) or not all(type(n) is int and n >= 0 for n in told):
-        raise FileFormatError("a shape is a list of sizes")
-    return told
+    try:
+        return list(shape_in(told))
+    except ValueError as error:
+        raise FileFormatError(str(error)) from error
 
 
 def _about(header: Header, kind: Kind) -> Mapping[str, Any]:
@@ -130,4 +131,4 @@ def _about(header: Header, kind: Kind) -> Mapping[str, Any]:
             f"{header.path}: version {told.get('version')!r} of such files ({kind.name}) is not "
             f"known, only {kind.version!r}; update shira"
         )
-    return parse_object(told.get(kind.about, "").encode(), header.path, kind.about)
+    return parse_object(told.get(kind.about, ""), header.path, kind.about)

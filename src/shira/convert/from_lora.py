@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,8 @@ from shira.convert.lora import Factors, FromLora, Progress, sparsify
 from shira.convert.lora_file import oriented, read_lora
 from shira.delta import Adapter
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
+
+_UNFOLDED = 2**14  # entries of an update for each value of A and B, at most, without the base
 
 
 def from_lora(
@@ -49,8 +52,8 @@ def from_lora(
         FileNotFoundError: If there is nothing at a path.
         FileFormatError: If a file is damaged, or no LoRA.
         AdapterError: If the LoRA is a variant or a convolution's, two are of one weight, a value
-            is not finite, or a copy of an adapted embedding is in the file that is not known to be
-            the base's.
+            is not finite, a copy of an adapted embedding is in the file that is not known to be
+            the base's, or, without a base, a weight is larger than the LoRA makes likely.
         WrongBaseError: If the base lacks a weight, or has it in another shape.
         ConfigError: If the budget is not possible.
     """
@@ -62,6 +65,8 @@ def from_lora(
         if source is not None:
             shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
             factors = oriented(factors, shapes, os.fspath(lora))
+        else:
+            _check_sizes(factors, os.fspath(lora))
         _check_copies(factors, names, whole, source, os.fspath(lora))
         whole = {name: tensor for name, tensor in whole.items() if name not in names}
         metadata = _metadata(config)
@@ -75,6 +80,18 @@ def from_lora(
             {name: source.entries(names[name], d.support.indices) for name, d in deltas.items()}
         )
     return FromLora(Adapter(deltas, metadata, whole), kept)
+
+
+def _check_sizes(factors: list[Factors], folder: str) -> None:
+    """Refuse weights so large that no base has them: a small file could ask for days of work."""
+    for one in factors:
+        held, entries = one.a.numel() + one.b.numel(), math.prod(one.shape)
+        if entries > _UNFOLDED * held:
+            raise AdapterError(
+                f"{folder}: {one.name!r}: {held} values stand for a weight of {one.shape}, which "
+                f"has {entries} entries, more than {_UNFOLDED} for each. Give the base model, to "
+                "show that it has such a weight"
+            )
 
 
 def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:

@@ -60,6 +60,8 @@ class Factors:
             raise AdapterError(f"{self.name!r}: {shapes} are not (r, in) and (out, r)")
         if not (self.a.is_floating_point() and self.b.is_floating_point()):
             raise AdapterError(f"{self.name!r}: {self.a.dtype} and {self.b.dtype} are not floats")
+        if not abs(self.scaling) <= torch.finfo(torch.float32).max:
+            raise AdapterError(f"{self.name!r}: a scaling of {self.scaling:.3g} is beyond float32")
 
     @property
     def rank(self) -> int:
@@ -160,6 +162,8 @@ def sparsify(
     deltas, kept = {}, []
     for one, flat in zip(updates, chosen, strict=True):
         values = values_at(one, flat)
+        if not bool(values.isfinite().all()):
+            raise AdapterError(f"{one.name!r}: its update holds values that are not finite")
         flat, values = flat[values != 0], values[values != 0]
         if values.numel():
             deltas[one.name] = SparseDelta(Support._trusted(one.shape, flat), values)

@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from shira.convert.lora import Factors
-from shira.errors import AdapterError, FileFormatError, WrongBaseError
+from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store.json_text import parse_object
 from shira.store.names import base_module_name, weight_name
+from shira.store.patterns import check_patterns, matching
 from shira.store.peft_format import read_whole
 from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
 
@@ -52,10 +53,10 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 def is_lora(path: str | os.PathLike[str]) -> bool:
     """Whether a path looks like a LoRA in PEFT's format; a look, not a validation."""
-    config = Path(path) / CONFIG_NAME
     try:
-        return re.search(rb'"peft_type"\s*:\s*"LORA"', config.read_bytes()) is not None
-    except OSError:
+        with open_regular(Path(path) / CONFIG_NAME) as file:
+            return re.search(rb'"peft_type"\s*:\s*"LORA"', file.read(_CONFIG_LIMIT)) is not None
+    except (OSError, FileFormatError):
         return False
 
 
@@ -160,6 +161,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(_is_number(n) for n in patterns.values()):
             raise FileFormatError(f"{path}: {field} maps patterns to numbers")
+    try:
+        check_patterns({field: config.get(field) for field in ("rank_pattern", "alpha_pattern")})
+    except ConfigError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     for field in ("r", "lora_alpha"):
         if not _is_number(config.get(field)):
             raise FileFormatError(f"{path}: {field} is a number, not {config.get(field)!r}")
@@ -204,13 +209,13 @@ def _factors(
             raise FileFormatError(f"{header.path}: {name!r} has dtype {info.dtype}, not a float")
     a, b = (_finite(read_tensor(file, header, name), header, name) for name in names)
     module = base_module_name(key)
-    r = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    r = matching(config.get("rank_pattern"), module, config["r"])
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != r or b.shape[1] != r:
         raise FileFormatError(
             f"{header.path}: {key!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of the "
             f"config's rank {r}"
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    alpha = matching(config.get("alpha_pattern"), module, config["lora_alpha"])
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     return Factors(weight_name(module), a, b, scaling, transposed)
@@ -220,17 +225,6 @@ def _finite(tensor: Tensor, header: Header, name: str) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise FileFormatError(f"{header.path}: {name!r} holds values that are not finite")
     return tensor
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT matches."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise FileFormatError(f"{pattern!r} is no pattern of module names: {error}") from error
-    return default
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,7 @@ from shira.errors import ConfigError, FileFormatError, did_you_mean
 from shira.store.blocks import check_size
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.int8 import LARGEST_SCALE
-from shira.store.json_text import parse_object
+from shira.store.json_text import parse_object, shape_in
 from shira.store.peft_config import check_fingerprints
 
 TABLE = "shira"
@@ -42,7 +42,6 @@ CODINGS: Mapping[str, tuple[str, ...]] = {
 """The ways to store indices, each with the tensors it uses beside the values."""
 
 _OF_CODING = {"gaps": set(), "blocks": {"block"}, "seed": {"seed", "slot", "check"}}
-_NUMEL_LIMIT = 2**62
 _HEX = re.compile(r"[0-9a-f]{8}")
 
 
@@ -202,13 +201,12 @@ def _record(path: Path, name: str, claim: Any) -> Record:
     _check_keys(path, where, claim, needed, needed)
     if dtype not in VALUE_DTYPES:
         raise refuse(f"values are one of {', '.join(VALUE_DTYPES)}, not {str(dtype)[:40]!r}")
-    shape, k = claim["shape"], claim["k"]
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise refuse(f"the shape is a list of sizes, not {str(shape)[:80]}")
-    if math.prod(shape) >= _NUMEL_LIMIT:
-        raise refuse(f"a weight of shape {str(shape)[:80]} is too large (limit 2^62 entries)")
+    try:
+        shape, k = shape_in(claim["shape"]), claim["k"]
+    except ValueError as error:
+        raise refuse(str(error)) from error
     if not _is_count(k) or k > math.prod(shape):
-        raise refuse(f"k is a number of entries of a {shape} weight, not {str(k)[:40]}")
+        raise refuse(f"k is a number of entries of a {list(shape)} weight, not {str(k)[:40]}")
     if "scale" in claim:
         _check_scale(claim["scale"], refuse)
     block = None
@@ -222,7 +220,7 @@ def _record(path: Path, name: str, claim: Any) -> Record:
             raise refuse("seed and slot are whole numbers, the slot not negative")
         if not isinstance(claim["check"], str) or not _HEX.fullmatch(claim["check"]):
             raise refuse(f"check is eight hex digits, not {str(claim['check'])[:40]!r}")
-    return Record(**{**claim, "shape": tuple(shape), "block": block})
+    return Record(**{**claim, "shape": shape, "block": block})
 
 
 def _check_scale(scale: Any, refuse: Any) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.entries import COORDINATE_LIMIT
-from shira.store.json_text import parse_object
+from shira.store.json_text import parse_object, shape_in
+from shira.store.patterns import check_patterns
 from shira.store.safetensors_header import open_regular
 from shira.support import matrix_shape
 
@@ -51,6 +52,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileFormatError(
             f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter{hint}"
         )
+    try:
+        check_patterns(config)
+    except ConfigError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     _check_shapes(path, config.get(SHAPES_FIELD))
     check_fingerprints(path, config)
     return config
@@ -79,9 +84,11 @@ def compose_config(
         whole: Names of the whole tensors.
 
     Raises:
-        ConfigError: If a given field cannot stand in JSON, or contradicts the adapter.
+        ConfigError: If a given field cannot stand in JSON, contradicts the adapter, or is a pattern
+            that could take minutes to match.
     """
     config = dict(given)
+    check_patterns(config)
     if config.get("peft_type", "SHIRA") != "SHIRA":
         raise ConfigError(f"peft_type is 'SHIRA' in a SHiRA adapter, not {config['peft_type']!r}")
     config["peft_type"] = "SHIRA"
@@ -161,10 +168,10 @@ def _check_shapes(path: Path, shapes: Any) -> None:
     if not isinstance(shapes, dict):
         raise FileFormatError(f"{path}: {SHAPES_FIELD} maps parameter names to shapes")
     for name, sizes in shapes.items():
-        if not isinstance(sizes, list) or not all(type(n) is int and n >= 0 for n in sizes):
-            raise FileFormatError(
-                f"{path}: {SHAPES_FIELD} of {name!r} is a list of sizes, not {str(sizes)[:80]}"
-            )
+        try:
+            shape_in(sizes)
+        except ValueError as error:
+            raise FileFormatError(f"{path}: {SHAPES_FIELD} of {name!r}: {error}") from error
         if max(matrix_shape(sizes)) > COORDINATE_LIMIT:
             raise FileFormatError(
                 f"{path}: {SHAPES_FIELD} of {name!r} overflows int32 coordinates: {str(sizes)[:80]}"

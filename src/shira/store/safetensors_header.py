@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shira.errors import FileFormatError, did_you_mean
-from shira.store.json_text import parse_object
+from shira.store.json_text import parse_object, shape_in
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes; the limit of the safetensors library itself."""
@@ -203,11 +203,11 @@ def _checked_info(path: Path, name: str, claim: Any, data_start: int) -> TensorI
         raise refuse("the header gives dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise refuse(f"unknown dtype {dtype!r}.{did_you_mean(str(dtype).upper(), _BITS)}")
-    if not isinstance(shape, list) or not all(_is_int(n) for n in shape):
-        raise refuse("the shape is a list of integers")
-    if any(n < 0 for n in shape):
-        raise refuse(f"negative size in shape {shape}")
+        raise refuse(f"unknown dtype {str(dtype)[:40]!r}.{did_you_mean(str(dtype).upper(), _BITS)}")
+    try:
+        shape = shape_in(shape)
+    except ValueError as error:
+        raise refuse(str(error)) from error
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_int(n) for n in offsets):
         raise refuse("data_offsets are two integers")
     start, end = offsets
@@ -216,10 +216,10 @@ def _checked_info(path: Path, name: str, claim: Any, data_start: int) -> TensorI
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (end - start):
         raise refuse(
-            f"shape {shape} of {dtype} takes {-(-bits // 8)} bytes, "
+            f"shape {list(shape)} of {dtype} takes {-(-bits // 8)} bytes, "
             f"but data_offsets give it a size of {end - start}"
         )
-    return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
 def _check_ranges(path: Path, tensors: Mapping[str, TensorInfo], at: int, size: int) -> None:

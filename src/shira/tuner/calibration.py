@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shira.errors import ConfigError, MaskError, MergeError, TargetError
 from shira.masks import MASKS, choose
 from shira.store.names import base_module_name, weight_name
+from shira.store.patterns import matching
 from shira.support import Support
 from shira.tuner.config import ShiraConfig
 from shira.tuner.masking import SupportTable, entries
@@ -193,8 +193,8 @@ def _gradient_magnitudes(
 
 def _choose(config: ShiraConfig, name: str, layer: nn.Module, score: Tensor) -> Support:
     shape = tuple(score.shape)
-    key = get_pattern_key(list(config.rank_pattern), name.removesuffix(".weight"))
-    k = entries(config, shape, config.rank_pattern.get(key, config.r), name)
+    r = matching(config.rank_pattern, name.removesuffix(".weight"), config.r)
+    k = entries(config, shape, r, name)
     if not torch.isfinite(score).all():
         raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
     weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]

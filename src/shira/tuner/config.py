@@ -19,6 +19,7 @@ from torch import nn
 from shira.errors import ConfigError, MaskError, did_you_mean
 from shira.masks import MASKS
 from shira.masks.block import check_options
+from shira.store.patterns import check_patterns
 
 MaskFn = Callable[..., Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -166,6 +167,7 @@ class ShiraConfig(PeftConfig):
         return list((self.rank_pattern or {}).items())
 
     def _check_targets(self) -> None:
+        check_patterns(vars(self))
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):

@@ -18,13 +18,13 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
 from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name
+from shira.store.patterns import matching
 from shira.support import Support
 from shira.tuner.base_values import base_of, base_values
 from shira.tuner.config import ShiraConfig
@@ -429,8 +429,7 @@ def prepare(
             "its weight cannot be kept as it is; set max_norm=None or leave it out of "
             "target_modules"
         )
-    pattern = get_pattern_key(list(config.rank_pattern), key)
-    r = config.rank_pattern.get(pattern, config.r)
+    r = matching(config.rank_pattern, key, config.r)
     if incoming is not None and name in incoming:
         support = incoming[name]
     elif needs_placeholder(config):

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regular expressions of module names, refused where matching one could take minutes.
+
+A configuration of 400 bytes can hold a pattern such as ``(a+)+b``, on which Python's matching tries
+every way to split a name among the repeats. PEFT matches the name of each module with it, so
+patterns are looked at before. From the parsed pattern an upper bound of those ways is computed, for
+names of 128 characters in which four given characters in a row are found at most four times.
+``.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$`` has about a hundred.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+try:
+    from re import _constants as c
+    from re import _parser as parser
+except ImportError:  # Python 3.10
+    import sre_constants as c  # type: ignore[no-redef]
+    import sre_parse as parser  # type: ignore[no-redef]
+
+from shira.errors import ConfigError
+
+T = TypeVar("T")
+
+_LENGTH = 128  # characters of a module's name
+_FOUND = (1.0, 1 / 4, 1 / 10, 1 / 20, 1 / 32)  # share of its places where n given characters stand
+_WAYS = 1_000_000  # of matching a name, at most: some milliseconds
+_LONGEST = 50_000  # characters of a pattern
+_MOST = 10_000  # patterns in a configuration
+_AT_END = r"(.*\.)?({})$"
+
+_ATOMIC = getattr(c, "ATOMIC_GROUP", None)  # from Python 3.11 on
+_REPEATS = {c.MAX_REPEAT, c.MIN_REPEAT, getattr(c, "POSSESSIVE_REPEAT", c.MAX_REPEAT)}
+
+
+def check_patterns(config: Mapping[str, Any]) -> None:
+    """Check every pattern of module names in a configuration of PEFT's, as PEFT uses it.
+
+    Args:
+        config: Its fields; those that hold no patterns are left alone.
+
+    Raises:
+        ConfigError: If one is no regular expression, or matching it could take minutes.
+    """
+    for number, (field, pattern, whole) in enumerate(_patterns(config)):
+        if number >= _MOST:
+            raise ConfigError(f"{field}: more than {_MOST} patterns")
+        check_pattern(whole, f"{field}: the pattern {pattern[:200]!r}")
+
+
+def check_pattern(pattern: str, what: str) -> None:
+    """Check one pattern.
+
+    Args:
+        pattern: The regular expression, as it is matched.
+        what: What it is, for messages.
+
+    Raises:
+        ConfigError: If it is no regular expression, or matching it could take minutes.
+    """
+    if len(pattern) > _LONGEST:
+        raise ConfigError(f"{what} is too long ({len(pattern)} characters; limit {_LONGEST})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd sets of characters
+            asserted: list[float] = []
+            ways = _ways(parser.parse(pattern), _END, asserted) * (1 + sum(asserted))
+    except (re.error, RecursionError, OverflowError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{what} is no regular expression: {cause}") from error
+    if ways > _WAYS:
+        raise ConfigError(
+            f"{what} could take minutes to match: a repeat within a repeat, or too many repeats in "
+            "a row. Use fewer of them, or list the names of the modules"
+        )
+
+
+def matching(patterns: Mapping[str, T] | None, name: str, default: T) -> T:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches."""
+    found = (value for key, value in (patterns or {}).items() if _compiled(key).match(name))
+    return next(found, default)
+
+
+@functools.lru_cache(2 * _MOST)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(_AT_END.replace("{}", pattern))
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Field, pattern as given, and as PEFT completes it."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := config.get(field), str):
+            yield field, pattern, pattern
+    for field, form in (
+        ("modules_to_save", r"(^|.*\.){}($|\..*)"),
+        ("layers_pattern", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+        ("rank_pattern", _AT_END),
+        ("alpha_pattern", _AT_END),
+    ):
+        given = config.get(field) or ()
+        for pattern in [given] if isinstance(given, str) else given:
+            if isinstance(pattern, str):
+                yield field, pattern, form.replace("{}", pattern)
+
+
+class _Next(NamedTuple):
+    """What can stand at a place of a pattern: its first characters, how many literal ones."""
+
+    first: int  # a bit for each character of ASCII, and one for all others
+    literals: int
+    empty: bool  # whether what stands there may match nothing
+
+
+_ALL = 2**129 - 1
+_END = _Next(0, 0, True)
+
+
+def _ways(items: Any, after: _Next, asserted: list[float]) -> float:
+    """An upper bound of the ways in which a sequence can match, in front of what comes after.
+
+    The ways of look-arounds in it are added to ``asserted``: they are tried anew for each of these.
+    """
+    ways, repeats = 1.0, 0
+    for op, value in reversed(list(items)):
+        found = _ways_of(op, value, after, asserted)
+        if op in _REPEATS and found > 1 and value[1] >= _LENGTH:
+            repeats += 1
+            found = max(found / repeats, 1.0)  # their ends follow one another: L choose n, not L^n
+        ways = min(ways * found, 1e100)
+        after = _before(op, value, after)
+    return ways
+
+
+def _ways_of(op: Any, value: Any, after: _Next, asserted: list[float]) -> float:
+    """Of one item of a sequence."""
+    if op in _REPEATS:
+        return _ways_of_repeat(*value, after, asserted)
+    if op is c.BRANCH:
+        branches = [list(branch) for branch in value[1]]
+        ways = [_ways(branch, after, asserted) for branch in branches]
+        return max(ways) if _apart(branches, after) else sum(ways)
+    if op is c.GROUPREF_EXISTS:
+        return sum(_ways(branch, after, asserted) for branch in value[1:] if branch is not None)
+    if op in (c.ASSERT, c.ASSERT_NOT):
+        asserted.append(_ways(value[1], _END, asserted))
+    elif op is c.SUBPATTERN or op is _ATOMIC:
+        return _ways(_body(op, value), after, asserted)
+    return 1.0
+
+
+def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, asserted: list[float]) -> float:
+    least, most = min(int(least), _LENGTH), min(int(most), _LENGTH)
+    start = _first(body)
+    meet = bool(start.first & after.first) or start.empty
+    if most <= 1:
+        return _ways(body, after, asserted) + (1 if meet and not least else 0)
+    both = _Next(
+        start.first | after.first, min(start.literals, after.literals), after.empty or start.empty
+    )
+    inner = _ways(body, both, asserted) + (1 if start.empty else 0)
+    if inner > 1:  # each round can go several ways
+        return float(min(inner ** min(most, 50), 1e100))
+    if not meet or least == most:
+        return 1.0
+    return 1 + (most - least) / _width(body) * _FOUND[min(after.literals, len(_FOUND) - 1)]
+
+
+def _before(op: Any, value: Any, after: _Next) -> _Next:
+    """What stands before ``after`` once an item is put in front of it."""
+    if op in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
+        characters = _characters(op, value)
+        few = characters.bit_count() <= 8  # four letters in both cases
+        return _Next(characters, after.literals + 1 if few else 0, False)
+    if op is c.AT:
+        return _END if value in (c.AT_END, c.AT_END_STRING) else after
+    if op is c.GROUPREF:
+        return _Next(_ALL, 0, after.empty)
+    if op is c.BRANCH or op is c.GROUPREF_EXISTS:
+        branches = value[1] if op is c.BRANCH else [branch or [] for branch in value[1:]]
+        return _any_of([_first(branch, after) for branch in branches])
+    if op in _REPEATS:
+        inside = _first(value[2])
+        once = _Next(
+            inside.first | (after.first if inside.empty else 0),
+            min(inside.literals, after.literals) if inside.empty else inside.literals,
+            inside.empty and after.empty,
+        )
+        return once if value[0] else _any_of([once, after])
+    if op is c.SUBPATTERN or op is _ATOMIC:
+        return _first(_body(op, value), after)
+    return after  # look-arounds take no character
+
+
+def _first(items: Any, after: _Next = _END) -> _Next:
+    for op, value in reversed(list(items)):
+        after = _before(op, value, after)
+    return after
+
+
+def _any_of(places: list[_Next]) -> _Next:
+    first = 0
+    for place in places:
+        first |= place.first
+    return _Next(first, min(p.literals for p in places), any(p.empty for p in places))
+
+
+def _apart(branches: list[list[Any]], after: _Next) -> bool:
+    """Whether a place of a name can match one of the branches at most."""
+    texts = []
+    for branch in branches:
+        literals = itertools.takewhile(lambda item: item[0] is c.LITERAL, branch)
+        texts.append("".join(chr(value) for _, value in literals).lower())
+    if all(texts):
+        texts.sort()
+        return not any(two.startswith(one) for one, two in itertools.pairwise(texts))
+    seen = 0
+    for branch in branches:
+        start = _first(branch, after)
+        if start.empty or start.first & seen:
+            return False
+        seen |= start.first
+    return True
+
+
+def _characters(op: Any, value: Any) -> int:
+    """The characters that an item of one character matches, whatever their case."""
+    if op is c.ANY:
+        return _ALL
+    if op is c.LITERAL or op is c.NOT_LITERAL:
+        bits = _bits([value])
+        one = bits.bit_count() == 1  # no letter, so not itself in another case
+        return bits if op is c.LITERAL else _ALL & ~bits if one and value < 128 else _ALL
+    bits = 0
+    for kind, what in value:
+        if kind is c.LITERAL:
+            bits |= _bits([what])
+        elif kind is c.RANGE:
+            bits |= _bits(range(what[0], min(what[1], 128) + 1))
+        elif kind is c.CATEGORY:
+            bits |= _CATEGORIES.get(what, _ALL)
+    if value and value[0][0] is c.NEGATE:
+        letters = _bits(code for code in range(128) if chr(code).isalpha())
+        return (_ALL & ~bits) | (_ALL & letters & bits if bits & letters != letters else 0)
+    return bits
+
+
+def _bits(codes: Iterable[int]) -> int:
+    bits = 0
+    for code in codes:
+        for text in {chr(code).lower(), chr(code).upper()}:
+            bits |= 1 << min(ord(text[0]), 128)
+    return bits
+
+
+def _category(pattern: str) -> int:
+    matching = re.compile(pattern)
+    return _bits(code for code in range(128) if matching.match(chr(code))) | 1 << 128
+
+
+_CATEGORIES = {
+    c.CATEGORY_DIGIT: _category(r"\d"),
+    c.CATEGORY_WORD: _category(r"\w"),
+    c.CATEGORY_SPACE: _category(r"\s"),
+    c.CATEGORY_NOT_DIGIT: _category(r"\D"),
+    c.CATEGORY_NOT_WORD: _category(r"\W"),
+    c.CATEGORY_NOT_SPACE: _category(r"\S"),
+}
+
+
+def _body(op: Any, value: Any) -> Any:
+    return value[-1] if op is c.SUBPATTERN else value
+
+
+def _width(items: Any) -> int:
+    """The fewest characters that a sequence matches, 1 at least."""
+    return max(int(items.getwidth()[0]), 1)
