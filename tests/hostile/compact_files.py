@@ -293,7 +293,7 @@ HOSTILE: tuple[Hostile, ...] = (
             ("'head'", "unknown field 'scale'")),
     Hostile("whole_bool", _head("BOOL", [2], b"\1\0"), ("'head'", "'BOOL'")),
     Hostile("whole_negative_size", _head(table={"dtype": "F32", "shape": [-2]}),
-            ("'head'", "list of sizes")),
+            ("'head'", "negative size")),
     Hostile("whole_nan", _head(raw=b"\0\0\xc0\x7f" * 2), ("'head'", "not finite: 2 NaN")),
     Hostile("whole_other_shape", _head(table={"dtype": "F32", "shape": [1, 2]}),
             ("'head.whole'", "shape (2,) is not (1, 2)")),

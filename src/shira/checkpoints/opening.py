@@ -17,6 +17,7 @@ A name that is no path is looked for on the Hugging Face hub, as transformers do
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ _STANDARD = (  # in the order in which their libraries look for them
 _ADAPTERS = ("adapter_model.safetensors", "adapter.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_FORMATS = [*(f"*{kind}" for kind in _PICKLES), "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
-_CONFIG_LIMIT = 50_000_000  # bytes
+_CONFIG_LIMIT = 10_000_000  # bytes
 _INDEX_LIMIT = 200_000_000  # bytes; 100 is about one entry
 
 
@@ -248,6 +249,7 @@ def _config_of(file: Path) -> Mapping[str, Any]:
     """The config beside a checkpoint; a damaged one counts as none."""
     try:
         with open_regular(file) as opened:
-            return parse_object(opened.read(_CONFIG_LIMIT), file, "config")
-    except (OSError, FileFormatError):
+            config = json.loads(opened.read(_CONFIG_LIMIT))  # not ours, and may hold Infinity
+    except (OSError, ValueError, RecursionError):
         return {}
+    return config if isinstance(config, dict) else {}

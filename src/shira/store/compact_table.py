@@ -168,16 +168,18 @@ def _whole(
     if not isinstance(claim, dict):
         raise FileFormatError(f"{path}: {where}: the table gives an object for each")
     _check_keys(path, where, claim, {"dtype", "shape"}, {"dtype", "shape"})
-    dtype, shape = claim["dtype"], claim["shape"]
+    dtype = claim["dtype"]
     if not isinstance(dtype, str) or dtype not in WHOLE_DTYPES:
         raise FileFormatError(
             f"{path}: {where}: dtype is one of {', '.join(WHOLE_DTYPES)}, not {str(dtype)[:40]!r}"
         )
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise FileFormatError(f"{path}: {where}: the shape is a list of sizes")
+    try:
+        shape = shape_in(claim["shape"])
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {where}: {error}") from error
     if name in records:
         raise FileFormatError(f"{path}: {where}: the table has entries of it as well")
-    return dtype, tuple(shape)
+    return dtype, shape
 
 
 def _record(path: Path, name: str, claim: Any) -> Record:
