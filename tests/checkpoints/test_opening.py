@@ -433,6 +433,17 @@ def test_a_pickle_by_its_name(tmp_path):
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("make", GOOD, ids=lambda make: make.__name__)
+def test_a_merged_copy_holds_one_checkpoint(make, folder, stock, tmp_path):
+    """Whatever else could be loaded from it would be the old weights."""
+    make(folder)
+    merge(stock, folder, tmp_path / "merged")
+    base, merged = open_checkpoint(folder), open_checkpoint(tmp_path / "merged")
+    assert [file.name for file in merged.files] == [file.name for file in base.files]
+    names = {file.name for file in (tmp_path / "merged").glob("*.safetensors*")}
+    assert names == {file.name for file in (*base.files, base.index) if file is not None}
+
+
 def test_an_open_checkpoint_is_taken_as_it_is(folder, stock, tmp_path):
     one_file(folder)
     opened = open_checkpoint(folder)

@@ -80,12 +80,14 @@ class Checkpoint:
         files: The safetensors files that make it up.
         tensors: Where each tensor lies, by its name.
         config: What ``config.json`` beside them says; empty where there is none.
+        index: The file that lists them, if one does.
     """
 
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, Stored]
     config: Mapping[str, Any]
+    index: Path | None = None
 
     @property
     def largest(self) -> int:
@@ -114,9 +116,18 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
         where = _from_hub(os.fspath(base))
     folder = where if where.is_dir() else where.parent
     config = _config_of(folder / "config.json")
-    index = None
+    index: Path | None = None
+    placed: Mapping[str, str] | None = None
     if where.is_dir():
-        files, index = _files_of(where, config)
+        chosen = _chosen(where, config)
+        if chosen is None:
+            files = _all_of(where)
+        elif chosen.name.endswith(_INDEX):
+            index, placed = chosen, _read_index(chosen)
+            files = tuple(where / name for name in sorted(set(placed.values())))
+        else:
+            files = (chosen,)
+            index = _index_of(chosen)
     elif where.suffix in _PICKLES:
         raise FileFormatError(f"{where}: {_PICKLED}")
     else:
@@ -130,9 +141,9 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
                     "the one file that is meant"
                 )
             tensors[key] = Stored(key, file, info.dtype, info.shape, info.start, info.end)
-    if index is not None:
-        _check_index(where, index, tensors)
-    return Checkpoint(where, files, tensors, config)
+    if placed is not None:
+        _check_index(where, placed, tensors)
+    return Checkpoint(where, files, tensors, config, index)
 
 
 _PICKLED = (
@@ -163,20 +174,12 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _files_of(
-    folder: Path, config: Mapping[str, Any]
-) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
-    """The files of a folder's checkpoint, and what its index says if it has one."""
-    chosen = _chosen(folder, config)
-    if chosen is not None and not chosen.name.endswith(_INDEX):
-        return (chosen,), None
-    if chosen is not None:
-        index = _read_index(chosen)
-        return tuple(chosen.parent / name for name in sorted(set(index.values()))), index
+def _all_of(folder: Path) -> tuple[Path, ...]:
+    """Every safetensors file of a folder that is no adapter's."""
     found = sorted(file for file in folder.glob("*.safetensors") if file.name not in _ADAPTERS)
     if not found:
         raise FileFormatError(f"{folder}: the folder has no safetensors checkpoint{_why(folder)}")
-    return tuple(found), None
+    return tuple(found)
 
 
 def _chosen(folder: Path, config: Mapping[str, Any]) -> Path | None:
@@ -218,6 +221,15 @@ def _why(folder: Path) -> str:
     if parts:
         return f"; its folders {', '.join(parts[:8])} have: give one of them"
     return ""
+
+
+def _index_of(file: Path) -> Path | None:
+    """The index beside a file that lists this file alone; what lists others is of no account."""
+    path = file.with_name(file.stem + _INDEX)
+    try:
+        return path if {*_read_index(path).values()} == {file.name} else None
+    except (FileNotFoundError, FileFormatError):
+        return None
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 _ANYWHERE = ("consolidated*.pth", "*.onnx", "*.onnx_data", "*.gguf", "openvino_model*.bin")
 _BESIDE = (
     "pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model*.h5", "flax_model*.msgpack",
-    "rust_model.ot", "*.safetensors",
+    "rust_model.ot", "*.safetensors", "*.safetensors.index.json",
 )  # fmt: skip
 _HIDDEN = (".git", ".cache")
 
@@ -156,7 +156,7 @@ def _files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:
     """Each file of the folder that comes along with its path in it, and what stays behind."""
     along: dict[Path, str] = {}
     behind: list[str] = []
-    own = set(checkpoint.files)
+    own = {*checkpoint.files, checkpoint.index}
     for path in _walk(checkpoint.path):
         name = path.relative_to(checkpoint.path).as_posix()
         if path in own or not _stays(path, at_top=path.parent == checkpoint.path):
