@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from shira.ops.adapted_weight import adapted_weight, value_gradients
 from shira.ops.chunked import set_scratch_bytes
 from shira.ops.conv2d import conv2d
 from shira.ops.dispatch import Choice, choose, use_backend
@@ -21,6 +22,7 @@ from shira.ops.weight_gradient import weight_gradient
 __all__ = [
     "Choice",
     "Plan",
+    "adapted_weight",
     "choose",
     "conv2d",
     "embedding",
@@ -32,5 +34,6 @@ __all__ = [
     "sparse_product",
     "set_scratch_bytes",
     "use_backend",
+    "value_gradients",
     "weight_gradient",
 ]

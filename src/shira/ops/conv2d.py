@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shira.base import accumulation_dtype
-from shira.ops.plan import Plan
+from shira.ops.adapted_weight import gathered
 from shira.ops.plan_cache import plan_for
 from shira.ops.resident import resident
 from shira.ops.util import no_autocast, shape_like
@@ -89,17 +88,12 @@ def _conv2d_backward(
         dx, dense, _ = resident(weight, plan, deltas, grad.dtype, product)
     dvalues = [delta.new_empty(0) for delta in deltas]
     if need_values:
-        dvalues = plan.split(_gather(dense, plan), deltas)
+        dvalues = plan.split(gathered(dense, plan), deltas)
     return [
         dx if need_x else grad.new_empty(0),
         dense.to(weight.dtype) if need_weight else grad.new_empty(0),
         *dvalues,
     ]
-
-
-def _gather(dense: Tensor, plan: Plan) -> Tensor:
-    values = dense.reshape(-1).index_select(0, plan.flat())
-    return values.to(accumulation_dtype(dense.dtype))
 
 
 def conv2d(
@@ -117,7 +111,7 @@ def conv2d(
     """``torch.nn.functional.conv2d`` with every delta at its positions in the weight.
 
     Args:
-        x: ``(batch, in, height, width)``.
+        x: ``(batch, in, height, width)``, or ``(in, height, width)``.
         weight: ``(out, in / groups, kh, kw)``; untouched between calls.
         bias: ``(out,)`` or None.
         deltas: ``(k_i,)`` for each active adapter, scale included.
@@ -129,14 +123,17 @@ def conv2d(
         groups: Of channels.
 
     Returns:
-        ``(batch, out, height', width')`` in the dtype of ``x``.
+        ``(batch, out, height', width')`` in the dtype of ``x``, or without the batch as ``x`` is.
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
     """
     geometry = (list(stride), list(padding), list(dilation), groups)
-    result: Tensor = torch.ops.shira.conv2d(x, weight, bias, list(deltas), list(indices), *geometry)
-    return result
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    result: Tensor = torch.ops.shira.conv2d(
+        batch, weight, bias, list(deltas), list(indices), *geometry
+    )
+    return result.squeeze(0) if x.dim() == 3 else result
 
 
 @_conv2d.register_fake

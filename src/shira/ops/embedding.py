@@ -18,7 +18,7 @@ from shira.base import accumulation_dtype
 from shira.ops.plan import Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.resident import resident
-from shira.ops.util import shape_like
+from shira.ops.util import no_view, shape_like
 
 
 @torch.library.custom_op(
@@ -35,7 +35,9 @@ def _embedding(
     padding_idx: int,
 ) -> Tensor:
     plan = plan_for(indices, weight.shape, weight.stride())
-    return resident(weight, plan, deltas, weight.dtype, lambda adapted: F.embedding(ids, adapted))
+    return resident(
+        weight, plan, deltas, weight.dtype, lambda adapted: no_view(F.embedding(ids, adapted))
+    )
 
 
 @torch.library.custom_op(

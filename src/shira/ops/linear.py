@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from shira.ops.plan import Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.resident import resident
-from shira.ops.util import as_matrix, autocasts, runs_eagerly, shape_like
+from shira.ops.util import as_matrix, autocasts, no_view, runs_eagerly, shape_like
 from shira.ops.weight_gradient import weight_gradient
 
 
@@ -45,7 +45,7 @@ def _forward(
         plan,
         deltas,
         x.dtype,
-        lambda adapted: F.linear(x, adapted.t() if transposed else adapted, bias),
+        lambda adapted: no_view(F.linear(x, adapted.t() if transposed else adapted, bias)),
     )
 
 

@@ -42,6 +42,14 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def no_view(result: Tensor) -> Tensor:
+    """Return an op's result as a tensor of its own, which whoever gets it may write to.
+
+    Of a view that was made inside an op, autograd lets nobody.
+    """
+    return result.new_empty(0).set_(result) if result._is_view() else result  # type: ignore[call-overload,no-any-return]
+
+
 def shape_like(tensor: Tensor, needed: bool) -> Tensor:
     """For fake kernels: an empty tensor of this shape, or of none."""
     return tensor.new_empty(tensor.shape if needed else 0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shira import ops
 from shira.base import replacement
-from shira.tuner.hooks import has_hooks
+from shira.tuner.hooks import Way
 from shira.tuner.masking import weight_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def grouped_linear(layer: ShiraLayer, x: Tensor, groups: dict[str, list[int]]) -
     adapted = {name: samples for name, samples in groups.items() if name in layer.shira_weight}
     tokens = x[0, ..., 0].numel() if len(x) else 0
     longest = tokens * max(map(len, adapted.values()), default=0)
-    if has_hooks(layer.base_layer) or longest >= WHOLE_PRODUCT_FROM:
+    if layer._way(layer.base_layer) is not Way.DIRECT or longest >= WHOLE_PRODUCT_FROM:
         return None
     x = layer._cast_input(x, weight_of(layer.get_base_layer()))
     result = _own(layer._base_forward(x))
@@ -77,7 +77,7 @@ def grouped_embedding(
     layer: ShiraLayer, ids: Tensor, groups: dict[str, list[int]]
 ) -> Tensor | None:
     """An embedding's forward for a mixed batch. Arguments and result as `grouped_linear`."""
-    if has_hooks(layer.base_layer):
+    if layer._way(layer.base_layer) is not Way.DIRECT:
         return None
     base: Any = layer.get_base_layer()
     result = _own(F.embedding(ids, base.weight, base.padding_idx))  # (samples, ..., dim)
@@ -96,8 +96,7 @@ def grouped_embedding(
         new = replacement(flat.index_select(0, place), delta)
         rows = flat.index_copy(0, place, new).view(rows.shape)
         result = result.index_copy_(0, at, rows)
-    scale: Tensor | None = layer._get_embed_scale()  # type: ignore[operator]
-    return result if scale is None else result * scale.to(result.dtype)
+    return result
 
 
 def _own(result: Tensor) -> Tensor:

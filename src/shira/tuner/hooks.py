@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks of a base layer whose own forward is not called: they run all the same.
+"""Calling a base layer in another way than by its own call: its hooks run all the same.
 
-An adapted layer multiplies with the base layer's weight itself. Users, Accelerate's offloading and
-FSDP hang hooks on the base layer and expect them to fire, with the base layer as the module.
+An adapted layer multiplies with the base layer's weight itself, or has the base layer's forward do
+so with another weight. Users, Accelerate's offloading and FSDP hang hooks on the base layer and
+expect them to fire, with the base layer as the module.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,22 +31,44 @@ _swapping = threading.RLock()
 keep_over_fork(_swapping)
 
 
-def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
-    """Whether calling the module would run more than its forward.
+class Way(enum.Enum):
+    """How an adapted layer gets the result of its base layer's call."""
+
+    DIRECT = enum.auto()
+    """By a product of our own."""
+    HOOKED = enum.auto()
+    """The same, between the base layer's hooks."""
+    OWN = enum.auto()
+    """By the base layer's own forward, with another weight."""
+
+
+def way_to_call(module: nn.Module, known: Collection[Callable[..., Any]] | None) -> Way:
+    """Return how to call a base layer.
 
     Args:
         module: The base layer.
-        of_users: Count hooks alone, not what Accelerate has wrapped around the forward, nor the
-            hooks by which FSDP2 and DeepSpeed gather weights.
+        known: The forwards for which there is a product; None: for whatever it has.
     """
-    if not of_users:
-        return bool(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "_hf_hook" in module.__dict__
-        )
+    own = module.__dict__
+    if known is not None:
+        if "forward" not in own:
+            if type(module).forward not in known:
+                return Way.OWN
+        # Set on the module itself, it is another one, unless Accelerate wrapped it.
+        elif "_hf_hook" not in own or getattr(own["_old_forward"], "__func__", None) not in known:
+            return Way.OWN
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in own
+    )
+    return Way.HOOKED if hooked else Way.DIRECT
+
+
+def has_hooks_of_users(module: nn.Module) -> bool:
+    """Return whether the module has hooks, beside those that gather weights (FSDP2, DeepSpeed)."""
     return any(
         not str(getattr(hook, "__module__", "")).startswith(_MACHINERY)
         for name in _HOOKS
@@ -51,26 +76,61 @@ def has_hooks(module: nn.Module, of_users: bool = False) -> bool:
     )
 
 
-def call_with_hooks(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``module(x)``, hooks and all, with ``forward`` in the place of the module's own.
+def call_with_hooks(
+    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """``module(*args, **kwargs)``, hooks and all, with ``forward`` in the place of its own.
 
     Accelerate wraps a module's forward and keeps the original as ``_old_forward``; its wrapper
     then counts among the hooks.
     """
-    attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     with _swapping:
-        own = module.__dict__
-        kept = own.get(attribute)
-        put_back = (
-            partial(own.pop, attribute, None)
-            if kept is None
-            else partial(own.__setitem__, attribute, kept)
-        )
-        try:
-            own[attribute] = forward
-            result: Tensor = module(x)
-        except BaseException:
-            put_back()  # one call into C, so no interrupt leaves half of it
-            raise
-        put_back()
-        return result
+        own, place = module.__dict__, _place_of_forward(module)
+        return _with_entry(own, place, forward, module, *args, **kwargs)
+
+
+def call_with_weight(
+    module: nn.Module, weight: Callable[[], Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """``module(*args, **kwargs)``, its own forward and hooks, with another weight.
+
+    Args:
+        module: The base layer.
+        weight: Makes the weight, once the hooks before the forward have run.
+        *args: For the module.
+        **kwargs: The same.
+    """
+    with _swapping:
+        forward = getattr(module, _place_of_forward(module))
+
+        def with_weight(*args: Any, **kwargs: Any) -> Any:
+            # FSDP1 has a plain attribute in the place of the parameter.
+            entries = module._parameters if "weight" in module._parameters else module.__dict__
+            return _with_entry(entries, "weight", weight(), forward, *args, **kwargs)
+
+        if way_to_call(module, None) is Way.DIRECT:
+            return with_weight(*args, **kwargs)
+        return call_with_hooks(module, with_weight, *args, **kwargs)
+
+
+def _place_of_forward(module: nn.Module) -> str:
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def _with_entry(
+    entries: dict[str, Any], name: str, value: Any, call: Callable[..., Any], *args: Any, **kw: Any
+) -> Any:
+    """``call(*args, **kw)`` while ``entries[name]`` is ``value``; then it is as it was."""
+    put_back = (
+        partial(entries.__setitem__, name, entries[name])
+        if name in entries
+        else partial(entries.pop, name, None)
+    )
+    try:
+        entries[name] = value
+        result = call(*args, **kw)
+    except BaseException:
+        put_back()  # one call into C, so no interrupt leaves half of it
+        raise
+    put_back()
+    return result

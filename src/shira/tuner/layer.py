@@ -8,10 +8,11 @@ them back.
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,13 +23,21 @@ from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
+from shira.tuner.adapted_weight import AdaptedWeight, adapted_weight, product_input
 from shira.tuner.base_values import with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
 from shira.tuner.held import held
-from shira.tuner.hooks import call_with_hooks, has_hooks
+from shira.tuner.hooks import (
+    Way,
+    call_with_hooks,
+    call_with_weight,
+    has_hooks_of_users,
+    way_to_call,
+)
+from shira.tuner.idle import Watch
 from shira.tuner.indices import IndexDict, digest_of
-from shira.tuner.masking import shape_of, weight_of
+from shira.tuner.masking import is_computed, shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling
@@ -58,6 +67,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     cast_input_dtype_enabled = True
     """A switch of PEFT's (``disable_input_dtype_casting``). Nothing depends on it, as the input is
     cast only where torch's own layer casts it, under autocast."""
+    known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
+    """Of base layers, those that `_product` computes; others are called with another weight."""
 
     def __init__(
         self,
@@ -81,8 +92,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._undo: Undo | None = None
         self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
+        self._samples: Sequence[str] | None = None
+        self._watch: Watch | None = None
         self.weight_name = ""
-        self.weight_shape = shape_of(self.weight)
+        self.weight_shape = shape_of(weight_of(self.get_base_layer()))
         self.shira_indices = IndexDict(self.weight_shape)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
@@ -100,7 +113,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def get_base_layer(self) -> nn.Module:
         """The layer that is adapted, under whatever adapts it already."""
-        (base,) = held(self, "base_layer")
+        base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------- adapters
@@ -259,16 +272,14 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
         Raises:
             AdapterError: If ``safe_merge`` finds NaN or infinity; nothing was changed.
-            MergeError: If the base weight is quantized, or this process has a part of it only.
+            MergeError: See `check_mergeable`.
         """
         adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
             return
-        if self.quantization_backend is not None:
-            raise cannot_merge(adapter_names, self.quantization_backend)
+        self.check_mergeable(adapter_names)
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
-        self.refuse_sharded()
         before, names = self._undo, self.merged_adapters
 
         def note(undo: Undo | None) -> None:
@@ -288,9 +299,25 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         # both at once: no interrupt comes between
         self.__dict__.update(merged_adapters=names, _undo=undo)
 
-    def refuse_sharded(self) -> None:
-        """Raise MergeError if this process has a part of the weight only."""
-        if is_sharded(weight_of(self.get_base_layer())):
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """Check that adapters can be written into the base weight.
+
+        Raises:
+            MergeError: If it is packed by quantization, computed from other parameters, or this
+                process has a part of it only.
+        """
+        if self.quantization_backend is not None:
+            raise cannot_merge(adapter_names, self.quantization_backend)
+        base = self.get_base_layer()
+        if is_computed(base):
+            raise MergeError(
+                f"{self.weight_name}: adapters {list(adapter_names)} cannot be merged into a "
+                "weight that is computed from other parameters (weight_norm, spectral_norm, "
+                "orthogonal, pruning): it would be computed anew without them. Remove the "
+                "parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
+                "prune.remove), or keep the adapter unmerged"
+            )
+        if is_sharded(weight_of(base)):
             raise MergeError(
                 f"{self.weight_name}: adapters cannot be merged into a weight of which this "
                 "process has a part only (FSDP2, ZeRO-3); save the adapter, and merge it into a "
@@ -308,34 +335,107 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     # ----------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """What the layer computes with: the base weight with the active adapters inside.
+
+        The base weight itself while no adapter is in effect; ``get_base_layer().weight`` always is.
+        """
+        base: Any = self._modules["base_layer"]
+        weight: Tensor | None = base._parameters.get("weight")
+        if weight is None:  # GPTQ's packed weight, a computed one, one that FSDP1 has
+            weight = super().weight
+        names = self._in_effect()
+        # A packed weight (bitsandbytes) is of use to its own library alone; where a weight is
+        # offloaded, there is none now.
+        if not names or weight.is_meta or weight.shape != self.weight_shape:
+            return weight
+        if self._samples is not None:
+            wanted = {name if name in self.shira_weight else BASE for name in self._samples}
+            names = [] if len(wanted) > 1 else [*wanted]
+            if names == [BASE]:
+                return weight
+        return weight if isinstance(weight, AdaptedWeight) else adapted_weight(self, weight, names)
+
+    def _in_effect(self) -> list[str]:
+        """Return the active adapters that are here; none while some are merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return self._present(self.active_adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active adapters inside its weight.
 
         Args:
-            x: The base layer's input.
-            *args: Further arguments of the base layer, while no adapter is in effect.
-            **kwargs: The same; ``adapter_names``: one adapter name for each sample of ``x``.
+            *args: The base layer's.
+            **kwargs: The same; ``adapter_names``: one adapter name for each sample of the first
+                argument.
+
+        Returns:
+            What the base layer returns.
         """
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-            return self._base_forward(x, *args, **kwargs)
+            return self._base_forward(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names)
-        (values,), active = held(self, "shira_weight"), self._active_adapter
+            return self._mixed_batch_forward(adapter_names, args, kwargs)
+        values: Any = self._modules["shira_weight"]
+        active = self._active_adapter
         active = [active] if isinstance(active, str) else active
         active = [name for name in active if name in values]
         if self.merged_adapters or not active:
-            return self._base_forward(x, *args, **kwargs)
-        return self._adapted_forward(x, active)
+            return self._base_forward(*args, **kwargs)
+        return self._adapted_forward(active, args, kwargs)
 
-    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result
+    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
 
-    def _adapted_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        values, positions, base = held(self, "shira_weight", "shira_indices", "base_layer")
+    def _adapted_forward(
+        self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        base: Any = self._modules["base_layer"]
+        way = self._way(base)
+        if way is Way.OWN:
+            return self._own_forward(base, adapter_names, args, kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else _the_input(base, args, kwargs)
+        deltas, indices = self._in_use(adapter_names)
+        if way is Way.DIRECT:
+            return self._product(x, deltas, indices)
+        self._warn_once_about_module_hooks()
+        return call_with_hooks(base, lambda x: self._product(x, deltas, indices), x)
+
+    def _way(self, base: nn.Module) -> Way:
+        """Return how to call the base layer: `_product` is for the known forwards."""
+        known = self.known_forwards if self.quantization_backend is None else None
+        return way_to_call(base, known)
+
+    def _own_forward(
+        self,
+        base: nn.Module,
+        adapter_names: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The base layer's own forward, with a weight that holds the adapters."""
+        if torch.compiler.is_compiling():
+            weight = adapted_weight(self, weight_of(base), adapter_names)
+            return torch.func.functional_call(base, {"weight": weight}, args, kwargs)
+        self._warn_once_about_module_hooks()
+        return call_with_weight(
+            base, lambda: adapted_weight(self, weight_of(base), adapter_names), *args, **kwargs
+        )
+
+    def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Deltas, scale included, and positions of adapters that are about to be computed with."""
+        if not adapter_names:
+            raise AdapterError(
+                f"{self.weight_name}: another module computes with the weight of this adapted "
+                "layer, which is one for the whole batch; `adapter_names` must be all the same"
+            )
+        values: Any = self._modules["shira_weight"]
+        positions: Any = self._modules["shira_indices"]
         deltas, indices, trains = [], [], False
         for name, parameter in zip(adapter_names, held(values, *adapter_names), strict=True):
             fetch(self, parameter)
@@ -344,12 +444,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             trains |= parameter.requires_grad
         if torch.compiler.is_compiling():
             check_while_compiling()
-        elif trains and self._ranks_unchecked and torch.is_grad_enabled():
-            check_new_models(self)
-        if not has_hooks(base):
-            return self._product(x, deltas, indices)
-        self._warn_once_about_module_hooks()
-        return call_with_hooks(base, lambda x: self._product(x, deltas, indices), x)
+        elif trains and torch.is_grad_enabled():
+            if self._ranks_unchecked:
+                check_new_models(self)
+            if self._watch is not None:
+                self._watch.use(self, adapter_names, held(values, *adapter_names))
+        return deltas, indices
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         """The layer's product with these deltas in its weight."""
@@ -361,18 +461,23 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         Raises:
             TargetError: If it has another, which torch's own layers refuse too.
         """
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            return x.to(torch.get_autocast_dtype(kind))
-        if x.dtype != weight.dtype and self.quantization_backend is None:
+        if x.dtype == weight.dtype and not torch._C._is_any_autocast_enabled():
+            return x
+        cast = product_input(x, weight)
+        if cast is None and self.quantization_backend is None:
             raise TargetError(
                 f"the input is {x.dtype} but the weight is {weight.dtype}; cast one of them, "
                 "or use torch.autocast"
             )
-        return x
+        return x if cast is None else cast
 
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    def _mixed_batch_forward(
+        self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Each sample through its own adapter: all together, or group by group."""
+        base: Any = self._modules["base_layer"]
+        known = self._way(base) is not Way.OWN
+        x, *more = [_the_input(base, args, kwargs)] if known else [*args, *kwargs.values()]
         if len(x) != len(adapter_names):
             raise AdapterError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -387,25 +492,42 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         for sample, name in enumerate(adapter_names):
             here = name if name in self.shira_weight else BASE
             groups.setdefault(here, []).append(sample)
-        result = self._grouped_forward(x, groups) if len(groups) > 1 else None
+        if len(groups) <= 1:
+            (name,) = groups or (BASE,)
+            if name == BASE:
+                return self._base_forward(*args, **kwargs)
+            return self._adapted_forward([name], args, kwargs)
+        result = self._grouped_forward(x, groups) if known else None
         if result is not None:
             return result
+        if any(value is not None for value in more):
+            raise self._cannot_be_split("takes further arguments")
         for name, samples in groups.items():
             part = x[samples]
-            out = self._base_forward(part) if name == BASE else self._adapted_forward(part, [name])
-            if len(groups) == 1:
-                return out
+            if name == BASE:
+                out = self._base_forward(part)
+            else:
+                out = self._adapted_forward([name], (part,), {})
+            if not isinstance(out, Tensor) or len(out) != len(part):
+                raise self._cannot_be_split("does not return a tensor with a row for each sample")
             if result is None:
                 result = out.new_empty((len(x), *out.shape[1:]))
             result[samples] = out
-        return self._base_forward(x) if result is None else result
+        return result
+
+    def _cannot_be_split(self, why: str) -> AdapterError:
+        return AdapterError(
+            f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__} {why}, so "
+            "it cannot be called for the samples of each adapter apart; give all samples the same "
+            "`adapter_names`, or leave the layer out of target_modules"
+        )
 
     def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
         """All groups in one go, ``{adapter name: its samples}``; None if one by one is better."""
         return None
 
     def _warn_once_about_module_hooks(self) -> None:
-        if not self._warned_about_hooks and has_hooks(self.base_layer, of_users=True):
+        if not self._warned_about_hooks and has_hooks_of_users(self.base_layer):
             self._warned_about_hooks = True
             warnings.warn(
                 "One of the base layers adapted with ShiRA has backward/forward (pre) hooks set. "
@@ -429,6 +551,19 @@ def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:
     merged, layer._merge_after_loading = layer._merge_after_loading, []
     if merged:
         layer.merge(adapter_names=layer._present(merged))
+
+
+def _the_input(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one input of a layer that takes one, however it is passed.
+
+    Raises:
+        TypeError: If there are other arguments, as the layer itself would.
+    """
+    forward = type(base).forward
+    bound = inspect.signature(forward).bind(base, *args, **kwargs).arguments
+    if len(bound) != 2:
+        raise TypeError(f"{forward.__qualname__}() takes one input, {len(bound) - 1} are given")
+    return [*bound.values()][1]
 
 
 def _refuse_not_finite(adapter_name: str, merged: Tensor) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shira import ops
 from shira.tuner.grouped import grouped_linear
@@ -16,6 +17,8 @@ from shira.tuner.quantized import can_unpack, quantized_linear
 
 class Linear(ShiraLayer):
     """SHiRA in a linear layer, its weight stored ``[out, in]`` or (``Conv1D``) ``[in, out]``."""
+
+    known_forwards = frozenset({nn.Linear.forward, Conv1D.forward})
 
     def _stores_input_first(self) -> bool:
         return is_conv1d(self.get_base_layer())
@@ -32,7 +35,8 @@ class Linear(ShiraLayer):
             # A weight that cannot be unpacked (GPTQ, AWQ, ...): the delta alone, on a weight of
             # zeros that takes no memory, is added to what the base layer computes.
             zeros = x.new_zeros(()).expand(self.weight_shape)
-            return self._base_forward(x) + ops.linear(x, zeros, None, deltas, indices)
+            delta = ops.linear(x, zeros, None, deltas, indices)
+            return delta + self._base_forward(x)  # type: ignore[no-any-return]
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
     def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
@@ -41,6 +45,4 @@ class Linear(ShiraLayer):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' ``Conv1D``, a linear layer with its weight transposed."""
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(module, Conv1D)

@@ -9,8 +9,8 @@ Built-in masks are rows of ``shira.masks``; masks chosen on data come as a `Supp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,8 +140,40 @@ def entries(config: ShiraConfig, shape: tuple[int, ...], r: int, name: str) -> i
 
 def weight_of(base_layer: nn.Module) -> Tensor:
     """The layer's weight tensor (for a quantized layer the packed one)."""
-    weight: Tensor = base_layer.weight  # type: ignore[assignment]
+    with at_rest([base_layer]):
+        weight: Tensor = base_layer.weight  # type: ignore[assignment]
     return weight
+
+
+@contextmanager
+def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While the context lasts, reading a computed weight changes nothing.
+
+    spectral_norm improves its estimate, a buffer, at each reading in training mode.
+    """
+    computing = [
+        m._modules["parametrizations"] for m in modules if "parametrizations" in m._modules
+    ]
+    training = [part for some in computing if some is not None for part in some.modules()]
+    training = [part for part in training if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def is_computed(base_layer: nn.Module) -> bool:
+    """Return whether the layer's weight is made from other parameters at each use.
+
+    By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
+    the forward (the older weight_norm and spectral_norm, pruning).
+    """
+    parametrizations = base_layer._modules.get("parametrizations")
+    parametrized = parametrizations is not None and "weight" in parametrizations._modules
+    return parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ def adapter_names_in_effect(
     repeated = [name for name in once for _ in range(beams)]
     encoder = _encoder_of(model)
     in_encoder = set(map(id, encoder.modules())) if encoder is not None else set()
+    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
     handles = [
         module.register_forward_pre_hook(
             _Handing(once if id(module) in in_encoder else repeated), with_kwargs=True
@@ -48,8 +49,12 @@ def adapter_names_in_effect(
         if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper))
     ]
     try:
+        for layer in layers:
+            layer._samples = once
         yield
     finally:
+        for layer in layers:
+            layer._samples = None
         for handle in handles:
             handle.remove()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -25,6 +26,7 @@ from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name
 from shira.store.patterns import matching
+from shira.store.sharded import is_sharded
 from shira.support import Support
 from shira.tuner.base_values import base_of, base_values
 from shira.tuner.config import ShiraConfig
@@ -32,12 +34,21 @@ from shira.tuner.conv2d import Conv2d
 from shira.tuner.describing import watch
 from shira.tuner.elsewhere import readable
 from shira.tuner.embedding import Embedding
+from shira.tuner.hooks import Way, way_to_call
+from shira.tuner.idle import watch_gradients
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear, is_conv1d
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
-from shira.tuner.masking import needs_placeholder, placeholder, support_of_layer
+from shira.tuner.masking import (
+    at_rest,
+    is_computed,
+    needs_placeholder,
+    placeholder,
+    support_of_layer,
+    weight_of,
+)
 from shira.tuner.mixed_batch import adapter_names_in_effect
-from shira.tuner.quantized import backend_of, cannot_merge
+from shira.tuner.quantized import backend_of
 from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.rollback import as_it_was
 from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
@@ -52,6 +63,9 @@ from shira.tuner.weighted import add_weighted_adapter
 
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
@@ -114,10 +128,11 @@ class ShiraModel(BaseTuner):
                     self._prepared = {
                         key: prepare(config, key, module, incoming) for key, module in targets
                     }
-            with as_it_was(self):
+            with as_it_was(self), at_rest(model.modules()):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             config._source = None
             register_model(model)
+            watch_gradients(model)
             ignore_in_ddp(model)
         finally:
             self._memory_map, self._prepared = None, {}
@@ -193,6 +208,14 @@ class ShiraModel(BaseTuner):
         outer = [*inner, *(f"base_model.{name}" for name in inner)]
         return [*outer, *(f"_orig_mod.{name}" for name in outer)]
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, ShiraLayer):  # unloaded: what comes back is as it was, to the bit
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
         model = unload(*args, **kwargs)
@@ -256,7 +279,7 @@ class ShiraModel(BaseTuner):
             yield
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a packed or sharded weight, or one that an unadapted module shares.
+        """Refuse a weight that is packed, sharded, computed or shared with an unadapted module.
 
         Before anything is merged, so that no model is left half merged.
 
@@ -264,34 +287,28 @@ class ShiraModel(BaseTuner):
             MergeError: If there is one.
         """
         super()._check_merge_allowed()
-        for layer in self.model.modules():
-            if not isinstance(layer, ShiraLayer):
-                continue
-            if layer.quantization_backend is not None:
-                raise cannot_merge(list(layer.shira_weight), layer.quantization_backend)
-            layer.refuse_sharded()
-        adapted = {
-            layer.weight.data_ptr(): name
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, ShiraLayer) and not layer.weight.is_meta
+        layers = [layer for layer in self.model.modules() if isinstance(layer, ShiraLayer)]
+        for layer in layers:
+            layer.check_mergeable(list(layer.shira_weight))
+        owners = {
+            weight.data_ptr(): layer.weight_name.removesuffix(".weight")
+            for layer in layers
+            if not (weight := weight_of(layer.get_base_layer())).is_meta
         }
-        inside = {
-            id(module)
-            for layer in self.model.modules()
-            if isinstance(layer, ShiraLayer)
-            for module in layer.modules()
-        }
+        inside = {id(module) for layer in layers for module in layer.modules()}
         for name, module in self.model.named_modules():
-            weight = getattr(module, "weight", None)
-            if id(module) in inside or not isinstance(weight, Tensor) or weight.is_meta:
+            if id(module) in inside:
                 continue
-            owner = adapted.get(weight.data_ptr()) if weight.numel() else None
-            if owner is not None:
-                raise MergeError(
-                    f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
-                    "adapted: merging would change both. Untie them first (load the model with "
-                    "tie_word_embeddings=False), or keep the adapter unmerged"
-                )
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
+                    continue
+                owner = owners.get(tensor.data_ptr())
+                if owner is not None:
+                    raise MergeError(
+                        f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
+                        "adapted: merging would change both. Untie them first (load the model with "
+                        "tie_word_embeddings=False), or keep the adapter unmerged"
+                    )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -429,6 +446,8 @@ def prepare(
             "its weight cannot be kept as it is; set max_norm=None or leave it out of "
             "target_modules"
         )
+    if backend_of(base_layer) is None:
+        _check_weight(key, layer_class, base_layer)
     r = matching(config.rank_pattern, key, config.r)
     if incoming is not None and name in incoming:
         support = incoming[name]
@@ -437,6 +456,22 @@ def prepare(
     else:
         support = support_of_layer(config, target, name, r)
     return Prepared(layer_class, name, r, support)
+
+
+def _check_weight(key: str, layer_class: type[ShiraLayer], base_layer: nn.Module) -> None:
+    weight = weight_of(base_layer)
+    if weight.dtype not in _DTYPES:
+        raise TargetError(
+            f"{key}: its weight is {weight.dtype}; SHiRA adapts weights in float32, bfloat16, "
+            "float16 and float64, and those packed by a quantization that PEFT knows. Leave it out "
+            "of target_modules"
+        )
+    if is_computed(base_layer) and way_to_call(base_layer, layer_class.known_forwards) is Way.OWN:
+        raise TargetError(
+            f"{key}: its weight is computed (weight_norm, pruning or the like) and its class "
+            f"{type(base_layer).__name__} has a forward of its own, which cannot be given another "
+            "weight; remove the parametrization, or leave it out of target_modules"
+        )
 
 
 def _record(config: ShiraConfig, layer: nn.Module, name: str, support: Support) -> None:

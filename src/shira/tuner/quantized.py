@@ -69,7 +69,7 @@ def unpacked(layer: nn.Module) -> Tensor | None:
         return cast(Tensor, layer.weight).detach()
     if not can_unpack(backend):
         return None
-    return _unpack(layer, backend)
+    return unpack(layer, backend)
 
 
 @torch.compiler.disable(
@@ -127,7 +127,7 @@ class _Unpacked:
     def with_deltas(
         self, deltas: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype
     ) -> Tensor:
-        dense = _unpack(self.layer, self.backend).to(dtype).contiguous()
+        dense = unpack(self.layer, self.backend).to(dtype).contiguous()
         plan = plan_for(indices, dense.shape, dense.stride())
         flat, at = dense.view(-1), plan.offsets()
         flat.index_copy_(0, at, replacement(flat.index_select(0, at), plan.combine(deltas)))
@@ -179,8 +179,8 @@ def cannot_merge(adapter_names: Sequence[str], backend: Any) -> MergeError:
     )
 
 
-def _unpack(layer: nn.Module, backend: Any) -> Tensor:
-    """The dense weight, new and detached, in the dtype it had before it was packed."""
+def unpack(layer: nn.Module, backend: Any) -> Tensor:
+    """Return the dense weight, new and detached, in the dtype it had before it was packed."""
     weight = cast(Tensor, layer.weight)
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):

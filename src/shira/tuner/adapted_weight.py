@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdaptedWeight`: the weight of an adapted layer, as seen by code that reads it.
+
+A layer whose class has a forward of its own reads its weight, and so do modules that compute with
+the weight of another: ``F.linear(x, self.fc.weight)``. Both get a tensor that has no memory. It
+answers for shape, dtype and device from the base weight; in ``F.linear``, ``F.embedding`` and
+``F.conv2d`` it is the product of `shira.ops`, at no cost of its own; anything else is done with a
+copy of the weight that holds the adapter (`shira.ops.adapted_weight`). The gradient comes back to
+the adapter's values in each case. Nothing writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from shira import ops
+from shira.errors import AdapterError, TargetError
+from shira.ops.util import runs_eagerly
+from shira.store.sharded import is_sharded
+from shira.tuner.quantized import can_unpack, unpack
+
+if TYPE_CHECKING:
+    from shira.tuner.layer import ShiraLayer
+
+
+def adapted_weight(layer: ShiraLayer, weight: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    """Return what an adapted layer computes with, in the place of its base weight.
+
+    Args:
+        layer: The adapted layer.
+        weight: Its base weight as it is now.
+        adapter_names: The adapters in effect; at least one.
+
+    Returns:
+        An `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
+    """
+    values = [layer.shira_weight[name] for name in adapter_names]
+    if not runs_eagerly(*values):
+        return _made(layer, weight, adapter_names)
+    if torch.is_grad_enabled():
+        if layer._watch is not None:
+            layer._watch.use(layer, adapter_names, values)
+        if weight.requires_grad or any(value.requires_grad for value in values):
+            result: Tensor = _Reading.apply(layer, adapter_names, weight, *values)
+            return result
+    return AdaptedWeight(layer, weight, adapter_names)
+
+
+class AdaptedWeight(Tensor):
+    """A weight with adapters inside; made by `adapted_weight`."""
+
+    _layer: ShiraLayer
+    _weight: Tensor
+    _names: Sequence[str]
+
+    @staticmethod
+    def __new__(cls, layer: ShiraLayer, weight: Tensor, names: Sequence[str]) -> AdaptedWeight:
+        """Return a tensor of the weight's shape, without memory."""
+        self: AdaptedWeight = Tensor._make_wrapper_subclass(
+            cls,
+            weight.shape,
+            strides=weight.stride(),
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self._layer, self._weight, self._names = layer, weight, names
+        return self
+
+    # The three that models ask for at each forward, without the detour of __torch_function__.
+    dtype = property(lambda self: self._weight.dtype)  # type: ignore[assignment]
+    device = property(lambda self: self._weight.device)  # type: ignore[assignment]
+    shape = property(lambda self: self._weight.shape)  # type: ignore[assignment]
+
+    @classmethod
+    @torch.compiler.disable(reason="a compiled function that gets it computes with the copy")
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _OF_THE_BASE:
+            return func(args[0]._weight, *args[1:], **kwargs)
+        if func in _PRODUCTS:
+            result = _PRODUCTS[func](*args, **kwargs)
+            if result is not None:
+                return result
+        _refuse_writing(func, args, kwargs)
+        args, kwargs = tree_map_only(AdaptedWeight, AdaptedWeight._plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # What comes here went past __torch_function__; its gradient is that of `_Reading`.
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                _refuse_if_ours(value)
+        args, kwargs = tree_map_only(AdaptedWeight, AdaptedWeight._plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _plain(self) -> Tensor:
+        return _made(self._layer, self._weight, self._names)
+
+
+class _Reading(torch.autograd.Function):
+    """An `AdaptedWeight` with a place in the graph, for code that autograd alone can follow.
+
+    Such as an ``autograd.Function`` that is given the weight and returns its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: ShiraLayer, names: Sequence[str], weight: Tensor, *values: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.names, ctx.values = layer, names, values
+        return AdaptedWeight(layer, weight, names)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        layer, names = ctx.layer, ctx.names
+        indices = [layer.shira_indices.kept(name) for name in names]
+        gradients = ops.value_gradients(grad, ctx.values, indices)
+        scaled = [layer._scaled(name, g) for name, g in zip(names, gradients, strict=True)]
+        return None, None, grad if ctx.needs_input_grad[2] else None, *scaled
+
+
+def product_input(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Return the input of a product in the dtype that torch would take, or None if it would refuse.
+
+    Autocast's, if that is on (it leaves float64 alone); else the weight's, which ``x`` must have.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x if x.dtype == weight.dtype else None
+
+
+def _made(layer: ShiraLayer, weight: Tensor, names: Sequence[str]) -> Tensor:
+    """A copy of the weight with the adapters inside, differentiable."""
+    backend = layer.quantization_backend
+    if is_sharded(weight) or (backend is not None and not can_unpack(backend)):
+        raise TargetError(
+            f"{layer.weight_name}: another module computes with the weight of this adapted layer, "
+            "which this process has a part of only, or which cannot be unpacked; leave it out of "
+            "target_modules"
+        )
+    if backend is not None:
+        weight = unpack(layer.get_base_layer(), backend)
+    return ops.adapted_weight(weight, *layer._in_use(names))
+
+
+def _of(weight: AdaptedWeight) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return weight._weight, *weight._layer._in_use(weight._names)
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    x = _input_of(input, weight, bias)
+    if x is None:
+        return None
+    base, deltas, indices = _of(weight)
+    return ops.linear(x, base, bias, deltas, indices)
+
+
+def _conv2d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    x = None if isinstance(padding, str) else _input_of(input, weight, bias)
+    if x is None:
+        return None
+    base, deltas, indices = _of(weight)
+    geometry = {
+        name: (value, value) if isinstance(value, int) else tuple(value)
+        for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    }
+    return ops.conv2d(x, base, bias, deltas, indices, groups=groups, **geometry)
+
+
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    if not _is_ours(weight) or _is_ours(input) or max_norm is not None or scale_grad_by_freq:
+        return None
+    base, deltas, indices = _of(weight)
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += base.shape[0]
+    return ops.embedding(input, base, deltas, indices, padding_idx=padding_idx)
+
+
+_PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    F.conv2d: _conv2d,
+    F.embedding: _embedding,
+}
+"""Products that `shira.ops` has; None means to take the copy of the weight."""
+
+
+def _input_of(x: Any, weight: Any, bias: Any) -> Tensor | None:
+    ours = _is_ours(weight) and not _is_ours(x) and not _is_ours(bias)
+    if not ours or weight._layer.quantization_backend is not None:
+        return None
+    return product_input(x, weight._weight)
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, AdaptedWeight)
+
+
+def _getters(names: str) -> set[Any]:
+    return {getattr(Tensor, name).__get__ for name in names.split()}
+
+
+def _methods(names: str) -> set[Any]:
+    return {getattr(Tensor, name) for name in names.split()}
+
+
+_METADATA = {
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_inference,
+    torch.numel,
+    *_getters("dtype device shape ndim layout requires_grad is_leaf grad_fn is_meta is_cpu"),
+    *_getters("is_cuda is_mps is_xpu is_sparse is_quantized is_nested itemsize nbytes _version"),
+    *_methods("size stride dim ndimension numel nelement is_floating_point is_complex is_signed"),
+    *_methods("is_contiguous element_size storage_offset get_device is_inference __len__"),
+}
+_FREEZING = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_OF_THE_BASE = {Tensor.requires_grad_, _FREEZING, *_getters("grad")}
+"""Freezing a layer's weight is freezing the base's."""
+_POINTERS = _methods(
+    "data_ptr storage untyped_storage register_hook retain_grad register_post_accumulate_grad_hook"
+)
+_WRITES = {
+    "__set__",
+    "__delete__",
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
+}
+
+
+def _refuse_writing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    name: str = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in _WRITES or func in _POINTERS:
+        _refuse_if_ours(args[0] if args else None)
+    _refuse_if_ours(kwargs.get("out"))
+
+
+def _refuse_if_ours(value: Any) -> None:
+    if isinstance(value, AdaptedWeight):
+        raise AdapterError(
+            f"{value._layer.weight_name}: the weight of an adapted layer is made from the base "
+            "weight and the adapter whenever it is read, so it cannot be written to, hooked or "
+            "addressed by pointer; the base weight is layer.get_base_layer().weight, the trained "
+            "values are layer.shira_weight"
+        )

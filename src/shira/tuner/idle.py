@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that the first backward pass did not reach are named in a warning, once: `Watch`.
+
+Such as those of a layer that a model never calls, or whose weight is read in a way that hides it
+from autograd. A model is watched from its injection to the end of its first backward pass, by hooks
+on the values that take themselves off; after that nothing is left. Not under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shira.ops.util import runs_eagerly
+
+if TYPE_CHECKING:
+    from shira.tuner.layer import ShiraLayer
+
+_NAMED = 8
+"""Layers that a warning names; of more it gives the number."""
+
+
+class Watch:
+    """Waits for the first backward pass of a model; its layers hold it until then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from shira.tuner.layer import ShiraLayer
+
+        self._model = weakref.ref(model)
+        self._layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, ShiraLayer))
+        self._handles: list[Any] = []
+        self._used: set[tuple[int, str]] = set()
+        self._reached: set[tuple[int, str]] = set()
+        self._ending = False
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the model is not watched
+
+    def use(
+        self, layer: ShiraLayer, adapter_names: Sequence[str], values: Sequence[Tensor]
+    ) -> None:
+        """Note that adapters are about to be computed with, for a backward pass."""
+        if not runs_eagerly(*values):
+            self.stop()
+            return
+        if not self._used:
+            self._watch_what_else_trains()
+        for name, value in zip(adapter_names, values, strict=True):
+            key = (id(layer), name)
+            if value.requires_grad and key not in self._used:
+                self._used.add(key)
+                self._handles.append(value.register_hook(lambda _, key=key: self._reach(key)))
+        # A forward within a backward pass is that of a checkpoint, whose own pass ends earlier.
+        if torch._C._current_graph_task_id() != -1:
+            self._await_end()
+
+    def stop(self) -> None:
+        """Take everything off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for layer in self._layers:
+            if layer._watch is self:
+                layer._watch = None
+
+    def _watch_what_else_trains(self) -> None:
+        # A pass that reaches no adapter at all is a first pass too.
+        model = self._model()
+        for name, parameter in () if model is None else model.named_parameters():
+            if parameter.requires_grad and "shira_weight." not in name and parameter.is_leaf:
+                self._handles.append(parameter.register_hook(lambda _: self._await_end()))
+
+    def _reach(self, key: tuple[int, str]) -> None:
+        self._reached.add(key)
+        self._await_end()
+
+    def _await_end(self) -> None:
+        if not self._ending:
+            self._ending = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+
+    def _end(self) -> None:
+        idle: dict[str, list[str]] = {}
+        for layer in self._layers:
+            for name in layer._in_effect():
+                reached = (id(layer), name) in self._reached
+                if layer.shira_weight[name].requires_grad and not reached:
+                    idle.setdefault(name, []).append(layer.weight_name)
+        self.stop()
+        for name, weights in idle.items():
+            more = f" and {len(weights) - _NAMED} more" if len(weights) > _NAMED else ""
+            warnings.warn(
+                f"adapter {name!r}: no gradient reached {len(weights)} of its layers in the first "
+                f"backward pass: {', '.join(sorted(weights)[:_NAMED])}{more}. Either they were not "
+                "called (an expert without tokens, an unused part of the model), or the model uses "
+                "their weights in a way that autograd does not see; what is not reached is not "
+                "trained",
+                stacklevel=2,
+            )
+
+
+def watch_gradients(model: nn.Module) -> None:
+    """Watch a model whose adapters are new."""
+    watch = Watch(model)
+    for layer in watch._layers:
+        if layer._watch is not None:
+            layer._watch.stop()
+        layer._watch = watch

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that compute with the weight of an adapted layer themselves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shira.errors import AdapterError
+from shira.tuner.adapted_weight import AdaptedWeight
+
+from .merged import adapted, check_against_merged
+from .models import llama, randomize, t5
+
+X = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Reader(nn.Module):
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(self.fc, x)
+
+
+class Product(torch.autograd.Function):
+    """As fused losses do it: given the weight, it returns the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+READERS = {
+    "linear": lambda fc, x: F.linear(x, fc.weight, fc.bias),
+    "linear with another bias": lambda fc, x: F.linear(x, fc.weight, torch.ones(8)),
+    "product": lambda fc, x: x @ fc.weight.T,
+    "part": lambda fc, x: F.linear(x, fc.weight[2:6]),
+    "chunk": lambda fc, x: F.linear(x, fc.weight.chunk(2)[1]),
+    "together": lambda fc, x: F.linear(x, torch.cat([fc.weight, fc.weight])),
+    "called as well": lambda fc, x: fc(x) + F.linear(x, fc.weight),
+    "twice in one product": lambda fc, x: F.linear(fc.weight, fc.weight),
+    "einsum": lambda fc, x: torch.einsum("bti,oi->bto", x, fc.weight),
+    "convolution": lambda fc, x: F.conv1d(x.transpose(1, 2), fc.weight.unsqueeze(-1)),
+    "another dtype": lambda fc, x: F.linear(x.double(), fc.weight.double()),
+    "added in place": lambda fc, x: x.new_zeros(8, 8).add_(fc.weight),
+    "a function": lambda fc, x: Product.apply(x, fc.weight),
+    "and its data": lambda fc, x: F.linear(x, fc.weight) + F.linear(x, fc.weight.data),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers(name):
+    torch.manual_seed(0)
+    check_against_merged(Reader(READERS[name]), ["fc"], lambda model: model(X))
+
+
+class Tied(nn.Module):
+    """The output layer is the embedding's table, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+
+    def forward(self, ids):
+        return F.linear(self.embed(ids), self.embed.weight)
+
+
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, groups=2)
+
+    def forward(self, x):
+        return F.conv2d(x, self.conv.weight, stride=(1, 2), groups=2)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+def test_a_table_that_is_tied_by_hand():
+    ids = torch.tensor([[1, 2, 0], [3, 1, 1]])
+    check_against_merged(Tied(), ["embed"], lambda model: model(ids))
+
+
+def test_a_kernel_that_is_read():
+    x = torch.randn(2, 4, 6, 6)
+    check_against_merged(Kernel(), ["conv"], lambda model: model(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (Attention, ["out_proj"]),
+        (
+            lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0),
+            ["linear1", "linear2", "out_proj"],
+        ),
+        (
+            lambda: nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2
+            ),
+            ["linear1", "linear2"],
+        ),
+    ],
+)
+def test_torchs_transformer(make, targets):
+    """In eval mode torch has a fast path, which rounds otherwise; adapted layers are called."""
+    torch.manual_seed(0)
+    check_against_merged(make(), targets, lambda model: model(X), exactly=False)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+def test_state_space_models(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    small = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "use_mamba_kernels": False,
+    }
+    if kind == "mamba":
+        config = transformers.MambaConfig(**small, state_size=4, time_step_rank=4)
+    elif kind == "falcon_mamba":
+        config = transformers.FalconMambaConfig(**small, state_size=4, time_step_rank=4)
+    else:
+        config = transformers.JambaConfig(
+            **small,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    check_against_merged(
+        model,
+        ["dt_proj", "x_proj"],
+        lambda model: model(input_ids=ids, use_cache=False).logits,
+        exactly=False,
+    )
+
+
+def reading(**options):
+    model = adapted(Reader(READERS["linear"]), ["fc"], **options)
+    randomize(model)
+    return model, model.base_model.model.fc
+
+
+def test_what_is_asked_of_the_weight_is_answered_without_making_it(monkeypatch):
+    _, layer = reading()
+    base = layer.get_base_layer().weight
+    monkeypatch.setattr(AdaptedWeight, "_plain", None)
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.dtype, weight.device, weight.shape) == (base.dtype, base.device, base.shape)
+    assert (weight.size(0), weight.stride(), weight.dim(), weight.ndim) == (8, (8, 1), 2, 2)
+    assert weight.numel() == torch.numel(weight) == 64
+    assert len(weight) == 8
+    assert weight.is_floating_point()
+    assert not weight.is_meta
+    assert weight.requires_grad
+    assert weight.element_size() == 4
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+    layer.get_base_layer().to(torch.bfloat16)
+    assert weight.dtype == layer.weight.dtype == torch.bfloat16
+
+
+def test_a_model_that_asks_for_the_dtype_makes_nothing(monkeypatch):
+    model = adapted(t5(), ["wo", "wi"])
+    monkeypatch.setattr(AdaptedWeight, "__torch_function__", None)
+    monkeypatch.setattr(AdaptedWeight, "_plain", None)
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_it_is_the_base_weight_itself_while_no_adapter_is_in_effect():
+    model, layer = reading()
+    base = layer.get_base_layer().weight
+    assert layer.weight is not base
+    assert not torch.equal(layer.weight, base)
+    with model.disable_adapter():
+        assert layer.weight is base
+    want = layer.weight.clone()
+    model.merge_adapter()
+    assert layer.weight is base
+    assert torch.equal(base, want)
+    model.unmerge_adapter()
+    layer.set_adapter([])
+    assert layer.weight is base
+
+
+def test_several_adapters_and_scales():
+    model, layer = reading()
+    config = type(model.peft_config["default"])(density=0.3, target_modules=["fc"], random_seed=1)
+    model.add_adapter("other", config)
+    randomize(model)
+    model.base_model.set_adapter(["default", "other"])
+    layer.set_scale("default", 0.5)
+    output = model(X)
+    output.square().sum().backward()
+    got = [layer.shira_weight[name].grad.clone() for name in ("default", "other")]
+    model.zero_grad()
+    Product.apply(X, layer.weight).add(layer.bias).square().sum().backward()
+    for name, gradient in zip(("default", "other"), got, strict=True):
+        torch.testing.assert_close(layer.shira_weight[name].grad, gradient)
+    model.merge_adapter()
+    assert torch.equal(model(X), output)
+
+
+def write(weight):
+    weight[0] = 0
+
+
+def assign(weight):
+    weight.data = torch.zeros(8, 8)
+
+
+def add(weight):
+    weight += 1
+
+
+WRITES = {
+    "item": write,
+    "data": assign,
+    "in place": lambda weight: weight.mul_(2),
+    "an operator": add,
+    "initialization": nn.init.zeros_,
+    "out": lambda weight: torch.add(torch.ones(8, 8), 1, out=weight),
+    "pointer": lambda weight: weight.data_ptr(),
+    "storage": lambda weight: weight.untyped_storage(),
+    "hook": lambda weight: weight.register_hook(print),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_to_it_is_refused(name):
+    _, layer = reading()
+    before = layer.get_base_layer().weight.clone()
+    with torch.no_grad(), pytest.raises(AdapterError, match=r"fc\.weight: .*cannot be written to"):
+        WRITES[name](layer.weight)
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_freezing_it_is_freezing_the_base_weight():
+    _, layer = reading()
+    layer.weight.requires_grad_(True)
+    assert layer.get_base_layer().weight.requires_grad
+    assert layer.weight.grad is None
+    layer.weight.requires_grad = False
+    assert not layer.get_base_layer().weight.requires_grad
+    assert layer.shira_weight["default"].requires_grad
+
+
+def test_a_trained_base_weight_gets_its_gradient():
+    model, layer = reading()
+    base = layer.get_base_layer().weight.requires_grad_()
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.fc.weight.requires_grad_()
+    merged(X).square().sum().backward()
+    for compute in (READERS["linear"], READERS["product"], READERS["a function"]):
+        base.grad = None
+        y = compute(layer, X)
+        y = y if compute is READERS["linear"] else y + layer.bias
+        y.square().sum().backward()
+        torch.testing.assert_close(base.grad, merged.fc.weight.grad)
+
+
+def test_copies_and_files_hold_no_reading():
+    model, layer = reading()
+    held = layer.weight
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(X), model(X))
+    assert not any(isinstance(value, AdaptedWeight) for value in model.state_dict().values())
+    torch.save(held, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file), held)
+    assert pickle.loads(pickle.dumps(layer))._watch is None
+
+
+def test_a_batch_with_several_adapters_has_no_single_weight():
+    model, layer = reading()
+    model.eval()
+    assert torch.equal(model(X, adapter_names=["default"] * 2), model(X))
+    with model.disable_adapter():
+        base = model(X)
+    assert torch.equal(model(X, adapter_names=["__base__"] * 2), base)
+    with pytest.raises(AdapterError, match=r"fc\.weight: another module computes"):
+        model(X, adapter_names=["default", "__base__"])
+    assert layer._samples is None
+
+
+def test_compiled():
+    model, _ = reading()
+    inner = model.base_model.model
+    want = inner(X)
+    got = torch.compile(inner, backend="aot_eager", fullgraph=True)(X)
+    assert torch.equal(got, want)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(inner, (X,)).module()(X), want)
+
+
+class Half(nn.Module):
+    """Uses one of its layers; the other's output goes nowhere."""
+
+    def __init__(self, layers=2) -> None:
+        super().__init__()
+        self.used = nn.Linear(8, 8)
+        self.unused = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.unused[0](x)
+        return self.head(self.used(x))
+
+
+def test_layers_that_get_no_gradient_are_named_once(recwarn):
+    model = adapted(Half(), ["used", "0", "1"], modules_to_save=["head"])
+    model(X)  # a forward alone says nothing
+    with torch.no_grad():
+        model(X)
+    assert not [w for w in recwarn if "gradient" in str(w.message)]
+    with pytest.warns(
+        UserWarning,
+        match=r"'default': no gradient reached 2 .*unused\.0\.weight, unused\.1\.weight",
+    ):
+        model(X).sum().backward()
+    recwarn.clear()
+    model(X).sum().backward()
+    assert not [w for w in recwarn if "gradient" in str(w.message)]
+    used = model.base_model.model.used
+    assert used._watch is None
+    assert not used.shira_weight["default"]._backward_hooks
+
+
+def test_many_such_layers_are_one_warning(recwarn):
+    model = adapted(Half(30), r"used|unused\.\d+")
+    with pytest.warns(UserWarning, match=r"reached 30 of its layers.*and 22 more"):
+        model(X).sum().backward()
+    assert len([w for w in recwarn if "gradient" in str(w.message)]) == 0
+
+
+def test_no_adapter_got_a_gradient_but_another_part_did():
+    class Hidden(Reader):
+        def __init__(self) -> None:
+            super().__init__(lambda fc, x: F.linear(x, fc.weight.detach()))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(super().forward(x))
+
+    model = adapted(Hidden(), ["fc"], modules_to_save=["head"])
+    with pytest.warns(UserWarning, match=r"no gradient reached 1 .*fc\.weight"):
+        model(X).sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_all_layers_are_reached_through_checkpoints(use_reentrant, recwarn):
+    model = adapted(llama(), ["q_proj", "o_proj", "lm_head"])
+    model.train().base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.base_model.model.enable_input_require_grads()
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert not [w for w in recwarn if "gradient" in str(w.message) and "adapter" in str(w.message)]
+
+
+def test_frozen_and_inactive_adapters_are_not_missed(recwarn):
+    model = adapted(Half(), ["used", "0"])
+    config = type(model.peft_config["default"])(density=0.3, target_modules=["used"], random_seed=1)
+    model.add_adapter("other", config)
+    for name, parameter in model.named_parameters():
+        if "unused" in name:
+            parameter.requires_grad_(False)
+    model(X).sum().backward()
+    assert not [w for w in recwarn if "gradient" in str(w.message)]
