@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shira import Adapter
 from tests.distributed import task
 from tests.distributed.launch import launch, needs_deepspeed
 
@@ -114,6 +115,16 @@ def test_save_pretrained_of_a_sharded_model(torch_runs, tmp_path):
     task.adapted_llama().save_pretrained(tmp_path)
     want = (tmp_path / "adapter_model.safetensors").read_bytes()
     assert [found["written by PEFT"] for found in torch_runs["fsdp2"]] == [want] * 2
+
+
+def test_a_module_that_is_trained_whole_is_saved_whole(torch_runs, tmp_path):
+    alone = task.adapted_llama(modules_to_save=["lm_head"])
+    alone.save_pretrained(tmp_path)
+    want = (tmp_path / "adapter_model.safetensors").read_bytes()
+    head = Adapter.load(tmp_path).tensors["lm_head.weight"]
+    for found in torch_runs["fsdp2_trains_a_module_whole"]:
+        assert found["written"] == want
+        assert torch.equal(found["taken"], head)
 
 
 def test_a_sharded_weight_is_not_merged_into(torch_runs):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from shira import Adapter
 from tests.distributed import task
 from tests.workers import leave
 
@@ -115,6 +116,18 @@ def fsdp2():
     written = (theirs / "adapter_model.safetensors").read_bytes()
     result = train(model, task.llama_loss, share())
     return {"result": result, "file": first, "written by PEFT": written}
+
+
+@case
+def fsdp2_trains_a_module_whole():
+    model = sharded(task.adapted_llama(modules_to_save=["lm_head"]))
+    theirs = folder()
+    model.save_pretrained(theirs)
+    adapter = Adapter.from_model(model)
+    return {
+        "written": (theirs / "adapter_model.safetensors").read_bytes(),
+        "taken": adapter.tensors["lm_head.weight"],
+    }
 
 
 @case

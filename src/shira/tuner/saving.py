@@ -39,7 +39,7 @@ def whole_state(
         state_dict: Of the model; other wrappers may have put their names before or in the keys.
 
     Returns:
-        Values whole, positions as PEFT has them.
+        Values, and modules that the adapter trains whole, in one piece; positions as PEFT has them.
 
     Raises:
         AdapterError: If the state dict lacks values of the adapter, or has other positions than the
@@ -56,13 +56,18 @@ def whole_state(
                 f"the state dict has no {key!r}, so adapter {adapter_name!r} cannot be saved from "
                 f"it: pass that of the whole model{_example_of(state_dict)}"
             )
+    kept = f".modules_to_save.{adapter_name}."
+    own = {key: layer.shira_weight[adapter_name] for key, layer in keys.items()}
+    own |= {path_in_state(n): p for n, p in model.named_parameters() if kept in n}
     parts = {
-        key: layer.shira_weight[adapter_name]
-        for key, layer in keys.items()
-        if is_partitioned(layer.shira_weight[adapter_name]) and not state_dict[key].numel()
+        key: parameter
+        for key, parameter in own.items()
+        if is_partitioned(parameter) and key in state_dict and not state_dict[key].numel()
     }
     with gathered(parts.values()):
         state_dict |= {key: parameter.detach().clone() for key, parameter in parts.items()}
+    for key in [key for key in state_dict if kept in key]:
+        state_dict[key] = whole(state_dict[key])
     known = {}
     for path, layer in layers.items():
         value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in _STORED)
