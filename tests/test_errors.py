@@ -53,7 +53,7 @@ def test_did_you_mean_names_near_names_best_first():
     assert did_you_mean("zzz", known) == ""
     assert did_you_mean("", known) == ""
     assert did_you_mean("q_proj", []) == ""
-    assert did_you_mean("q_prj", ["v_proj", "q_proj"]) == " Did you mean 'q_proj' or 'v_proj'?"
+    assert did_you_mean("q_prj", ["v_proj", "q_proj"]) == " Did you mean 'q_proj'?"
 
 
 def test_did_you_mean_takes_anything():

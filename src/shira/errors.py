@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -106,6 +107,8 @@ class MissingDependencyError(ShiraError, ImportError):
 
 _LONGEST_NAME = 300
 _COMPARED = 2_000_000  # pairs of characters
+_CUTOFF = 0.6
+_CUTOFF_OF_ANOTHER_FORM = 0.8
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -125,7 +128,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(name) * sum(map(len, others)) > _COMPARED:  # of many, those that are alike at both ends
         others.sort(key=lambda other: -_shared_ends(name, other))
         del others[_COMPARED // (len(name) * _LONGEST_NAME) :]
-    near = difflib.get_close_matches(name, others, n=3, cutoff=0.6)
+    found = difflib.get_close_matches(name, others, n=12, cutoff=_CUTOFF)
+    near = [other for other in found if _is_near(name, other)][:3]
     if not near:
         return ""
     return f" Did you mean {' or '.join(map(repr, near))}?"
@@ -136,4 +140,17 @@ def _shared_ends(one: str, other: str) -> int:
     ends = (zip(one, other, strict=False), zip(reversed(one), reversed(other), strict=False))
     return sum(
         1 for pairs in ends for _ in itertools.takewhile(lambda two: two[0] == two[1], pairs)
+    )
+
+
+def _is_near(name: str, other: str) -> bool:
+    """Whether two names are alike part by part: ``o_proj`` is not meant by ``c_proj``."""
+    parts, others = (re.split(r"[._/]", text) for text in (name, other))
+    if len(parts) != len(others):
+        return difflib.SequenceMatcher(None, name, other).ratio() >= _CUTOFF_OF_ANOTHER_FORM
+    return all(
+        part == other
+        or part.startswith(other)
+        or difflib.SequenceMatcher(None, part, other).ratio() >= _CUTOFF
+        for part, other in zip(parts, others, strict=True)
     )

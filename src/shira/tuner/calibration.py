@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,7 +28,12 @@ from shira.tuner.masking import SupportTable, entries
 from shira.tuner.model import ShiraModel, layer_class_of
 from shira.tuner.quantized import backend_of
 from shira.tuner.stock import as_ours
-from shira.tuner.targets import matched_modules, nothing_matched, refuse_shared_weights
+from shira.tuner.targets import (
+    matched_modules,
+    name_all_linear,
+    nothing_matched,
+    refuse_shared_weights,
+)
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -126,7 +130,7 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
                 f"there are no default targets for {model_type!r}; set target_modules"
             )
         config.target_modules = targets if isinstance(targets, str) else set(targets)
-    _maybe_include_all_linear_layers(config, model)
+    name_all_linear(config, model, lambda module: layer_class_of(module) is not None)
     layers = matched_modules(config, model)
     if not layers:
         raise nothing_matched(config, model)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, fingerprint_fields
 from shira.errors import MaskError
 from shira.store.names import base_module_name, weight_name
+from shira.store.patterns import matching
 from shira.store.peft_config import common_rank
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
@@ -159,8 +159,7 @@ def recorded_in(
 
 def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
     """How many entries the configuration gives a weight."""
-    pattern = get_pattern_key(list(config.rank_pattern), module)
     try:
-        return entries(config, shape, config.rank_pattern.get(pattern, config.r), module)
+        return entries(config, shape, matching(config.rank_pattern, module, config.r), module)
     except MaskError:
         return None

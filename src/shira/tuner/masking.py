@@ -135,7 +135,19 @@ def entries(config: ShiraConfig, shape: tuple[int, ...], r: int, name: str) -> i
     rows, cols = matrix_shape(shape)
     if config.density is not None:
         return budget_from_density(rows * cols, config.density, name=name)
-    return budget(rows, cols, r, name=name)
+    try:
+        return budget(rows, cols, r, name=name)
+    except MaskError as error:
+        largest, module = rows * cols // max(1, rows + cols), name.removesuffix(".weight")
+        tail = module.rpartition(".")[2]
+        layer = module if tail.isdigit() else tail
+        advice = (
+            f". Give the layer a rank of its own, rank_pattern={{{layer!r}: {largest}}}, or a "
+            f"density instead of r, or leave it out: exclude_modules=[{layer!r}]"
+            if largest
+            else f", or leave the layer out: exclude_modules=[{layer!r}]"
+        )
+        raise MaskError(f"{error}{advice}") from None
 
 
 def weight_of(base_layer: nn.Module) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _maybe_include_all_linear_layers,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
@@ -55,6 +54,7 @@ from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
+    name_all_linear,
     nothing_matched,
     refuse_shared_weights,
     warn_of_idle_names,
@@ -140,7 +140,7 @@ class ShiraModel(BaseTuner):
     def _check_targets(
         self, config: ShiraConfig, model: nn.Module, by_name: bool
     ) -> list[tuple[str, nn.Module]]:
-        _maybe_include_all_linear_layers(config, model)
+        name_all_linear(config, model, lambda module: layer_class_of(module) is not None)
         targets = matched_modules(config, model)
         # A further adapter that trains whole modules alone is for PEFT to judge: some versions
         # accept it.

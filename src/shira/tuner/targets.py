@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import TargetError, did_you_mean
 from shira.store.sharded import is_sharded
+from shira.tuner.base_values import base_of
 from shira.tuner.config import ShiraConfig
-from shira.tuner.masking import weight_of
+from shira.tuner.masking import shape_of, weight_of
 
 
 def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -23,6 +30,52 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn
         for name, module in model.named_modules()
         if name and check_target_module_exists(config, name)
     ]
+
+
+def name_all_linear(
+    config: ShiraConfig, model: nn.Module, supported: Callable[[nn.Module], bool]
+) -> None:
+    """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named.
+
+    The routed experts of a mixture are parameters, each a stack of matrices.
+
+    Args:
+        config: Whose ``target_modules`` are changed.
+        model: To be adapted.
+        supported: Whether a base layer can be adapted.
+    """
+    targets = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if not isinstance(targets, str) or targets == config.target_modules:
+        return
+    named = dict(model.named_modules())
+    adapted = sum(
+        math.prod(shape_of(weight_of(base_of(named[name]))))
+        for name in config.target_modules or ()
+        if supported(base_of(named[name]))
+    )
+    left_out: dict[str, int] = {}
+    for path, module in named.items():
+        if supported(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if _is_stack(module, name, shape_of(parameter)):
+                pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+                left_out[pattern] = left_out.get(pattern, 0) + math.prod(shape_of(parameter))
+    if left_out:
+        share = sum(left_out.values()) / (adapted + sum(left_out.values()))
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {', '.join(sorted(left_out))}: {share:.0%} of "
+            "the model's linear weights. They are parameters with several matrices in each, as the "
+            "routed experts of a mixture, and SHiRA adapts modules; they stay as they are",
+            stacklevel=2,
+        )
+
+
+def _is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is several matrices in one, such as the weights of many experts."""
+    flat = "expert" in type(module).__name__.lower() and "bias" not in name
+    return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and min(shape) > 1 and flat)
 
 
 def warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:

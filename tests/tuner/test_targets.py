@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``target_modules`` leaves out is said, and what a layer cannot be given, with the remedy."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from shira import ShiraConfig, calibrate, get_peft_model
+from shira.errors import MaskError, TargetError
+
+from .models import everything, gpt2, llama, t5
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def mixture():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SIZES, moe_intermediate_size=8, shared_expert_intermediate_size=16, num_experts=4
+        )
+    )
+
+
+def all_linear(**options):
+    return ShiraConfig(
+        **{"density": 0.1, "target_modules": "all-linear", "random_seed": 1, **options}
+    )
+
+
+def told(model, config):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = get_peft_model(model, config)
+    return adapted, [str(w.message) for w in caught if "all-linear" in str(w.message)]
+
+
+def test_experts_that_are_left_out_are_named_with_their_share():
+    model = mixture()
+    experts = sum(p.numel() for name, p in model.named_parameters() if "experts." in name)
+    adapted, messages = told(model, all_linear())
+    layers = [m for m in adapted.modules() if hasattr(m, "shira_weight")]
+    share = experts / (experts + sum(layer.get_base_layer().weight.numel() for layer in layers))
+    assert len(messages) == 1
+    assert (
+        "leaves out model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj: "
+        f"{share:.0%} of" in messages[0]
+    )
+    with pytest.warns(UserWarning, match="all-linear.*experts"):
+        adapted.add_adapter("other", all_linear())
+
+
+def test_calibration_says_so_too():
+    ids = torch.arange(6)[None]
+    with pytest.warns(UserWarning, match="all-linear.*experts"):
+        calibrate(mixture(), all_linear(mask_type="grad"), [{"input_ids": ids, "labels": ids}])
+
+
+class Odd(nn.Module):
+    """Parameters of three dimensions that are no stack of matrices, and ones that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lin = nn.Conv1d(4, 4, 3), nn.Linear(4, 4)
+        self.bilinear = nn.Bilinear(4, 4, 4)
+        self.token = nn.Parameter(torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, t5, everything, Odd])
+def test_models_without_experts_are_left_in_peace(make):
+    assert told(make(), all_linear())[1] == []
+
+
+def test_targets_by_name_are_no_promise_of_all():
+    assert told(mixture(), all_linear(target_modules=["q_proj"]))[1] == []
+
+
+def test_a_gate_of_one_row():
+    model = mixture()
+    before = dict(model.named_modules())
+    want = (
+        "model.layers.0.mlp.shared_expert_gate.weight: r=1 asks for r * (m + n) = 17 entries of a "
+        "1 x 16 weight, which has 16; no r fits; give a density instead, or leave the layer out: "
+        "exclude_modules=['shared_expert_gate']"
+    )
+    with pytest.raises(MaskError, match=re.escape(want)):
+        get_peft_model(model, all_linear(density=None, r=1))
+    assert dict(model.named_modules()) == before
+    get_peft_model(model, all_linear(density=None, r=1, exclude_modules=["shared_expert_gate"]))
+    get_peft_model(mixture(), all_linear())
+
+
+def test_a_rank_that_is_too_large_for_one_layer():
+    config = ShiraConfig(r=8, target_modules=["q_proj", "k_proj"], random_seed=1)
+    with pytest.raises(MaskError) as caught:
+        get_peft_model(llama(), config)
+    message = str(caught.value)
+    assert "model.layers.0.self_attn.k_proj.weight: r=8" in message
+    assert "a 8 x 16 weight" in message
+    assert "the largest r that fits is 5" in message
+    assert "rank_pattern={'k_proj': 5}" in message
+    assert "exclude_modules=['k_proj']" in message
+    assert "density" in message
+    config = ShiraConfig(
+        r=8, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 5}, random_seed=1
+    )
+    get_peft_model(llama(), config)
+
+
+def test_a_layer_that_a_number_names():
+    with pytest.raises(MaskError, match=r"exclude_modules=\['0\.1'\]"):
+        get_peft_model(
+            nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(8, 1))),
+            ShiraConfig(r=1, target_modules=["0.1"], random_seed=1),
+        )
+
+
+@pytest.mark.parametrize("name", ["foo", "c_proj", "dt_proj", "w1", "query"])
+def test_no_hint_at_what_is_not_near(name):
+    with pytest.raises(TargetError) as caught:
+        get_peft_model(llama(), ShiraConfig(r=1, target_modules=[name]))
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("oproj", "'o_proj'"), ("q_prj", "'q_proj'"), ("up_porj", "'up_proj'")]
+)
+def test_a_hint_at_what_is_near(name, hint):
+    with pytest.raises(TargetError) as caught:
+        get_peft_model(llama(), ShiraConfig(r=1, target_modules=[name]))
+    assert f"Did you mean {hint}?" in str(caught.value)
