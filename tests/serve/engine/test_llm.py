@@ -201,7 +201,7 @@ REFUSED = {
     "absent": (not_there, FileNotFoundError, "no such file"),
     "a pickle": (pickled, FileFormatError, "pickle"),
     "of another base": (other_base, WrongBaseError, "'lm_head.weight'"),
-    "of another model": (other_names, FileFormatError, "transformer.layers.0"),
+    "of another model": (other_names, WrongBaseError, "transformer.layers.0"),
     "of a wider model": (other_shape, WrongBaseError, "lm_head"),
 }
 

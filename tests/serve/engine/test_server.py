@@ -108,6 +108,16 @@ def test_refusals_and_after_them_the_server_goes_on(guide, zoo):
     assert guide.post("/v1/completions", model="bad", prompt=PROMPTS[0]).status_code == 404
     assert guide.post("/v1/load_shira_adapter", name="french", path="german").status_code == 409
     assert guide.post("/v1/responses", model="french", background=True).status_code == 400
+    for scale in ("NaN", "1e999", "1e300", '"1"'):
+        refused(
+            guide, "load_shira_adapter", f'{{"name": "bad", "adapters": {{"french": {scale}}}}}'
+        )
+    for path in ("\\ud800", "\\u0000", "x" * 5000):
+        refused(guide, "load_shira_adapter", f'{{"name": "bad", "path": "{path}"}}')
+    refused(guide, "activate_shira_adapter", '{"name": "\\ud800"}', 404)
+    refused(guide, "completions", '{"model": "\\ud800", "prompt": "a"}', 404)
+    refused(guide, "load_shira_adapter", " " * 100_000, 413)
+    refused(guide, "completions", " " * 17 * 2**20, 413)
     assert guide.listed()["active"] == "french"
 
     async def both():
@@ -115,6 +125,12 @@ def test_refusals_and_after_them_the_server_goes_on(guide, zoo):
             return [(await ask(client, model, 0))[1] for model in ("french", "base-model")]
 
     assert asyncio.run(both()) == [zoo.answers["a"][0][0], zoo.answers["base"][0][0]]
+
+
+def refused(guide, route, body, status=400):
+    answer = httpx.post(f"{guide.url}/v1/{route}", content=body, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, status), error
 
 
 def other_base(zoo, path):
