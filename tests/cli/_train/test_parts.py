@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from shira.cli._train.arguments import set_warmup
 from shira.cli._train.card import command_line
-from shira.cli._train.checkpoints import check_same, find_checkpoint, record_of
+from shira.cli._train.checkpoints import (
+    check_same,
+    find_checkpoint,
+    record_of,
+    started,
+    write_record,
+)
 from shira.cli._train.evaluation import classification_figures
 from shira.cli._train.model import parse_targets
 from shira.cli._train.options import TrainOptions
@@ -156,6 +162,22 @@ def test_a_checkpoint_of_other_settings(tmp_path, capsys, change, refused, said)
     else:
         with pytest.raises(ConfigError, match=f"checkpoint-5 was made with .*{refused}"):
             check_same(checkpoint, now)
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_the_last(tmp_path):
+    """Though it is of a later step; of before there were records, all are earlier."""
+    (tmp_path / "train.csv").write_text("text,label\n")
+    options = TrainOptions(task="causal-lm", train_file=str(tmp_path / "train.csv"))
+    record = record_of(options, processes=1)
+    for step, since in ((30, None), (20, 100.0), (5, 200.0), (10, 200.0)):
+        path = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        whole_checkpoint(path)
+        if since is not None:
+            write_record(path, record, since)
+    assert find_checkpoint(tmp_path, "last").name == "checkpoint-10"
+    assert started(tmp_path / "checkpoints" / "checkpoint-5") == 200.0
+    (tmp_path / "checkpoints" / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
+    assert find_checkpoint(tmp_path, "last").name == "checkpoint-5"
 
 
 def test_a_record_that_is_none_is_refused(tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shira.serve.http import errors, routes
 
@@ -117,6 +120,40 @@ def test_a_scale_that_is_none_is_a_400_and_is_not_kept(tmp_path, scale):
         assert "mix" not in site.service.served
 
     on_site(test, tmp_path)
+
+
+TEXTS = st.one_of(
+    st.sampled_from(["fr", "de", "mix", "french", "german", "damaged", "../x", "base", ""]),
+    st.text(st.characters(), max_size=20),
+    st.text(st.characters(categories=["Cs", "Cc"]), max_size=5),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)
+BODIES = st.dictionaries(
+    st.one_of(st.sampled_from(["name", "path", "adapters"]), TEXTS),
+    st.one_of(VALUES, st.dictionaries(TEXTS, st.one_of(st.floats(), st.integers()), max_size=3)),
+    max_size=4,
+)
+
+
+@settings(max_examples=80)
+@given(requests=st.lists(st.tuples(st.sampled_from(sorted(routes.OWN_PATHS)), BODIES), max_size=6))
+def test_any_body_has_an_answer_that_can_be_sent(tmp_path_factory, requests):
+    """No 500, whatever the fields hold; what is told of the state can always be sent."""
+
+    async def test(site):
+        for path, body in requests:
+            status, value = await site.own(path, json.dumps(body).encode())
+            assert status in (200, 400, 403, 404, 409), value
+            for told in (value, (await site.own(routes.LIST))[1]):
+                json.loads(errors.encoded(told), parse_constant=pytest.fail)
+            for served in site.service.served.values():
+                assert all(math.isfinite(scale) for scale in served.weights.values())
+
+    on_site(test, tmp_path_factory.mktemp("any"))
 
 
 def test_a_server_without_a_folder_loads_nothing(tmp_path):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run's checkpoints lie, which one to go on from, and whether the folder is free.
 
-Beside what the Trainer writes, each checkpoint has a record of the settings that it was made with,
-so that a run does not go on from one of another job.
+Beside what the Trainer writes, each checkpoint has a record of the settings that it was made with
+and of when its run was started, so that a run does not go on from one of another job, nor from one
+of an earlier run into the same folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from typing import Any
 from shira.cli._train.options import DEFAULT_DENSITY, TrainOptions
 from shira.cli.progress import say
 from shira.errors import ConfigError, ShiraError
-from shira.store.atomic import check_kind
+from shira.store.atomic import check_kind, write_atomically
 from shira.store.outputs import check_outputs
 
 CHECKPOINTS = "checkpoints"
@@ -54,12 +56,12 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
             raise ConfigError(f"--resume {resume}: the checkpoint is not whole: {why}")
         return Path(resume)
     found = sorted(
-        (int(path.name.rpartition("-")[2]), path)
+        (_started(path), int(path.name.rpartition("-")[2]), path)
         for path in (output / CHECKPOINTS).glob("checkpoint-*")
         if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     )
     broken: list[str] = []
-    for _, path in reversed(found):
+    for _, _, path in reversed(found):
         why = _broken(path)
         if why is None:
             for told in broken:
@@ -122,6 +124,31 @@ def record_of(options: TrainOptions, processes: int) -> dict[str, Any]:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return {**record, "data": digest.hexdigest(), "processes": processes}
+
+
+def write_record(checkpoint: Path, record: Mapping[str, Any], started: float) -> None:
+    """Write the record of a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+        record: From `record_of`.
+        started: When its run was started, in seconds since 1970; a run that goes on from a
+            checkpoint was started when that one's was.
+    """
+    text = json.dumps({**record, "started": started}, indent=1)
+    write_atomically(checkpoint / RECORD, text.encode())
+
+
+def started(checkpoint: Path | None) -> float:
+    """When the run was started that goes on from a checkpoint, or from none."""
+    return time.time() if checkpoint is None else _started(checkpoint)
+
+
+def _started(checkpoint: Path) -> float:
+    try:
+        return float(json.loads((checkpoint / RECORD).read_bytes())["started"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return 0.0  # of before there were records
 
 
 def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -20,11 +19,12 @@ from shira.cli._train import model as models
 from shira.cli._train.arguments import set_warmup, training_arguments
 from shira.cli._train.checkpoints import (
     CHECKPOINTS,
-    RECORD,
     check_output,
     check_same,
     find_checkpoint,
     record_of,
+    started,
+    write_record,
 )
 from shira.cli._train.data import Collator, load_data
 from shira.cli._train.evaluation import classification_figures, evaluate
@@ -95,7 +95,7 @@ def run_training(options: TrainOptions) -> None:
 
     set_warmup(arguments, options, rows=len(data.train))
     made = [folder for folder in (output / CHECKPOINTS, output) if not folder.exists()]
-    progress, callbacks = _callbacks(record)
+    progress, callbacks = _callbacks(record, started(checkpoint))
     trainer = FiniteTrainer(
         model=model,
         args=arguments,
@@ -110,7 +110,7 @@ def run_training(options: TrainOptions) -> None:
     before = {}
     if data.labels is None and data.evaluation is not None and checkpoint is None:
         before = evaluate(trainer)  # a new classification head has nothing to say yet
-    started = time.perf_counter()
+    began = time.perf_counter()
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except BaseException:
@@ -120,7 +120,7 @@ def run_training(options: TrainOptions) -> None:
         raise
     finally:
         progress.close()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - began
     after = evaluate(trainer) if data.evaluation is not None else {}
     if not math.isfinite(after.get("loss", 0.0)):
         raise ShiraError(
@@ -174,7 +174,7 @@ def _check_same_entries(model: torch.nn.Module) -> None:
         )
 
 
-def _callbacks(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+def _callbacks(record: Mapping[str, Any], since: float) -> tuple[Any, list[Any]]:
     from transformers import TrainerCallback
 
     from shira.cli.training_progress import ProgressCallback
@@ -185,7 +185,7 @@ def _callbacks(record: Mapping[str, Any]) -> tuple[Any, list[Any]]:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+                write_record(folder, record, since)
 
     progress = ProgressCallback("training")
     return progress, [progress, Record()]
