@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint_fields
 from shira.checkpoints import open_checkpoint, shapes_of
+from shira.checkpoints.sources import source_of
 from shira.cli import main
 from shira.cli._inspect.summary import summarize
 from shira.convert import extract, merge, to_patches
@@ -424,6 +425,27 @@ def test_a_base_of_another_shape_is_refused_by_every_door(folder, tmp_path):
         for door in (by_load, by_summary, by_merge, by_patches):
             with pytest.raises(WrongBaseError, match="shape"):
                 door(folder, path, tmp_path)
+
+
+def test_k_values_are_read_and_not_the_tensor(tmp_path):
+    """A checkpoint far larger than memory: a sparse file of 1 TiB, of zeros."""
+    size = 2**19
+    header = json.dumps(
+        {NAME: {"dtype": "F32", "shape": [size, size], "data_offsets": [0, 4 * size**2]}}
+    ).encode()
+    base = tmp_path / "model.safetensors"
+    base.write_bytes(len(header).to_bytes(8, "little") + header)
+    try:
+        with open(base, "r+b") as file:
+            file.truncate(8 + len(header) + 4 * size**2)
+    except OSError:
+        pytest.skip("no sparse files of this size here")
+    support = Support((size, size), torch.tensor([0, 5, size**2 - 1]))
+    delta = SparseDelta(support, torch.ones(3))
+    Adapter({NAME: delta}, fingerprint_fields({NAME: torch.zeros(3)})).save(tmp_path / "a")
+    (target,) = summarize(tmp_path / "a", open_checkpoint(base)).targets
+    assert (target.base, target.vanishing) == ("same", 0)
+    assert torch.equal(source_of(base).entries(NAME, support.indices), torch.zeros(3))
 
 
 def test_a_pickle_by_its_name(tmp_path):
