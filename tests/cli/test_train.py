@@ -11,9 +11,10 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 import yaml
 
-from shira import Adapter
+from shira import Adapter, Switch
 
 
 @pytest.fixture
@@ -71,6 +72,18 @@ def test_classification_from_end_to_end(shira, classify, workshop, tmp_path):
     said = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     right = [("no", "yes")[i] == label for i, label in zip(said.argmax(1), labels, strict=True)]
     assert sum(right) / len(right) == pytest.approx(metrics["after"]["accuracy"])
+
+    # and so does the base with adapter and head switched in, or merged on disk
+    load = AutoModelForSequenceClassification.from_pretrained
+    plain, places = load(workshop / "bert", num_labels=2).eval(), (tmp_path / "b", tmp_path / "m")
+    plain.save_pretrained(places[0])
+    switch = Switch(plain)
+    switch.load("trained", out)
+    switch.activate("trained")
+    assert shira("merge", out, "--base", places[0], "--output", places[1]).status == 0
+    for found in (plain, load(places[1]).eval()):
+        logits = found(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        assert torch.equal(logits.logits, said)
 
 
 def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
