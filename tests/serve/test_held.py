@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,8 @@ from shira.errors import (
 from shira.masks import random_support
 from shira.serve import exchange
 from shira.serve.held import Held
+from shira.serve.ranks import Alone
+from tests.interrupts import at_every_point
 
 # The checkpoint: q and k fused and split by rows over the ranks, down by columns, an embedding
 # that every rank keeps whole, an expert that one rank alone keeps.
@@ -194,6 +197,27 @@ def test_any_sequence_of_states_is_exact_and_the_base_comes_back(ranks, dtype, d
     cluster.expect(cluster.base)
     assert pointers == [held.model.qk.data_ptr() for held in cluster.held]
     assert all(held.active == {} and held.state == "base" for held in cluster.held)
+
+
+def test_an_interrupt_anywhere_leaves_what_was_active_or_what_was_asked_for():
+    cluster = Cluster(1)
+    (held,) = cluster.held
+    held.ranks = Alone()
+    adapters = {name: adapter_for(cluster.base, seed) for seed, name in enumerate("ab")}
+    for name, adapter in adapters.items():
+        held.load(name, lambda adapter=adapter: adapter)
+    held.activate({"a": 1.0})
+
+    def check():
+        assert held.active in ({"a": 1.0}, {"a": 0.3, "b": 1.0})
+        cluster.expect(merge(cluster.base, adapters, held.active))
+        held.activate({"a": 1.0})
+        cluster.expect(merge(cluster.base, adapters, {"a": 1.0}))
+
+    switch = functools.partial(held.activate, {"a": 0.3, "b": 1.0})
+    assert at_every_point(switch, check, every=3) > 100
+    held.activate({})
+    cluster.expect(cluster.base)
 
 
 def test_what_is_reported_of_an_adapter():

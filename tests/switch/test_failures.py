@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from shira.errors import (
     UnknownAdapterError,
     WrongBaseError,
 )
+from shira.ops import native
 from shira.ops.patch import Exchange
+from tests.interrupts import at_every_point, in_child
 
 from .models import equal, expected, net, random_adapter, snapshot
 
@@ -185,6 +188,94 @@ def test_an_interrupt_after_the_last_layer_is_undone_too(scene, monkeypatch):
             scene.switch.activate("b")
     assert scene.switch.active == {"a": 1.0}
     assert scene.holds({"a": 1.0})
+    assert scene.still_works()
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "every"),
+    [
+        ("compiled", torch.float32, 1),
+        ("compiled", torch.bfloat16, 7),
+        ("compiled", torch.float16, 8),
+        ("torch", torch.float32, 3),
+    ],
+)
+def test_an_interrupt_anywhere_leaves_what_was_active_or_what_was_asked_for(
+    monkeypatch, way, dtype, every
+):
+    if way == "torch":
+        monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "for a test"))
+    scene = Scene(dtype)
+    for start, end in [({}, {"a": 0.5, "c": 1.0}), ({"a": 1.0}, {"b": 1.0}), ({"b": 1.0}, {})]:
+        scene.switch.activate(start)
+
+        def switch(end=end):
+            scene.switch.activate(end)
+
+        def check(start=start, end=end):
+            torch.set_grad_enabled(True)  # torch's own contexts do not survive every interrupt
+            assert scene.switch._unfinished is None
+            assert scene.switch.active in (start, end)
+            assert scene.holds(scene.switch.active)
+            scene.switch.activate(start)
+            assert scene.holds(start)
+
+        assert at_every_point(switch, check, every) > 50
+    assert scene.still_works()
+
+
+def test_the_body_of_using_that_is_interrupted_returns_to_what_was_active():
+    scene = Scene()
+    scene.switch.activate("a")
+
+    def body():
+        with scene.switch.using("b"):
+            assert scene.holds({"b": 1.0})
+
+    def check():
+        torch.set_grad_enabled(True)
+        assert scene.switch.active == {"a": 1.0}
+        assert scene.holds({"a": 1.0})
+        assert not scene.switch._to_return_to
+
+    assert at_every_point(body, check, every=2) > 100
+
+
+def test_a_switch_whose_way_back_is_interrupted_too_is_undone_by_the_next_call(scene, monkeypatch):
+    scene.switch.activate("a")
+
+    def interrupted(*_):
+        raise Boom
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Exchange, "roll_back", interrupted)
+        patched.setattr(scene.switch, "_count_writes", interrupted)
+        with pytest.raises(Boom):
+            scene.switch.activate("b")
+    assert not scene.holds({"a": 1.0})
+    scene.switch.activate("a")
+    assert scene.holds({"a": 1.0})
+    assert scene.still_works()
+
+
+def test_a_fork_frees_the_lock_of_a_thread_that_is_not_there(scene):
+    inside, leave = threading.Event(), threading.Event()
+
+    def work():
+        with scene.switch.using("a"):
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait(20)
+    try:
+        assert in_child(lambda: (scene.switch.deactivate(), equal(scene.module, scene.base))[1])
+    finally:
+        leave.set()
+        thread.join()
+    with scene.switch.lock:  # of the thread that forks, it stays its own
+        assert in_child(lambda: scene.switch.lock._is_owned())
     assert scene.still_works()
 
 

@@ -74,7 +74,7 @@ def keep_over_fork(*locks: Any) -> None:
 _LOCKS: tuple[Any, ...] = tuple(threading.RLock() for _ in range(61))
 keep_over_fork(*_LOCKS)
 
-_under_way: dict[int, Write] = {}
+under_way: dict[int, Write] = {}
 """By the address of the memory: the write that is under way there, or was interrupted for good."""
 
 
@@ -116,26 +116,26 @@ def write_to(
         check_private(memory)
     address = storage.data_ptr()
     lock = _LOCKS[(address >> 6) % len(_LOCKS)]
-    if address in _under_way:
+    if address in under_way:
         _refuse_nested(lock)
     with lock:
-        if address in _under_way:
+        if address in under_way:
             _settle(address)
         try:
-            _under_way[address] = write
+            under_way[address] = write
             write.put_in()
             result = meanwhile(memory)
             if not lasting:
                 write.put_back()
         except BaseException:
             write.put_back()
-            _under_way.pop(address, None)
+            under_way.pop(address, None)
             raise
-        del _under_way[address]
+        del under_way[address]
         return result
 
 
-def settle(tensor: Tensor) -> None:
+def settle(tensor: Tensor | None) -> None:
     """Wait until no write is under way in a tensor's memory; undo one that was interrupted.
 
     For readers of the base: what they read next is the base, unless another thread begins a write
@@ -144,9 +144,9 @@ def settle(tensor: Tensor) -> None:
     Raises:
         SwitchError: If this thread itself is in a write, as `write_to`.
     """
-    if _under_way:
+    if under_way and tensor is not None and not tensor.is_meta:
         address = address_of(tensor)
-        if address in _under_way:
+        if address in under_way:
             lock = _lock_at(address)
             _refuse_nested(lock)
             with lock:
@@ -154,10 +154,10 @@ def settle(tensor: Tensor) -> None:
 
 
 def _settle(address: int) -> None:
-    write = _under_way.get(address)
+    write = under_way.get(address)
     if write is not None:
         write.put_back()
-        _under_way.pop(address, None)
+        under_way.pop(address, None)
 
 
 def _refuse_nested(lock: Any) -> None:

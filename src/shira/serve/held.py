@@ -218,11 +218,17 @@ class Held:
 
     def _commit(self, wanted: Mapping[str, float], changes: list[Change]) -> None:
         written: list[Change] = []
+        before = {name: self.__dict__[name] for name in ("active", "_patched", "_patches")}
 
         def write() -> None:
             for change in changes:
-                written.append(change)  # before it: a write may fail half way
+                written.append(change)  # before it: a write may be interrupted
                 change.apply()
+            self.active = dict(wanted)
+            self._patched = {storage_key(c.storage): c.storage for c in changes}
+            self._patches = {
+                storage_key(c.storage): c.after for c in changes if c.after is not None
+            }
 
         try:
             agree(self.ranks, write)
@@ -230,11 +236,9 @@ class Held:
             self.broken = True  # until all is back
             for change in reversed(written):
                 change.roll_back()
+            self.__dict__.update(before)
             self.broken = False
             raise
-        self.active = dict(wanted)
-        self._patched = {storage_key(c.storage): c.storage for c in changes}
-        self._patches = {storage_key(c.storage): c.after for c in changes if c.after is not None}
 
     # --- what is where --------------------------------------------------------------------------
 

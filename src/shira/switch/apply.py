@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -39,28 +39,17 @@ def exchanges_between(before: Plan, after: Plan, *, check: bool = True) -> Excha
     }
 
 
-def exchange_all(exchanges: Exchanges, then: Callable[[], None] = lambda: None) -> None:
-    """Go from one plan to another, in place.
-
-    Whatever goes wrong half way, an interrupt included, the weights are as before when this raises.
-
-    Args:
-        exchanges: Of all weights.
-        then: Called when all is written; if it raises, everything is put back too.
+def exchange_all(exchanges: Exchanges) -> None:
+    """Go from one plan to another, in place; if this raises, `roll_back` leads back.
 
     Raises:
         ChangedWeightError: If somebody else has changed an entry that would be overwritten.
     """
-    try:
-        for target, exchange in exchanges.items():
-            try:
-                exchange.run()
-            except ChangedEntryError as error:
-                raise ChangedWeightError(target, error.offset) from None
-        then()
-    except BaseException:
-        roll_back(exchanges)
-        raise
+    for target, exchange in exchanges.items():
+        try:
+            exchange.run()
+        except ChangedEntryError as error:
+            raise ChangedWeightError(target, error.offset) from None
 
 
 def roll_back(exchanges: Exchanges) -> None:

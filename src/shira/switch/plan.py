@@ -16,7 +16,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype, replacement
 from shira.delta import SparseDelta
 from shira.errors import AdapterError
-from shira.ops.memory import memory_of
+from shira.ops.memory import memory_of, settle
 from shira.ops.patch import Patch, memory_offsets
 from shira.support import index_dtype
 
@@ -83,6 +83,7 @@ def make_whole_entry(tensor: Tensor, weight: Tensor, active: Patch | None) -> En
 
 def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
     """``(k,)`` values of the base at places in a weight's memory, whatever is in it now."""
+    settle(weight)
     values = memory_of(weight.data).index_select(0, offsets)
     if active is not None and active.nnz and offsets.numel():
         at = torch.searchsorted(active.offsets, offsets).clamp_(max=active.nnz - 1)

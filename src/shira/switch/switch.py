@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -228,13 +228,13 @@ class Switch:
             which: As for `activate`.
         """
         with self.lock:
-            before = self._state.active
-            self._to_return_to.append(before)
+            before, outer = self._state.active, self._to_return_to
             try:
+                self._to_return_to = [*outer, before]
                 self.activate(which)
                 yield self
             finally:
-                self._to_return_to.pop()
+                self._to_return_to = outer
                 try:
                     self.activate(dict(before))
                 except BaseException:  # an interrupt, perhaps: once more
@@ -315,15 +315,12 @@ class Switch:
         if shared:
             give_private_memory(shared, Targets(self.module))
         exchanges = exchanges_between(before.plan, after.plan, check=check)
-
-        def commit() -> None:
+        try:
+            self._unfinished = exchanges, before
+            exchange_all(exchanges)
             self._state = after
             self._count_writes(before.plan, after.plan)
             self._unfinished = None
-
-        try:
-            self._unfinished = exchanges, before
-            exchange_all(exchanges, commit)
         except BaseException as error:
             self._unfinished = exchanges, before
             self._settle()
@@ -337,6 +334,7 @@ class Switch:
             exchanges, before = self._unfinished
             roll_back(exchanges)
             self._state = before
+            _note(exchanges, before.plan)
             self._unfinished = None
 
     def _count_writes(self, before: Plan, after: Plan) -> None:
@@ -376,9 +374,9 @@ class Switch:
         self._layouts.add(moved)  # last: until then it can all be done again
 
 
-def _note(before: Plan, after: Plan) -> None:
+def _note(before: Iterable[Target], after: Plan) -> None:
     """Leave what is in each weight with the weight, for who needs to know the base's values."""
-    for target in {**before, **after}:
+    for target in {*before, *after}:
         target.weight.shira_patch = after.get(target)  # type: ignore[attr-defined]
 
 
@@ -387,7 +385,7 @@ def _free_locks() -> None:
     for switch in tuple(_switches):
         if not switch.lock._is_owned():  # type: ignore[attr-defined]
             switch.lock = threading.RLock()
-            switch._to_return_to.clear()
+            switch._to_return_to = []
 
 
 _switches: weakref.WeakSet[Switch] = weakref.WeakSet()

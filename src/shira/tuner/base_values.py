@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira.ops.memory import memory_of
+from shira.ops.memory import memory_of, settle
 from shira.ops.patch import memory_offsets
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
@@ -40,6 +40,7 @@ def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Ten
         return None
     with readable(base):
         weight: Tensor = base.weight
+        settle(weight)
         values = values_at(whole(weight) if gather else weight, support)
         if values is None:
             return None
@@ -65,6 +66,7 @@ def pristine(layer: nn.Module) -> nn.Module:
     base, copied = base_of(layer), None
     with readable(base):
         weight = stored_weight(layer)
+        settle(weight)
         for offsets, originals in _overwritten(layer, weight):
             copied = weight.detach().clone() if copied is None else copied
             memory_of(copied).index_copy_(0, offsets.long(), originals)

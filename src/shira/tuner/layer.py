@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
+from shira.ops.memory import settle, under_way
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import AdaptedWeight, adapted_weight, product_input
-from shira.tuner.base_values import with_originals
+from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
 from shira.tuner.held import held
@@ -244,6 +245,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         Accelerate's ``cpu_ram_efficient_loading`` fills such a state dict from rank 0, and knows
         what to do with sharded parameters only. The positions are there on every rank.
         """
+        settle(stored_weight(self))
         result = super().state_dict(*args, **kwargs)
         if any(
             value.is_meta and hasattr(value, "full_tensor") for value in self.shira_weight.values()
@@ -390,6 +392,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return self._adapted_forward(active, args, kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and under_way:
+            settle(stored_weight(self))
         return self.base_layer(*args, **kwargs)
 
     def _adapted_forward(

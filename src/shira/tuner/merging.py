@@ -106,7 +106,8 @@ def merge_into(
         there = write.originals
         assert there is not None
         originals = _originals(there, plan, earlier, data)
-        commit(Undo(plan, originals, count_write(weight, earlier.count if earlier else None)))
+        count = count_write(weight, earlier.count if earlier else None)
+        commit(Undo(plan, originals, count))
 
     write_to(data, _Merging(write, weight, partial(commit, earlier)), note, lasting=True)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
@@ -218,9 +219,41 @@ class ShiraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
-        model = unload(*args, **kwargs)
-        ignore_in_ddp(model)
+        merged = self._merged()
+        children = [(m._modules, dict(m._modules)) for m in self.model.modules()]
+        try:
+            model = unload(*args, **kwargs)
+            ignore_in_ddp(model)
+        except BaseException:
+            for modules, before in children:
+                modules.update(before)
+            _roll_back(merged)
+            raise
         return model
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge into all layers, as PEFT's; if that fails or is interrupted, into none."""
+        merged = self._merged()
+        try:
+            super().merge_adapter(*args, **kwargs)
+        except BaseException:
+            _roll_back(merged)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged."""
+        try:
+            super().unmerge_adapter()
+        except BaseException:
+            for layer in self._merged():
+                if layer.merged:
+                    with onload_layer(layer):
+                        layer.unmerge()
+            raise
+
+    def _merged(self) -> dict[ShiraLayer, list[str]]:
+        layers = (layer for layer in self.model.modules() if isinstance(layer, ShiraLayer))
+        return {layer: list(layer.merged_adapters) for layer in layers}
 
     def add_weighted_adapter(
         self,
@@ -400,6 +433,16 @@ class _Configs(dict[str, Any]):
         if name == BASE:
             return ShiraConfig(inference_mode=True)
         raise KeyError(name)
+
+
+def _roll_back(merged: Mapping[ShiraLayer, list[str]]) -> None:
+    """Take out of each layer what was merged since."""
+    for layer, before in merged.items():
+        if layer.merged_adapters != before:
+            with onload_layer(layer):
+                layer.unmerge()
+                if before:
+                    layer.merge(adapter_names=before)
 
 
 class Prepared(NamedTuple):
