@@ -154,3 +154,23 @@ def _is_near(name: str, other: str) -> bool:
         or difflib.SequenceMatcher(None, part, other).ratio() >= _CUTOFF
         for part, other in zip(parts, others, strict=True)
     )
+
+
+def shown(text: object, *, lines: bool = False) -> str:
+    r"""Return a text with all that a terminal could obey made visible.
+
+    Control characters, among them line ends and the escape character, characters that change the
+    direction of writing or are not seen, and halves of surrogate pairs are written as in Python:
+    ``\x1b``, ``\u202e``. Names, paths and metadata come from files that nobody vouches for.
+
+    Args:
+        text: What to show.
+        lines: Keep line ends and tabs.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )

@@ -17,9 +17,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from shira.errors import ShiraError
+from shira.errors import ShiraError, shown
 
 __all__ = ["main"]
+
+_LONGEST = 4000  # characters of a message
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -37,24 +40,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         try:
             from shira.cli.app import run
+            from shira.cli.console import plain_messages
         except ImportError as error:
             _fail(f"the command line needs {error.name}: pip install 'shira[cli]'")
+        plain_messages()
         run(arguments)
     except ShiraError as error:
         if debug:
             raise
         _fail(str(error))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        if debug or error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if debug or (error.filename is None and error.errno not in _OF_THE_DISK):
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
     sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    message = " ".join(message.split())
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]} ... ({len(message)} characters)"
+    print("error:", shown(message), file=sys.stderr)
     sys.exit(2)

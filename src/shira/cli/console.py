@@ -1,26 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What subcommands print with: coloured tables for a terminal, plain ASCII for anything else."""
+"""What subcommands print with: coloured tables for a terminal, plain ASCII for anything else.
+
+Names, paths and metadata come from files that nobody vouches for. Every text goes through
+`shira.errors.shown`, and reaches rich as a ``Text``, in which brackets are no markup.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
+import traceback
+import warnings
+from io import TextIOWrapper
+from types import TracebackType
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from shira.errors import shown
 
 _PLAIN_WIDTH = 200  # a table takes the width that it needs; this only bounds it
+
+
+class _Plain(Console):
+    """A console whose every text is printed as it is shown."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts and tables."""
+        super().print(*(Text(shown(o)) if isinstance(o, str) else o for o in objects), **options)
+
+
+class PlainTable(Table):
+    """A table whose every text is shown as it is."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts."""
+        super().add_row(*(Text(shown(cell)) for cell in cells), **options)
 
 
 def console(stream: TextIO | None = None) -> Console:
     """A console on `stream` (standard output), without control codes unless it is a terminal."""
     stream = stream or sys.stdout
     if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(
+        return _Plain(file=stream, highlight=False, markup=False, emoji=False)
+    return _Plain(
         file=stream,
         highlight=False,
+        markup=False,
         force_terminal=False,
         no_color=True,
         color_system=None,
@@ -29,13 +58,53 @@ def console(stream: TextIO | None = None) -> Console:
     )
 
 
-def table(title: str, *columns: str, right: tuple[str, ...] = (), **kwargs: Any) -> Table:
-    """An empty table; the columns named in `right` hold numbers and are aligned to the right."""
+def table(
+    title: str, *columns: str, right: tuple[str, ...] = (), note: str = "", **kwargs: Any
+) -> Table:
+    """An empty table.
+
+    Args:
+        title: Of the table.
+        *columns: Names of the columns.
+        right: Those that hold numbers and are aligned to the right.
+        note: A second line of the title.
+        **kwargs: More for rich's ``Table``.
+    """
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
-    result = Table(title=title, title_justify="left", box=style, **kwargs)
+    heading = Text("\n".join(map(shown, filter(None, (title, note)))), style="table.title")
+    result = PlainTable(title=heading, title_justify="left", box=style, **kwargs)
     for name in columns:
-        result.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        justify: Any = "right" if name in right else "left"
+        result.add_column(Text(shown(name)), justify=justify, overflow="fold")
     return result
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Print one line, on standard output if no stream is given."""
+    print(shown(text), file=stream or sys.stdout, flush=True)
+
+
+def plain_messages() -> None:
+    """Show what Python prints by itself as text too: warnings, log messages, tracebacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **more: shown(format_warning(*args, **more), lines=True)
+    logging.setLogRecordFactory(_PlainRecord)
+    sys.excepthook = _print_traceback
+
+
+class _PlainRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return shown(super().getMessage(), lines=True)
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    told = "".join(traceback.format_exception(kind, error, trace))
+    print(shown(told, lines=True), end="", file=sys.stderr)
 
 
 def megabytes(size: int) -> str:

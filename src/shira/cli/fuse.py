@@ -114,6 +114,7 @@ def command(
     cannot be meant; nothing is written.
     """
     from shira.cli._fuse.adapters import read_all, short_names, split_weight
+    from shira.cli.console import write
     from shira.cli.progress import Steps
     from shira.errors import ConfigError
     from shira.fusing import fuse
@@ -158,12 +159,12 @@ def command(
         print(json.dumps(made, indent=2))
         return
     entries = sum(adapter.nnz for adapter in read)
-    print(
+    write(
         f"{output}: {fused.nnz:,} entries in {len(fused)} weights, density {fused.density:.2%}, "
         f"by {method} from {len(read)} adapters of {entries:,} entries together"
     )
     if fused.tensors:
-        print(f"whole tensors, carried as they are: {', '.join(fused.tensors)}")
+        write(f"whole tensors, carried as they are: {', '.join(fused.tensors)}")
 
 
 def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:

@@ -64,10 +64,10 @@ def command(
         return
 
     from shira.cli._inspect import tables
-    from shira.cli.console import console
+    from shira.cli.console import console, write
 
     out = console()
     out.print(tables.whole(summary))
     out.print(tables.targets(summary, each=each, width=out.width))
     if plot is not None:
-        print(f"{plot}: where the entries are, and a histogram of the values")
+        write(f"{plot}: where the entries are, and a histogram of the values")

@@ -107,7 +107,7 @@ def command(
         return
 
     from shira.cli._fuse import tables
-    from shira.cli.console import console
+    from shira.cli.console import console, write
 
     out = console()
     if found:
@@ -122,4 +122,4 @@ def command(
     if rank:
         out.print(tables.ranks(ranks))
     if plot is not None:
-        print(f"{plot}: the {figure} of all pairs")
+        write(f"{plot}: the {figure} of all pairs")

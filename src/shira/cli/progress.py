@@ -21,7 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shira.cli.console import console
+from shira.cli.console import console, write
+from shira.errors import shown
 
 T = TypeVar("T")
 _LINES = 4  # so many are printed where there is no bar, and none in the first second
@@ -36,7 +37,7 @@ class Steps:
     """
 
     def __init__(self, what: str, total: int) -> None:
-        self.what = what
+        self.what = shown(what)
         self.total = max(total, 1)
         self._bar: Progress | None = None
 
@@ -45,12 +46,12 @@ class Steps:
         self._done = 0
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console(sys.stderr),
                 transient=True,
             )
@@ -62,12 +63,12 @@ class Steps:
         """Say that `done` steps are done; `note` stands beside it."""
         before, self._done = self._done, done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, note=shown(note))
             return
         elapsed = time.perf_counter() - self._started
         if elapsed >= 1 and before * _LINES // self.total != done * _LINES // self.total:
             text = f"{self.what}: {done}/{self.total}, {elapsed:.0f} s"
-            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+            write(f"{text}, {note}" if note else text, sys.stderr)
 
     def __exit__(
         self,
@@ -89,4 +90,4 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
 def say(message: str) -> None:
     """A line about what happens next, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    write(message, sys.stderr)

@@ -54,6 +54,7 @@ def command(
     """
     from shira.checkpoints import open_checkpoint
     from shira.cli._report.writing import write_report
+    from shira.cli.console import write
 
     write_report(
         adapters,
@@ -63,4 +64,4 @@ def command(
         seed=seed,
         check_base=check_base,
     )
-    print(f"{output}: {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}")
+    write(f"{output}: {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}")

@@ -33,7 +33,7 @@ from vllm.platforms import current_platform
 from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.delta import Adapter
-from shira.errors import MergeError, PlacementError, ServeError, ShiraError
+from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.held import Held
 from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
@@ -133,8 +133,8 @@ class ShiraWorkerExtension:
             self.synchronize_device()
             return {"ok": True, **which, **_state(held), **said}
         except Exception as error:
-            _logger.warning("%s: %s", type(error).__name__, error)
-            _logger.debug("%s", traceback.format_exc())
+            _logger.warning("%s: %s", type(error).__name__, shown(error))
+            _logger.debug("%s", shown(traceback.format_exc(), lines=True))
             kind, message, _ = Failure.of(error, self.rank)
             return {"ok": False, **which, "error": kind, "message": message}
 

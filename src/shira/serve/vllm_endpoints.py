@@ -26,7 +26,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shira.errors import ConfigError, ServeError
+from shira.errors import ConfigError, ServeError, shown
 from shira.serve.client import AsyncClient
 from shira.serve.http import routes
 from shira.serve.http.durable import DurableService
@@ -114,7 +114,7 @@ async def _service(client: AsyncClient, journal: str | None, **kwargs: Any) -> A
     service = DurableService(client, journal=Path(journal).expanduser(), **kwargs)
     logger = init_logger(f"vllm.{__name__}")
     for name, why in (await service.restore()).items():
-        logger.error("not restored from %s: %s: %s", journal, name, why)
+        logger.error("not restored from %s: %s: %s", shown(journal), shown(name), shown(why))
     return service
 
 

@@ -28,8 +28,7 @@ def task_table(task: Task, frozen: Run, shira: Run) -> Table:
     """Before and after, for one task."""
     chance = 1 / len(task.labels)
     result = table(
-        f"{task.name}: {task.question}\n{len(task.labels)} labels, chance {chance:.1%}, "
-        f"{len(task.train):,} training and {len(task.test):,} test docstrings",
+        f"{task.name}: {task.question}",
         "",
         "accuracy",
         "trained parameters",
@@ -37,6 +36,8 @@ def task_table(task: Task, frozen: Run, shira: Run) -> Table:
         "file",
         "seconds",
         right=("accuracy", "trained parameters", "share of model", "file", "seconds"),
+        note=f"{len(task.labels)} labels, chance {chance:.1%}, {len(task.train):,} training and "
+        f"{len(task.test):,} test docstrings",
     )
     for name, run in (("before: frozen encoder, trained head", frozen), ("after: SHiRA", shira)):
         result.add_row(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shira.cli._fuse.pairs import FIGURES
 from shira.cli.drawing import new_drawing, write_drawing
+from shira.errors import shown
 from shira.measure import Overlap
 
 
@@ -44,8 +45,9 @@ def plot_matrix(names: Sequence[str], found: Sequence[Overlap], figure: str, pat
         vmin=-1.0 if signed else 0.0,
         vmax=1.0,
     )
-    axes.set_xticks(range(size), names, rotation=45, ha="right")
-    axes.set_yticks(range(size), names)
+    labels = [shown(name)[:60] for name in names]
+    axes.set_xticks(range(size), labels, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(size), labels, parse_math=False)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if not math.isnan(value):

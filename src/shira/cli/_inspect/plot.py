@@ -15,6 +15,7 @@ from shira.cli._inspect.summary import Summary, known_shapes
 from shira.cli._inspect.tables import without_number
 from shira.cli.drawing import new_drawing, write_drawing
 from shira.delta import Adapter
+from shira.errors import shown
 
 _MOST = 24  # heat maps in one picture
 _ACROSS = 4
@@ -39,13 +40,13 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
     """
     adapter = Adapter.load(summary.path, base=known_shapes(summary, "--plot"))
     maps = mean_maps(adapter, each=each)
-    shown = list(maps.items())[:_MOST]
-    across = min(_ACROSS, max(1, len(shown)))
-    down = -(-len(shown) // across)
+    drawn = list(maps.items())[:_MOST]
+    across = min(_ACROSS, max(1, len(drawn)))
+    down = -(-len(drawn) // across)
     drawing = new_drawing((3.4 * across + 1.0, 3.0 * down + 2.6), "--plot", path)
     parts: Any = drawing.subfigures(2, 1, height_ratios=[3.0 * max(1, down), 2.6])
     top, bottom = parts
-    _draw_maps(top, shown, len(maps), (max(1, down), across))
+    _draw_maps(top, drawn, len(maps), (max(1, down), across))
     _draw_histogram(bottom, adapter, summary)
     write_drawing(drawing, path, dpi=110)
 
@@ -58,25 +59,25 @@ def mean_maps(adapter: Adapter, *, each: bool) -> dict[str, Map]:
         made = heat_map(delta.support)
         total, count = sums.get(key, (np.zeros_like(made), 0))
         sums[key] = (total + made, count + 1)
+    made_of = {count: f", mean of {count}" if count > 1 else "" for _, count in sums.values()}
     return {
-        f"{name}\n{' x '.join(map(str, shape))}{f', mean of {count}' if count > 1 else ''}": total
-        / count
+        f"{shown(name)}\n{' x '.join(map(str, shape))}{made_of[count]}": total / count
         for (name, shape), (total, count) in sums.items()
     }
 
 
-def _draw_maps(figure: Any, shown: list[tuple[str, Map]], of: int, size: tuple[int, int]) -> None:
+def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[int, int]) -> None:
     title = "Share of entries trained, by place in the weight"
-    figure.suptitle(title + (f" ({len(shown)} of {of} drawn)" if len(shown) < of else ""))
-    if not shown:
+    figure.suptitle(title + (f" ({len(drawn)} of {of} drawn)" if len(drawn) < of else ""))
+    if not drawn:
         return
-    reach = max((float(made.max()) for _, made in shown if made.size), default=0.0) or 1.0
+    reach = max((float(made.max()) for _, made in drawn if made.size), default=0.0) or 1.0
     grid = figure.subplots(*size, squeeze=False)
     image = None
-    for axes in grid.flat[len(shown) :]:
+    for axes in grid.flat[len(drawn) :]:
         axes.set_axis_off()
-    for axes, (name, made) in zip(grid.flat, shown, strict=False):
-        axes.set_title(_wrapped(name), fontsize=7)
+    for axes, (name, made) in zip(grid.flat, drawn, strict=False):
+        axes.set_title(_wrapped(name), fontsize=7, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
         if made.size:
@@ -103,6 +104,7 @@ def _draw_histogram(figure: Any, adapter: Adapter, summary: Summary) -> None:
 def _wrapped(name: str, width: int = 44) -> str:
     """A long name broken after a point, so that it stays within its picture."""
     first, newline, rest = name.partition("\n")
+    first = first if len(first) <= 3 * width else f"{first[: 3 * width]}..."
     if len(first) > width:
         at = first.rfind(".", 0, width) + 1 or width
         first = f"{first[:at]}\n{first[at:]}"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shira.errors import ConfigError, MissingDependencyError
+from shira.errors import ConfigError, MissingDependencyError, shown
 
 EXTENSION = "shira.serve.vllm.ShiraWorkerExtension"
 
@@ -60,4 +60,4 @@ def environment(
 
 def say(line: str) -> None:
     """A line of this command between those of the server."""
-    print(f"shira serve: {line}", file=sys.stderr, flush=True)
+    print(f"shira serve: {shown(line)}", file=sys.stderr, flush=True)

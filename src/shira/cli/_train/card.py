@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shira.cli._train.options import TrainOptions
+from shira.errors import shown
 
 if TYPE_CHECKING:
     from shira.cli._train.data import Data
@@ -21,6 +23,9 @@ AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
 }
 PIPELINES = {"text-classification": "text-classification", "causal-lm": "text-generation"}
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")  # no name of Markdown
 
 
 def model_card(
@@ -44,29 +49,44 @@ def model_card(
     }
     name = Path(options.output or "").resolve().name
     budget = f"density {config.density:g}" if config.density else f"r = {config.r}"
+    command = shown(command_line())
+    fence = "`" * max(3, _longest_run(command) + 1)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        f"A SHiRA adapter (Sparse High Rank Adapter, arXiv 2406.13175) of `{options.model}` for "
-        f"{task}.",
+        f"# {name if _PLAIN.fullmatch(name) else _code(name)}",
+        f"A SHiRA adapter (Sparse High Rank Adapter, arXiv 2406.13175) of "
+        f"{_code(options.model)} for {task}.",
         "## Result",
         _figures(result),
         *(["![loss](loss.png)"] if plot else []),
         "## Data",
         _data(options, data),
         "## Adapter",
-        f"Mask `{config.mask_type}`, seed {config.random_seed}, {budget}, targets "
-        f"`{options.target_modules or 'all-linear'}`: {result.trained:,} of {result.total:,} "
+        f"Mask {_code(config.mask_type)}, seed {config.random_seed}, {budget}, targets "
+        f"{_code(options.target_modules or 'all-linear')}: {result.trained:,} of {result.total:,} "
         f"parameters trained ({result.trained / result.total:.2%}).",
         "## Use",
         _usage(options, data),
         "## How it was made",
-        f"```bash\n{command_line()}\n```",
+        f"{fence}bash\n{command}\n{fence}",
         f"{result.steps} steps in {result.seconds:.0f} s on {result.processes} x {result.device}. "
         "All options are in `train.yaml`, all figures in `metrics.json`.",
         ", ".join(f"{package} {number}" for package, number in versions.items()),
     ]
     return "\n\n".join(parts)
+
+
+def _code(text: object) -> str:
+    """A text as a span of code, in which Markdown and HTML mean nothing."""
+    text = shown(text)
+    ticks = "`" * (_longest_run(text) + 1)
+    space = " " if "`" in text or text.startswith(" ") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _longest_run(text: str) -> int:
+    """Backticks in a row, at most."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def command_line() -> str:
@@ -93,14 +113,14 @@ def _figures(result: Result) -> str:
 
 
 def _data(options: TrainOptions, data: Data) -> str:
-    lines = [f"- trained on `{Path(options.train_file or '').name}`: {len(data.train):,} rows"]
+    lines = [f"- trained on {_code(Path(options.train_file or '').name)}: {len(data.train):,} rows"]
     if data.evaluation is not None:
         held_out = f"{options.eval_fraction:.0%} of it" if options.eval_fraction else ""
-        source = held_out or f"`{Path(options.eval_file or '').name}`"
+        source = held_out or _code(Path(options.eval_file or "").name)
         lines.append(f"- evaluated on {source}: {len(data.evaluation):,} rows")
     if data.labels is not None:
-        shown = ", ".join(data.labels[:20]) + (", ..." if len(data.labels) > 20 else "")
-        lines.append(f"- {len(data.labels)} labels: {shown}")
+        some = ", ".join(map(_code, data.labels[:20])) + (", ..." if len(data.labels) > 20 else "")
+        lines.append(f"- {len(data.labels)} labels: {some}")
     lines.append(f"- at most {options.max_length} tokens each")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError
+from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError, shown
 from shira.serve import journal
 from shira.serve.http.service import AdapterService, Served
 from shira.serve.journal import Kept, Record
@@ -149,8 +149,8 @@ class DurableService(AdapterService):
         self.set_aside = {"file": aside.name, "why": why}
         _logger.warning(
             "the journal cannot be read (%s): it is kept as %s, and no adapter is restored",
-            why.encode(errors="backslashreplace").decode(),
-            aside,
+            shown(why),
+            shown(aside),
         )
         return Record()
 
@@ -177,7 +177,7 @@ class DurableService(AdapterService):
         try:
             await self._write()
         except ServeError as error:
-            _logger.warning("%s", error)
+            _logger.warning("%s", shown(error))
 
     async def _write(self) -> None:
         """Bring the journal up to date; whoever waited meanwhile finds it done."""
