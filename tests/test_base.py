@@ -291,6 +291,15 @@ def test_a_dtype_that_cannot_be_compared(text):
     assert judge(metadata, "w", torch.ones(1), None) == "cannot be told"
 
 
+@pytest.mark.parametrize("told", ["float32:0", [1], {"w": None}, {"v": "float32:0"}])
+def test_metadata_that_records_nothing_of_the_parameter(told):
+    for metadata in ({FINGERPRINT_FIELD: told}, {FINGERPRINT_FIELD: told, ROUNDED_FIELD: told}):
+        assert judge(metadata, "w", torch.ones(1), torch.ones(1)) == "not recorded"
+        assert judge_together(metadata, metadata, "w") == "not recorded"
+    odd = {FINGERPRINT_FIELD: {"w": 4}, ROUNDED_FIELD: {"w": 4}}
+    assert judge(odd, "w", torch.ones(1), torch.ones(1)) == "cannot be told"
+
+
 def test_the_error_names_what_and_the_way_out():
     metadata = {**fingerprint_fields({"w": torch.ones(1)}), "base_model_name_or_path": "some/model"}
     with pytest.raises(WrongBaseError) as caught:

@@ -93,10 +93,10 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
     """Tell whether a base holds the values that an adapter was made on.
 
     A base of the recorded dtype is compared as it is, one of a wider dtype after rounding to it. A
-    copy in a narrower dtype is compared with the hash of the rounded values, which adapters made
-    by shira 0.1 and stock PEFT do not record. A base that has neither all values of the recorded
-    dtype nor the other way round (float16 beside bfloat16) can be found the same, but a difference
-    does not show that it is another: both may be rounded from one float32 base.
+    copy in a narrower dtype is compared with the hash of the rounded values, if that is recorded.
+    Of float16 and bfloat16 neither holds all values of the other: a base in the one can be found
+    the same as one recorded in the other, but a difference does not show that it is another, as
+    both may be rounded from one float32 base.
 
     Args:
         metadata: The adapter's, with `FINGERPRINT_FIELD` and `ROUNDED_FIELD`.
@@ -111,13 +111,12 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
         - ``"another"``: other values.
         - ``"cannot be told"``: the values cannot be read, or not be compared.
         - ``"not recorded"``: the adapter does not record its base.
-        - ``"untrained"``: in the place of the two before the last, if all deltas are zeros: they
-          change nothing, so they fit every base.
+        - ``"untrained"``: instead of ``"another"`` and ``"cannot be told"`` if all deltas are
+          zeros, which change nothing and so fit every base.
     """
-    recorded = (metadata.get(FINGERPRINT_FIELD) or {}).get(name)
+    recorded, rounded = _recorded(metadata, name)
     if recorded is None:
         return "not recorded"
-    rounded = (metadata.get(ROUNDED_FIELD) or {}).get(name) or ()
     verdict: Verdict = "cannot be told"
     if held is not None:
         values_held = held.detach().cpu()
@@ -182,12 +181,20 @@ def judge_together(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Ver
     Returns:
         As `judge`, for a base of which what ``b`` records is known.
     """
-    recorded, own = ((told.get(FINGERPRINT_FIELD) or {}).get(name) for told in (a, b))
+    (recorded, rounded), (own, others) = _recorded(a, name), _recorded(b, name)
     if recorded is None or own is None:
         return "not recorded"
-    rounded, others = ((told.get(ROUNDED_FIELD) or {}).get(name) or () for told in (a, b))
     known = {_dtype_of(text): text for text in others}
     return _compare(recorded, rounded, own, known.get)
+
+
+def _recorded(metadata: Mapping[str, Any], name: str) -> tuple[str | None, list[str]]:
+    """The fingerprint of a parameter, None without one, and those in narrower dtypes."""
+    exact, rounded = (metadata.get(field) for field in (FINGERPRINT_FIELD, ROUNDED_FIELD))
+    if not isinstance(exact, Mapping) or exact.get(name) is None:
+        return None, []
+    narrower = rounded.get(name) if isinstance(rounded, Mapping) else None
+    return str(exact[name]), [*map(str, narrower)] if isinstance(narrower, (list, tuple)) else []
 
 
 def _compare(
