@@ -436,8 +436,9 @@ def test_a_cancelled_caller_does_not_stop_loading_half_way():
         for steps in range(6):
             engine = AsyncEngine()
             client = await AsyncClient.of(engine)
-            for change in (client.load("a", "/adapters/a"), client.unload("a")):
-                loading = asyncio.ensure_future(change)
+            for change in (client.load, client.unload):
+                arguments = ["a", "/adapters/a"] if change == client.load else ["a"]
+                loading = asyncio.ensure_future(change(*arguments))
                 for _ in range(steps):
                     await asyncio.sleep(0)
                 loading.cancel()

@@ -190,9 +190,10 @@ class Client:
         return bool(self._ask("reset_prefix_cache", lambda: reset(reset_connector=True)))
 
     def _call(self, method: str, *args: Any) -> Reports:
-        answers = self._ask(method, lambda: self.llm.collective_rpc(method, args=args))
-        self._shared.reports = checked(answers, method)
-        return self._shared.reports
+        with self._lock:  # answers are told apart by nothing but their order
+            answers = self._ask(method, lambda: self.llm.collective_rpc(method, args=args))
+            self._shared.reports = checked(answers, method)
+            return self._shared.reports
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         try:

@@ -22,11 +22,11 @@ from typing import Any, Protocol
 import torch
 
 from shira.delta import SparseDelta
-from shira.errors import ConfigError, ServeError
+from shira.errors import ServeError
 from shira.serve.fixed_support import FixedSupport
 from shira.serve.ranks import Failure
 from shira.serve.reports import located, named
-from shira.serve.values_wire import Wire
+from shira.serve.values_wire import Wire, check_ends
 
 
 class SyncClient(Protocol):
@@ -122,11 +122,7 @@ class ValueSender:
         address: str = "127.0.0.1",
         timeout: float = 120.0,
     ) -> None:
-        if not (0 < port < 2**16 and 0 < workers < 2**16 and 0 < timeout < 2**31):
-            raise ConfigError(
-                "port and workers are 1 to 65535, the timeout is a number of seconds above 0, not "
-                f"{port!r}, {workers!r} and {timeout!r}"
-            )
+        check_ends(port, workers + 1, timeout)
         self.client = client
         self.support = FixedSupport.of(adapter)
         info = {

@@ -16,11 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shira.errors import ServeError
+from shira.errors import ConfigError, ServeError
 
 _c10d: Any = dist  # torch has no types for what is used here
 
 _ANSWER = 1024  # bytes: a status, and the text of an error
+
+
+def check_ends(port: int, size: int, timeout: float) -> None:
+    """Check where and how long the two sides are to meet.
+
+    Raises:
+        ConfigError: If one of them is out of range; the timeout is finite.
+    """
+    if not (0 < port < 2**16 and 1 < size <= 2**16 and 0 < timeout < 2**31):
+        raise ConfigError(
+            "port and workers are 1 to 65535, the timeout is a number of seconds above 0, not "
+            f"{port!r}, {size - 1!r} and {timeout!r}"
+        )
 
 
 class Wire:
@@ -34,12 +47,14 @@ class Wire:
         timeout: Seconds after which a missing partner is an error.
 
     Raises:
+        ConfigError: If port, size or timeout is out of range.
         ServeError: If not everybody came in time.
     """
 
     def __init__(
         self, address: str, port: int, rank: int, size: int, timeout: float = 120.0
     ) -> None:
+        check_ends(port, size, timeout)
         self.rank, self.size = rank, size
         limit = timedelta(seconds=timeout)
         try:

@@ -37,7 +37,7 @@ from shira.errors import MergeError, PlacementError, ServeError, ShiraError, sho
 from shira.serve.held import Held
 from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
-from shira.serve.reports import slept, wanted
+from shira.serve.reports import located, named, slept, wanted
 
 __all__ = ["ShiraWorkerExtension"]
 
@@ -64,7 +64,7 @@ class ShiraWorkerExtension:
             ``checked`` (how many of them are known to be those of the adapter's base).
         """
         return self._shira_do(
-            "shira_load", lambda held: self._shira_load(held, name, path, compare)
+            "shira_load", lambda held: self._shira_load(held, named(name), located(path), compare)
         )
 
     def shira_activate(
@@ -96,7 +96,7 @@ class ShiraWorkerExtension:
 
     def shira_unload(self, name: str) -> dict[str, Any]:
         """Forget an adapter that is not active."""
-        return self._shira_do("shira_unload", lambda held: held.unload(name))
+        return self._shira_do("shira_unload", lambda held: held.unload(named(name)))
 
     def shira_list(self) -> dict[str, Any]:
         """What is held: ``adapters`` as ``{name: what shira_load said}``; and ``discarded``."""

@@ -99,6 +99,7 @@ def test_columns_that_are_named(tmp_path):
         (labelled("a", 1, [2]), {}, "column 'label' holds lists, objects"),
         (labelled("a", None, "b"), {}, "some rows have no label"),
         (labelled(None, None), {}, "some rows have no label"),
+        (labelled("a", "b" * 2000), {}, "too long for a label; is it the column of the text?"),
         (labelled(1.0, float("nan"), 2.0), {}, "some rows have no label"),
         ([{"text": {"a": 1}, "label": n} for n in "xy"], {}, "column 'text' holds lists, objects"),
         ([{"text": "x", "label": n} for n in "xy"], {"eval_fraction": 1e-9}, "needs two labels"),
@@ -176,6 +177,13 @@ def test_text_that_is_no_utf8(tmp_path):
     path.write_bytes(b'{"text": "caf\xe9", "label": "x"}\n{"text": "b", "label": "y"}\n')
     with pytest.raises(ConfigError, match="column 'text' is no UTF-8"):
         load_data(replace(OPTIONS, train_file=str(path)), Words())
+
+
+def test_rows_without_text_are_said(tmp_path, capsys):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na,1\nNA,2\n,1\n")
+    load_data(replace(OPTIONS, train_file=str(path)), Words())
+    assert capsys.readouterr().err.count("2 rows have no text") == 1
 
 
 def test_lines_without_text(tmp_path):

@@ -140,6 +140,9 @@ def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokeniz
     label = column(train, options.label_column, LABEL_NAMES, what="label", path=path)
     text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
     names = _class_names(train[label], f"{path}: column {label!r}")
+    for table, where in ((train, path), (evaluation, options.eval_file)):
+        if where is not None and (missing := table.data[text].null_count):
+            say(f"{where}: {missing} rows have no text, and are taken as empty (NA is none in csv)")
     numbers = {name: number for number, name in enumerate(names)}
 
     def encode(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -163,11 +166,19 @@ def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokeniz
     return data
 
 
+_LONGEST_LABEL = 1000
+
+
 def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
     """The distinct labels as text: numbers in order of value, others in that of the alphabet."""
     distinct = set(values)
     if None in distinct or any(value != value for value in distinct):  # NaN
         raise ConfigError(f"{where}: some rows have no label")
+    if longest := next((value for value in distinct if len(str(value)) > _LONGEST_LABEL), None):
+        raise ConfigError(
+            f"{where}: {str(longest)[:60]!r}... is too long for a label; is it the column of the "
+            "text?"
+        )
     if len(distinct) < 2:
         raise ConfigError(f"{where}: a classifier needs two labels, here all are {distinct}")
     if all(isinstance(value, int) for value in distinct):
