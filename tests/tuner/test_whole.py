@@ -119,6 +119,7 @@ def test_equal_outputs_wherever_the_adapter_goes(case, tmp_path):
 
     again = PeftModel.from_pretrained(make(), tmp_path / "peft")
     assert torch.equal(outputs(again), expected)
+    assert torch.equal(outputs(again.merge_and_unload()), expected)
 
     path, file = save_base(base, tmp_path / "base")
     undo, out, back = (tmp_path / name for name in ("undo", f"out{path.suffix}", f"b{path.suffix}"))

@@ -212,7 +212,9 @@ class ShiraModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(child, ShiraLayer):  # unloaded: what comes back is as it was, to the bit
+        # Unloaded: what comes back is as it was, to the bit. PEFT would look for a weight, which a
+        # head of several layers (modules_to_save) has not.
+        if isinstance(child, (ShiraLayer, AuxiliaryTrainingWrapper)):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
