@@ -143,3 +143,14 @@ def test_a_hint_at_what_is_near(name, hint):
     with pytest.raises(TargetError) as caught:
         get_peft_model(llama(), ShiraConfig(r=1, target_modules=[name]))
     assert f"Did you mean {hint}?" in str(caught.value)
+
+
+def test_a_model_that_does_not_tell_its_embeddings():
+    model = llama(tie_word_embeddings=True)
+
+    def embeddings():
+        raise NotImplementedError("not auto-handled")
+
+    model.get_input_embeddings = model.model.get_input_embeddings = embeddings
+    adapted = get_peft_model(model, ShiraConfig(r=1, target_modules=["q_proj"]))
+    assert "q_proj" in "".join(adapted.targeted_module_names)

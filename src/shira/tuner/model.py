@@ -313,6 +313,13 @@ class ShiraModel(BaseTuner):
         ):
             yield
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            names: list[str] = super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # a model that does not tell its embeddings
+            return []
+        return names
+
     def _check_merge_allowed(self) -> None:
         """Refuse a weight that is packed, sharded, computed or shared with an unadapted module.
 
