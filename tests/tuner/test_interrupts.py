@@ -189,6 +189,17 @@ def test_merge_and_unload(way):
     assert at_every_point(merge_and_unload, check, every=9) > 300
 
 
+def test_a_mixed_batch_that_is_interrupted_has_no_effect_on_the_next_forward():
+    scene = Scene(targets=("linear",))
+    scene.model.eval()
+
+    def mixed():
+        with torch.no_grad():
+            scene.model(scene.ids, adapter_names=["__base__", "default"])
+
+    assert at_every_point(mixed, scene.check, every=2) > 100
+
+
 # --- at random times, by a signal -----------------------------------------------------------------
 
 

@@ -149,12 +149,11 @@ class Exchange:
 
     def _put_in_with_torch(self, memory: Tensor) -> None:
         """Entries that both patches have are written twice here; ``memory`` is 1-D."""
-        places = [p and p.offsets.long() for p in (self.before, self.after)]
-        self._there = [(at, memory.index_select(0, at)) for at in places if at is not None]
-        for patch, at, out in zip((self.before, self.after), places, (True, False), strict=True):
-            if patch is None or at is None:
-                continue
-            held, new = (patch.originals, patch.replacement)[:: -1 if out else 1]
+        out, in_ = self.before, self.after
+        steps = [] if out is None else [(out.offsets.long(), out.replacement, out.originals)]
+        steps += [] if in_ is None else [(in_.offsets.long(), in_.originals, in_.replacement)]
+        self._there = [(at, memory.index_select(0, at)) for at, _, _ in steps]
+        for at, held, new in steps:
             if self.check:
                 _compare(memory, at, _bits(held))
             memory.index_copy_(0, at, _bits(new))

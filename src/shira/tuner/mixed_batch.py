@@ -41,29 +41,42 @@ def adapter_names_in_effect(
     encoder = _encoder_of(model)
     in_encoder = set(map(id, encoder.modules())) if encoder is not None else set()
     layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
-    handles = [
-        module.register_forward_pre_hook(
-            _Handing(once if id(module) in in_encoder else repeated), with_kwargs=True
-        )
-        for module in model.modules()
-        if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper))
-    ]
-    try:
-        for layer in layers:
-            layer._samples = once
-        yield
-    finally:
+    effect, handles = _Effect(), []
+
+    def end() -> None:
         for layer in layers:
             layer._samples = None
         for handle in handles:
             handle.remove()
 
+    try:
+        for module in model.modules():
+            if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper)):
+                hook = _Handing(once if id(module) in in_encoder else repeated, effect)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for layer in layers:
+            layer._samples = once
+        yield
+    finally:
+        effect.over = True  # a hook that an interrupt leaves behind does nothing
+        try:
+            end()
+        except BaseException:  # an interrupt
+            end()
+            raise
+
+
+class _Effect:
+    over = False
+
 
 class _Handing:
-    def __init__(self, adapter_names: list[str]) -> None:
-        self.adapter_names = adapter_names
+    def __init__(self, adapter_names: list[str], effect: _Effect) -> None:
+        self.adapter_names, self.effect = adapter_names, effect
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.effect.over:
+            return None
         return args, {**kwargs, "adapter_names": self.adapter_names}
 
 
