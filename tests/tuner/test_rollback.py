@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shira import PeftModel, ShiraConfig, get_peft_model
-from shira.errors import AdapterError, FileFormatError, ShiraError, TargetError
+from shira.errors import AdapterError, FileFormatError, ShiraError, TargetError, WrongBaseError
 
 from .models import base_weights, llama, mlp, randomize, same_weights
 
@@ -132,6 +132,71 @@ def test_transformers_own_methods(tmp_path, kind):
     with pytest.raises(ShiraError):
         model.add_adapter(wrong, "second")
     assert picture(model) == before
+
+
+def not_finite(tensors):
+    key = next(key for key in tensors if "shira_weight" in key)
+    tensors[key][0] = float("nan")
+    return tensors
+
+
+def out_of_range(tensors):
+    key = next(key for key in tensors if "shira_indices" in key)
+    tensors[key][0, -1] = 900
+    return tensors
+
+
+def data_parallel(tensors):
+    return {f"module.{key}": value for key, value in tensors.items()}
+
+
+NATIVE = {**SPOILT, "NaN": not_finite, "range": out_of_range, "module.": data_parallel}
+
+
+@pytest.mark.parametrize("how", ["path", "state dict"])
+@pytest.mark.parametrize("kind", NATIVE)
+def test_transformers_own_loading(tmp_path, kind, how):
+    want = saved(tmp_path)(X).logits
+    tensors = respelled(tmp_path, dict)
+    model = llama()
+    if how == "path":
+        options = {"peft_model_id": str(tmp_path)}
+    else:
+        chosen = ShiraConfig.from_pretrained(tmp_path)
+        chosen._source = None
+        options = {"peft_config": chosen, "adapter_state_dict": tensors}
+    model.load_adapter(**options)
+    assert torch.equal(model(X).logits, want)
+    tensors = respelled(tmp_path, NATIVE[kind])
+    if how == "state dict":
+        options = {"peft_config": chosen, "adapter_state_dict": tensors}
+    for target in (llama(), model):
+        before = picture(target)
+        with pytest.raises((ShiraError, RuntimeError)):  # transformers refuses sizes itself
+            target.load_adapter(**options, adapter_name="new")
+        assert picture(target) == before
+
+
+def test_transformers_own_loading_of_unsorted_positions(tmp_path):
+    want = saved(tmp_path)(X).logits
+    chosen = ShiraConfig.from_pretrained(tmp_path)
+    chosen._source = None
+
+    def backwards(tensors):
+        return {k: v.flip(-1).contiguous() if "shira_" in k else v for k, v in tensors.items()}
+
+    model = llama()
+    model.load_adapter(peft_config=chosen, adapter_state_dict=respelled(tmp_path, backwards))
+    assert torch.equal(model(X).logits, want)
+
+
+def test_transformers_own_loading_on_another_base(tmp_path):
+    saved(tmp_path)
+    other = llama(seed=5)
+    before = picture(other)
+    with pytest.raises(WrongBaseError, match="wrong base"):
+        other.load_adapter(str(tmp_path))
+    assert picture(other) == before
 
 
 class Twice(nn.Module):

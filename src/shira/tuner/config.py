@@ -136,8 +136,8 @@ class ShiraConfig(PeftConfig):
                 f"{did_you_mean(str(self.save_dtype), SAVE_DTYPES)}"
             )
         self.mask_fn: MaskFn | None = self._builtin_mask_fn()
-        # Where the weights lie that belong to this config; set by from_pretrained, used once.
-        self._source: str | None = None
+        # Finds the weights that belong to this config; set by from_pretrained, used once.
+        self._source: Callable[[], str | None] | None = None
         # Says what the adapter's positions and base decide; see `shira.tuner.describing.watch`.
         self._describe: Callable[[ShiraConfig], dict[str, Any]] | None = None
 
@@ -256,18 +256,6 @@ class ShiraConfig(PeftConfig):
             if not (name in _LEFT_OUT_WHEN_UNSET and value == _LEFT_OUT_WHEN_UNSET[name])
         }
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> ShiraConfig:
-        """Read a saved configuration; the weights beside it are checked when they are loaded."""
-        config: ShiraConfig = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-        if isinstance(config, cls):
-            config._source = _weights_of(pretrained_model_name_or_path, subfolder, kwargs)
-        return config
-
 
 _LEFT_OUT_WHEN_UNSET: dict[str, Any] = {
     "density": None,
@@ -289,7 +277,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _weights_of(model_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str | None:
+def weights_of(model_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str | None:
     """The safetensors file that PEFT is about to load with this config, if it can be known."""
     from huggingface_hub import hf_hub_download
     from peft.utils import SAFETENSORS_WEIGHTS_NAME

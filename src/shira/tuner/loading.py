@@ -8,7 +8,9 @@ it was; `check_state_dict` looks at what reaches the layers by any other way.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -46,9 +48,10 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
         FileFormatError: If the file is damaged, or its targets are not those of config and model.
         WrongBaseError: If it was made for other weights.
     """
-    if config._source is None:
+    source = None if config._source is None else config._source()
+    if source is None:
         return None
-    file = read_peft(config._source)
+    file = read_peft(source)
     shapes = shapes_of(model)
     validate_against(file, shapes)
     _check_targets(file, config, model)
@@ -228,6 +231,37 @@ def check_state_dict(
         if layer.shira_weight[adapter_name].shape[0] != indices.shape[1]:
             _resize(layer, adapter_name, indices.shape[1])
     return checked
+
+
+def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
+    """Check what transformers' own ``load_adapter`` has put into a model, past PEFT's functions.
+
+    Args:
+        model: With the adapter.
+        adapter_name: Of the adapter.
+        info: What transformers tells of its loading.
+
+    Raises:
+        FileFormatError: If something was missing or left over, or a layer's tensors are unusable.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, ShiraConfig):
+        return
+    of_adapter = re.compile(rf".*\.{re.escape(adapter_name)}(\.|$)")
+    missing = sorted(filter(of_adapter.match, info.missing_keys))
+    if missing or info.unexpected_keys:
+        raise FileFormatError(
+            f"adapter {adapter_name!r}: {len(missing)} of the model's tensors are not in what was "
+            f"loaded ({', '.join(missing[:2]) or 'none'}), and {len(info.unexpected_keys)} there "
+            f"are none of the model's ({', '.join(sorted(info.unexpected_keys)[:2]) or 'none'})"
+        )
+    for path, layer in layers_of(model, adapter_name).items():
+        value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES))
+        values, indices = layer.shira_weight[adapter_name], layer.shira_indices[adapter_name]
+        ordered = _sorted_pair(value_key, values.detach(), index_key, indices, layer)
+        if not torch.equal(ordered[1], indices):
+            values.data.copy_(ordered[0])
+            layer.shira_indices[adapter_name] = ordered[1]
 
 
 def _check_known(

@@ -21,16 +21,18 @@ import peft.tuners
 import peft.tuners.mixed.model as mixed
 import peft.tuners.shira
 from packaging.version import Version
+from peft.config import PeftConfigMixin
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
 from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
+from transformers.integrations import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError
-from shira.tuner.config import ShiraConfig
+from shira.tuner.config import ShiraConfig, weights_of
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear
-from shira.tuner.loading import understood
+from shira.tuner.loading import check_loaded, understood
 from shira.tuner.model import ShiraModel
 from shira.tuner.rollback import as_it_was
 
@@ -102,7 +104,11 @@ def _register_loading() -> None:
         for name in ("add_adapter", "load_adapter", "from_pretrained"):
             if name in vars(cls):
                 setattr(cls, name, _restoring(vars(cls)[name]))
-    peft.PeftModel.delete_adapter = _down_to_the_base(peft.PeftModel.delete_adapter)
+    _replace(peft.PeftModel, delete_adapter=_down_to_the_base(peft.PeftModel.delete_adapter))
+    read = PeftConfigMixin.from_pretrained.__func__
+    _replace(PeftConfigMixin, from_pretrained=classmethod(_with_its_weights(read)))
+    native = PeftAdapterMixin.load_adapter
+    _replace(PeftAdapterMixin, load_adapter=_checked(native))
     for name in ("hotswap_adapter", "hotswap_adapter_from_state_dict"):
         _replace(hotswap, **{name: _not_for_shira(getattr(hotswap, name))})
 
@@ -121,6 +127,35 @@ def _restoring(method: Any) -> Any:
             return function(first, *args, **kwargs)
 
     return classmethod(restoring) if of_class else restoring
+
+
+def _with_its_weights(read: Any) -> Any:
+    """PEFT's reading of a configuration, which then knows the weights that are to be loaded."""
+
+    @functools.wraps(read)
+    def reading(cls: Any, model_id: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = read(cls, model_id, subfolder=subfolder, **kwargs)
+        if isinstance(config, ShiraConfig):
+            config._source = functools.partial(weights_of, model_id, subfolder, kwargs)
+        return config
+
+    return reading
+
+
+def _checked(load: Any) -> Any:
+    """transformers' own loading of an adapter, checked when it is done."""
+
+    @functools.wraps(load)
+    def loading(
+        model: Any, path: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        path = kwargs.pop("peft_model_id", path)
+        with as_it_was(model, ShiraLayer):
+            info = load(model, path, adapter_name, *args, **kwargs)
+            check_loaded(model, adapter_name or "default", info)
+        return info
+
+    return loading
 
 
 def _down_to_the_base(delete: Any) -> Any:
@@ -165,6 +200,6 @@ def _register_mixed() -> None:
     )
 
 
-def _replace(module: ModuleType, **names: Any) -> None:
+def _replace(module: ModuleType | type, **names: Any) -> None:
     for name, value in names.items():
         setattr(module, name, value)
