@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from shira import Adapter, ShiraConfig, get_peft_model
@@ -198,6 +199,14 @@ def test_the_configuration_saved_by_itself(tmp_path):
     assert config_in(tmp_path)["random_seed"] is None
 
 
+def test_the_configuration_of_a_model_that_is_unloaded(tmp_path):
+    model, other = adapted(**TWO), adapted(**ONE)
+    model.load_state_dict(other.state_dict())
+    config = model.peft_config["default"]
+    model.unload()
+    assert config.to_dict()["random_seed"] is None
+
+
 def test_transformers_own_saving(tmp_path):
     models = []
     for seed in (2, 1):
@@ -252,8 +261,12 @@ def test_wrapped_parts_of_a_model(tmp_path):
     randomize(model)
     state = {key.replace("_orig_mod.", ""): value for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
-    assert set(Adapter.load(tmp_path)) == {
-        f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)
+    names = {f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+    assert set(Adapter.load(tmp_path)) == {f"{name}.weight" for name in names}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.{name}.{kind}"
+        for name in names
+        for kind in ("shira_weight", "shira_indices")
     }
 
 

@@ -35,13 +35,17 @@ def bare_name(path: str) -> str:
     Returns:
         Such as ``layers.0.up.base_layer.weight``.
     """
-    bare = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-    inner = bare
+    inner = bare = without_wrappers(path)
     while inner.startswith(_OUTER):
         inner = inner.removeprefix(_OUTER)
     if f"{inner}.".startswith(PEFT_PREFIX):
         bare = f"{inner}.".removeprefix(PEFT_PREFIX).removesuffix(".")
     return bare
+
+
+def without_wrappers(path: str) -> str:
+    """Return a path without what compilation, FSDP and checkpointing have put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def base_module_name(path: str) -> str:

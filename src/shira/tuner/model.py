@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from shira.base import fingerprint_fields
 from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
-from shira.store.names import base_module_name, weight_name
+from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.store.patterns import matching
 from shira.store.sharded import is_sharded
 from shira.support import Support
 from shira.tuner.base_values import base_of, base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.conv2d import Conv2d
-from shira.tuner.describing import watch
+from shira.tuner.describing import describe, watch
 from shira.tuner.elsewhere import readable
 from shira.tuner.embedding import Embedding
 from shira.tuner.hooks import Way, way_to_call
@@ -220,6 +220,9 @@ class ShiraModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for name, config in self.peft_config.items():  # its layers will not be there to look at
+            for field, value in describe(config, self.model, name).items():
+                setattr(config, field, value)
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
         merged = self._merged()
         children = [(m._modules, dict(m._modules)) for m in self.model.modules()]
@@ -368,6 +371,7 @@ class ShiraModel(BaseTuner):
         result: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        result = {without_wrappers(key): tensor for key, tensor in result.items()}
         return in_few_bytes(result, config.save_dtype)
 
     @classmethod

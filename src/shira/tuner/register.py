@@ -26,7 +26,7 @@ from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
 from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
-from transformers.integrations import PeftAdapterMixin
+from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError
 from shira.tuner.config import ShiraConfig, weights_of
@@ -105,7 +105,7 @@ def _register_loading() -> None:
             if name in vars(cls):
                 setattr(cls, name, _restoring(vars(cls)[name]))
     _replace(peft.PeftModel, delete_adapter=_down_to_the_base(peft.PeftModel.delete_adapter))
-    read = PeftConfigMixin.from_pretrained.__func__
+    read = vars(PeftConfigMixin)["from_pretrained"].__func__
     _replace(PeftConfigMixin, from_pretrained=classmethod(_with_its_weights(read)))
     native = PeftAdapterMixin.load_adapter
     _replace(PeftAdapterMixin, load_adapter=_checked(native))

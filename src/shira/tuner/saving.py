@@ -123,8 +123,8 @@ def path_in_state(path: str) -> str:
 
 def is_elsewhere(state_dict: dict[str, Any]) -> bool:
     """Whether an empty state dict is that of a process to which another one's was not sent."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and not state_dict
+    other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    return other and not state_dict
 
 
 def _example_of(state_dict: dict[str, Any]) -> str:
