@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from shira import Adapter, PeftModel, ShiraConfig, Switch, calibrate, get_peft_model
 from shira.errors import AdapterError, MergeError
@@ -105,6 +106,26 @@ def test_saving_while_merged(tmp_path):
     model.unmerge_adapter()
     again = PeftModel.from_pretrained(everything(), tmp_path)
     assert torch.equal(again(X % 11), model(X % 11))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["merged", "switched"])
+def test_the_copy_of_the_embeddings_that_peft_saves(tmp_path, how):
+    chosen = {"density": 0.1, "target_modules": ["embed_tokens"]}
+    model = get_peft_model(llama(), ShiraConfig(random_seed=1, **chosen)).eval()
+    randomize(model)
+    want = model(X).logits
+    if how == "merged":
+        model.merge_adapter()
+    else:
+        switch = Switch(model)
+        switch.load("a", Adapter.from_model(model))
+        switch.activate("a")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path).eval()(X).logits, want)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    copied = stored["base_model.model.model.embed_tokens.base_layer.weight"]
+    assert torch.equal(copied, llama().model.embed_tokens.weight)
 
 
 def test_a_switch_that_lets_go_leaves_no_trace():

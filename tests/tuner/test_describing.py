@@ -70,7 +70,9 @@ def by_hand(model, other, tmp_path):
 
 def by_accelerate(model, other, tmp_path):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # a Trainer of another test may have chosen a precision
     accelerator = Accelerator(cpu=True)
     accelerator.prepare(other)
     accelerator.save_state(tmp_path / "state")

@@ -86,7 +86,12 @@ def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> No
         layer: With the adapters merged that were merged when the state dict was taken.
     """
     undo, given = getattr(layer, "_undo", None), state_dict.get(key)
-    if undo is None or not isinstance(given, Tensor):
+    if not isinstance(given, Tensor):
+        return
+    if given.data_ptr() == stored_weight(layer).data_ptr():
+        state_dict[key] = stored_weight(pristine(layer)).detach()
+        return
+    if undo is None:
         return
     support = Support(undo.plan.weight_shape, undo.plan.flat())
     found, merged = (values_at(weight, support) for weight in (given, base_of(layer).weight))

@@ -14,7 +14,7 @@ from shira.errors import AdapterError
 from shira.ops.packed import unpack
 from shira.store.names import base_module_name, own_names, weight_name
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
-from shira.tuner.base_values import stored_weight
+from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.describing import layers_of, recorded_in, recorded_of, watch
 from shira.tuner.indices import digest_of
@@ -93,8 +93,16 @@ def whole_state(
                 f"{adapter_name!r} has; load the state dict into the model first, and save that"
             )
         state_dict[index_key] = given
+    for path, layer in layers.items():  # PEFT saves a copy of the base's embeddings too
+        if any(layer is embedding for embedding in _embeddings_of(model)):
+            with_originals(state_dict, f"{path}.base_layer.weight", layer)
     watch(config, model, adapter_name, known)
     return state_dict
+
+
+def _embeddings_of(model: nn.Module) -> list[Any]:
+    found = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    return [get() for get in found if callable(get)]
 
 
 def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
