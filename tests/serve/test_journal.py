@@ -72,6 +72,28 @@ def test_a_scale_that_is_none_is_not_written(tmp_path, scale, where):
     assert journal.read(path) == RECORD
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record({"a\ud800": Kept("a", "0")}),
+        Record({"a": Kept("a\udcff", "0")}),
+        Record(active={"a\ud800": 1.0}),
+    ],
+)
+def test_a_name_that_is_no_text_is_not_written(tmp_path, record):
+    with pytest.raises(AdapterError, match="no Unicode text"):
+        journal.write(tmp_path / "journal.json", record)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_not_be_read_again_is_not_written(tmp_path):
+    path = tmp_path / "journal.json"
+    journal.write(path, RECORD)
+    with pytest.raises(OSError, match="too large"):
+        journal.write(path, Record({"a": Kept("x" * 2**24, "0")}))
+    assert journal.read(path) == RECORD
+
+
 GOOD = {"shira_journal": 1, "adapters": {}, "combinations": {}, "active": {}}
 
 

@@ -15,6 +15,7 @@ reads it finds the state before a change or after it::
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -66,8 +67,10 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
         record: What to write.
 
     Raises:
-        AdapterError: If a scale is not a finite number; the old file is still there.
-        OSError: If it cannot be written; the old file is still there.
+        AdapterError: If a scale is not a finite number, or a name or path no Unicode text; the old
+            file is still there.
+        OSError: If it cannot be written, or is larger than `read` takes; the old file is still
+            there.
     """
     value = {
         _FORMAT: _VERSION,
@@ -75,7 +78,12 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
         "combinations": {name: _checked(terms) for name, terms in record.combinations.items()},
         "active": _checked(record.active),
     }
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False).encode())
+    if not _is_unicode(value):
+        raise AdapterError("a name or a path in the record is no Unicode text (lone surrogates)")
+    raw = json.dumps(value, indent=1, allow_nan=False).encode()
+    if len(raw) > _LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), os.fspath(path))
+    write_atomically(path, raw)
 
 
 def read(path: str | os.PathLike[str]) -> Record:
@@ -92,9 +100,7 @@ def read(path: str | os.PathLike[str]) -> Record:
     if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
         _refuse(path, f"it is no regular file of at most {_LARGEST} bytes")
     value = parse_object(Path(path).read_bytes(), path, "journal")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeError:
+    if not _is_unicode(value):
         _refuse(path, "a text in it is no Unicode (lone surrogates)")
     if value.get(_FORMAT) != _VERSION:
         _refuse(path, f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
@@ -128,6 +134,14 @@ def set_aside(path: str | os.PathLike[str]) -> Path:
     aside = next(name for name in names if not os.path.lexists(name))
     place.rename(aside)
     return aside
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _checked(scales: Mapping[str, float]) -> dict[str, float]:
