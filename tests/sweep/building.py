@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.sweep.checking import NO_GRAD, Run, outputs
 
 MOST_PARAMETERS = 20_000_000
-MOST_INPUTS = 16
+MOST_INPUTS = 20
 SAME_REASON = 5
+MOST_REPAIRS = 6
 STAGES = ("model", "inputs")
 
 
@@ -56,22 +59,54 @@ def first_that_runs(
 
 
 def _first_input(model: nn.Module, inputs: Callable[[nn.Module], Iterable[dict[str, Any]]]) -> Run:
-    first: Exception = NotBuilt("there is no input to try")
+    farthest: int = -1
+    why: Exception = NotBuilt("there is no input to try")
     for place, given in enumerate(inputs(model)):
         if place == MOST_INPUTS:
             break
+        for _ in range(MOST_REPAIRS):
 
-        def run(model: nn.Module, given: dict[str, Any] = given) -> Any:
-            return model(**given)
+            def run(model: nn.Module, given: dict[str, Any] = given) -> Any:
+                return model(**given)
 
-        try:
-            if outputs(model, run, NO_GRAD):
-                return run
-            raise NotBuilt("no floating output")
-        except Exception as error:
-            if place == 0:
-                first = error
-    raise first
+            try:
+                if outputs(model, run, NO_GRAD):
+                    return run
+                raise NotBuilt("no floating output")
+            except Exception as error:
+                depth = len(list(traceback.walk_tb(error.__traceback__)))
+                if depth > farthest:
+                    farthest, why = depth, error
+                given = _repaired(given, str(error))
+            if given is None:
+                break
+    raise why
+
+
+def _repaired(given: dict[str, Any], error: str) -> Any:
+    """Return the inputs with another width in one of them, as an error of torch asks; or None."""
+    product = re.search(r"cannot be multiplied \((\d+)x(\d+) and (\d+)x\d+\)", error)
+    convolution = re.search(r"to have (\d+) channels, but got (\d+) channels", error)
+    if product:
+        rows, have, wanted = map(int, product.groups())
+        fits = [n for n, one in given.items() if _is_float(one) and one.shape[-1] == have]
+        fits.sort(key=lambda n: given[n].numel() != rows * have)
+        place = -1
+    elif convolution:
+        wanted, have = map(int, convolution.groups())
+        fits = [n for n, one in given.items() if _is_float(one) and have in one.shape[1:]]
+        place = list(given[fits[0]].shape).index(have, 1) if fits else 0
+    else:
+        return None
+    if not fits:
+        return None
+    shape = list(given[fits[0]].shape)
+    shape[place] = wanted
+    return given | {fits[0]: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
 
 
 def linear_layers(model: nn.Module) -> Sequence[str]:

@@ -106,7 +106,7 @@ def inputs(model: nn.Module) -> Any:
     ]
     required = [name for name in wanted if parameters[name].default is inspect.Parameter.empty]
     likely = [name for name in wanted if name in required or name in LIKELY]
-    for layout, more, steps in itertools.product(range(4), (likely, required), (0, 1)):
+    for layout, more, steps in itertools.product(range(5), (likely, required), (0, 1)):
         yield {name: _make(name, model, layout, steps) for name in more}
 
 
@@ -131,15 +131,20 @@ def _make(name: str, model: nn.Module, layout: int, steps: int) -> Any:
         (2, channels, side, side),
         (2, channels, FRAMES, side, side),
         (2, side, channels),
+        (2, FRAMES, channels, side, side),
         (2, channels, 64),
     ][layout]
     tokens = side
+    if name == "controlnet_cond" and config.get("conditioning_channels"):
+        return _normal(2, config.conditioning_channels, 8 * side, 8 * side)
     if name in ("hidden_states", "sample", "x", "latents", "image_latents", "controlnet_cond"):
         return _normal(*picture)
     if name in ("timestep", "t", "timestep_r", "r_timestep", "timestep_ratio"):
         return torch.tensor([3, 7]) if steps == 0 else torch.tensor([0.3, 0.7])
-    if name in ("guidance", "fps"):
-        return torch.tensor([1.0, 2.0]) if name == "guidance" else torch.tensor([8, 8])
+    if name == "guidance":
+        return torch.tensor([1.0, 2.0]) if config.get("guidance_embeds") else None
+    if name == "fps":
+        return torch.tensor([8, 8])
     if name in ("img_ids", "txt_ids"):
         return torch.zeros(tokens if name == "img_ids" else TEXT, 3)
     if name in ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"):
