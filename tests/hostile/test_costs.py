@@ -187,10 +187,19 @@ def test_shapes_in_a_table(shape, tmp_path):
     table = f'{{"version": 1, "library": "x", "metadata": {{}}, "parameters": {{"a": {record}}}}}'
     refused(Adapter.load, compact(tmp_path / "a", table), kind=FileFormatError)
     whole = f'{{"a": {{"dtype": "F32", "shape": {shape}}}}}'
-    table = (
-        f'{{"version": 2, "library": "x", "metadata": {{}}, "parameters": {{}}, "whole": {whole}}}'
-    )
+    table = '{"version": 2, "library": "", "parameters": {}, "metadata": {}, "tensors": WHOLE}'
+    table = table.replace("WHOLE", whole)
     refused(Adapter.load, compact(tmp_path / "a", table), kind=FileFormatError)
+
+
+@pytest.mark.parametrize("value", [10**4000, -(10**50), "\ud800", {"a": ["\udfff"]}], ids=ascii)
+@pytest.mark.parametrize("format", ["compact", "peft"])
+def test_what_could_not_be_read_again_is_not_written(format, value, tmp_path):
+    delta = SparseDelta(Support((8, 8), torch.arange(3)), torch.ones(3))
+    refused(Adapter({"a.weight": delta}, {"x": value}).save, tmp_path / "a", format=format)
+    text = value if isinstance(value, str) else "\ud800"
+    refused(Adapter({f"{text}.weight": delta}).save, tmp_path / "a", format=format)
+    assert not list(tmp_path.iterdir())
 
 
 # LoRA

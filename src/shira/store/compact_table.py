@@ -22,7 +22,7 @@ from shira.errors import ConfigError, FileFormatError, did_you_mean
 from shira.store.blocks import check_size
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.int8 import LARGEST_SCALE
-from shira.store.json_text import parse_object, shape_in
+from shira.store.json_text import check_readable, parse_object, shape_in
 from shira.store.peft_config import check_fingerprints
 
 TABLE = "shira"
@@ -98,7 +98,7 @@ def compose(table: Table) -> str:
     """The table as JSON text.
 
     Raises:
-        ConfigError: If a field of the metadata cannot stand in JSON.
+        ConfigError: If a field of the metadata cannot stand in JSON, or could not be read again.
     """
     for name, value in table.metadata.items():
         try:
@@ -122,7 +122,9 @@ def compose(table: Table) -> str:
             name: {"dtype": dtype, "shape": list(shape)}
             for name, (dtype, shape) in table.tensors.items()
         }
-    return json.dumps(whole, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
+    check_readable(text)
+    return text
 
 
 def parse(text: str, path: Path, size: int) -> Table:

@@ -17,7 +17,7 @@ import re
 import reprlib
 from typing import Any
 
-from shira.errors import FileFormatError
+from shira.errors import ConfigError, FileFormatError
 
 _OBJECT, _ITEM = 184, 64  # bytes of a small dictionary, and of a list, a text or a number
 _FREE = 2**23  # bytes that a text may take without being measured against its file
@@ -74,6 +74,18 @@ def parse_object(
             f"{os.fspath(path)}: the {what} is a JSON object, not a {type(parsed).__name__}"
         )
     return parsed
+
+
+def check_readable(text: str) -> None:
+    """Check that JSON which is about to be written will be read again.
+
+    Raises:
+        ConfigError: If `parse_object` refuses it: a number or a text in it cannot be written.
+    """
+    try:
+        parse_object(text, "the adapter", "metadata")
+    except FileFormatError as error:
+        raise ConfigError(f"{error}; a file with it could not be read again") from error
 
 
 def shape_in(value: Any) -> tuple[int, ...]:

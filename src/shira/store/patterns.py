@@ -11,20 +11,21 @@ names of 128 characters in which four given characters in a row are found at mos
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-try:
-    from re import _constants as c
-    from re import _parser as parser
-except ImportError:  # Python 3.10
-    import sre_constants as c  # type: ignore[no-redef]
-    import sre_parse as parser  # type: ignore[no-redef]
-
 from shira.errors import ConfigError
+
+# How Python parses a pattern; the modules have had these names since 3.11.
+c: Any = importlib.import_module(
+    "re._constants" if sys.version_info >= (3, 11) else "sre_constants"
+)
+parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 T = TypeVar("T")
 
@@ -140,7 +141,8 @@ def _ways(items: Any, after: _Next, asserted: list[float]) -> float:
 def _ways_of(op: Any, value: Any, after: _Next, asserted: list[float]) -> float:
     """Of one item of a sequence."""
     if op in _REPEATS:
-        return _ways_of_repeat(*value, after, asserted)
+        least, most, body = value
+        return _ways_of_repeat(int(least), int(most), body, after, asserted)
     if op is c.BRANCH:
         branches = [list(branch) for branch in value[1]]
         ways = [_ways(branch, after, asserted) for branch in branches]

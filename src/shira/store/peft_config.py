@@ -19,7 +19,7 @@ from typing import Any
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.entries import COORDINATE_LIMIT
-from shira.store.json_text import parse_object, shape_in
+from shira.store.json_text import check_readable, parse_object, shape_in
 from shira.store.patterns import check_patterns
 from shira.store.safetensors_header import open_regular
 from shira.support import matrix_shape
@@ -111,7 +111,9 @@ def compose_config(
             raise ConfigError(
                 f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
             ) from error
-    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    check_readable(text)
+    return text
 
 
 def common_rank(
