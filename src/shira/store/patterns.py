@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 import re
 import sys
 import warnings
@@ -167,10 +168,11 @@ def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, asserted: li
     )
     inner = _ways(body, both, asserted) + (1 if start.empty else 0)
     if inner > 1:  # each round can go several ways
-        return float(min(inner ** min(most, 50), 1e100))
+        return math.exp(min(most * math.log(inner), 230.0))
     if not meet or least == most:
         return 1.0
-    return 1 + (most - least) / _width(body) * _FOUND[min(after.literals, len(_FOUND) - 1)]
+    share: float = _FOUND[min(after.literals, len(_FOUND) - 1)]
+    return 1 + (most - least) / _width(body) * share
 
 
 def _before(op: Any, value: Any, after: _Next) -> _Next:
