@@ -95,7 +95,7 @@ def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
     assert head["library_name"] == "peft"
     accuracy = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]["accuracy"]
     for words in (
-        *("`train.csv`: 96 rows", "`dev.csv`: 32 rows", "2 labels: no, yes", "density 0.2"),
+        *("`train.csv`: 96 rows", "`dev.csv`: 32 rows", "2 labels: `no`, `yes`", "density 0.2"),
         *(f"{accuracy:.4g}", f"torch {version('torch')}", "![loss](loss.png)"),
         f"shira train --model {workshop / 'bert'}",
     ):

@@ -172,7 +172,7 @@ def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, asserted: li
     if not meet or least == most:
         return 1.0
     share: float = _FOUND[min(after.literals, len(_FOUND) - 1)]
-    return 1 + (most - least) / _width(body) * share
+    return float(1 + (most - least) / _width(body) * share)
 
 
 def _before(op: Any, value: Any, after: _Next) -> _Next:
