@@ -6,12 +6,13 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shira import Adapter, ShiraConfig, Switch, get_peft_model
-from shira.errors import AdapterError, MissingDependencyError, UnknownAdapterError
+from shira.errors import AdapterError, ConfigError, MissingDependencyError, UnknownAdapterError
 from shira.serve.continuous_batching import AdapterBatching
 
 PROMPTS = [[5, 9, 3, 40, 21, 7] * 6 + [n] for n in (1, 2, 3)]  # one long common beginning
@@ -194,3 +195,11 @@ def test_what_cannot_be_used_is_refused():
         AdapterBatching(object(), Recording())
     with pytest.raises(AdapterError, match="merge_adapter"):
         AdapterBatching(type("Manager", (), {"pause": None})(), object())
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0])
+def test_a_timeout_that_is_none(timeout):
+    manager = SimpleNamespace(pause=None)
+    batching = AdapterBatching(manager, SimpleNamespace(activate=lambda selection: None))
+    with pytest.raises(ConfigError, match="timeout"):
+        batching.switch("fr", timeout=timeout)

@@ -23,7 +23,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from shira.errors import AdapterError, MissingDependencyError, UnknownAdapterError, did_you_mean
+from shira.errors import (
+    AdapterError,
+    ConfigError,
+    MissingDependencyError,
+    UnknownAdapterError,
+    did_you_mean,
+)
 
 Selection = str | Mapping[str, float] | None
 """An adapter, several with their scales, or None for the base."""
@@ -78,8 +84,11 @@ class AdapterBatching:
         Raises:
             TimeoutError: If they took longer; nothing was switched.
             UnknownAdapterError: If there is no such adapter; the one before stays active.
+            ConfigError: If the timeout is negative or NaN.
             RuntimeError: If the manager's loop is not running.
         """
+        if timeout is not None and not timeout >= 0:
+            raise ConfigError(f"the timeout is a number of seconds, 0 or more, not {timeout!r}")
         give_up = None if timeout is None else time.monotonic() + timeout
         with self._gate:
             idle_before = False

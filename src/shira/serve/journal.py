@@ -78,8 +78,12 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
         "combinations": {name: _checked(terms) for name, terms in record.combinations.items()},
         "active": _checked(record.active),
     }
-    if not _is_unicode(value):
-        raise AdapterError("a name or a path in the record is no Unicode text (lone surrogates)")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise AdapterError(
+            "a name or a path in the record is no Unicode text (lone surrogates)"
+        ) from None
     raw = json.dumps(value, indent=1, allow_nan=False).encode()
     if len(raw) > _LARGEST:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), os.fspath(path))
@@ -100,8 +104,6 @@ def read(path: str | os.PathLike[str]) -> Record:
     if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
         _refuse(path, f"it is no regular file of at most {_LARGEST} bytes")
     value = parse_object(Path(path).read_bytes(), path, "journal")
-    if not _is_unicode(value):
-        _refuse(path, "a text in it is no Unicode (lone surrogates)")
     if value.get(_FORMAT) != _VERSION:
         _refuse(path, f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
     return Record(
@@ -134,14 +136,6 @@ def set_aside(path: str | os.PathLike[str]) -> Path:
     aside = next(name for name in names if not os.path.lexists(name))
     place.rename(aside)
     return aside
-
-
-def _is_unicode(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeError:
-        return False
-    return True
 
 
 def _checked(scales: Mapping[str, float]) -> dict[str, float]:
