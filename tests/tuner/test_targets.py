@@ -154,3 +154,51 @@ def test_a_model_that_does_not_tell_its_embeddings():
     model.get_input_embeddings = model.model.get_input_embeddings = embeddings
     adapted = get_peft_model(model, ShiraConfig(r=1, target_modules=["q_proj"]))
     assert "q_proj" in "".join(adapted.targeted_module_names)
+
+
+class InAList(nn.Module):
+    """As MaskFormer's blocks keep their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(8, 8), nn.ReLU()]
+        for place, layer in enumerate(self.layers):
+            self.add_module(str(place), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.__dict__["alias"] = self.first
+
+    def forward(self, x):
+        return self.alias(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "attribute"),
+    [(InAList, "0", "layers"), (Twice, "first", "second"), (Hidden, "first", "alias")],
+)
+def test_a_layer_that_is_called_from_elsewhere_is_refused(model, target, attribute):
+    model = nn.Sequential(model(), nn.Linear(8, 8))
+    modules = dict(model.named_modules())
+    with pytest.raises(TargetError, match=f"'0.{target}' is also held by 0 .*as '{attribute}'"):
+        get_peft_model(model, ShiraConfig(r=1, target_modules=[f"0.{target}"]))
+    assert dict(model.named_modules()) == modules
+    adapted = get_peft_model(model, ShiraConfig(r=1, target_modules="1"))
+    assert "1" in adapted.targeted_module_names

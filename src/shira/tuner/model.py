@@ -57,6 +57,7 @@ from shira.tuner.targets import (
     matched_modules,
     name_all_linear,
     nothing_matched,
+    refuse_held_elsewhere,
     refuse_shared_weights,
     warn_of_idle_names,
 )
@@ -149,6 +150,7 @@ class ShiraModel(BaseTuner):
         if by_name and not targets and not leave_to_peft:
             raise nothing_matched(config, model)
         warn_of_idle_names(config, model)
+        refuse_held_elsewhere(targets, model)
         refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
         return targets
 

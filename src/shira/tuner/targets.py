@@ -119,6 +119,52 @@ def _tails(names: list[str]) -> set[str]:
     return {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
 
 
+def refuse_held_elsewhere(targets: Iterable[tuple[str, nn.Module]], model: nn.Module) -> None:
+    """Refuse a target that is called from where an adapted layer cannot be put in its place.
+
+    Such as a part of two modules, or of a list that a module keeps beside its parts: what is put
+    in by name is then not what runs.
+
+    Raises:
+        TargetError: If there is one; names the module and the attribute.
+    """
+    names = {id(module): name for name, module in targets}
+    places: dict[int, tuple[int, str]] = {}
+    for owner_name, owner in model.named_modules():
+        if isinstance(owner, BaseTunerLayer):
+            continue
+        held = [(key, part) for key, part in owner._modules.items() if id(part) in names]
+        for key, part in held:
+            if places.setdefault(id(part), (id(owner), key)) != (id(owner), key):
+                _refuse_held(names[id(part)], owner_name, owner, key)
+        for key, value in vars(owner).items():
+            if key not in _OF_TORCH:
+                for part in _modules_in(value):
+                    if id(part) in names:
+                        _refuse_held(names[id(part)], owner_name, owner, key)
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _modules_in(value: object) -> Iterable[nn.Module]:
+    if isinstance(value, nn.Module):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set)):
+        return ()
+    return [one for one in value if isinstance(one, nn.Module)]
+
+
+def _refuse_held(name: str, owner_name: str, owner: nn.Module, key: str) -> None:
+    raise TargetError(
+        f"{name!r} is also held by {owner_name or 'the model'} ({type(owner).__name__}) as "
+        f"{key!r}: what is called from there would not be the adapted layer; leave it out of the "
+        f"targets, for instance by exclude_modules=[{name!r}]"
+    )
+
+
 def refuse_shared_weights(
     modules: Iterable[tuple[str, nn.Module]], supported: Callable[[nn.Module], bool]
 ) -> None:
