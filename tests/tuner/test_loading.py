@@ -122,6 +122,30 @@ def test_wrong_base(tmp_path):
     PeftModel.from_pretrained(other, tmp_path, config=config)(X)
 
 
+def test_a_config_of_ones_own_goes_before_the_files(tmp_path):
+    saved(tmp_path)
+    config = ShiraConfig(r=2, target_modules=["lin1", "lin2"], random_seed=3)
+    PeftModel.from_pretrained(mlp(seed=1), tmp_path, config=config)
+
+
+def test_wrong_base_under_a_name_that_is_there(tmp_path):
+    model = saved(tmp_path / "right")
+    want = model(X)
+    other = get_peft_model(mlp(seed=1), ShiraConfig(r=2, target_modules=["lin1", "lin2"])).eval()
+    randomize(other, 5)
+    other.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(WrongBaseError, match=r"lin[12]\.weight"):
+        model.load_adapter(tmp_path / "wrong", "default")
+    assert torch.equal(model(X), want)
+    randomize(model, 7)
+    model.load_adapter(tmp_path / "right", "default")
+    assert torch.equal(model(X), want)
+    (tmp_path / "right" / "adapter_config.json").unlink()  # which PEFT does not read then
+    randomize(model, 7)
+    model.load_adapter(tmp_path / "right", "default")
+    assert torch.equal(model(X), want)
+
+
 def test_an_untrained_adapter_fits_every_base(tmp_path):
     get_peft_model(mlp(), ShiraConfig(r=1, target_modules=["lin1"])).save_pretrained(tmp_path)
     PeftModel.from_pretrained(mlp(seed=1), tmp_path)

@@ -138,6 +138,7 @@ class ShiraConfig(PeftConfig):
         self.mask_fn: MaskFn | None = self._builtin_mask_fn()
         # Finds the weights that belong to this config; set by from_pretrained, used once.
         self._source: Callable[[], str | None] | None = None
+        self._just_read = False  # that file was checked, or this config is to go before its own
         # Says what the adapter's positions and base decide; see `shira.tuner.describing.watch`.
         self._describe: Callable[[ShiraConfig], dict[str, Any]] | None = None
 

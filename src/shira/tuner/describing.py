@@ -82,8 +82,7 @@ def describe(
         found = recorded_of(layer, name, support, gather)
         if found is None and known.get(name, ("",))[0] == digest:
             found = known[name][1]
-        elif found is None and unchanged and layer.quantization_backend is not None:
-            # of the base before it was packed
+        elif found is None and unchanged and _is_as_recorded(layer):
             found = {field: getattr(config, field, None) for field in _OF_THE_BASE}
         for field, told in (found or {}).items():
             prints[field] |= {name: told[name]} if name in (told or {}) else {}
@@ -155,6 +154,12 @@ def recorded_in(
     weight = state_dict.get(f"{path}.base_layer.weight")
     values = values_at(whole(weight), support) if isinstance(weight, Tensor) else None
     return None if values is None else fingerprint_fields({name: values})
+
+
+def _is_as_recorded(layer: ShiraLayer) -> bool:
+    """Whether a base that cannot be read is the one that was there when adapters were added."""
+    packed = layer.quantization_backend is not None
+    return packed or (is_sharded(stored_weight(layer)) and not layer.base_reloaded)
 
 
 def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:

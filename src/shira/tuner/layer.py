@@ -60,6 +60,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             memory: see `IndexDict`.
         scaling: Factor on each adapter's deltas; 1.0 in training.
         chosen: A hash of the positions that each adapter's configuration led to.
+        base_reloaded: Whether a state dict has been loaded into the base weight since.
         weight_name: Of the weight, in the base model; empty if not known.
     """
 
@@ -91,6 +92,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._trained_when_disabled: tuple[list[str], dict[str, bool]] | None = None
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
+        self.base_reloaded = False
         self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
         self._samples: Sequence[str] | None = None
@@ -256,6 +258,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # What is loaded belongs to the base and the adapters, not to what a merge made of them: the
         # merged ones are taken out before and put in again when all is loaded.
+        self.base_reloaded |= f"{prefix}base_layer.weight" in state_dict
         keys = [f"{kind}.{name}" for kind in _STORED for name in self.merged_adapters]
         if keys and any(prefix + key in state_dict for key in ("base_layer.weight", *keys)):
             with_originals(state_dict, f"{prefix}base_layer.weight", self)

@@ -13,12 +13,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
-from shira.errors import FileFormatError, SupportError, did_you_mean
+from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import bare_name, base_module_name, weight_name
 from shira.store.peft_format import INDICES, VALUES
@@ -62,6 +63,31 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
     }
     _check_base(file, config, model, supports)
     return supports
+
+
+def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> None:
+    """Check the file that is about to be loaded into an adapter that is there already.
+
+    Args:
+        model: With the adapter.
+        model_id: Path, or name on the hub.
+        options: Of loading, among them where on the hub.
+
+    Raises:
+        FileFormatError, WrongBaseError: As `read_incoming`. Nothing is checked if there is no
+            configuration beside the file, which PEFT does not need then.
+    """
+    where = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    try:
+        config = PeftConfig.from_pretrained(
+            model_id, **{name: options[name] for name in where if name in options}
+        )
+    except ValueError as error:
+        if isinstance(error, ShiraError):
+            raise
+        return
+    if isinstance(config, ShiraConfig):
+        read_incoming(config, model)
 
 
 def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> None:

@@ -132,6 +132,7 @@ class ShiraModel(BaseTuner):
                     }
             with as_it_was(self), at_rest(model.modules()):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config._just_read |= config._source is not None
             config._source = None
             register_model(model)
             watch_gradients(model)
@@ -223,8 +224,9 @@ class ShiraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         for name, config in self.peft_config.items():  # its layers will not be there to look at
-            for field, value in describe(config, self.model, name).items():
-                setattr(config, field, value)
+            if isinstance(config, ShiraConfig):
+                for field, value in describe(config, self.model, name).items():
+                    setattr(config, field, value)
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
         merged = self._merged()
         children = [(m._modules, dict(m._modules)) for m in self.model.modules()]

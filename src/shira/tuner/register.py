@@ -32,7 +32,7 @@ from shira.errors import AdapterError, MissingDependencyError
 from shira.tuner.config import ShiraConfig, weights_of
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear
-from shira.tuner.loading import check_loaded, understood
+from shira.tuner.loading import check_file, check_loaded, understood
 from shira.tuner.model import ShiraModel
 from shira.tuner.rollback import as_it_was
 
@@ -104,6 +104,7 @@ def _register_loading() -> None:
         for name in ("add_adapter", "load_adapter", "from_pretrained"):
             if name in vars(cls):
                 setattr(cls, name, _restoring(vars(cls)[name]))
+    _replace(peft.PeftModel, load_adapter=_checked_again(peft.PeftModel.load_adapter))
     _replace(peft.PeftModel, delete_adapter=_down_to_the_base(peft.PeftModel.delete_adapter))
     read = vars(PeftConfigMixin)["from_pretrained"].__func__
     _replace(PeftConfigMixin, from_pretrained=classmethod(_with_its_weights(read)))
@@ -123,6 +124,9 @@ def _restoring(method: Any) -> Any:
         model = (args[0] if args else kwargs.get("model")) if of_class else first
         if not isinstance(model, nn.Module):
             return function(first, *args, **kwargs)
+        config = kwargs.get("config", args[4] if of_class and len(args) > 4 else None)
+        if of_class and isinstance(config, ShiraConfig):
+            config._just_read = True
         with as_it_was(model, ShiraLayer):
             return function(first, *args, **kwargs)
 
@@ -140,6 +144,21 @@ def _with_its_weights(read: Any) -> Any:
         return config
 
     return reading
+
+
+def _checked_again(load: Any) -> Any:
+    """PEFT's loading of an adapter, which does not read the configuration if it has the name."""
+
+    @functools.wraps(load)
+    def loading(model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = model.peft_config.get(adapter_name)
+        if isinstance(config, ShiraConfig):
+            if not config._just_read:
+                check_file(model.get_base_model(), model_id, kwargs)
+            config._just_read = False
+        return load(model, model_id, adapter_name, *args, **kwargs)
+
+    return loading
 
 
 def _checked(load: Any) -> Any:
