@@ -181,6 +181,25 @@ def test_children_forked_during_forwards_have_the_base_and_free_locks():
     assert torch.equal(weight, before)
 
 
+def test_threads_that_fork_at_once_leave_every_lock_free():
+    def fork():
+        for _ in range(5):
+            assert in_child(lambda: True)
+        finished.append(True)
+
+    finished = []
+    forking = [threading.Thread(target=fork) for _ in range(3)]
+    for thread in forking:
+        thread.start()
+    for thread in forking:
+        thread.join(60)
+    assert len(finished) == 3
+    free = [lock.acquire(timeout=5) for lock in memory._LOCKS]
+    assert all(free)
+    for lock in memory._LOCKS:
+        lock.release()
+
+
 # --- memory that others see -----------------------------------------------------------------------
 
 

@@ -43,20 +43,22 @@ def keep_over_fork(*locks: Any) -> None:
 
     Locks of a module that was imported later are taken first.
     """
-    taken: list[Any] = []
+    taken: dict[int, list[Any]] = {}  # by thread: several may fork at once
 
     def take() -> None:
+        mine = taken[threading.get_ident()] = []
         for lock in locks:
-            taken.append(lock)
+            mine.append(lock)
             lock.acquire()
 
     def release() -> None:
-        while taken:
+        mine = taken.get(threading.get_ident(), [])
+        while mine:
             try:
-                taken[-1].release()
+                mine[-1].release()
             except RuntimeError:  # released already, or an interrupt came before it was taken
                 pass
-            taken.pop()
+            mine.pop()
 
     def release_all() -> None:
         try:
