@@ -133,6 +133,18 @@ def test_what_commands_print(shira, place, words, terminal, monkeypatch):
     assert "\\x1b" in seen
 
 
+def test_a_very_long_text_is_cut(shira, tmp_path):
+    delta = SparseDelta(Support((8, 8), torch.arange(3)), torch.ones(3))
+    name = "n" * 10**6
+    adapter = Adapter({f"{name}.weight": delta}, {"base_model_name_or_path": "\x1b" * 10**6})
+    adapter.save(tmp_path / "long")
+    answer = shira("inspect", tmp_path / "long")
+    assert answer.status == 0
+    assert len(answer.out) < 10**5
+    assert "(1,000,007 characters; --json prints all)" in answer.out
+    assert name in shira("inspect", tmp_path / "long", "--json").out
+
+
 @pytest.mark.parametrize("words", MISTAKES)
 def test_what_errors_say(shira, place, words):
     if words.startswith("serve"):

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from shira.errors import shown
 
+_LONGEST = 20_000  # characters in a cell
 _PLAIN_WIDTH = 200  # a table takes the width that it needs; this only bounds it
 
 
@@ -38,7 +39,15 @@ class PlainTable(Table):
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         """Add a row of texts."""
-        super().add_row(*(Text(shown(cell)) for cell in cells), **options)
+        super().add_row(*(Text(_cell(cell)) for cell in cells), **options)
+
+
+def _cell(text: object) -> str:
+    """A text as it is shown in a table; of one that rich would take minutes for, the start."""
+    text = shown(text)
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]} ... ({len(text):,} characters; --json prints all)"
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -71,11 +80,11 @@ def table(
         **kwargs: More for rich's ``Table``.
     """
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
-    heading = Text("\n".join(map(shown, filter(None, (title, note)))), style="table.title")
+    heading = Text("\n".join(map(_cell, filter(None, (title, note)))), style="table.title")
     result = PlainTable(title=heading, title_justify="left", box=style, **kwargs)
     for name in columns:
         justify: Any = "right" if name in right else "left"
-        result.add_column(Text(shown(name)), justify=justify, overflow="fold")
+        result.add_column(Text(_cell(name)), justify=justify, overflow="fold")
     return result
 
 
