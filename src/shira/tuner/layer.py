@@ -114,6 +114,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Whether the first dimension of the weight is that of the input."""
         return False
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of the base layer (``num_embeddings``, ``stride``) that is not here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_") or name not in base.__dict__:
+                raise
+            return base.__dict__[name]
+
     def get_base_layer(self) -> nn.Module:
         """The layer that is adapted, under whatever adapts it already."""
         base: Any = self._modules["base_layer"]

@@ -165,6 +165,21 @@ def _refuse_held(name: str, owner_name: str, owner: nn.Module, key: str) -> None
     )
 
 
+def refuse_taken_names(model: nn.Module) -> None:
+    """Refuse a model with a part called ``base_layer``, by which PEFT knows adapted layers.
+
+    Raises:
+        TargetError: If there is one.
+    """
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules and not isinstance(module, BaseTunerLayer):
+            raise TargetError(
+                f"the model's {name or 'root'} ({type(module).__name__}) has a part called "
+                "'base_layer', the name by which PEFT knows an adapted layer; rename it, or adapt "
+                "another part of the model"
+            )
+
+
 def refuse_shared_weights(
     modules: Iterable[tuple[str, nn.Module]], supported: Callable[[nn.Module], bool]
 ) -> None:
