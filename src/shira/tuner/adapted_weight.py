@@ -12,12 +12,11 @@ the adapter's values in each case. Nothing writes to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from shira import ops
@@ -36,32 +35,52 @@ def adapted_weight(layer: ShiraLayer, weight: Tensor, adapter_names: Sequence[st
     Args:
         layer: The adapted layer.
         weight: Its base weight as it is now.
-        adapter_names: The adapters in effect; at least one.
+        adapter_names: The adapters in effect. None at all stands for a batch in which samples have
+            their own: there is no such weight, and computing with the result is an error.
 
     Returns:
         An `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
     """
-    values = [layer.shira_weight[name] for name in adapter_names]
-    if not runs_eagerly(*values):
-        return _made(layer, weight, adapter_names)
-    if torch.is_grad_enabled():
-        if layer._watch is not None:
-            layer._watch.use(layer, adapter_names, values)
-        if weight.requires_grad or any(value.requires_grad for value in values):
-            result: Tensor = _Reading.apply(layer, adapter_names, weight, *values)
-            return result
-    return AdaptedWeight(layer, weight, adapter_names)
+    deltas, indices = layer._in_use(adapter_names) if adapter_names else ([], [])
+    inside = Inside(layer.weight_name, layer.get_base_layer(), layer.quantization_backend, indices)
+    if not runs_eagerly(*deltas):
+        return _made(weight, deltas, inside)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *deltas)):
+        return _read(inside, weight, *deltas)  # type: ignore[no-any-return]
+    return AdaptedWeight(weight, deltas, inside)
+
+
+class Inside(NamedTuple):
+    """What `AdaptedWeight` knows of a layer; not the layer, which may keep it."""
+
+    weight_name: str
+    base_layer: nn.Module
+    backend: Any
+    """Of its quantization, or None."""
+    indices: list[Tensor]
+
+
+class Kept:
+    """The latest reading of a layer's weight, and what it depends on."""
+
+    __slots__ = ("key", "weight")
+
+    def __init__(self, key: list[Any], weight: Tensor) -> None:
+        self.key, self.weight = key, weight
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the layer reads its own
 
 
 class AdaptedWeight(Tensor):
     """A weight with adapters inside; made by `adapted_weight`."""
 
-    _layer: ShiraLayer
     _weight: Tensor
-    _names: Sequence[str]
+    _deltas: Sequence[Tensor]
+    _inside: Inside
 
     @staticmethod
-    def __new__(cls, layer: ShiraLayer, weight: Tensor, names: Sequence[str]) -> AdaptedWeight:
+    def __new__(cls, weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> AdaptedWeight:
         """Return a tensor of the weight's shape, without memory."""
         self: AdaptedWeight = Tensor._make_wrapper_subclass(
             cls,
@@ -70,7 +89,7 @@ class AdaptedWeight(Tensor):
             dtype=weight.dtype,
             device=weight.device,
         )
-        self._layer, self._weight, self._names = layer, weight, names
+        self._weight, self._deltas, self._inside = weight, deltas, inside
         return self
 
     # The three that models ask for at each forward, without the detour of __torch_function__.
@@ -108,30 +127,30 @@ class AdaptedWeight(Tensor):
         return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
-        return _made(self._layer, self._weight, self._names)
+        return _made(self._weight, self._deltas, self._inside)
 
 
 class _Reading(torch.autograd.Function):
     """An `AdaptedWeight` with a place in the graph, for code that autograd alone can follow.
 
-    Such as an ``autograd.Function`` that is given the weight and returns its gradient.
+    Such as an ``autograd.Function`` that is given the weight and returns its gradient. It saves
+    nothing, so any number of backward passes go through it.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, layer: ShiraLayer, names: Sequence[str], weight: Tensor, *values: Tensor
-    ) -> Tensor:
-        ctx.layer, ctx.names, ctx.values = layer, names, values
-        return AdaptedWeight(layer, weight, names)
+    def forward(ctx: Any, inside: Inside, weight: Tensor, *deltas: Tensor) -> Tensor:
+        ctx.inside, ctx.deltas = inside, deltas
+        return AdaptedWeight(weight, deltas, inside)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        layer, names = ctx.layer, ctx.names
-        indices = [layer.shira_indices.kept(name) for name in names]
-        gradients = ops.value_gradients(grad, ctx.values, indices)
-        scaled = [layer._scaled(name, g) for name, g in zip(names, gradients, strict=True)]
-        return None, None, grad if ctx.needs_input_grad[2] else None, *scaled
+        with torch.no_grad():
+            gradients = ops.value_gradients(grad, ctx.deltas, ctx.inside.indices)
+        return None, grad if ctx.needs_input_grad[1] else None, *gradients
+
+
+# The class method of `Function`, without what it does for functorch and for a setup_context.
+_read: Any = super(torch.autograd.Function, _Reading).apply
 
 
 def product_input(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -145,30 +164,34 @@ def product_input(x: Tensor, weight: Tensor) -> Tensor | None:
     return x if x.dtype == weight.dtype else None
 
 
-def _made(layer: ShiraLayer, weight: Tensor, names: Sequence[str]) -> Tensor:
+def _made(weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> Tensor:
     """A copy of the weight with the adapters inside, differentiable."""
-    backend = layer.quantization_backend
+    backend = inside.backend
+    _refuse_several(deltas, inside)
     if is_sharded(weight) or (backend is not None and not can_unpack(backend)):
         raise TargetError(
-            f"{layer.weight_name}: another module computes with the weight of this adapted layer, "
+            f"{inside.weight_name}: another module computes with the weight of this adapted layer, "
             "which this process has a part of only, or which cannot be unpacked; leave it out of "
             "target_modules"
         )
     if backend is not None:
-        weight = unpack(layer.get_base_layer(), backend)
-    return ops.adapted_weight(weight, *layer._in_use(names))
+        weight = unpack(inside.base_layer, backend)
+    return ops.adapted_weight(weight, deltas, inside.indices)
 
 
-def _of(weight: AdaptedWeight) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return weight._weight, *weight._layer._in_use(weight._names)
+def _refuse_several(deltas: Sequence[Tensor], inside: Inside) -> None:
+    if not deltas:
+        raise AdapterError(
+            f"{inside.weight_name}: another module computes with the weight of this adapted layer, "
+            "which is one for the whole batch; `adapter_names` must be all the same"
+        )
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     x = _input_of(input, weight, bias)
     if x is None:
         return None
-    base, deltas, indices = _of(weight)
-    return ops.linear(x, base, bias, deltas, indices)
+    return ops.linear(x, weight._weight, bias, weight._deltas, weight._inside.indices)
 
 
 def _conv2d(
@@ -183,12 +206,12 @@ def _conv2d(
     x = None if isinstance(padding, str) else _input_of(input, weight, bias)
     if x is None:
         return None
-    base, deltas, indices = _of(weight)
     geometry = {
         name: (value, value) if isinstance(value, int) else tuple(value)
         for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
     }
-    return ops.conv2d(x, base, bias, deltas, indices, groups=groups, **geometry)
+    base, indices = weight._weight, weight._inside.indices
+    return ops.conv2d(x, base, bias, weight._deltas, indices, groups=groups, **geometry)
 
 
 def _embedding(
@@ -202,10 +225,11 @@ def _embedding(
 ) -> Tensor | None:
     if not _is_ours(weight) or _is_ours(input) or max_norm is not None or scale_grad_by_freq:
         return None
-    base, deltas, indices = _of(weight)
+    _refuse_several(weight._deltas, weight._inside)
+    base, indices = weight._weight, weight._inside.indices
     if padding_idx is not None and padding_idx < 0:
         padding_idx += base.shape[0]
-    return ops.embedding(input, base, deltas, indices, padding_idx=padding_idx)
+    return ops.embedding(input, base, weight._deltas, indices, padding_idx=padding_idx)
 
 
 _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
@@ -218,8 +242,9 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
 
 def _input_of(x: Any, weight: Any, bias: Any) -> Tensor | None:
     ours = _is_ours(weight) and not _is_ours(x) and not _is_ours(bias)
-    if not ours or weight._layer.quantization_backend is not None:
+    if not ours or weight._inside.backend is not None:
         return None
+    _refuse_several(weight._deltas, weight._inside)
     return product_input(x, weight._weight)
 
 
@@ -270,7 +295,7 @@ def _refuse_writing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> N
 def _refuse_if_ours(value: Any) -> None:
     if isinstance(value, AdaptedWeight):
         raise AdapterError(
-            f"{value._layer.weight_name}: the weight of an adapted layer is made from the base "
+            f"{value._inside.weight_name}: the weight of an adapted layer is made from the base "
             "weight and the adapter whenever it is read, so it cannot be written to, hooked or "
             "addressed by pointer; the base weight is layer.get_base_layer().weight, the trained "
             "values are layer.shira_weight"

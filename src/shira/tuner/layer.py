@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import settle, under_way
+from shira.ops.util import runs_eagerly
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
-from shira.tuner.adapted_weight import AdaptedWeight, adapted_weight, product_input
+from shira.tuner.adapted_weight import AdaptedWeight, Kept, adapted_weight, product_input
 from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched
@@ -97,6 +98,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._warned_about_hooks = False
         self._samples: Sequence[str] | None = None
         self._watch: Watch | None = None
+        self._reading: Kept | None = None
         self.weight_name = ""
         self.weight_shape = shape_of(weight_of(self.get_base_layer()))
         self.shira_indices = IndexDict(self.weight_shape)
@@ -370,13 +372,36 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             names = [] if len(wanted) > 1 else [*wanted]
             if names == [BASE]:
                 return weight
-        return weight if isinstance(weight, AdaptedWeight) else adapted_weight(self, weight, names)
+        if isinstance(weight, AdaptedWeight):  # within the base layer's own forward
+            return weight
+        if not runs_eagerly():
+            return adapted_weight(self, weight, names)
+        values: Any = self._modules["shira_weight"]._parameters  # type: ignore[union-attr]
+        positions: Any = self._modules["shira_indices"]._buffers  # type: ignore[union-attr]
+        key = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), id(weight)]
+        key += [weight.requires_grad, weight.dtype, weight.device]
+        for name in names:
+            value = values.get(name)
+            key += [id(value), value is not None and value.requires_grad, self.scaling[name]]
+            key += [id(positions[name])]
+        if self._reading is not None and self._reading.key == key:
+            return self._reading.weight
+        reading = adapted_weight(self, weight, names)
+        # A first backward pass is still watched for; a scale puts a node of its own in the graph.
+        unscaled = all(self.scaling[name] == 1.0 and name in values for name in names)
+        if self._watch is None and unscaled and isinstance(reading, AdaptedWeight):
+            self._reading = Kept(key, reading)
+        return reading
 
     def _in_effect(self) -> list[str]:
         """Return the active adapters that are here; none while some are merged."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        return self._present(self.active_adapters)
+        values: Any = self._modules["shira_weight"]
+        active = self._active_adapter
+        return [
+            name for name in ([active] if isinstance(active, str) else active) if name in values
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the active adapters inside its weight.
@@ -446,11 +471,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Deltas, scale included, and positions of adapters that are about to be computed with."""
-        if not adapter_names:
-            raise AdapterError(
-                f"{self.weight_name}: another module computes with the weight of this adapted "
-                "layer, which is one for the whole batch; `adapter_names` must be all the same"
-            )
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
         deltas, indices, trains = [], [], False
