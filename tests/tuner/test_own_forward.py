@@ -200,6 +200,14 @@ def test_weights_of_other_dtypes_are_refused(dtype):
     assert base[0] is before
 
 
+def test_a_part_called_as_peft_calls_adapted_layers_is_refused():
+    base = nn.Sequential(nn.Linear(8, 8))
+    base.add_module("base_layer", nn.Linear(8, 8))
+    with pytest.raises(TargetError, match=r"root \(Sequential\) has a part called 'base_layer'"):
+        adapted(base, ["0"])
+    assert type(base[0]) is nn.Linear
+
+
 def test_the_output_may_be_written_to():
     for layer, x in [(nn.Linear(8, 8), X), (nn.Embedding(5, 8), IDS), (Scaled(8, 8), X)]:
         model = adapted(nn.Sequential(layer), ["0"])

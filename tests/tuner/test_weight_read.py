@@ -203,6 +203,50 @@ def test_a_model_that_asks_for_the_dtype_makes_nothing(monkeypatch):
     model(input_ids=ids, labels=ids).loss.backward()
 
 
+def test_settings_of_the_base_layer_are_those_of_the_adapted_one():
+    table = nn.Embedding(5, 8, padding_idx=1)
+    table.offset = 2
+    model = adapted(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), table), ["0", "1"])
+    conv, table = model.base_model.model
+    assert (conv.stride, conv.kernel_size, conv.padding_mode) == ((2, 2), (3, 3), "zeros")
+    assert (table.num_embeddings, table.padding_idx, table.offset) == (5, 1, 2)
+    table.get_base_layer().offset = 3
+    assert table.offset == 3
+    for name in ("parametrizations", "_hf_hook", "qweight", "nothing"):
+        assert not hasattr(conv, name)
+
+
+def test_a_reading_is_made_anew_when_something_has_changed():
+    model, layer = reading()
+    model(X).sum().backward()  # the first backward pass is over
+    one = layer.weight
+    assert layer.weight is one
+    with torch.no_grad():
+        assert layer.weight is not one
+    for _ in range(2):  # the same reading, for any number of backward passes
+        Product.apply(X, layer.weight).sum().backward()
+
+    def check():
+        assert torch.equal(layer.weight, copy.deepcopy(model).merge_and_unload().fc.weight)
+
+    with torch.no_grad():
+        layer.shira_weight["default"].mul_(2)
+        check()
+        layer.set_scale("default", 0.5)
+        check()
+        layer.shira_weight["default"] = nn.Parameter(torch.ones_like(layer.shira_weight["default"]))
+        check()
+        layer.get_base_layer().weight.data = torch.randn(8, 8)
+        check()
+        layer.get_base_layer().weight = nn.Parameter(torch.randn(8, 8).bfloat16())
+        check()
+        layer.get_base_layer().double()
+        check()
+    assert layer.weight.requires_grad
+    model.requires_grad_(False)
+    assert not layer.weight.requires_grad
+
+
 def test_it_is_the_base_weight_itself_while_no_adapter_is_in_effect():
     model, layer = reading()
     base = layer.get_base_layer().weight
