@@ -18,7 +18,7 @@ from shira.ops.memory import memory_of, settle
 from shira.ops.patch import memory_offsets
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
-from shira.tuner.elsewhere import readable
+from shira.tuner.elsewhere import is_computed, readable
 from shira.tuner.quantized import backend_of
 
 
@@ -128,8 +128,9 @@ def base_of(layer: Any) -> Any:
 
 
 def stored_weight(layer: nn.Module) -> Any:
-    """Return the weight of the base layer as it is stored: packed, in parts, or None (GPTQ)."""
-    return getattr(base_of(layer), "weight", None)
+    """Return the base layer's weight as it is stored: packed, in parts, or None (GPTQ)."""
+    base = base_of(layer)
+    return None if is_computed(base) else getattr(base, "weight", None)
 
 
 def _overwritten(layer: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

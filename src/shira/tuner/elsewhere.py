@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are not where they look: offloaded by Accelerate, or partitioned by ZeRO-3.
+"""Parameters that are not where they look: offloaded, partitioned by ZeRO-3, or computed.
 
 Accelerate's offloading (``device_map`` with ``cpu`` or ``disk``) leaves parameters on the meta
 device and brings them when the module that holds them is called; ZeRO-3 gathers them then.
@@ -7,7 +7,7 @@ device and brings them when the module that holds them is called; ZeRO-3 gathers
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,8 +24,41 @@ def readable(module: nn.Module) -> Iterator[None]:
     """While the context lasts, a module's own parameters can be read, wherever they are kept."""
     parameters = list(module.parameters(recurse=False))
     away = any(parameter.is_meta for parameter in parameters)
-    with align_module_device(module) if away else nullcontext(), gathered(parameters):
+    here = align_module_device(module) if away else nullcontext()
+    with here, gathered(parameters), at_rest([module]):
         yield
+
+
+@contextmanager
+def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While the context lasts, reading a computed weight changes nothing.
+
+    spectral_norm improves its estimate, a buffer, at each reading in training mode.
+    """
+    computing = [
+        m._modules["parametrizations"] for m in modules if "parametrizations" in m._modules
+    ]
+    training = [part for some in computing if some is not None for part in some.modules()]
+    training = [part for part in training if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def is_computed(base_layer: nn.Module) -> bool:
+    """Return whether the layer's weight is made from other parameters at each use.
+
+    By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
+    the forward (the older weight_norm and spectral_norm, pruning).
+    """
+    parametrizations = base_layer._modules.get("parametrizations")
+    parametrized = parametrizations is not None and "weight" in parametrizations._modules
+    made = parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
+    return made and "weight" not in base_layer._parameters
 
 
 def device_of_work(module: nn.Module) -> torch.device | None:

@@ -28,7 +28,7 @@ from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import AdaptedWeight, Kept, adapted_weight, product_input
 from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
-from shira.tuner.elsewhere import device_of_work, fetched
+from shira.tuner.elsewhere import device_of_work, fetched, is_computed
 from shira.tuner.held import held
 from shira.tuner.hooks import (
     Way,
@@ -39,7 +39,7 @@ from shira.tuner.hooks import (
 )
 from shira.tuner.idle import Watch
 from shira.tuner.indices import IndexDict, digest_of
-from shira.tuner.masking import is_computed, shape_of, weight_of
+from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling

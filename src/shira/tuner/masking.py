@@ -9,8 +9,8 @@ Built-in masks are rows of ``shira.masks``; masks chosen on data come as a `Supp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from shira.masks import MASKS, budget, budget_from_density, choose, custom_suppo
 from shira.store.names import full_shape
 from shira.support import Support, matrix_shape
 from shira.tuner.base_values import base_of, pristine
-from shira.tuner.elsewhere import readable
+from shira.tuner.elsewhere import at_rest, readable
 from shira.tuner.quantized import unpacked
 
 if TYPE_CHECKING:
@@ -155,37 +155,6 @@ def weight_of(base_layer: nn.Module) -> Tensor:
     with at_rest([base_layer]):
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
     return weight
-
-
-@contextmanager
-def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While the context lasts, reading a computed weight changes nothing.
-
-    spectral_norm improves its estimate, a buffer, at each reading in training mode.
-    """
-    computing = [
-        m._modules["parametrizations"] for m in modules if "parametrizations" in m._modules
-    ]
-    training = [part for some in computing if some is not None for part in some.modules()]
-    training = [part for part in training if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def is_computed(base_layer: nn.Module) -> bool:
-    """Return whether the layer's weight is made from other parameters at each use.
-
-    By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
-    the forward (the older weight_norm and spectral_norm, pruning).
-    """
-    parametrizations = base_layer._modules.get("parametrizations")
-    parametrized = parametrizations is not None and "weight" in parametrizations._modules
-    return parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:

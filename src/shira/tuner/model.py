@@ -32,7 +32,7 @@ from shira.tuner.base_values import base_of, base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.conv2d import Conv2d
 from shira.tuner.describing import describe, watch
-from shira.tuner.elsewhere import readable
+from shira.tuner.elsewhere import at_rest, is_computed, readable
 from shira.tuner.embedding import Embedding
 from shira.tuner.hooks import Way, way_to_call
 from shira.tuner.idle import watch_gradients
@@ -40,8 +40,6 @@ from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear, is_conv1d
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
 from shira.tuner.masking import (
-    at_rest,
-    is_computed,
     needs_placeholder,
     placeholder,
     support_of_layer,
