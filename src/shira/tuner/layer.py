@@ -378,7 +378,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return adapted_weight(self, weight, names)
         values: Any = self._modules["shira_weight"]._parameters  # type: ignore[union-attr]
         positions: Any = self._modules["shira_indices"]._buffers  # type: ignore[union-attr]
-        key = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), id(weight)]
+        key: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), id(weight)]
         key += [weight.requires_grad, weight.dtype, weight.device]
         for name in names:
             value = values.get(name)

@@ -41,7 +41,8 @@ def adapter_names_in_effect(
     encoder = _encoder_of(model)
     in_encoder = set(map(id, encoder.modules())) if encoder is not None else set()
     layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
-    effect, handles = _Effect(), []
+    effect = _Effect()
+    handles: list[Any] = []
 
     def end() -> None:
         for layer in layers:
