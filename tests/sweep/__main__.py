@@ -30,7 +30,7 @@ def main() -> None:
     from tests.sweep import one, table, workers
 
     if options.write:
-        table.write(sorted(options.results.glob("*.jsonl")))
+        table.write(sorted(options.results.glob("*.jsonl")), lambda name: one.library(name).names())
         return
     models = one.library(options.library)
     file = options.results / f"{options.library}.jsonl"

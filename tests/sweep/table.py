@@ -6,14 +6,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("results.csv")
 PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
 COLUMNS = ("library", "class", "verdict", "layers", "detail")
-VERDICTS = ("right", "refused", "not built", "WRONG")
+VERDICTS = ("right", "refused", "not built", "not run", "WRONG")
 LONGEST = 160
 
 
@@ -25,9 +25,19 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return list({row["class"]: row for row in found}.values())
 
 
-def write(files: Iterable[Path]) -> None:
-    """Write the table and the page from files of results; other libraries stay as they are."""
-    new = [row for file in files for row in rows(file)]
+def write(files: Iterable[Path], names: Callable[[str], list[str]]) -> None:
+    """Write the table and the page from files of results; other libraries stay as they are.
+
+    Args:
+        files: Results, one file a library.
+        names: Gives all classes of a library; those without a result are *not run*.
+    """
+    new = []
+    for file in files:
+        found = {row["class"]: row for row in rows(file)}
+        label = next(iter(found.values()))["library"]
+        blank = {"library": label, "verdict": "not run", "layers": 0, "detail": ""}
+        new += [found.get(name, blank | {"class": name}) for name in names(file.stem)]
     libraries = {row["library"].split()[0] for row in new}
     old = [row for row in read() if row["library"].split()[0] not in libraries]
     every = sorted(old + new, key=lambda row: (row["library"], row["class"]))
@@ -80,6 +90,8 @@ copy of the model into whose weights the same deltas had been added.
   merged copy in evaluation with and without gradients, in training without dropout, and merged;
   its gradient is that of the merged copy; unmerging and unloading give the base back bit for bit.
 - *refused*: a `ShiraError` says why when the adapter is made, and the model is as it was.
+- *not run*: a run over all of them takes a quarter of an hour of two idle cores; this class has not
+  had its turn.
 - *not built*: no small model of the class could be made or fed here. It says nothing of the
   library.
 

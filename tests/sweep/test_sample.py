@@ -8,9 +8,13 @@ import pytest
 from tests.sweep.one import Work
 
 TRANSFORMERS = [
+    "BartModel",  # scaled embeddings, positions with a forward of their own
     "BertModel",
+    "BitModel",  # convolutions that standardize their weight
     "CLIPModel",
+    "DeepseekV4Model",  # grouped linear layers, experts
     "LlamaForCausalLM",
+    "MambaModel",  # reads the weight of dt_proj
     "MixtralModel",
     "T5ForConditionalGeneration",
     "ViTModel",

@@ -202,3 +202,17 @@ def test_a_layer_that_is_called_from_elsewhere_is_refused(model, target, attribu
     assert dict(model.named_modules()) == modules
     adapted = get_peft_model(model, ShiraConfig(r=1, target_modules="1"))
     assert "1" in adapted.targeted_module_names
+
+
+class TwoWays(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 1)
+
+    def plain(self, ids):
+        return super().forward(ids)
+
+
+def test_a_layer_with_a_second_method_that_computes_is_refused():
+    model = nn.Sequential(TwoWays(8, 4), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match=r"0 \(TwoWays\) computes in 'plain' too"):
+        get_peft_model(model, ShiraConfig(r=1, target_modules=["0"]))

@@ -56,6 +56,7 @@ from shira.tuner.targets import (
     name_all_linear,
     nothing_matched,
     refuse_held_elsewhere,
+    refuse_other_ways_in,
     refuse_shared_weights,
     refuse_taken_names,
     warn_of_idle_names,
@@ -507,6 +508,7 @@ def prepare(
             "target_modules"
         )
     if backend_of(base_layer) is None:
+        refuse_other_ways_in(key, base_layer)
         _check_weight(key, layer_class, base_layer)
     r = matching(config.rank_pattern, key, config.r)
     if incoming is not None and name in incoming:

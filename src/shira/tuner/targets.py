@@ -144,6 +144,26 @@ def refuse_held_elsewhere(targets: Iterable[tuple[str, nn.Module]], model: nn.Mo
                         _refuse_held(names[id(part)], owner_name, owner, key)
 
 
+def refuse_other_ways_in(name: str, layer: nn.Module) -> None:
+    """Refuse a layer with a further method that computes, as the positions of ProphetNet have.
+
+    The adapted layer stands in for ``forward``; who calls the other one would get the base.
+
+    Raises:
+        TargetError: If its class, or one that it inherits from outside of torch, has one.
+    """
+    for kind in type(layer).__mro__:
+        if kind.__module__.startswith("torch."):
+            continue
+        for method, function in vars(kind).items():
+            code = getattr(function, "__code__", None)
+            if method != "forward" and code is not None and "forward" in code.co_names:
+                raise TargetError(
+                    f"{name} ({type(layer).__name__}) computes in {method!r} too, which an adapted "
+                    f"layer does not stand in for; leave it out, by exclude_modules=[{name!r}]"
+                )
+
+
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
