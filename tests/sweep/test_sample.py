@@ -19,6 +19,7 @@ TRANSFORMERS = [
     "T5ForConditionalGeneration",
     "ViTModel",
     "Wav2Vec2Model",
+    "WhisperModel",  # asks an embedding for its size
 ]
 
 
