@@ -258,10 +258,19 @@ def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Sto
 
 
 def _config_of(file: Path) -> Mapping[str, Any]:
-    """The config beside a checkpoint; a damaged one counts as none."""
+    """Return the config beside a checkpoint; empty if there is none.
+
+    Raises:
+        FileFormatError: If it cannot be read: it says which files are the checkpoint, and whether
+            the output head is tied to the embedding.
+    """
+    if not file.exists():
+        return {}
     try:
         with open_regular(file) as opened:
             config = json.loads(opened.read(_CONFIG_LIMIT))  # not ours, and may hold Infinity
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{file}: the base's config cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{file}: the base's config is not a JSON object")
+    return config
