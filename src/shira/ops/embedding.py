@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.ops.plan import Plan
 from shira.ops.plan_cache import plan_for
 from shira.ops.resident import resident
-from shira.ops.util import no_view, shape_like
+from shira.ops.util import shape_like
 
 
 @torch.library.custom_op(
@@ -35,9 +34,13 @@ def _embedding(
     padding_idx: int,
 ) -> Tensor:
     plan = plan_for(indices, weight.shape, weight.stride())
-    return resident(
-        weight, plan, deltas, weight.dtype, lambda adapted: no_view(F.embedding(ids, adapted))
-    )
+
+    def rows(adapted: Tensor) -> Tensor:
+        # as F.embedding, which returns a view: see `shira.ops.linear`
+        found = adapted.index_select(0, ids.reshape(-1))
+        return found.resize_(*ids.shape, adapted.shape[1])
+
+    return resident(weight, plan, deltas, weight.dtype, rows)
 
 
 @torch.library.custom_op(

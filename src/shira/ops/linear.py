@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from shira.ops.plan import Plan
@@ -40,13 +41,19 @@ def _forward(
             return _forward(x, weight, bias, deltas, plan, transposed)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return resident(
+    # A result of more than two dimensions is a view in torch, and autograd lets nobody write to a
+    # view that was made inside an op: the product is one of matrices, the same bits.
+    rows = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
+    result = resident(
         weight,
         plan,
         deltas,
         x.dtype,
-        lambda adapted: no_view(F.linear(x, adapted.t() if transposed else adapted, bias)),
+        lambda adapted: F.linear(rows, adapted.t() if transposed else adapted, bias),
     )
+    if rows is not x:
+        return result.resize_(*x.shape[:-1], result.shape[-1])
+    return result if x.dim() == 2 else no_view(result)
 
 
 def _gradients(
@@ -152,6 +159,9 @@ def linear(
         SupportError: If indices are out of range, unsorted or repeated.
     """
     if runs_eagerly(x, weight, *deltas):
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            plan = plan_for(indices, weight.shape, weight.stride())
+            return _forward(x, weight, bias, deltas, plan, transposed)
         return _apply_eagerly(x, weight, bias, transposed, *deltas, *indices)  # type: ignore[no-any-return]
     result: Tensor = torch.ops.shira.linear(
         x, weight, bias, list(deltas), list(indices), transposed
