@@ -212,6 +212,21 @@ class TwoWays(nn.Embedding):
         return super().forward(ids)
 
 
+def test_a_model_that_rescales_its_weights_in_eval_mode_is_refused():
+    from transformers import RwkvConfig, RwkvModel
+
+    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16}
+    model = RwkvModel(RwkvConfig(**shape, context_length=8, rescale_every=1)).eval()
+    config = ShiraConfig(r=1, target_modules="all-linear", random_seed=0)
+    with pytest.raises(TargetError, match="rescale_every = 0"):
+        get_peft_model(model, config)
+    model.config.rescale_every = 0
+    tokens = torch.arange(4)[None]
+    before = model(tokens).last_hidden_state
+    adapted = get_peft_model(model, config)
+    assert torch.equal(adapted(tokens).last_hidden_state, before)
+
+
 def test_a_layer_with_a_second_method_that_computes_is_refused():
     model = nn.Sequential(TwoWays(8, 4), nn.Linear(4, 4))
     with pytest.raises(TargetError, match=r"0 \(TwoWays\) computes in 'plain' too"):

@@ -57,6 +57,7 @@ from shira.tuner.targets import (
     nothing_matched,
     refuse_held_elsewhere,
     refuse_other_ways_in,
+    refuse_rescaled_weights,
     refuse_shared_weights,
     refuse_taken_names,
     warn_of_idle_names,
@@ -144,6 +145,7 @@ class ShiraModel(BaseTuner):
         self, config: ShiraConfig, model: nn.Module, by_name: bool
     ) -> list[tuple[str, nn.Module]]:
         refuse_taken_names(model)
+        refuse_rescaled_weights(model)
         name_all_linear(config, model, lambda module: layer_class_of(module) is not None)
         targets = matched_modules(config, model)
         # A further adapter that trains whole modules alone is for PEFT to judge: some versions

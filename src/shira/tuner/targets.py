@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -162,6 +163,22 @@ def refuse_other_ways_in(name: str, layer: nn.Module) -> None:
                     f"{name} ({type(layer).__name__}) computes in {method!r} too, which an adapted "
                     f"layer does not stand in for; leave it out, by exclude_modules=[{name!r}]"
                 )
+
+
+def refuse_rescaled_weights(model: nn.Module) -> None:
+    """Refuse a model that divides its own weights when it is put into eval mode, as RWKV does.
+
+    Raises:
+        TargetError: If a part of it does.
+    """
+    for name, part in model.named_modules():
+        config: Any = getattr(part, "config", None)
+        if hasattr(part, "layers_are_rescaled") and config.rescale_every:
+            raise TargetError(
+                f"{name or type(part).__name__} rewrites its weights between training and eval "
+                f"mode (rescale_every={config.rescale_every}), which an adapter cannot follow; set "
+                "model.config.rescale_every = 0 first"
+            )
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))
