@@ -53,7 +53,7 @@ def test_a_base_that_is_not_put_back(monkeypatch):
     def unmerge(self):
         right(self)
         with torch.no_grad():
-            self.weight[0, 0] += 1
+            self.get_base_layer().weight[0, 0] += 1
 
     monkeypatch.setattr(Linear, "unmerge", unmerge)
     verdict, _, detail = found(nn.Sequential(nn.Linear(8, 8)))
