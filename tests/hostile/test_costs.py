@@ -6,8 +6,8 @@ The alarm is there so that a file which does cost more stops the test run no lon
 
 from __future__ import annotations
 
-import json
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
