@@ -111,7 +111,7 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
         - ``"another"``: other values.
         - ``"cannot be told"``: the values cannot be read, or not be compared.
         - ``"not recorded"``: the adapter does not record its base.
-        - ``"untrained"``: instead of ``"another"`` and ``"cannot be told"`` if all deltas are zeros.
+        - ``"untrained"``: a delta of zeros, instead of ``another`` or ``cannot be told``.
     """
     recorded, rounded = _recorded(metadata, name)
     if recorded is None:

@@ -157,7 +157,7 @@ def test_other_tensors_are_the_adapters_whole_tensors(tmp_path: Path) -> None:
     [
         ("head__weight", torch.tensor([1.0, math.nan]), "not finite"),
         ("head__weight", torch.tensor([True]), "dtype BOOL is not one of"),
-        ("head__weight", torch.zeros(2, dtype=torch.complex64), "dtype C64 is not one of"),
+        ("head__weight", torch.zeros(2, dtype=torch.float8_e5m2), "dtype F8_E5M2 is not"),
         ("x__lora_A__weight", torch.zeros(2), "no tensor of a base model"),
         ("embed__token_adapter__trainable_tokens_delta", torch.zeros(2), "no tensor of a base"),
         ("head__modules_to_save__default__weight", torch.zeros(2), "no tensor of a base model"),

@@ -126,12 +126,17 @@ def real_layers():
         BartScaledWordEmbedding,
     )
     from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
     from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
     from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4Router
 
+    try:
+        from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+    except ModuleNotFoundError:  # transformers of today has it
+        grouped = []
+    else:
+        grouped = [(DeepseekV4GroupedLinear(8, 12, 2), lambda layer: layer(X.unflatten(1, (2, 2))))]
     config = Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=2)
     return [
         (WeightStandardizedConv2d(3, 6, 3, padding=1), lambda layer: layer(IMAGE)),
@@ -139,7 +144,7 @@ def real_layers():
         (BartScaledWordEmbedding(5, 8, 0, 3.0), lambda layer: layer(IDS)),
         (BartLearnedPositionalEmbedding(9, 8), lambda layer: layer(IDS, 1, position_ids=None)),
         (Llama4Router(config), lambda layer: layer(X.flatten(0, 1))),
-        (DeepseekV4GroupedLinear(8, 12, 2), lambda layer: layer(X.unflatten(1, (2, 2)))),
+        *grouped,
         (IdeficsDecoupledLinear(8, 8, out_additional_features=2), lambda layer: layer(X)),
     ]
 

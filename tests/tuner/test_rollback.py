@@ -6,6 +6,8 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftMixedModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -153,6 +155,12 @@ def data_parallel(tensors):
 NATIVE = {**SPOILT, "NaN": not_finite, "range": out_of_range, "module.": data_parallel}
 
 
+loads_heads = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.10"), reason="its loading leaves modules_to_save out, which is refused"
+)
+
+
+@loads_heads
 @pytest.mark.parametrize("how", ["path", "state dict"])
 @pytest.mark.parametrize("kind", NATIVE)
 def test_transformers_own_loading(tmp_path, kind, how):
@@ -177,6 +185,7 @@ def test_transformers_own_loading(tmp_path, kind, how):
         assert picture(target) == before
 
 
+@loads_heads
 def test_transformers_own_loading_of_unsorted_positions(tmp_path):
     want = saved(tmp_path)(X).logits
     chosen = ShiraConfig.from_pretrained(tmp_path)
