@@ -156,7 +156,7 @@ NATIVE = {**SPOILT, "NaN": not_finite, "range": out_of_range, "module.": data_pa
 
 
 loads_heads = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.10"), reason="its loading leaves modules_to_save out, which is refused"
+    Version(transformers.__version__) < Version("5.10"), reason="modules_to_save are refused there"
 )
 
 
