@@ -314,9 +314,10 @@ def _train(adapted: Any, layers: dict[str, Any], merged: nn.Module, run: Run) ->
         elif got is None or not got.any():
             missing.append(name)
         else:
-            # Where almost all of a gradient cancels, what is left is rounding.
+            # Where almost all of a gradient cancels, what is left is rounding: PvtV2's are off by
+            # 2.5e-3 in float32, and equal in float64.
             off = float((got - wanted).norm()) / max(float(wanted.norm()), 1e-4 * largest)
-            if not off < 2e-3:
+            if not off < 5e-3:
                 different.append(f"{name} off by {off:.1e}")
     if missing:
         raise Wrong(f"no gradient for {_few(missing)}")
