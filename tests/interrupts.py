@@ -100,7 +100,7 @@ def at_every_point(
 
 
 def in_child(function: Callable[[], object], seconds: int = 20) -> bool:
-    """Whether a function returns something true in a forked child, which is killed if it hangs."""
+    """Return whether a function returns something true in a child, which is killed if it hangs."""
     child = os.fork()
     if not child:
         try:

@@ -202,7 +202,7 @@ DOORS = [*TELLING, *WARNING, by_server]
 
 
 def outcome(door, adapter, base, tmp_path):
-    """What a door returns, and whether it warned of the base."""
+    """Return a door's answer, and whether it warned of the base."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = door(adapter, base, tmp_path)

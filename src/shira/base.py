@@ -27,7 +27,7 @@ ROUNDED_FIELD = "base_fingerprint_rounded"
 Verdict = Literal[
     "same", "same after rounding", "another", "cannot be told", "not recorded", "untrained"
 ]
-"""Whether a base is the one that an adapter was made on; see `judge`."""
+"""The answer of `judge`: is a base the one that an adapter was made on?"""
 
 _FLOATS = {str(d).removeprefix("torch."): d for d in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
@@ -229,5 +229,5 @@ def _dtype_of(text: str) -> str:
 
 
 def _loses(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether a dtype has values that another one has not."""
+    """Return whether a cast from ``source`` to ``target`` can change values."""
     return source in _FLOATS.values() and torch.promote_types(source, target) != target

@@ -5,7 +5,7 @@ Each error is also the built-in type one would expect, so that code which knows 
 catches it as usual::
 
     ShiraError
-    |-- ConfigError            (ValueError)   a configuration that cannot be meant
+    |-- ConfigError            (ValueError)   an invalid configuration
     |-- SupportError           (ValueError)   positions out of range, unsorted, repeated
     |-- MaskError              (ValueError)   a mask that does not fit the weight or the budget
     |-- TargetError            (ValueError)   target modules that match nothing or cannot be adapted
@@ -144,7 +144,7 @@ def _shared_ends(one: str, other: str) -> int:
 
 
 def _is_near(name: str, other: str) -> bool:
-    """Whether two names are alike part by part: ``o_proj`` is not meant by ``c_proj``."""
+    """Return whether two names are alike part by part: ``o_proj`` and ``c_proj`` are not."""
     parts, others = (re.split(r"[._/]", text) for text in (name, other))
     if len(parts) != len(others):
         return difflib.SequenceMatcher(None, name, other).ratio() >= _CUTOFF_OF_ANOTHER_FORM

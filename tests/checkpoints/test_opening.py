@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files make up a checkpoint, and that every door opens the same ones."""
+"""Every door opens the same files of a checkpoint."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ CLOSE = 2e-5
 
 
 class Finding(NamedTuple):
-    """What was found of one model and one choice of targets."""
+    """The result for one model and one choice of targets."""
 
     verdict: str
     """``right``, ``refused``, ``not built`` or ``WRONG``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``target_modules`` leaves out is said, and what a layer cannot be given, with the remedy."""
+"""Targets that are left out or cannot be adapted are named, with the remedy."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
         Tensors by parameter name, and the change of prefix that found them.
 
     Raises:
-        WrongBaseError: If a parameter has no tensor, or several could be meant.
+        WrongBaseError: If a parameter has no tensor, or several fit.
         MergeError: If it has none of its own because it is tied, or packed by quantization.
     """
     names = list(names)

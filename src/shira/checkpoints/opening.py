@@ -36,7 +36,7 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""What safetensors calls the dtypes that a delta can be added to."""
+"""Dtypes that a delta can be added to, by their safetensors names."""
 
 _INDEX = ".safetensors.index.json"
 _STANDARD = (  # in the order in which their libraries look for them
@@ -138,7 +138,7 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
             if key in tensors:
                 raise FileFormatError(
                     f"{where}: both {tensors[key].file.name} and {file.name} hold {key!r}; give "
-                    "the one file that is meant"
+                    "the path of one file"
                 )
             tensors[key] = Stored(key, file, info.dtype, info.shape, info.start, info.end)
     if placed is not None:
@@ -202,14 +202,14 @@ def _chosen(folder: Path, config: Mapping[str, Any]) -> Path | None:
     if len(indices) > 1:
         raise FileFormatError(
             f"{folder}: there are {len(indices)} checkpoints, "
-            f"{', '.join(file.name for file in indices)}; give the one file that is meant, or keep "
+            f"{', '.join(file.name for file in indices)}; give the path of one file, or keep "
             "it alone in a folder"
         )
     return indices[0] if indices else None
 
 
 def _why(folder: Path) -> str:
-    """What a folder without a safetensors checkpoint has instead, and what to do."""
+    """Describe what a folder without a safetensors checkpoint holds instead, and what to do."""
     names = sorted(file.name for file in folder.iterdir())
     pickled = [name for name in names if name.endswith(_PICKLES) and "model" in name]
     if pickled:

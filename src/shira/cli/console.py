@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What subcommands print with: coloured tables for a terminal, plain ASCII for anything else.
+"""Print for subcommands: coloured tables on a terminal, plain ASCII anywhere else.
 
 Names, paths and metadata come from files that nobody vouches for. Every text goes through
 `shira.errors.shown`, and reaches rich as a ``Text``, in which brackets are no markup.

@@ -111,7 +111,7 @@ def command(
     sum.
 
     Exit status 2: an adapter cannot be read, the adapters do not belong together, or an option
-    cannot be meant; nothing is written.
+    is invalid; nothing is written.
     """
     from shira.cli._fuse.adapters import read_all, short_names, split_weight
     from shira.cli.console import write

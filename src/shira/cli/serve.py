@@ -57,7 +57,7 @@ def command(
     SIGINT end the server and this command; a second one kills it.
 
     Exit status 0: ended by a signal. 1: it died too often. Otherwise that of a server that was
-    never ready; 2: the command cannot be meant.
+    never ready; 2: the command is invalid.
     """
     import os
     import tempfile

@@ -128,7 +128,7 @@ def _check_copies(
 
 
 def _is(copy: Tensor, source: Source, name: str) -> bool:
-    """Whether a copy is the base's tensor, rounded to the narrower dtype of the two."""
+    """Return whether a copy is the base's tensor, rounded to the narrower dtype of the two."""
     if tuple(copy.shape) != source.shapes[name]:
         return False
     flat, at = copy.reshape(-1), 0

@@ -34,7 +34,7 @@ from shira.store.outputs import check_outputs
 from shira.support import Support, index_dtype
 
 REMEDY = "check_base=False, --no-check-base"
-"""How a conversion goes on with another base."""
+"""The option that lets a conversion use another base, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a merge does to a tensor that the adapter holds as a whole.
+    """The report of a merge on a tensor that the adapter holds as a whole.
 
     Attributes:
         name: The parameter or buffer, as the adapter calls it.

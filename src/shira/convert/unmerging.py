@@ -74,7 +74,7 @@ def unmerge(
 
 
 def _edits(undo: str | os.PathLike[str], checkpoint: Checkpoint) -> list[Edit]:
-    """What is put back, from the undo file or from one before it that fits this checkpoint."""
+    """Read the originals from the undo file, or from an older one that fits this checkpoint."""
     errors = []
     for file in undo_files(undo):
         try:

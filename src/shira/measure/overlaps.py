@@ -82,7 +82,7 @@ def overlap(
 
 
 def _whole(a: Adapter, b: Adapter) -> dict[str, str]:
-    """What `Overlap.whole` says."""
+    """Compare the whole tensors of two adapters, for `Overlap.whole`."""
     states = dict.fromkeys(a.tensors, "only in a")
     for name, tensor in b.tensors.items():
         if name not in states:

@@ -34,7 +34,7 @@ class MemoryMap:
         self._read = False
 
     def is_private(self, tensor: Tensor) -> bool:
-        """Whether the tensor's memory may be written without anyone else seeing it."""
+        """Return whether the tensor's memory can be written without anyone else seeing it."""
         if tensor.device.type != "cpu" or tensor.is_meta:
             return True
         storage = tensor.untyped_storage()

@@ -33,7 +33,7 @@ def count_write(weight: Tensor, earlier: WriteCount | None = None) -> WriteCount
 
 
 def one_write(weight: Tensor) -> WriteCount:
-    """What one write will count, before it is made: for taking it back if it is interrupted."""
+    """Return the count of one write before it is made, to take it back after an interrupt."""
     return WriteCount(None if weight.is_inference() else weight._version, 1)
 
 

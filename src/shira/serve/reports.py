@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients and the workers of an engine say to one another; plain values, no engine.
+"""Messages between clients and the workers of an engine: plain values, no engine.
 
 `named`, `located`, `wanted` and `slept` check what a client asks before it is sent. Each rank
 answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into the errors they were

@@ -106,7 +106,7 @@ class ValueSender:
 
     Raises:
         AdapterError: If the engine holds other positions, or no such adapter.
-        ConfigError: If port, workers or timeout cannot be meant.
+        ConfigError: If port, workers or timeout is invalid.
         ServeError: If workers cannot be reached.
     """
 

@@ -75,7 +75,7 @@ class ShiraEndpoints:
         """Reach the engine and make the service.
 
         Raises:
-            ConfigError: If a setting cannot be meant.
+            ConfigError: If a setting is invalid.
             ServeError: If the engine has no worker extension of shira, or several server processes
                 share it.
         """

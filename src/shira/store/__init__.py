@@ -5,7 +5,7 @@
 them, ``compact_write`` and ``compact_read`` are the compact format, with ``compact_table`` (what a
 file says of itself), ``gaps``, ``blocks`` and ``int8`` (its codings); ``peft_format`` reads PEFT's
 format, ``peft_write`` writes it and ``peft_config`` is its JSON file; ``safetensors_header``,
-``json_text`` and ``entries`` refuse what cannot be meant; ``names`` knows the base model's side;
+``json_text`` and ``entries`` refuse invalid input; ``names`` knows the base model's side;
 ``atomic`` writes files; ``extract`` takes an adapter out of a live model, whose tensors ``sharded``
 makes whole.
 

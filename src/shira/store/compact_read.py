@@ -87,7 +87,7 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        FileFormatError: If something in it cannot be meant; names file, parameter and cause.
+        FileFormatError: If something in it is invalid; names file, parameter and cause.
     """
     where = _file_at(Path(path))
     with open_regular(where) as file:

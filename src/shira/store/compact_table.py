@@ -31,7 +31,7 @@ VERSION = 2
 """The latest; a file without whole tensors is of version 1."""
 
 WHOLE = "whole"
-"""What follows the name of a whole tensor in the file."""
+"""Suffix of a whole tensor's name in the file."""
 
 VALUE_DTYPES = ("F64", "F32", "F16", "BF16", "I8")
 CODINGS: Mapping[str, tuple[str, ...]] = {

@@ -65,7 +65,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
 
 
 def _whole_tensors(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
-    """What the adapter trains whole, copied, by the base model's own names."""
+    """Copy the tensors that the adapter trains whole, by the base model's own names."""
     for path, module in root.named_modules():
         copies: Any = module._modules.get("modules_to_save")
         if "original_module" not in module._modules or not isinstance(copies, nn.ModuleDict):

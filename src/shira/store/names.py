@@ -20,7 +20,7 @@ PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
 _OUTER = "module."
-"""What data parallelism puts before all names; also what a model may call a part of its own."""
+"""The prefix of data parallelism; a model may also have a part of this name."""
 
 
 def bare_name(path: str) -> str:

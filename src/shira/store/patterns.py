@@ -112,7 +112,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 class _Next(NamedTuple):
-    """What can stand at a place of a pattern: its first characters, how many literal ones."""
+    """Describe the start of a pattern: its possible first characters, how many are literal."""
 
     first: int  # a bit for each character of ASCII, and one for all others
     literals: int
@@ -176,7 +176,7 @@ def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, asserted: li
 
 
 def _before(op: Any, value: Any, after: _Next) -> _Next:
-    """What stands before ``after`` once an item is put in front of it."""
+    """Return the start of a pattern once an item is put in front of ``after``."""
     if op in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
         characters = _characters(op, value)
         few = characters.bit_count() <= 8  # four letters in both cases
@@ -215,7 +215,7 @@ def _any_of(places: list[_Next]) -> _Next:
 
 
 def _apart(branches: list[list[Any]], after: _Next) -> bool:
-    """Whether a place of a name can match one of the branches at most."""
+    """Return whether at most one of the branches can match at any place of a name."""
     texts = []
     for branch in branches:
         literals = itertools.takewhile(lambda item: item[0] is c.LITERAL, branch)

@@ -122,7 +122,7 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        FileFormatError: If something in it cannot be meant; names file, tensor and cause.
+        FileFormatError: If something in it is invalid; names file, tensor and cause.
     """
     weights, config_path = _locate(Path(path))
     config = read_config(config_path) if config_path else {}
@@ -275,7 +275,7 @@ def read_whole(
 
 
 def _is_the_base(file: PeftFile, name: str, flat: Tensor) -> bool:
-    """Whether a copy of the base's weight in a file is known to be what its adapter was made on.
+    """Check whether a copy of the base's weight in a file is what its adapter was made on.
 
     Without a fingerprint nothing is known, and the copy has to come along.
     """

@@ -26,7 +26,7 @@ class ChangedWeightError(ChangedEntryError):
 
 
 def exchanges_between(before: Plan, after: Plan, *, check: bool = True) -> Exchanges:
-    """What leads from one plan to another; nothing is written.
+    """Return the exchanges that lead from one plan to another; nothing is written.
 
     Args:
         before: What is in the weights.

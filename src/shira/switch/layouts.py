@@ -43,7 +43,7 @@ class Layouts:
         return [t for t, layout in self._layouts.items() if layout_of(t.weight) != layout]
 
     def followed(self, moved: Iterable[Target], plan: Plan) -> Plan:
-        """What is in the weights, moved along; `add` remembers the new layouts.
+        """Return the plan, moved along with its weights; `add` remembers the new layouts.
 
         Raises:
             SwitchError: If a weight has lost its values or its shape, or was laid out anew in

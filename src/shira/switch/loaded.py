@@ -150,7 +150,7 @@ def resolve(
         if target in names and names[target] not in same:
             raise AdapterError(
                 f"adapter {name!r} has two changes for one weight, which is tied: {parameter!r} "
-                f"and {names[target]!r} are the same memory; which of them is meant? Remove one"
+                f"and {names[target]!r} are the same memory; remove one of the two"
             )
         names[target] = parameter
     return names
@@ -167,7 +167,7 @@ def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied
     if not allow_tied and not set(sharers) <= set(same):
         raise TargetError(
             f"{target.name!r} shares its memory with {', '.join(map(repr, sharers))} (tied "
-            "weights), which the adapter would change too. If that is meant: "
+            "weights), which the adapter would change too. To allow it: "
             "load(..., allow_tied=True)"
         )
     tied = index.tied(target)

@@ -47,7 +47,7 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """What is there now."""
+        """The tensor that is there now."""
         weight: Tensor | None = self.owner._parameters.get(self.attribute)
         if weight is None:
             weight = self.owner._buffers.get(self.attribute)

@@ -51,7 +51,7 @@ def adapted_weight(layer: ShiraLayer, weight: Tensor, adapter_names: Sequence[st
 
 
 class Inside(NamedTuple):
-    """What `AdaptedWeight` knows of a layer; not the layer, which may keep it."""
+    """The parts of a layer that an `AdaptedWeight` needs; not the layer, which may keep it."""
 
     weight_name: str
     base_layer: nn.Module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a saved configuration says of its adapter, read off the layers when it is saved.
+"""Read a saved configuration's description of its adapter off the layers, when it is saved.
 
 Positions change after the configuration has chosen them: a state dict of another run is loaded, a
 checkpoint resumed. So nothing that depends on them is remembered.
@@ -157,13 +157,13 @@ def recorded_in(
 
 
 def _is_as_recorded(layer: ShiraLayer) -> bool:
-    """Whether a base that cannot be read is the one that was there when adapters were added."""
+    """Return whether no state dict was loaded into the base since its adapters were added."""
     packed = layer.quantization_backend is not None
     return packed or (is_sharded(stored_weight(layer)) and not layer.base_reloaded)
 
 
 def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
-    """How many entries the configuration gives a weight."""
+    """Return the number of entries that the configuration gives a weight."""
     try:
         return entries(config, shape, matching(config.rank_pattern, module, config.r), module)
     except MaskError:

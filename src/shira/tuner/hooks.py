@@ -32,7 +32,7 @@ keep_over_fork(_swapping)
 
 
 class Way(enum.Enum):
-    """How an adapted layer gets the result of its base layer's call."""
+    """The ways in which an adapted layer gets the result of its base layer's call."""
 
     DIRECT = enum.auto()
     """By a product of our own."""

@@ -354,7 +354,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the layer computes with: the base weight with the active adapters inside.
+        """The weight that the layer computes with: the base weight with the active adapters inside.
 
         The base weight itself while no adapter is in effect; ``get_base_layer().weight`` always is.
         """

@@ -36,7 +36,7 @@ class BuiltinMask:
 
     @property
     def looks_at_weight(self) -> bool:
-        """Whether the mask depends on the weight's values."""
+        """Return whether the mask depends on the weight's values."""
         config = self.config
         return "weight" in MASKS[config.mask_type].needs_with(config.mask_options)
 

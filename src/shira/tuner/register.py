@@ -79,7 +79,7 @@ def _check_version(version: str) -> None:
 
 
 def _register_loading() -> None:
-    """What is loaded is understood in any wrapping, and a load that fails changes nothing."""
+    """Make PEFT's loading understand wrapped names, and change nothing if it fails."""
     load = save_and_load.set_peft_model_state_dict
     if hasattr(load, "__wrapped__"):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``save_pretrained`` writes: all of an adapter (`whole_state`), in few bytes."""
+"""Prepare what ``save_pretrained`` writes: all of an adapter (`whole_state`), in few bytes."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def path_in_state(path: str) -> str:
 
 
 def is_elsewhere(state_dict: dict[str, Any]) -> bool:
-    """Whether an empty state dict is that of a process to which another one's was not sent."""
+    """Return whether a state dict is empty because another process holds it."""
     other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
     return other and not state_dict
 

@@ -74,7 +74,7 @@ def name_all_linear(
 
 
 def _is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is several matrices in one, such as the weights of many experts."""
+    """Return whether a parameter is several matrices in one, as the weights of many experts."""
     flat = "expert" in type(module).__name__.lower() and "bias" not in name
     return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and min(shape) > 1 and flat)
 

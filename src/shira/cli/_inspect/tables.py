@@ -122,7 +122,7 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _about_base(summary: Summary) -> str:
-    """Whether the base given is the adapter's."""
+    """Describe the verdict on the base that was given."""
     unlike = summary.unlike_base
     if unlike:
         return f"is ANOTHER base: {len(unlike)} weights differ, such as {unlike[0]}"

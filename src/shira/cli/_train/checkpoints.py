@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's checkpoints lie, which one to go on from, and whether the folder is free.
+"""Find a run's checkpoints, choose the one to resume from, and check that a folder is free.
 
 Beside what the Trainer writes, each checkpoint has a record of the settings that it was made with
 and of when its run was started, so that a run does not go on from one of another job, nor from one

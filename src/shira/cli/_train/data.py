@@ -242,7 +242,7 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
 
 
 def row_lengths(table: Any) -> Any:
-    """How many tokens each row of an encoded table has: integers ``(rows,)`` in numpy."""
+    """Count the tokens of each row of an encoded table: integers ``(rows,)`` in numpy."""
     import pyarrow.compute
 
     return pyarrow.compute.list_value_length(table.data["input_ids"]).to_numpy()

@@ -115,7 +115,7 @@ def adapter_config(options: TrainOptions) -> Any:
     """The configuration of the adapter.
 
     Raises:
-        ConfigError: If there is no such mask, or the budget cannot be meant.
+        ConfigError: If there is no such mask, or the budget is invalid.
         TargetError: If the targets are neither names nor a regular expression.
     """
     from shira import ShiraConfig

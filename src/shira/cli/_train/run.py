@@ -192,7 +192,7 @@ def _callbacks(record: Mapping[str, Any], since: float) -> tuple[Any, list[Any]]
 
 
 def _numbers(line: Mapping[str, float]) -> dict[str, float]:
-    """What was logged and is a number: JSON has no infinite norm of a gradient."""
+    """Return the logged values that are finite numbers, as JSON has no others."""
     return {name: value for name, value in line.items() if math.isfinite(value)}
 
 
