@@ -23,6 +23,7 @@ from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import settle, under_way
 from shira.ops.util import runs_eagerly
+from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import AdaptedWeight, Kept, adapted_weight, product_input
@@ -44,8 +45,6 @@ from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.ranks import check_new_models, check_while_compiling
 from shira.tuner.zero import fetch
-
-_STORED = ("shira_weight", "shira_indices")
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -271,7 +270,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         # What is loaded belongs to the base and the adapters, not to what a merge made of them: the
         # merged ones are taken out before and put in again when all is loaded.
         self.base_reloaded |= f"{prefix}base_layer.weight" in state_dict
-        keys = [f"{kind}.{name}" for kind in _STORED for name in self.merged_adapters]
+        keys = [f"{kind}.{name}" for kind in (VALUES, INDICES) for name in self.merged_adapters]
         if keys and any(prefix + key in state_dict for key in ("base_layer.weight", *keys)):
             with_originals(state_dict, f"{prefix}base_layer.weight", self)
             self._merge_after_loading = list(self.merged_adapters)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from shira.errors import AdapterError
 from shira.ops.packed import unpack
 from shira.store.names import base_module_name, own_names, weight_name
+from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
 from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.describing import layers_of, recorded_in, recorded_of, watch
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
-
-_STORED = ("shira_weight", "shira_indices")
 
 
 def whole_state(
@@ -70,7 +69,7 @@ def whole_state(
         state_dict[key] = whole(state_dict[key])
     known = {}
     for path, layer in layers.items():
-        value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in _STORED)
+        value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES))
         support = layer.support(adapter_name)
         if is_sharded(stored_weight(layer)):
             name = weight_name(base_module_name(path))
