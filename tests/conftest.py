@@ -13,6 +13,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled kernels, and without: plain torch."""
+    from shira.ops import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "for a test"))
+    elif native.load().library is None:
+        pytest.skip("needs the compiled kernels")
+    return str(request.param)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 

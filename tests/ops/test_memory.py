@@ -17,17 +17,13 @@ from shira.errors import SwitchError
 from shira.ops import memory, native
 from shira.ops.private_memory import MemoryMap, SharedMemoryError
 from shira.support import Support
-from tests.interrupts import in_child
-
-
-class Interrupt(BaseException):
-    """As KeyboardInterrupt, no Exception."""
+from tests.interrupts import Interrupt, in_child
 
 
 class Weight:
     """A weight with one adapter."""
 
-    def __init__(self, data, way="compiled"):
+    def __init__(self, data):
         self.weight = nn.Parameter(data, requires_grad=False)
         self.before = data.clone()
         flat = torch.arange(0, data.numel(), 3)
@@ -43,14 +39,6 @@ class Weight:
         return torch.equal(self.product(), self.merged.t()) and torch.equal(
             self.weight, self.before
         )
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "for a test"))
-    elif native.load().library is None:
-        pytest.skip("needs the compiled kernels")
 
 
 @pytest.fixture

@@ -34,6 +34,16 @@ class Net(nn.Module):
         self.vector = weight(9)
 
 
+class Tied(nn.Module):
+    """Two names for one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.emb.weight
+
+
 NAMES = ("emb.weight", "block.0.weight", "conv.weight", "vector")
 
 

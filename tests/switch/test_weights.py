@@ -10,7 +10,7 @@ from torch import nn
 from shira import Adapter, SparseDelta, Support, Switch
 from shira.errors import AdapterError, SwitchError, TargetError
 
-from .models import NAMES, equal, expected, net, pointers, random_adapter, snapshot
+from .models import NAMES, Tied, equal, expected, net, pointers, random_adapter, snapshot
 
 
 def check(module: nn.Module, names=NAMES) -> Switch:
@@ -78,14 +78,6 @@ def test_a_weight_that_requires_grad_can_be_trained_afterwards():
     optimizer.step()
     with pytest.raises(SwitchError, match="written to the weight"):
         switch.deactivate()
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, 6)
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.emb.weight
 
 
 class TiedByView(Tied):

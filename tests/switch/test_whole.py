@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shira import Adapter, Switch
 from shira.errors import AdapterError, SwitchError, TargetError, WrongBaseError
-from tests.switch.models import DTYPES, Net, random_adapter
+from tests.switch.models import DTYPES, Net, Tied, random_adapter
 
 
 class Headed(Net):
@@ -193,16 +193,8 @@ def test_somebody_else_has_written_there() -> None:
     assert same(model, state(Headed().train(False))) or int(model.norm.num_batches_tracked) == 0
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.emb.weight
-
-
 def test_tied_weights() -> None:
-    tensor = torch.randn(5, 4)
+    tensor = torch.randn(7, 6)
     model = Tied()
     base = state(model)
     switch = Switch(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shira import Adapter, ShiraConfig, SparseDelta, Support, Switch, get_peft_model
-from shira.ops import memory, native
+from shira.ops import memory
 from tests.interrupts import Interrupt, at_every_point
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,15 +27,6 @@ class Net(nn.Module):
     def forward(self, ids):
         x = self.linear(self.table(ids))
         return self.conv(x[:, None])
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "for a test"))
-    elif native.load().library is None:
-        pytest.skip("needs the compiled kernels")
-    return request.param
 
 
 class Scene:
