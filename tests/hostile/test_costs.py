@@ -125,6 +125,14 @@ def test_a_pattern_in_the_metadata_of_an_adapter(tmp_path):
     refused(Adapter.load(tmp_path / "compact").save, tmp_path / "peft", format="peft")
 
 
+def test_a_long_name_that_a_pattern_is_matched_with(tmp_path):
+    delta = SparseDelta(Support((8, 8), torch.arange(3)), torch.ones(3))
+    name = "a." * 10_000 + "a"
+    adapter = Adapter({f"{name}.weight": delta}, {"target_modules": ".*.*.*x"})
+    adapter.save(tmp_path, format="peft")
+    assert json.loads((tmp_path / peft.CONFIG).read_text())["target_modules"] == [name]
+
+
 @each_number
 def test_numbers_in_a_config(number, folder):
     write_config(folder, r=number)
@@ -206,9 +214,9 @@ def test_what_could_not_be_read_again_is_not_written(format, value, tmp_path):
 # LoRA
 
 
-def lora(folder: Path, a: torch.Tensor, b: torch.Tensor, **raw: str) -> Path:
+def lora(folder: Path, a: torch.Tensor, b: torch.Tensor, module: str = "layer", **raw: str) -> Path:
     folder.mkdir(exist_ok=True)
-    name = "base_model.model.layer"
+    name = f"base_model.model.{module}"
     tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {"peft_type": '"LORA"', "r": str(a.shape[0]), "lora_alpha": "2"} | raw
@@ -238,6 +246,17 @@ def test_patterns_in_the_config_of_a_lora(pattern, tmp_path):
         raw = {field: json.dumps({pattern: 1})}
         path = lora(tmp_path / "lora", torch.ones(1, 4), torch.ones(4, 1), **raw)
         refused(from_lora, path, match=field, kind=FileFormatError)
+
+
+def test_a_long_name_in_a_lora(tmp_path):
+    path = lora(
+        tmp_path / "lora",
+        torch.ones(1, 4),
+        torch.ones(4, 1),
+        module="a." * 10_000 + "a",
+        rank_pattern='{".*.*x": 1}',
+    )
+    refused(from_lora, path, match="rank_pattern", kind=FileFormatError)
 
 
 def test_a_lora_that_unfolds_to_more_than_any_base_has(tmp_path):

@@ -104,6 +104,24 @@ def test_every_field_of_patterns() -> None:
         check_patterns({"rank_pattern": dict.fromkeys(map(str, range(10_001)), 1)})
 
 
+def test_all_patterns_together() -> None:
+    slow = {f".*.*x{number}": 1 for number in range(1000)}
+    check_patterns({"rank_pattern": dict.fromkeys(list(slow)[:50], 1)})
+    with pytest.raises(ConfigError, match="all patterns together could take minutes"):
+        check_patterns({"rank_pattern": slow})
+    check_patterns({"rank_pattern": {f"model.layers.{i}.self_attn.q_proj": i for i in range(9999)}})
+
+
+def test_names_of_any_length_and_characters() -> None:
+    for pattern, name in ((".*.*x", "a." * 2000), ("a*a*a*a*a*b", "a" * 128)):
+        check_pattern(pattern, "it")
+        with pytest.raises(ConfigError, match="it could take minutes"):
+            check_pattern(pattern, "it", ["q", name])
+    check_pattern("q_proj", "it", ["a." * 2000])
+    for pattern in SOUND:
+        check_pattern(pattern, "it", NAMES)
+
+
 def test_the_first_pattern_that_matches_the_end() -> None:
     patterns = {"v_proj": 1, r"layers\.[01]\.self_attn\..*": 2, "q_proj": 3}
     assert [matching(patterns, name, 0) for name in NAMES[:8:3]] == [2, 0, 0]

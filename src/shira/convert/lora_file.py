@@ -86,6 +86,7 @@ def read_lora(
         modules, others = _sort_out(header)
         if not modules:
             raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
+        _check_patterns(folder / CONFIG_NAME, config, [base_module_name(key) for key in modules])
         factors = [
             _factors(file, header, config, key, embedding)
             for key, embedding in sorted(modules.items())
@@ -161,14 +162,21 @@ def _read_config(path: Path) -> dict[str, Any]:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(_is_number(n) for n in patterns.values()):
             raise FileFormatError(f"{path}: {field} maps patterns to numbers")
-    try:
-        check_patterns({field: config.get(field) for field in ("rank_pattern", "alpha_pattern")})
-    except ConfigError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+    _check_patterns(path, config)
     for field in ("r", "lora_alpha"):
         if not _is_number(config.get(field)):
             raise FileFormatError(f"{path}: {field} is a number, not {config.get(field)!r}")
     return config
+
+
+def _check_patterns(
+    path: Path, config: Mapping[str, Any], names: Sequence[str] | None = None
+) -> None:
+    fields = {field: config.get(field) for field in ("rank_pattern", "alpha_pattern")}
+    try:
+        check_patterns(fields, names)
+    except ConfigError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:

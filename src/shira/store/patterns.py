@@ -5,7 +5,8 @@ A configuration of 400 bytes can hold a pattern such as ``(a+)+b``, on which Pyt
 every way to split a name among the repeats. PEFT matches the name of each module with it, so
 patterns are looked at before. From the parsed pattern an upper bound of those ways is computed, for
 names of 128 characters in which four given characters in a row are found at most four times.
-``.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$`` has about a hundred.
+``.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$`` has about a hundred. Names that come from a
+file, too, may be anything, so for those the bound is of their own length and of any characters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from shira.errors import ConfigError
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _LENGTH = 128  # characters of a module's name
 _FOUND = (1.0, 1 / 4, 1 / 10, 1 / 20, 1 / 32)  # share of its places where n given characters stand
 _WAYS = 1_000_000  # of matching a name, at most: some milliseconds
+_TOGETHER = 10 * _WAYS  # with all patterns of a configuration
 _LONGEST = 50_000  # characters of a pattern
 _MOST = 10_000  # patterns in a configuration
 _AT_END = r"(.*\.)?({})$"
@@ -41,38 +43,51 @@ _ATOMIC = getattr(c, "ATOMIC_GROUP", None)  # from Python 3.11 on
 _REPEATS = {c.MAX_REPEAT, c.MIN_REPEAT, getattr(c, "POSSESSIVE_REPEAT", c.MAX_REPEAT)}
 
 
-def check_patterns(config: Mapping[str, Any]) -> None:
+def check_patterns(config: Mapping[str, Any], names: Collection[str] | None = None) -> None:
     """Check every pattern of module names in a configuration of PEFT's, as PEFT uses it.
 
     Args:
         config: Its fields; those that hold no patterns are left alone.
+        names: That it will be matched with; None stands for those of a model.
 
     Raises:
-        ConfigError: If one is no regular expression, or matching it could take minutes.
+        ConfigError: If one is no regular expression, or matching it, or all, could take minutes.
     """
+    ways = 0.0
     for number, (field, pattern, whole) in enumerate(_patterns(config)):
         if number >= _MOST:
             raise ConfigError(f"{field}: more than {_MOST} patterns")
-        check_pattern(whole, f"{field}: the pattern {pattern[:200]!r}")
+        ways += check_pattern(whole, f"{field}: the pattern {pattern[:200]!r}", names)
+        if ways > _TOGETHER:
+            raise ConfigError(
+                f"{field}: all patterns together could take minutes to match; use fewer of them, "
+                "or fewer repeats"
+            )
 
 
-def check_pattern(pattern: str, what: str) -> None:
+def check_pattern(pattern: str, what: str, names: Collection[str] | None = None) -> float:
     """Check one pattern.
 
     Args:
         pattern: The regular expression, as it is matched.
         what: What it is, for messages.
+        names: As for `check_patterns`.
+
+    Returns:
+        An upper bound of the ways to match a name.
 
     Raises:
         ConfigError: If it is no regular expression, or matching it could take minutes.
     """
+    told = _Names(_LENGTH, _FOUND, [])
+    if names is not None:
+        told = _Names(max(map(len, names), default=0), (1.0,), [])
     if len(pattern) > _LONGEST:
         raise ConfigError(f"{what} is too long ({len(pattern)} characters; limit {_LONGEST})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd sets of characters
-            asserted: list[float] = []
-            ways = _ways(parser.parse(pattern), _END, asserted) * (1 + sum(asserted))
+            ways = _ways(parser.parse(pattern), _END, told) * (1 + sum(told.asserted))
     except (re.error, RecursionError, OverflowError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{what} is no regular expression: {cause}") from error
@@ -81,6 +96,7 @@ def check_pattern(pattern: str, what: str) -> None:
             f"{what} could take minutes to match: a repeat within a repeat, or too many repeats in "
             "a row. Use fewer of them, or list the names of the modules"
         )
+    return ways
 
 
 def matching(patterns: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -119,19 +135,27 @@ class _Next(NamedTuple):
     empty: bool  # whether what stands there may match nothing
 
 
+class _Names(NamedTuple):
+    """Describe the names that a pattern is matched with, and collect ways of look-arounds."""
+
+    length: int
+    found: Sequence[float]  # as _FOUND
+    asserted: list[float]
+
+
 _ALL = 2**129 - 1
 _END = _Next(0, 0, True)
 
 
-def _ways(items: Any, after: _Next, asserted: list[float]) -> float:
+def _ways(items: Any, after: _Next, names: _Names) -> float:
     """An upper bound of the ways in which a sequence can match, in front of what comes after.
 
-    The ways of look-arounds in it are added to ``asserted``: they are tried anew for each of these.
+    Those of look-arounds in it are added to ``names.asserted``: they are tried anew for each.
     """
     ways, repeats = 1.0, 0
     for op, value in reversed(list(items)):
-        found = _ways_of(op, value, after, asserted)
-        if op in _REPEATS and found > 1 and value[1] >= _LENGTH:
+        found = _ways_of(op, value, after, names)
+        if op in _REPEATS and found > 1 and value[1] >= names.length:
             repeats += 1
             found = max(found / repeats, 1.0)  # their ends follow one another: L choose n, not L^n
         ways = min(ways * found, 1e100)
@@ -139,39 +163,39 @@ def _ways(items: Any, after: _Next, asserted: list[float]) -> float:
     return ways
 
 
-def _ways_of(op: Any, value: Any, after: _Next, asserted: list[float]) -> float:
+def _ways_of(op: Any, value: Any, after: _Next, names: _Names) -> float:
     """Of one item of a sequence."""
     if op in _REPEATS:
         least, most, body = value
-        return _ways_of_repeat(int(least), int(most), body, after, asserted)
+        return _ways_of_repeat(int(least), int(most), body, after, names)
     if op is c.BRANCH:
         branches = [list(branch) for branch in value[1]]
-        ways = [_ways(branch, after, asserted) for branch in branches]
+        ways = [_ways(branch, after, names) for branch in branches]
         return max(ways) if _apart(branches, after) else sum(ways)
     if op is c.GROUPREF_EXISTS:
-        return sum(_ways(branch, after, asserted) for branch in value[1:] if branch is not None)
+        return sum(_ways(branch, after, names) for branch in value[1:] if branch is not None)
     if op in (c.ASSERT, c.ASSERT_NOT):
-        asserted.append(_ways(value[1], _END, asserted))
+        names.asserted.append(_ways(value[1], _END, names))
     elif op is c.SUBPATTERN or op is _ATOMIC:
-        return _ways(_body(op, value), after, asserted)
+        return _ways(_body(op, value), after, names)
     return 1.0
 
 
-def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, asserted: list[float]) -> float:
-    least, most = min(int(least), _LENGTH), min(int(most), _LENGTH)
+def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, names: _Names) -> float:
+    least, most = min(int(least), names.length), min(int(most), names.length)
     start = _first(body)
     meet = bool(start.first & after.first) or start.empty
     if most <= 1:
-        return _ways(body, after, asserted) + (1 if meet and not least else 0)
+        return _ways(body, after, names) + (1 if meet and not least else 0)
     both = _Next(
         start.first | after.first, min(start.literals, after.literals), after.empty or start.empty
     )
-    inner = _ways(body, both, asserted) + (1 if start.empty else 0)
+    inner = _ways(body, both, names) + (1 if start.empty else 0)
     if inner > 1:  # each round can go several ways
         return math.exp(min(most * math.log(inner), 230.0))
     if not meet or least == most:
         return 1.0
-    share: float = _FOUND[min(after.literals, len(_FOUND) - 1)]
+    share: float = names.found[min(after.literals, len(names.found) - 1)]
     return float(1 + (most - least) / _width(body) * share)
 
 

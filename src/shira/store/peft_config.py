@@ -20,7 +20,7 @@ from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.entries import COORDINATE_LIMIT
 from shira.store.json_text import check_readable, parse_object, shape_in
-from shira.store.patterns import check_patterns
+from shira.store.patterns import check_pattern, check_patterns
 from shira.store.safetensors_header import open_regular
 from shira.support import matrix_shape
 
@@ -153,9 +153,10 @@ def _matches_all(targets: Any, modules: Sequence[str]) -> bool:
     """Whether PEFT's way of matching ``target_modules`` finds each of ``modules``."""
     if isinstance(targets, str):
         try:
-            return all(re.fullmatch(targets, module) for module in modules)
-        except re.error:
-            return False  # "all-linear" and the like: not a pattern, and not ours to judge
+            check_pattern(targets, "target_modules", modules)
+        except ConfigError:
+            return False  # names of any length, from a file, for which the pattern takes too long
+        return all(re.fullmatch(targets, module) for module in modules)
     if not isinstance(targets, (list, tuple, set, frozenset)):
         return False
     return all(
