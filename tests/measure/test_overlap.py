@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shira import Adapter, SparseDelta, Support, overlap
 from shira.errors import AdapterError, WrongBaseError
 from shira.fusing.reference import dense
+from shira.measure import numerical_rank
 from shira.measure.sparse import entries_of
 from shira.measure.zeros import zero_share
 from tests.adapters import SHAPES, adapters, delta, few, random_adapter, random_delta
@@ -206,6 +207,14 @@ def test_no_global_generator_is_touched():
     one = overlap(random_adapter(1), random_adapter(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert overlap(random_adapter(1), random_adapter(2)) == one
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, -(2**130)])
+def test_any_integer_is_a_seed(seed):
+    one, other = random_adapter(1), random_adapter(2)
+    found = overlap(one, other, seed=seed, effort=1)
+    assert found == overlap(one, other, seed=seed, effort=1)
+    assert numerical_rank(next(iter(one.values())), limit=1, seed=seed).rank
 
 
 def test_refusals():

@@ -17,7 +17,7 @@ import torch
 from shira.delta import SparseDelta
 from shira.measure.figures import Estimate
 from shira.measure.sparse import Floats, SparseMatrix, entries_of
-from shira.measure.spectral import largest_singular_value
+from shira.measure.spectral import generator, largest_singular_value
 from shira.measure.wide import check_finite
 from shira.support import matrix_shape
 
@@ -122,7 +122,7 @@ def _dense(matrix: SparseMatrix) -> Floats:
 
 def _sketch(matrix: SparseMatrix, size: int, seed: int) -> Floats:
     """``S A W``: of twice as many rows as columns, the latter a few more than ``size``."""
-    draw = np.random.Generator(np.random.Philox(key=seed))
+    draw = generator(seed)
     row, col, value = matrix.row, matrix.col, matrix.value
     long, short = matrix.shape
     if long < short:

@@ -21,6 +21,11 @@ TOLERANCE = 1e-4
 STEPS = 300
 
 
+def generator(seed: int) -> np.random.Generator:
+    """Make the generator of a seed, any integer."""
+    return np.random.Generator(np.random.Philox(key=seed % 2**128))
+
+
 def product_norm(
     a: Entries, b: Entries, *, tolerance: float = TOLERANCE, seed: int = 0
 ) -> Estimate:
@@ -77,7 +82,7 @@ def largest_singular_value(
     if shape[0] < shape[1]:  # the vectors of the shorter side are spanned after as many steps
         product, transposed, shape = transposed, product, (shape[1], shape[0])
     steps = min(steps, shape[1])
-    v = np.random.Generator(np.random.Philox(key=seed)).standard_normal(shape[1])
+    v = generator(seed).standard_normal(shape[1])
     v /= np.linalg.norm(v)
     right, left = np.empty((steps, shape[1])), np.empty((steps, shape[0]))
     diagonal, above = np.zeros(steps), np.zeros(steps)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shira.measure.figures import Estimate
 from shira.measure.sparse import Entries, Ints
+from shira.measure.spectral import generator
 
 EFFORT = 2**27
 """Words of 64 bits to go through for one weight: about a second."""
@@ -51,7 +52,7 @@ def zero_share(
     if columns >= n:
         filled = int(_filled(a, b, np.arange(n), shape).sum())
         return Estimate(1.0 - filled / (n * n) if n else 1.0)
-    draw = np.random.Generator(np.random.Philox(key=seed)).choice(n, size=columns, replace=False)
+    draw = generator(seed).choice(n, size=columns, replace=False)
     share = _filled(a, b, np.sort(draw), shape) / n  # (columns,)
     spread = share.std(ddof=1) / math.sqrt(columns) * math.sqrt(1 - columns / n)
     return Estimate(1.0 - float(share.mean()), 1.96 * float(spread))
