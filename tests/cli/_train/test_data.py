@@ -119,6 +119,15 @@ def test_a_label_that_was_not_trained_on(tmp_path):
         load_data(replace(OPTIONS, train_file=train, eval_file=dev), Words())
 
 
+@pytest.mark.parametrize("missing", ["Sentence", "target"])
+def test_a_column_that_the_evaluation_data_lack(tmp_path, missing):
+    train = table(tmp_path / "train.csv", ROWS)
+    rows = [{key: value for key, value in row.items() if key != missing} for row in ROWS]
+    dev = table(tmp_path / "dev.csv", rows)
+    with pytest.raises(ConfigError, match=rf"dev.csv: there is no column '{missing}'"):
+        load_data(replace(OPTIONS, train_file=train, eval_file=dev), Words())
+
+
 def test_a_share_is_kept_to_evaluate_on(tmp_path):
     rows = [{"text": f"{'x' * n}", "label": n % 2} for n in range(1, 21)]
     path = table(tmp_path / "train.jsonl", rows)

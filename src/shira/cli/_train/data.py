@@ -140,9 +140,6 @@ def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokeniz
     label = column(train, options.label_column, LABEL_NAMES, what="label", path=path)
     text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
     names = _class_names(train[label], f"{path}: column {label!r}")
-    for table, where in ((train, path), (evaluation, options.eval_file)):
-        if where is not None and (missing := table.data[text].null_count):
-            say(f"{where}: {missing} rows have no text, and are taken as empty (NA is none in csv)")
     numbers = {name: number for number, name in enumerate(names)}
 
     def encode(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -159,6 +156,9 @@ def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokeniz
                 f"{where}: label {strange[0]!r} does not occur in what is trained on, where there "
                 f"are {', '.join(names[:20])}.{did_you_mean(strange[0], names)}"
             )
+    for table, where in ((train, path), (evaluation, options.eval_file)):
+        if where is not None and (missing := table.data[text].null_count):
+            say(f"{where}: {missing} rows have no text, and are taken as empty (NA is none in csv)")
     data = Data(_mapped(train, encode), _mapped(evaluation, encode), names)
     for table, where in ((data.train, path), (data.evaluation, options.eval_file or path)):
         if table is not None and not (lengths := row_lengths(table)).all():
