@@ -23,6 +23,7 @@ from shira.delta import Adapter
 from shira.errors import FileFormatError, WrongBaseError
 from shira.support import Support
 from tests.hostile import compact_files, peft_files
+from tests.pages import README
 
 ROUNDS = 1500  # for each format
 
@@ -165,3 +166,8 @@ def check_sound(adapter: Adapter, turn: int) -> None:
         assert Support((8, 6), delta.support.indices) == delta.support
         assert bool(torch.isfinite(delta.values).all()), f"turn {turn}"
         assert delta.values.is_floating_point()
+
+
+def test_readme_has_the_counts() -> None:
+    kinds = len(compact_files.HOSTILE) + len(peft_files.HOSTILE)
+    assert f"({kinds} kinds, {2 * ROUNDS:,} mutations)" in README.read_text()
