@@ -123,6 +123,14 @@ def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
     assert shira("demo").status == 1
 
 
+def test_a_single_step_has_a_rate(tmp_path):
+    from shira.cli._demo.settings import Settings
+    from shira.cli._demo.training import _arguments
+
+    warmups = [_arguments(tmp_path, Settings(steps=n)).warmup_steps for n in (1, 2, 150)]
+    assert warmups == [0, 1, 9]
+
+
 def test_options_reach_the_settings(shira, monkeypatch):
     import shira.cli._demo.run as run
 

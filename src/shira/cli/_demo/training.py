@@ -154,7 +154,7 @@ def _arguments(scratch: str | Path, settings: Settings) -> TrainingArguments:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         lr_scheduler_type="linear",
-        warmup_steps=max(1, settings.steps // 16),
+        warmup_steps=min(max(1, settings.steps // 16), settings.steps - 1),
         seed=settings.seed,
         data_seed=settings.seed,
         logging_steps=max(1, settings.steps // 20),
