@@ -202,6 +202,8 @@ def test_mistakes_are_one_line_and_write_nothing(shira, write, tmp_path):
         (["--target-modules", "q_proj"], "q_proj"),
         (["--mask-type", "randm"], "Did you mean 'random'"),
         (["--scheduler", "cosin"], "Did you mean 'cosine'"),
+        (["--scheduler", "warmup_stable_decay"], "--scheduler is one of linear"),  # needs arguments
+        (["--scheduler", "reduce_lr_on_plateau"], "give --eval-file or --eval-fraction"),
         (["--model", tmp_path / "nowhere"], "could not load its tokenizer"),
         (["--train-file", tmp_path / "none.txt"], "no such file"),
         (["--resume", "last"], "no checkpoint"),

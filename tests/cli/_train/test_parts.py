@@ -192,6 +192,7 @@ def test_a_record_that_is_none_is_refused(tmp_path):
         ({"warmup": 0.1, "max_steps": 50}, 5),
         ({"warmup": 7.0, "max_steps": 50}, 7),
         ({"warmup": 0.0}, 0),
+        ({"max_steps": 1}, 0),  # its one step would have a rate of 0
         # 100 rows in steps of 4 x 2 on 2 processes, twice over
         ({"warmup": 0.5, "batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2.0}, 7),
     ],

@@ -19,7 +19,7 @@ def training_arguments(options: TrainOptions, output: Path) -> Any:
     """The arguments of the Trainer; the warm-up is left to `set_warmup`.
 
     Raises:
-        ConfigError: If there is no such scheduler.
+        ConfigError: If there is no such scheduler, or it needs more than there is.
     """
     from transformers import TrainingArguments
 
@@ -36,7 +36,7 @@ def training_arguments(options: TrainOptions, output: Path) -> Any:
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=_scheduler(options.scheduler),
+        lr_scheduler_type=_scheduler(options.scheduler, evaluates),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         per_device_train_batch_size=options.batch_size,
@@ -73,16 +73,28 @@ def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
     """
     a_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
     steps = options.max_steps or math.ceil(rows / a_step * options.epochs)
-    warmup = options.warmup if options.warmup >= 1 else options.warmup * steps
-    arguments.warmup_steps = math.ceil(warmup)
+    share = min(math.ceil(options.warmup * steps), steps - 1)  # a step at full rate is left
+    arguments.warmup_steps = math.ceil(options.warmup) if options.warmup >= 1 else share
 
 
-def _scheduler(name: str) -> str:
+_SCHEDULERS = (  # of transformers', those that need no further argument
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt"),
+)
+_OF_THE_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+
+
+def _scheduler(name: str, evaluates: bool) -> str:
     from transformers import SchedulerType
 
-    known = [str(kind.value) for kind in SchedulerType]
+    kinds = {str(kind.value) for kind in SchedulerType}
+    known = [each for each in (*_SCHEDULERS, *_OF_THE_EVALUATION) if each in kinds]
     if name not in known:
         raise ConfigError(
             f"--scheduler is one of {', '.join(known)}, not {name!r}.{did_you_mean(name, known)}"
+        )
+    if name in _OF_THE_EVALUATION and not evaluates:
+        raise ConfigError(
+            f"--scheduler {name} goes by the evaluation: give --eval-file or --eval-fraction"
         )
     return name
