@@ -188,7 +188,7 @@ def judge_together(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Ver
 
 
 def _recorded(metadata: Mapping[str, Any], name: str) -> tuple[str | None, list[str]]:
-    """The fingerprint of a parameter, None without one, and those in narrower dtypes."""
+    """Return the fingerprint of a parameter, None without one, and those in narrower dtypes."""
     exact, rounded = (metadata.get(field) for field in (FINGERPRINT_FIELD, ROUNDED_FIELD))
     if not isinstance(exact, Mapping) or exact.get(name) is None:
         return None, []

@@ -136,7 +136,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _shared_ends(one: str, other: str) -> int:
-    """Characters that two names begin and end with alike."""
+    """Return the number of characters that two names begin and end with alike."""
     ends = (zip(one, other, strict=False), zip(reversed(one), reversed(other), strict=False))
     return sum(
         1 for pairs in ends for _ in itertools.takewhile(lambda two: two[0] == two[1], pairs)

@@ -35,7 +35,7 @@ _BITS: Mapping[int, tuple[np.dtype[np.signedinteger], torch.dtype]] = {
 
 
 def values_at(stored: Stored, flat: Tensor) -> Tensor | None:
-    """``(k,)`` values of a stored tensor at increasing flat indices.
+    """Return ``(k,)`` values of a stored tensor at increasing flat indices.
 
     Returns:
         None if it holds no floating-point numbers that a delta could be added to.
@@ -47,7 +47,7 @@ def values_at(stored: Stored, flat: Tensor) -> Tensor | None:
 
 
 def read_entries(file: BinaryIO, stored: Stored, flat: Tensor) -> Tensor:
-    """``(k,)`` values of a stored tensor.
+    """Read ``(k,)`` values of a stored tensor.
 
     Args:
         file: Its file, open for reading without a buffer.

@@ -67,7 +67,7 @@ def match_names(names: Collection[str], keys: Collection[str]) -> Prefix | None:
 
 
 def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stored], Prefix]:
-    """The stored tensor of each parameter.
+    """Find the stored tensor of each parameter.
 
     Args:
         names: An adapter's parameter names.
@@ -94,7 +94,7 @@ def locate_deltas(
     checkpoint: Checkpoint,
     whole: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Stored], Prefix]:
-    """The stored tensor of each delta, as `locate` finds them, each of its delta's shape.
+    """Find the stored tensor of each delta, as `locate` does; each has its delta's shape.
 
     Args:
         deltas: By parameter name.

@@ -153,7 +153,7 @@ _PICKLED = (
 
 
 def _from_hub(name: str) -> Path:
-    """The local snapshot of a model on the hub."""
+    """Return the local snapshot of a model on the hub."""
     nothing = "no such file or folder"
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".safetensors"):
         raise FileNotFoundError(errno.ENOENT, nothing, name)
@@ -183,7 +183,7 @@ def _all_of(folder: Path) -> tuple[Path, ...]:
 
 
 def _chosen(folder: Path, config: Mapping[str, Any]) -> Path | None:
-    """The one file, or index, by which a folder's checkpoint goes; None if there is none."""
+    """Return the one file, or index, that makes up a folder's checkpoint; None if none does."""
     named = config.get("transformers_weights")
     if isinstance(named, str):
         if not named.endswith((".safetensors", _INDEX)) or named != os.path.basename(named):
@@ -224,7 +224,7 @@ def _why(folder: Path) -> str:
 
 
 def _index_of(file: Path) -> Path | None:
-    """The index beside a file that lists this file alone; what lists others is of no account."""
+    """Return the index beside a file that lists this file and no other, if there is one."""
     path = file.with_name(file.stem + _INDEX)
     try:
         return path if {*_read_index(path).values()} == {file.name} else None

@@ -21,7 +21,7 @@ Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Checkpoint | Mapping[str
 
 
 def shapes_of(base: Base, names: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a base model's weights by parameter name.
+    """Return the shapes of a base model's weights by parameter name.
 
     Args:
         base: An ``nn.Module`` (wrapped or adapted ones count as the base inside), the path or hub

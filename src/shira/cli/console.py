@@ -43,7 +43,7 @@ class PlainTable(Table):
 
 
 def _cell(text: object) -> str:
-    """A text as it is shown in a table; of one that rich would take minutes for, the start."""
+    """Return a text as a table shows it; of one so long that rich takes minutes, the start."""
     text = shown(text)
     if len(text) <= _LONGEST:
         return text
@@ -70,7 +70,7 @@ def console(stream: TextIO | None = None) -> Console:
 def table(
     title: str, *columns: str, right: tuple[str, ...] = (), note: str = "", **kwargs: Any
 ) -> Table:
-    """An empty table.
+    """Return an empty table.
 
     Args:
         title: Of the table.

@@ -24,7 +24,7 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(_Check(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+        """Take a step as the Trainer does, and note the first loss that is not finite."""
         loss = super().training_step(*args, **kwargs)
         step = loss.new_full((), self.state.global_step + 1, dtype=torch.float64)
         here = torch.where(torch.isfinite(loss.detach()), math.inf, step)

@@ -168,7 +168,7 @@ def command(
 
 
 def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
-    """The short name of the adapter at a path."""
+    """Return the short name of the adapter at a path."""
     from shira.errors import ConfigError
 
     found = [

@@ -209,7 +209,7 @@ def merge(
 
 
 def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
-    """The undo file's path, if a file may be written there."""
+    """Return the undo file's path, if a file may be written there."""
     path = Path(os.path.abspath(undo))
     if path.is_dir():
         raise ConfigError(f"the undo file {path} is a folder; name a file")
@@ -286,7 +286,7 @@ def _change(
 def _whole_change(
     name: str, tensor: Tensor, stored: Stored, file: BinaryIO
 ) -> tuple[Whole, Edit, Undone]:
-    """As `_change`; costs what the tensor has entries, all of which may change."""
+    """Do as `_change` for a whole tensor; the cost follows its size, as all of it may change."""
     flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()))
     old = read_entries(file, stored, flat)
     new = tensor.detach().reshape(-1).cpu().to(old.dtype)
@@ -304,7 +304,7 @@ def _whole_change(
 
 
 def _written(stored: Stored, flat: Tensor, old: Tensor, new: Tensor) -> tuple[Edit, Undone]:
-    """The entries whose bits change, to be written and to be put back."""
+    """Return the entries whose bits change, to be written and to be put back."""
     support = Support._trusted(stored.shape, flat)
     undone = Undone(stored.key, stored.file.name, support, old, fingerprint(new))
     return Edit(stored, flat, new), undone

@@ -70,7 +70,7 @@ class Written:
 def check_output(
     checkpoint: Checkpoint, output: str | os.PathLike[str], overwrite: bool, what: str = "output"
 ) -> Path:
-    """The output's path, after making sure that what is there may be replaced.
+    """Return the output's path, after making sure that what is there may be replaced.
 
     Raises:
         ConfigError: If it is there already and may not be overwritten, or is a folder of something

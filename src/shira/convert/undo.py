@@ -103,7 +103,7 @@ def replacing_undo(path: Path, undone: Sequence[Undone]) -> Iterator[Callable[[]
 
 
 def undo_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The undo file, and those before it that a merge which was killed has left beside it."""
+    """Return the undo file, and older ones that a killed merge has left beside it."""
     path = Path(path)
     before = re.compile(rf"{re.escape(path.name)}\.before[0-9]*")
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []

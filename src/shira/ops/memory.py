@@ -81,12 +81,12 @@ under_way: dict[int, Write] = {}
 
 
 def address_of(tensor: Tensor) -> int:
-    """The address of a tensor's storage, which views and tied weights share."""
+    """Return the address of a tensor's storage, which views and tied weights share."""
     return tensor.untyped_storage().data_ptr()
 
 
 def lock_of(tensor: Tensor) -> Any:
-    """The lock that guards a tensor's memory."""
+    """Return the lock that guards a tensor's memory."""
     return _lock_at(address_of(tensor))
 
 
@@ -172,7 +172,7 @@ def _refuse_nested(lock: Any) -> None:
 
 
 def memory_of(data: Tensor) -> Tensor:
-    """The entries of a tensor in the order of memory, as a 1-D view."""
+    """Return the entries of a tensor in the order of memory, as a 1-D view."""
     if data.is_contiguous():
         return data.view(-1)
     extent = 1 + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))

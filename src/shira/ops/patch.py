@@ -143,12 +143,12 @@ class Exchange:
         self._done.value, self._there = 0, []
 
     def _kernels(self) -> native.Kernels | None:
-        """The compiled walk, if there is one: not for buffers of single bytes."""
+        """Return the compiled walk, if there is one; there is none for buffers of single bytes."""
         walks = self.weight.device.type == "cpu" and self.weight.element_size() > 1
         return native.load().library if walks else None
 
     def _put_in_with_torch(self, memory: Tensor) -> None:
-        """Entries that both patches have are written twice here; ``memory`` is 1-D."""
+        """Write to a 1-D memory, twice to the entries that both patches have."""
         out, in_ = self.before, self.after
         steps = [] if out is None else [(out.offsets.long(), out.replacement, out.originals)]
         steps += [] if in_ is None else [(in_.offsets.long(), in_.originals, in_.replacement)]
@@ -162,7 +162,7 @@ class Exchange:
 def exchange(
     weight: Tensor, before: Patch | None, after: Patch | None, *, check: bool = True
 ) -> None:
-    """`Exchange` at once."""
+    """Make an `Exchange` and run it."""
     Exchange(weight, before, after, check=check).run()
 
 

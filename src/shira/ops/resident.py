@@ -62,7 +62,7 @@ def resident(
 
 
 def entered(data: Tensor, plan: Plan, delta: Tensor) -> native.Entered | Overwritten:
-    """A write of ``round(original + delta)`` to the entries of a plan.
+    """Return a write of ``round(original + delta)`` to the entries of a plan.
 
     Args:
         data: A weight whose entries do not share memory.
@@ -137,5 +137,5 @@ def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def _overlaps_itself(weight: Tensor) -> bool:
-    """Whether entries share memory (an expanded tensor): then nothing may be overwritten."""
+    """Return whether entries share memory (an expanded tensor): then none may be overwritten."""
     return any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True))

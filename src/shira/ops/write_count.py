@@ -38,7 +38,7 @@ def one_write(weight: Tensor) -> WriteCount:
 
 
 def take_back(weight: Tensor, count: WriteCount) -> None:
-    """The weight holds the bits of before the counted writes again."""
+    """Take counted writes back, once the weight holds the bits of before them again."""
     if count.before is None or weight.is_inference():
         return
     if weight._version == count.before:  # taken back already, or never counted

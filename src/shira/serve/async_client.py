@@ -93,11 +93,11 @@ class AsyncClient:
             return (await self._call("shira_fingerprint")).each
 
     async def activate(self, weights: Weights, scale: float = 1.0) -> None:
-        """As `Client.activate`, but waits for running requests; new ones queue meanwhile."""
+        """Activate as `Client` does, after running requests; new ones queue meanwhile."""
         await _whole(self._switch(wanted(weights, scale)))
 
     async def check(self, weights: Weights, scale: float = 1.0) -> None:
-        """As `Client.check`."""
+        """Check as `Client` does."""
         which = wanted(weights, scale)
         async with self._lock:
             await self._call("shira_check", which)

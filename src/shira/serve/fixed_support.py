@@ -40,7 +40,7 @@ class FixedSupport:
 
     @classmethod
     def of(cls, adapter: Mapping[str, SparseDelta]) -> FixedSupport:
-        """The support of an adapter.
+        """Return the support of an adapter.
 
         Raises:
             AdapterError: If it has whole tensors, which have no support.

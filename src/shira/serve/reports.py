@@ -78,7 +78,7 @@ def wanted(weights: str | Mapping[str, float] | None, scale: float = 1.0) -> dic
 
 
 def named(name: object) -> str:
-    """An adapter's name, checked.
+    """Check an adapter's name, and return it.
 
     Raises:
         AdapterError: If it is not 1 to 1000 characters of text that can be printed.
@@ -92,7 +92,7 @@ def named(name: object) -> str:
 
 
 def located(path: object) -> str:
-    """The path of an adapter as text, checked.
+    """Check the path of an adapter, and return it as text.
 
     Raises:
         AdapterError: If no file can have it.
@@ -108,7 +108,7 @@ def located(path: object) -> str:
 
 
 def slept(level: object) -> int:
-    """A level of sleep, checked.
+    """Check a level of sleep, and return it.
 
     Raises:
         ConfigError: If vLLM has no such level.

@@ -111,7 +111,7 @@ def check_special(path: str | os.PathLike[str]) -> None:
 
 
 def _make(target: Path, folder: bool) -> tuple[Path, int]:
-    """A new temporary file or folder beside ``target``, and a descriptor that holds its lock."""
+    """Make a temporary file or folder beside ``target``, and a descriptor that holds its lock."""
     while True:
         temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
         if folder:

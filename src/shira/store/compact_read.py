@@ -203,7 +203,7 @@ def _table(header: Header, size: int) -> Table:
 def _check(
     header: Header, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
 ) -> None:
-    """The tensor is there, of one of the dtypes, and of the shape; None is any of one dimension."""
+    """Check that a tensor is there, of one of the dtypes and of the shape (None: any in 1-D)."""
     info: TensorInfo | None = header.tensors.get(name)
     if info is None:
         raise FileFormatError(

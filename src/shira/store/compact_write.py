@@ -180,7 +180,7 @@ def _stored_values(
 
 
 def _array(tensor: Tensor) -> Array:
-    """The tensor as an array; numpy has no bfloat16, so that of its bits."""
+    """Return the tensor as an array; of bfloat16, which numpy lacks, the array of its bits."""
     array: Array = tensor.view(
         torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype
     ).numpy()

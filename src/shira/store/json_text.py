@@ -89,7 +89,7 @@ def check_readable(text: str) -> None:
 
 
 def shape_in(value: Any) -> tuple[int, ...]:
-    """The shape of a weight that a file tells, as a list of sizes.
+    """Return the shape of a weight that a file records as a list of sizes.
 
     Raises:
         ValueError: If it is none, has more than 32 dimensions, or 2^62 entries or more.

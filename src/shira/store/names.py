@@ -89,7 +89,7 @@ def own_names(keys: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
 
 
 def _inside(path: str, modules: Container[str]) -> str | None:
-    """The innermost of some modules that a path is inside of."""
+    """Return the innermost of some modules that a path is inside of."""
     while "." in path:
         path = path.rpartition(".")[0]
         if path in modules:

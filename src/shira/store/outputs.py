@@ -68,7 +68,7 @@ def _check_input(what: str, output: Path, source: Path, *, anything: bool) -> No
 
 
 def _whole(path: Path) -> Path:
-    """The folder of an adapter that is named by its weights, as its config is read as well."""
+    """Return the folder of an adapter named by its weights file, as its config is read too."""
     return path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
 
 

@@ -148,7 +148,7 @@ _END = _Next(0, 0, True)
 
 
 def _ways(items: Any, after: _Next, names: _Names) -> float:
-    """An upper bound of the ways in which a sequence can match, in front of what comes after.
+    """Return an upper bound of the ways in which a sequence can match before what follows it.
 
     Those of look-arounds in it are added to ``names.asserted``: they are tried anew for each.
     """
@@ -164,7 +164,7 @@ def _ways(items: Any, after: _Next, names: _Names) -> float:
 
 
 def _ways_of(op: Any, value: Any, after: _Next, names: _Names) -> float:
-    """Of one item of a sequence."""
+    """Return such a bound for one item of a sequence."""
     if op in _REPEATS:
         least, most, body = value
         return _ways_of_repeat(int(least), int(most), body, after, names)
@@ -257,7 +257,7 @@ def _apart(branches: list[list[Any]], after: _Next) -> bool:
 
 
 def _characters(op: Any, value: Any) -> int:
-    """The characters that an item of one character matches, whatever their case."""
+    """Return the characters that an item of one character matches, in either case."""
     if op is c.ANY:
         return _ALL
     if op is c.LITERAL or op is c.NOT_LITERAL:
@@ -306,5 +306,5 @@ def _body(op: Any, value: Any) -> Any:
 
 
 def _width(items: Any) -> int:
-    """The fewest characters that a sequence matches, 1 at least."""
+    """Return the fewest characters that a sequence matches, 1 at least."""
     return max(int(items.getwidth()[0]), 1)

@@ -130,7 +130,7 @@ def common_rank(
 
 
 def _modules_of(whole: Sequence[str], given: Any) -> list[str] | None:
-    """The modules that PEFT is to wrap so that it loads these tensors; the given ones if it does.
+    """Return the modules that PEFT has to wrap to load these tensors; the given ones if they do.
 
     Raises:
         ConfigError: If a tensor is the model's own, of no module in it.

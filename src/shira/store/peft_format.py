@@ -310,7 +310,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
-    """The key of each adapted module, and the tensors that are not SHiRA's."""
+    """Return the key of each adapted module, and the tensors that are not SHiRA's."""
     keys: dict[str, str] = {}
     others = []
     for name in header.tensors:

@@ -69,7 +69,7 @@ class Loaded:
 
     @contextmanager
     def _blaming(self, target: Target) -> Iterator[None]:
-        """Errors inside are of this adapter and parameter."""
+        """Name this adapter and parameter in errors of the body."""
         try:
             yield
         except AdapterError as error:
@@ -110,7 +110,7 @@ def _same_bits(a: Entry, b: Entry) -> bool:
 def resolve(
     name: str, adapter: Adapter, index: Targets, known: Mapping[str, Target], allow_tied: bool
 ) -> dict[Target, str]:
-    """An adapter's parameter names by the module's weights; each fits and can be written to.
+    """Find the module's weights that an adapter's parameters are for; each can be written to.
 
     Args:
         name: The adapter's name, for messages.
@@ -157,7 +157,7 @@ def resolve(
 
 
 def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied: bool) -> Target:
-    """The name by which a weight's memory is known: its own, or of tied ones the first.
+    """Return the target that stands for a weight's memory: its own, or of tied ones the first.
 
     Names in ``same`` get the same change, so that it is no matter that they share memory.
     """

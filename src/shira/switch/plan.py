@@ -59,7 +59,7 @@ def make_entry(delta: SparseDelta, weight: Tensor, active: Patch | None) -> tupl
 
 
 def make_whole_entry(tensor: Tensor, weight: Tensor, active: Patch | None) -> Entry:
-    """A whole tensor's entry on a weight: rounded once to the weight's dtype.
+    """Make a whole tensor's entry on a weight, rounded once to the weight's dtype.
 
     Costs what the weight has entries, all of which it changes.
 

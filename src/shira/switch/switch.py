@@ -381,7 +381,7 @@ def _note(before: Iterable[Target], after: Plan) -> None:
 
 
 def _free_locks() -> None:
-    """In a forked child: locks of threads that are not there, and bodies of theirs, are no more."""
+    """Free a forked child of what threads hold that it does not have: locks and `using` bodies."""
     for switch in tuple(_switches):
         if not switch.lock._is_owned():  # type: ignore[attr-defined]
             switch.lock = threading.RLock()

@@ -203,7 +203,7 @@ def check_writable(
 
 
 def shared_memory(targets: Iterable[Target]) -> list[Target]:
-    """Those whose weight is mapped read-only, or from a file, or shared with other processes."""
+    """Return those whose weight is read-only, mapped from a file or shared with processes."""
     memory_map = MemoryMap()
     return [target for target in targets if not memory_map.is_private(target.weight.data)]
 

@@ -165,7 +165,7 @@ def product_input(x: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _made(weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> Tensor:
-    """A copy of the weight with the adapters inside, differentiable."""
+    """Return a differentiable copy of the weight with the adapters inside."""
     backend = inside.backend
     _refuse_several(deltas, inside)
     if is_sharded(weight) or (backend is not None and not can_unpack(backend)):

@@ -134,7 +134,7 @@ def stored_weight(layer: nn.Module) -> Any:
 
 
 def _overwritten(layer: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places in a weight's memory and what was there, the latest adapter to come in first."""
+    """Yield places in a weight's memory and what was there, the latest adapter first."""
     undo = getattr(layer, "_undo", None)
     patch = getattr(weight, "shira_patch", None)  # of `shira.Switch`
     records = [(undo.plan.offsets(), undo.originals)] if undo is not None else []

@@ -79,7 +79,7 @@ def has_hooks_of_users(module: nn.Module) -> bool:
 def call_with_hooks(
     module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """``module(*args, **kwargs)``, hooks and all, with ``forward`` in the place of its own.
+    """Call a module, hooks and all, with ``forward`` in the place of its own.
 
     Accelerate wraps a module's forward and keeps the original as ``_old_forward``; its wrapper
     then counts among the hooks.
@@ -92,7 +92,7 @@ def call_with_hooks(
 def call_with_weight(
     module: nn.Module, weight: Callable[[], Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """``module(*args, **kwargs)``, its own forward and hooks, with another weight.
+    """Call a module, its own forward and hooks, with another weight.
 
     Args:
         module: The base layer.
@@ -120,7 +120,7 @@ def _place_of_forward(module: nn.Module) -> str:
 def _with_entry(
     entries: dict[str, Any], name: str, value: Any, call: Callable[..., Any], *args: Any, **kw: Any
 ) -> Any:
-    """``call(*args, **kw)`` while ``entries[name]`` is ``value``; then it is as it was."""
+    """Return ``call(*args, **kw)``, while ``entries[name]`` is ``value``, and put that back."""
     put_back = (
         partial(entries.__setitem__, name, entries[name])
         if name in entries

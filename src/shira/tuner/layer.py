@@ -70,7 +70,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """A switch of PEFT's (``disable_input_dtype_casting``). Nothing depends on it, as the input is
     cast only where torch's own layer casts it, under autocast."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
-    """Of base layers, those that `_product` computes; others are called with another weight."""
+    """Forwards of base layers that `_product` stands in for; others get a weight to compute with."""
 
     def __init__(
         self,
@@ -459,7 +459,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The base layer's own forward, with a weight that holds the adapters."""
+        """Call the base layer's own forward with a weight that holds the adapters."""
         if torch.compiler.is_compiling():
             weight = adapted_weight(self, weight_of(base), adapter_names)
             return torch.func.functional_call(base, {"weight": weight}, args, kwargs)
@@ -590,7 +590,7 @@ def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:
 
 
 def _the_input(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The one input of a layer that takes one, however it is passed.
+    """Return the one input of a layer that takes one, however it is passed.
 
     Raises:
         TypeError: If there are other arguments, as the layer itself would.

@@ -36,7 +36,7 @@ Incoming = Mapping[str, Support]
 
 
 def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
-    """The supports of the adapter whose config this is, checked against the model.
+    """Return the supports of the adapter whose config this is, checked against the model.
 
     Args:
         config: If it was read by ``from_pretrained``, it knows the file beside it.
@@ -112,7 +112,7 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
 def _check_whole(
     file: PeftFile, config: ShiraConfig, model: nn.Module, shapes: Collection[str]
 ) -> None:
-    """The file's whole tensors are the model's, and those of each of ``modules_to_save`` complete.
+    """Check that the model has the file's whole tensors, and the file all of ``modules_to_save``.
 
     PEFT leaves out what the model lacks, and fails on what the file lacks when it has changed the
     model already.

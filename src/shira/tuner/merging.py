@@ -41,7 +41,7 @@ class Undo:
 
 
 class _Restoring:
-    """Puts the originals back also to be undone: half of it is not what anybody wants."""
+    """The write of an unmerge: to undo it is to complete it, so that it is never left half done."""
 
     def __init__(self, undo: Undo, weight: Tensor, commit: Callable[[], None]) -> None:
         self.undo, self.weight, self.commit = undo, weight, commit
@@ -113,7 +113,7 @@ def merge_into(
 
 
 class _Merging:
-    """A write that is noted elsewhere: to be undone is to be noted, too."""
+    """The write of a merge; when it is put back, that is noted where the merge was."""
 
     def __init__(
         self, write: Entered | Overwritten, weight: Tensor, undone: Callable[[], None]
@@ -133,7 +133,7 @@ class _Merging:
 
 
 def _originals(there: Tensor, plan: Plan, earlier: Undo | None, data: Tensor) -> Tensor:
-    """``(k,)``: what the base holds at the entries of a plan, of what is there now."""
+    """Return ``(k,)``: what the base holds at a plan's entries, given what is there now."""
     if earlier is None:
         return there
     # Entries of the earlier merge hold replacements now; their originals are in its undo. All of

@@ -115,7 +115,7 @@ def _register_loading() -> None:
 
 
 def _restoring(method: Any) -> Any:
-    """A method of a PEFT model, or a class method on one, that leaves it as it was if it fails."""
+    """Make a method or class method of PEFT's leave the model as it was if it fails."""
     of_class = isinstance(method, classmethod)
     function = method.__func__ if of_class else method
 
@@ -134,7 +134,7 @@ def _restoring(method: Any) -> Any:
 
 
 def _with_its_weights(read: Any) -> Any:
-    """PEFT's reading of a configuration, which then knows the weights that are to be loaded."""
+    """Make PEFT's reading of a configuration note where the weights beside it are."""
 
     @functools.wraps(read)
     def reading(cls: Any, model_id: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -147,7 +147,10 @@ def _with_its_weights(read: Any) -> Any:
 
 
 def _checked_again(load: Any) -> Any:
-    """PEFT's loading of an adapter, which does not read the configuration if it has the name."""
+    """Make PEFT's loading check the file also under a name that is there already.
+
+    PEFT itself does not read the configuration then.
+    """
 
     @functools.wraps(load)
     def loading(model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +165,7 @@ def _checked_again(load: Any) -> Any:
 
 
 def _checked(load: Any) -> Any:
-    """transformers' own loading of an adapter, checked when it is done."""
+    """Make transformers' own loading of an adapter check what it has loaded."""
 
     @functools.wraps(load)
     def loading(
@@ -178,7 +181,7 @@ def _checked(load: Any) -> Any:
 
 
 def _down_to_the_base(delete: Any) -> Any:
-    """PEFT's deletion of an adapter, after which a model without any runs as the base."""
+    """Make PEFT's deletion of the last adapter leave a model that runs as the base."""
 
     @functools.wraps(delete)
     def deleting(model: Any, adapter_name: str) -> None:
@@ -190,7 +193,7 @@ def _down_to_the_base(delete: Any) -> Any:
 
 
 def _not_for_shira(swap: Any) -> Any:
-    """PEFT's hot swapping, which writes LoRA's tensors over each other, with a clear refusal."""
+    """Make PEFT's hot swapping, which is for LoRA's tensors, refuse a model of SHiRA's."""
 
     @functools.wraps(swap)
     def refusing(model: Any, *args: Any, **kwargs: Any) -> Any:

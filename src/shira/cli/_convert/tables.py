@@ -151,7 +151,7 @@ def share(part: int, whole: int, what: str) -> str:
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, str]:
-    """A line for each whole tensor of an adapter."""
+    """Return a line for each whole tensor of an adapter."""
     lines = {}
     for name, tensor in adapter.tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -40,7 +40,7 @@ def parameters(pair: Overlap, *, each: bool) -> Table:
 
 
 def whole_tensors(found: Sequence[Overlap]) -> Table:
-    """A row for each whole tensor of each pair."""
+    """Return a row for each whole tensor of each pair."""
     result = table("Whole tensors", "a", "b", "tensor", "")
     for pair in found:
         for name, state in pair.whole.items():

@@ -77,7 +77,7 @@ def model_card(
 
 
 def _code(text: object) -> str:
-    """A text as a span of code, in which Markdown and HTML mean nothing."""
+    """Return a text as a span of code, in which Markdown and HTML have no effect."""
     text = shown(text)
     ticks = "`" * (_longest_run(text) + 1)
     space = " " if "`" in text or text.startswith(" ") else ""
@@ -85,7 +85,7 @@ def _code(text: object) -> str:
 
 
 def _longest_run(text: str) -> int:
-    """Backticks in a row, at most."""
+    """Return the length of the longest row of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 

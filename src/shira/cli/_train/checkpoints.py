@@ -39,7 +39,7 @@ _FREE = (
 
 
 def find_checkpoint(output: Path, resume: str | None) -> Path | None:
-    """The checkpoint that ``--resume`` names: ``last``, ``auto`` or a path.
+    """Find the checkpoint that ``--resume`` names: ``last``, ``auto`` or a path.
 
     Of those that are not whole, because the run was killed while it wrote them, the one before is
     taken, and it is said.
@@ -112,7 +112,7 @@ def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -
 
 
 def record_of(options: TrainOptions, processes: int) -> dict[str, Any]:
-    """The settings of a run as its checkpoints keep them, defaults filled in."""
+    """Return the settings of a run as its checkpoints keep them, defaults filled in."""
     record = {name: value for name, value in asdict(options).items() if name not in _FREE}
     if options.r is None and options.density is None:
         record["density"] = DEFAULT_DENSITY

@@ -249,7 +249,7 @@ def row_lengths(table: Any) -> Any:
 
 
 def largest_token(table: Any) -> int:
-    """The largest token id in an encoded table."""
+    """Return the largest token id in an encoded table."""
     import pyarrow.compute
 
     tokens = pyarrow.compute.list_flatten(table.data["input_ids"])

@@ -179,7 +179,7 @@ def _check_flat(events: Iterable[Any], path: Path) -> None:
 
 
 def _pairs_loader(yaml: Any) -> Any:
-    """PyYAML's safe loader, with a mapping as the list of its pairs, so that none is lost."""
+    """Return PyYAML's safe loader, changed to read a mapping as a list of pairs: none is lost."""
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         pass

@@ -127,7 +127,7 @@ class DurableService(AdapterService):
         return said
 
     def list(self) -> dict[str, Any]:
-        """As `AdapterService.list`, with what was not restored and a journal that was set aside."""
+        """List as `AdapterService` does, with what was not restored and a journal set aside."""
         return {
             **super().list(),
             "not_restored": {name: lost.why for name, lost in self.lost.items()},

@@ -22,7 +22,7 @@ _LONGEST = 4000  # characters of a message, of which a client's own words may be
 
 
 def encoded(value: dict[str, Any]) -> bytes:
-    """A response's JSON: ASCII, whatever characters are in it, and without NaN and infinity."""
+    """Return a response's JSON in ASCII, whatever is in it, without NaN and infinity."""
     return json.dumps(value, allow_nan=False).encode()
 
 
@@ -41,7 +41,7 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def body(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON value of an error; what is no Unicode text (lone surrogates) is shown as escapes."""
+    """Return the JSON value of an error; lone surrogates are shown as escapes."""
     message = message[:_LONGEST].encode(errors="backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 

@@ -216,7 +216,7 @@ class _Replay:
 
 
 async def _read(scope: Message, receive: Receive, limit: int) -> bytes | None:
-    """The body; None if the client went away.
+    """Read the body; None if the client went away.
 
     Raises:
         TooLargeError: If it says that it has more bytes than the limit, or has.
@@ -246,7 +246,7 @@ async def _timely(size: int, call: Callable[..., T], *arguments: Any) -> T:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """The fields of a JSON body; none of another body, which the application refuses itself.
+    """Return the fields of a JSON body; of another, which the application refuses itself, none.
 
     Raises:
         TooLargeError: If it may have more items than the limit.
