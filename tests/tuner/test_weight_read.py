@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shira.errors import AdapterError
+from shira.errors import AdapterError, MergeError
 from shira.tuner.adapted_weight import AdaptedWeight
 
 from .merged import adapted, check_against_merged
@@ -263,6 +263,79 @@ def test_it_is_the_base_weight_itself_while_no_adapter_is_in_effect():
     assert layer.weight is base
 
 
+def test_disabled_while_merged_it_is_the_base_weight():
+    base = Reader(READERS["linear"])
+    with torch.no_grad():
+        want = base(X)
+        model = adapted(base, ["fc"])
+        randomize(model)
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(model(X), want)
+
+
+def test_samples_of_a_merged_model_are_refused_where_the_weight_is_only_read():
+    model, layer = reading()
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="merged adapters \\(default\\)"):
+        model.eval()(X, adapter_names=["__base__"] * 2)
+    with model.disable_adapter():
+        assert torch.equal(model(X, adapter_names=["__base__"] * 2), layer.base_layer(X))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, layer: layer.shira_weight["default"].mul_(2),
+        lambda model, layer: layer.get_base_layer().weight.mul_(2),
+        lambda model, layer: model.merge_adapter(),
+    ],
+)
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_function_that_needs_it_backward_as_it_was(change, passes):
+    model, layer = reading()
+    x = X.clone().requires_grad_()
+    for _ in range(passes):
+        model(x).sum().backward()
+        assert layer.weight is layer.weight
+    y = Product.apply(x, layer.weight)
+    (before,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.no_grad():
+        change(model, layer)
+    with pytest.raises(AdapterError, match=r"fc\.weight: .* written to between a forward"):
+        torch.autograd.grad(y.sum(), x, retain_graph=True)
+    if layer.merged:
+        model.unmerge_adapter()
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], before)
+
+
+def test_the_gradient_of_its_gradient():
+    _, layer = reading()
+    value = layer.shira_weight["default"]
+
+    def second(weight):
+        (first,) = torch.autograd.grad(
+            Product.apply(X, weight).pow(3).sum(), value, None, True, True
+        )
+        return torch.autograd.grad(first.sum(), value)[0]
+
+    dense = layer.get_base_layer().weight.clone()
+    rows, columns = layer.shira_indices["default"].long()
+    want = second(dense.index_put((rows, columns), value, accumulate=True))
+    torch.testing.assert_close(second(layer.weight), want)
+
+
+def test_the_dtype_of_values_that_were_cast():
+    _, layer = reading()
+    for dtype in (torch.float32, torch.float64):
+        layer.shira_weight.to(dtype)
+        for value in layer.shira_weight.values():
+            value.grad = None
+        Product.apply(X, layer.weight).sum().backward()
+        Product.apply(X, layer.weight).sum().backward()
+        assert layer.shira_weight["default"].grad.dtype == dtype
+
+
 def test_several_adapters_and_scales():
     model, layer = reading()
     config = type(model.peft_config["default"])(density=0.3, target_modules=["fc"], random_seed=1)
@@ -303,6 +376,9 @@ WRITES = {
     "pointer": lambda weight: weight.data_ptr(),
     "storage": lambda weight: weight.untyped_storage(),
     "hook": lambda weight: weight.register_hook(print),
+    "its data in place": lambda weight: weight.data.clamp_(0, 1),
+    "detached in place": lambda weight: weight.detach().clamp_(0, 1),
+    "torch.detach in place": lambda weight: torch.detach(weight).clamp_(0, 1),
 }
 
 

@@ -78,6 +78,8 @@ class AdaptedWeight(Tensor):
     _weight: Tensor
     _deltas: Sequence[Tensor]
     _inside: Inside
+    _seen: list[int | None]
+    """`versions_of` weight and deltas when it was read."""
 
     @staticmethod
     def __new__(cls, weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> AdaptedWeight:
@@ -90,6 +92,7 @@ class AdaptedWeight(Tensor):
             device=weight.device,
         )
         self._weight, self._deltas, self._inside = weight, deltas, inside
+        self._seen = versions_of(weight, *deltas)
         return self
 
     # The three that models ask for at each forward, without the detour of __torch_function__.
@@ -106,6 +109,10 @@ class AdaptedWeight(Tensor):
                 return func(*args, **kwargs)
         if func in _OF_THE_BASE:
             return func(args[0]._weight, *args[1:], **kwargs)
+        if func in _DETACHED:  # with the memory of a copy, what is written to it would be lost
+            read = args[0]
+            deltas = [delta.detach() for delta in read._deltas]
+            return AdaptedWeight(read._weight.detach(), deltas, read._inside)
         if func in _PRODUCTS:
             result = _PRODUCTS[func](*args, **kwargs)
             if result is not None:
@@ -127,7 +134,25 @@ class AdaptedWeight(Tensor):
         return func(*args, **kwargs)
 
     def _plain(self) -> Tensor:
+        self._check()
         return _made(self._weight, self._deltas, self._inside)
+
+    def _check(self) -> None:
+        """Refuse to compute with what is not one weight, or no longer that of the forward.
+
+        Raises:
+            AdapterError: If samples have their own adapters; or, in a backward pass, if weight or
+                values were written to since this was read.
+        """
+        _refuse_several(self._deltas, self._inside)
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self._seen != versions_of(self._weight, *self._deltas):
+            raise AdapterError(
+                f"{self._inside.weight_name}: the base weight or the values of an adapter in it "
+                "were written to between a forward that read the weight and its backward, which "
+                "needs it as it was; call backward before optimizer.step(), merge_adapter() and "
+                "the like"
+            )
 
 
 class _Reading(torch.autograd.Function):
@@ -144,13 +169,17 @@ class _Reading(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        with torch.no_grad():
-            gradients = ops.value_gradients(grad, ctx.deltas, ctx.inside.indices)
+        gradients = ops.value_gradients(grad, ctx.deltas, ctx.inside.indices)
         return None, grad if ctx.needs_input_grad[1] else None, *gradients
 
 
 # The class method of `Function`, without what it does for functorch and for a setup_context.
 _read: Any = super(torch.autograd.Function, _Reading).apply
+
+
+def versions_of(*tensors: Tensor) -> list[int | None]:
+    """Return autograd's counts of writes to some tensors; None where it keeps none."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def product_input(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -225,7 +254,7 @@ def _embedding(
 ) -> Tensor | None:
     if not _is_ours(weight) or _is_ours(input) or max_norm is not None or scale_grad_by_freq:
         return None
-    _refuse_several(weight._deltas, weight._inside)
+    weight._check()
     base, indices = weight._weight, weight._inside.indices
     if padding_idx is not None and padding_idx < 0:
         padding_idx += base.shape[0]
@@ -244,7 +273,7 @@ def _input_of(x: Any, weight: Any, bias: Any) -> Tensor | None:
     ours = _is_ours(weight) and not _is_ours(x) and not _is_ours(bias)
     if not ours or weight._inside.backend is not None:
         return None
-    _refuse_several(weight._deltas, weight._inside)
+    weight._check()
     return product_input(x, weight._weight)
 
 
@@ -273,6 +302,7 @@ _METADATA = {
 _FREEZING = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _OF_THE_BASE = {Tensor.requires_grad_, _FREEZING, *_getters("grad")}
 """Freezing a layer's weight is freezing the base's."""
+_DETACHED = {torch.detach, *_methods("detach"), *_getters("data")}
 _POINTERS = _methods(
     "data_ptr storage untyped_storage register_hook retain_grad register_post_accumulate_grad_hook"
 )

@@ -26,7 +26,13 @@ from shira.ops.util import runs_eagerly
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
-from shira.tuner.adapted_weight import AdaptedWeight, Kept, adapted_weight, product_input
+from shira.tuner.adapted_weight import (
+    AdaptedWeight,
+    Kept,
+    adapted_weight,
+    product_input,
+    versions_of,
+)
 from shira.tuner.base_values import stored_weight, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.elsewhere import device_of_work, fetched, is_computed
@@ -357,6 +363,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
         The base weight itself while no adapter is in effect; ``get_base_layer().weight`` always is.
         """
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()  # as the forward does
         base: Any = self._modules["base_layer"]
         weight: Tensor | None = base._parameters.get("weight")
         if weight is None:  # GPTQ's packed weight, a computed one, one that FSDP1 has
@@ -378,13 +386,15 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         values: Any = self._modules["shira_weight"]._parameters  # type: ignore[union-attr]
         positions: Any = self._modules["shira_indices"]._buffers  # type: ignore[union-attr]
         key: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), id(weight)]
-        key += [weight.requires_grad, weight.dtype, weight.device]
+        key += [weight.requires_grad, weight.dtype, weight.device, *versions_of(weight)]
         for name in names:
             value = values.get(name)
-            key += [id(value), value is not None and value.requires_grad, self.scaling[name]]
-            key += [id(positions[name])]
-        if self._reading is not None and self._reading.key == key:
-            return self._reading.weight
+            key += [id(value), self.scaling[name], id(positions[name])]
+            if value is not None:
+                key += [value.requires_grad, value.dtype, *versions_of(value)]
+        kept = self._reading  # once: another thread may put its own in the place
+        if kept is not None and kept.key == key:
+            return kept.weight
         reading = adapted_weight(self, weight, names)
         # A first backward pass is still watched for; a scale puts a node of its own in the graph.
         unscaled = all(self.scaling[name] == 1.0 and name in values for name in names)
@@ -519,11 +529,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
-        if self.merged:
-            raise MergeError(
-                f"Cannot pass `adapter_names` when there are merged adapters "
-                f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
-            )
+        self.refuse_samples_if_merged()
         groups: dict[str, list[int]] = {}
         for sample, name in enumerate(adapter_names):
             here = name if name in self.shira_weight else BASE
@@ -550,6 +556,18 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 result = out.new_empty((len(x), *out.shape[1:]))
             result[samples] = out
         return result
+
+    def refuse_samples_if_merged(self) -> None:
+        """Refuse adapters for single samples while the weight holds one for all.
+
+        Raises:
+            MergeError: If an adapter is merged.
+        """
+        if self.merged:
+            raise MergeError(
+                f"Cannot pass `adapter_names` when there are merged adapters "
+                f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
+            )
 
     def _cannot_be_split(self, why: str) -> AdapterError:
         return AdapterError(

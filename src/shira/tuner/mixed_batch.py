@@ -28,6 +28,7 @@ def adapter_names_in_effect(
     Raises:
         AdapterError: If the model is in training mode.
         UnknownAdapterError: If a name is not that of an adapter.
+        MergeError: If an adapter is merged, also into a layer that is only read.
     """
     if adapter_names is None:
         yield
@@ -41,6 +42,9 @@ def adapter_names_in_effect(
     encoder = _encoder_of(model)
     in_encoder = set(map(id, encoder.modules())) if encoder is not None else set()
     layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
+    for layer in layers:
+        if not layer.disable_adapters:
+            layer.refuse_samples_if_merged()
     effect = _Effect()
     handles: list[Any] = []
 
