@@ -303,6 +303,50 @@ def test_lora_on_top_of_shira():
     assert torch.equal(inner.get_base_layer().weight, before["lin1.weight"])
 
 
+def test_lora_on_top_of_shira_in_a_layer_that_is_read():
+    from peft import LoraConfig
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+    config = ShiraConfig(r=1, target_modules=["fc"])
+    model = get_peft_model(Reader(), config, adapter_name="sparse", mixed=True)
+    randomize(model)
+    x = torch.randn(2, 8)
+    want = model(x)
+    model.add_adapter("low", LoraConfig(target_modules=["fc"], r=2))
+    model.set_adapter(["sparse", "low"])
+    assert torch.equal(model(x), want)
+    model(x).sum().backward()
+    (value,) = (p for n, p in model.named_parameters() if "shira_weight" in n)
+    assert value.grad.any()
+    model.merge_adapter()
+    assert torch.equal(model(x), want)
+
+
+def test_methods_on_top_of_shira_that_read_the_base_weight_are_refused():
+    from peft import HRAConfig, LoraConfig, inject_adapter_in_model
+
+    model = get_peft_model(
+        mlp(), ShiraConfig(r=1, target_modules=["lin1"]), adapter_name="sparse", mixed=True
+    )
+    randomize(model)
+    want, layer = model(X), model.base_model.model.lin1
+    with pytest.raises(TargetError, match=r"lin1: DoRA .*\['sparse'\] below it"):
+        model.add_adapter("low", LoraConfig(target_modules=["lin1"], r=2, use_dora=True))
+    assert list(model.peft_config) == ["sparse"]
+    inner = model.base_model.model
+    with pytest.raises(TargetError, match=r"lin1: HRALinear .*\['sparse'\] below it"):
+        inject_adapter_in_model(HRAConfig(target_modules=["lin1"], r=2), inner, "turned")
+    assert inner.lin1 is layer
+    assert torch.equal(model(X), want)
+
+
 @pytest.mark.parametrize("kind", ["shared", "private"])
 def test_weights_mapped_from_a_file_are_never_written_through(tmp_path, kind):
     path = tmp_path / "weights.bin"

@@ -24,11 +24,12 @@ from packaging.version import Version
 from peft.config import PeftConfigMixin
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, hotswap, save_and_load
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from shira.errors import AdapterError, MissingDependencyError
+from shira.errors import AdapterError, MissingDependencyError, TargetError
 from shira.tuner.config import ShiraConfig, weights_of
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear
@@ -56,6 +57,7 @@ def register() -> None:
         _replace(package, ShiraConfig=ShiraConfig, ShiraModel=ShiraModel)
     _replace(peft.tuners.shira, ShiraLayer=ShiraLayer, Linear=Linear)
     _register_mixed()
+    _register_nesting()
     _register_loading()
 
 
@@ -220,6 +222,62 @@ def _register_mixed() -> None:
             ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
         ),
     )
+
+
+def _register_nesting() -> None:
+    """Make PEFT's other layers safe on top of SHiRA's, where they are, or refuse them."""
+    inject = BaseTuner.inject_adapter
+    if hasattr(inject, "__wrapped__"):
+        return
+
+    @functools.wraps(inject)
+    def injecting(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not any(isinstance(module, ShiraLayer) for module in model.modules()):
+            return inject(self, model, *args, **kwargs)
+        with as_it_was(model):
+            inject(self, model, *args, **kwargs)
+            refuse_over_shira(model)
+
+    of_base: Any = vars(BaseTunerLayer)["weight"].fget
+
+    @functools.wraps(of_base)
+    def weight(self: Any) -> Any:
+        below = shira_layer_below(self)
+        return of_base(self) if below is None else below.weight
+
+    _replace(BaseTuner, inject_adapter=injecting)
+    _replace(BaseTunerLayer, weight=property(weight))
+
+
+def shira_layer_below(layer: Any) -> ShiraLayer | None:
+    """Return the SHiRA layer that a layer of another method stands on, if there is one."""
+    below = layer._modules.get("base_layer")
+    while below is not None and not isinstance(below, ShiraLayer):
+        below = below._modules.get("base_layer")
+    return below
+
+
+def refuse_over_shira(model: nn.Module) -> None:
+    """Refuse layers on top of SHiRA's that take the base weight for what is below them.
+
+    The methods that PEFT mixes call the layer below and add to it or turn its input; DoRA, and most
+    others, read the base weight, and SHiRA's adapter would have no effect.
+
+    Raises:
+        TargetError: If there is one.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, ShiraLayer):
+            continue
+        below = shira_layer_below(module)
+        dora = any(getattr(module, "use_dora", {}).values())
+        if below is not None and (dora or not isinstance(module, mixed.Layers)):
+            kind = "DoRA" if dora else type(module).__name__
+            raise TargetError(
+                f"{name}: {kind} computes with the base weight, in which it would not see the "
+                f"SHiRA adapters {sorted(below.shira_weight)} below it; merge these first "
+                "(merge_and_unload), or leave the layer out of its target_modules"
+            )
 
 
 def _replace(module: ModuleType | type, **names: Any) -> None:
