@@ -112,14 +112,8 @@ def values_at(weight: Tensor, support: Support) -> Tensor | None:
         or weight.shape != torch.Size(support.shape)
     ):
         return None
-    flat = support.indices.to(weight.device)
-    if weight.is_contiguous():
-        return weight.detach().view(-1).index_select(0, flat)
-    flat, index = flat.long(), []
-    for size in reversed(support.shape):
-        index.append(flat % size)
-        flat = flat // size
-    return weight.detach()[tuple(reversed(index))]
+    offsets = memory_offsets(support.indices.to(weight.device), weight.shape, weight.stride())
+    return memory_of(weight.detach()).index_select(0, offsets)
 
 
 def base_of(layer: Any) -> Any:

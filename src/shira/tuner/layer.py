@@ -76,7 +76,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """A switch of PEFT's (``disable_input_dtype_casting``). Nothing depends on it, as the input is
     cast only where torch's own layer casts it, under autocast."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
-    """Forwards of base layers that `_product` stands in for; others get a weight to compute with."""
+    """Forwards of base layers that `_product` stands in for; others are given another weight."""
 
     def __init__(
         self,
@@ -430,13 +430,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return self._base_forward(*args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(adapter_names, args, kwargs)
-        values: Any = self._modules["shira_weight"]
-        active = self._active_adapter
-        active = [active] if isinstance(active, str) else active
-        active = [name for name in active if name in values]
-        if self.merged_adapters or not active:
+        names = self._in_effect()
+        if not names:
             return self._base_forward(*args, **kwargs)
-        return self._adapted_forward(active, args, kwargs)
+        return self._adapted_forward(names, args, kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and under_way:
