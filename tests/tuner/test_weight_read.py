@@ -98,6 +98,18 @@ class Attention(nn.Module):
         return self.attention(x, x, x)
 
 
+class Padded(Reader):
+    """A padding index counts from the end, and its row gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda fc, ids: F.embedding(ids, fc.weight, padding_idx=-2))
+
+
+def test_a_table_with_a_padding_index():
+    ids = torch.tensor([[1, 6, 0], [6, 7, 1]])
+    check_against_merged(Padded(), ["fc"], lambda model: model(ids))
+
+
 def test_a_table_that_is_tied_by_hand():
     ids = torch.tensor([[1, 2, 0], [3, 1, 1]])
     check_against_merged(Tied(), ["embed"], lambda model: model(ids))
@@ -504,8 +516,9 @@ def test_no_adapter_got_a_gradient_but_another_part_did():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_all_layers_are_reached_through_checkpoints(use_reentrant, recwarn):
-    model = adapted(llama(), ["q_proj", "o_proj", "lm_head"])
+@pytest.mark.parametrize("outside", [[], ["lm_head"]])
+def test_all_layers_are_reached_through_checkpoints(outside, use_reentrant, recwarn):
+    model = adapted(llama(), ["q_proj", "o_proj", *outside])
     model.train().base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.base_model.model.enable_input_require_grads()
     ids = torch.tensor([[1, 2, 3]])
