@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
@@ -78,6 +79,17 @@ def test_steps_of_several_passes(tmp_path):
 def test_values_that_are_not_finite_though_the_loss_was(tmp_path):
     with pytest.raises(ShiraError, match=r"weight was not finite .* after step 4"):
         train(tmp_path, [1.0] * 4, Model(bad_gradient=3), save_strategy="no", logging_steps=100)
+
+
+@pytest.mark.parametrize("library", ["torch.save", "safetensors.torch.save_file"])
+def test_a_full_disk_is_said(tmp_path, monkeypatch, library):
+    def full(*args, **kwargs):
+        kind = RuntimeError if library == "torch.save" else SafetensorError
+        raise kind("unexpected pos 512 vs 400")
+
+    monkeypatch.setattr(library, full)
+    with pytest.raises(ShiraError, match=r"the checkpoint of step 2 could not .* vs 400\. --resum"):
+        train(tmp_path, [1.0] * 3, save_strategy="steps", save_steps=2)
 
 
 def test_a_training_that_goes_well(tmp_path):

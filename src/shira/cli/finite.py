@@ -1,15 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer that ends with an error where the loss or a trained value is not finite."""
+"""A Trainer that ends with an error where the loss or a trained value is not finite.
+
+Or where a checkpoint cannot be written, as on a full disk.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from shira.errors import ShiraError
+
+
+@contextmanager
+def writing(what: str, folder: object) -> Iterator[None]:
+    """Tell in one line that something could not be written, whatever the library below raises.
+
+    Raises:
+        ShiraError: For errors of the system, of torch and of safetensors.
+    """
+    try:
+        yield
+    except ShiraError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's, disk full
+        raise ShiraError(
+            f"{what} could not be written into {folder} (is the disk full?): {str(error)[:300]}. "
+            "--resume last goes on from the last checkpoint that is whole"
+        ) from error
 
 
 class FiniteTrainer(Trainer):  # type: ignore[misc]
@@ -30,6 +54,10 @@ class FiniteTrainer(Trainer):  # type: ignore[misc]
         here = torch.where(torch.isfinite(loss.detach()), math.inf, step)
         self._first = here if self._first is None else torch.minimum(self._first, here)
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(f"the checkpoint of step {self.state.global_step}", self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def check_finite(self) -> None:
         """Check the losses of all steps until now, and the trained values.

@@ -71,7 +71,7 @@ def run_training(options: TrainOptions) -> None:
     check_output(output, options, checkpoint)
     quiet.no_accelerator_note()
     _check_installed()
-    from shira.cli.finite import FiniteTrainer
+    from shira.cli.finite import FiniteTrainer, writing
 
     quiet.quiet(warnings_too=False)
     config = models.adapter_config(options)
@@ -142,7 +142,8 @@ def run_training(options: TrainOptions) -> None:
         device=_device_name(arguments.device),
         peak_bytes=_peak_bytes(arguments.device),
     )
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
+    with writing("the adapter", output):
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
     write_outputs(output, options, data, result, model.peft_config["default"])
     _say_result(output, result)
 
