@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from shira.cli import progress
-from shira.cli.progress import Steps, track
+from shira.cli.progress import Steps, say, track
 
 
 @pytest.fixture
@@ -48,3 +48,10 @@ def test_fewer_steps_than_lines_and_none_at_all(clock, capsys):
     with Steps("empty", 0):
         pass
     assert capsys.readouterr().err.splitlines() == ["short: 1/2, 5 s", "short: 2/2, 5 s"]
+
+
+def test_of_several_processes_the_first_says_it(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        say(f"process {rank}")
+    assert capsys.readouterr().err == "process 0\n"

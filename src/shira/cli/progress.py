@@ -6,6 +6,7 @@ It goes to standard error, so that standard output holds results alone.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,5 +90,6 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def say(message: str) -> None:
-    """A line about what happens next, on standard error."""
-    write(message, sys.stderr)
+    """Say in a line what happens next, on standard error; of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        write(message, sys.stderr)

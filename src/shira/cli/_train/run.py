@@ -80,8 +80,7 @@ def run_training(options: TrainOptions) -> None:
     if checkpoint is not None:
         check_same(checkpoint, record)
     tokenizer = models.load_tokenizer(options)
-    if arguments.process_index == 0:
-        say(f"reading {options.train_file}")
+    say(f"reading {options.train_file}")
     with arguments.main_process_first(desc="reading the data"):
         data = load_data(options, tokenizer)
     base = models.load_base(options, data.labels, tokenizer.pad_token_id)
