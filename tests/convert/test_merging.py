@@ -173,6 +173,31 @@ def test_tied_weights_are_refused_and_explained(tensors, tmp_path):
     merge(adapter, tmp_path / "told", tmp_path / "out3")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("MambaForCausalLM", "backbone.embeddings.weight"),
+        ("T5ForConditionalGeneration", "shared.weight"),
+        ("BartForConditionalGeneration", "model.shared.weight"),
+        ("XLNetLMHeadModel", "transformer.word_embedding.weight"),
+        ("BertForPreTraining", "bert.embeddings.word_embeddings.weight"),
+        ("GPT2DoubleHeadsModel", "transformer.wte.weight"),
+    ],
+)
+def test_embeddings_of_any_name_that_a_head_shares(architecture, name, tensors, tmp_path):
+    tensors = {name: tensors["model.embed_tokens.weight"]}
+    words = len(tensors[name])
+    for number, config in enumerate(
+        ({"vocab_size": words}, {"text_config": {"vocab_size": words}})
+    ):
+        folder = tied(tmp_path / str(number), tensors, architectures=[architecture], **config)
+        with pytest.raises(MergeError, match=f"'{name}' is tied"):
+            merge(make_adapter(tensors, [name]), folder, tmp_path / "out")
+        head = make_adapter({"lm_head.weight": tensors[name]}, ["lm_head.weight"])
+        with pytest.raises(MergeError, match=f"it is tied to '{name}'"):
+            merge(head, folder, tmp_path / "out")
+
+
 # Refusals: nothing is written
 
 

@@ -22,7 +22,10 @@ from shira.errors import MergeError, WrongBaseError, did_you_mean
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight.absmax", "weight_blocks")
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+_LANGUAGE_MODELS = (
+    *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"),
+    *("ForPreTraining", "DoubleHeadsModel"),
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:
             checkpoint holds no head.
     """
     for stored in located:
-        if not stored.key.endswith(_EMBEDDINGS) or not _ties(checkpoint):
+        if not _is_embedding(stored, checkpoint) or not _ties(checkpoint):
             continue
         if sum(other.shape == stored.shape for other in checkpoint.tensors.values()) == 1:
             raise MergeError(
@@ -144,6 +147,14 @@ def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:
                 "its own, so writing there would change the head too. Save the base with the two "
                 "apart (tie_word_embeddings=False) and merge into that"
             )
+
+
+def _is_embedding(stored: Stored, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor is of words, by its name or by the vocabulary that the config has."""
+    text = checkpoint.config.get("text_config")
+    configs = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
+    words = [config.get("vocab_size") for config in configs]
+    return stored.key.endswith(_EMBEDDINGS) or (len(stored.shape) == 2 and stored.shape[0] in words)
 
 
 def _ties(checkpoint: Checkpoint) -> bool:
@@ -170,7 +181,7 @@ def _not_found(names: list[str], checkpoint: Checkpoint) -> Exception:
             f"{where}: {name!r} is quantized: the checkpoint holds {packed[0]!r} instead; merge "
             "into the checkpoint that it was quantized from"
         )
-    embedding = next((key for key in keys if key.endswith(_EMBEDDINGS)), None)
+    embedding = next((key for key, kept in keys.items() if _is_embedding(kept, checkpoint)), None)
     if name.endswith(_HEADS) and embedding:
         return MergeError(
             f"{where}: {name!r} is not in the checkpoint: it is tied to {embedding!r}, and writing "
