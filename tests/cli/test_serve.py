@@ -110,7 +110,16 @@ def test_another_extension_stays(tmp_path):
 
 def test_what_cannot_be_meant(shira, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
+    Path("adapters").mkdir()
     for arguments, words in {
+        # the server would set them aside as journals that cannot be read
+        ("--journal", "model/config.json"): "lies in the checkpoint model",
+        ("--journal", "."): "holds model",
+        ("--journal", "adapters"): "is a folder",
+        ("--journal", "adapters", "--adapters", "adapters"): "is read here",
         ("--adapters", "nowhere"): "--adapters nowhere is no folder",
         ("--journal", "nowhere/served.json"): "there is no folder",
         ("--max-restarts", "-1"): "--max-restarts",
@@ -118,6 +127,8 @@ def test_what_cannot_be_meant(shira, monkeypatch, tmp_path):
         answer = shira("serve", "model", *arguments)
         assert answer.status == 2
         assert words in answer.err
+    monkeypatch.setenv("SHIRA_JOURNAL", "adapters")
+    assert "adapters: is a folder" in shira("serve", "model").err
     assert shira("serve").status == 2
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     answer = shira("serve", "model")

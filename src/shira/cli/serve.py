@@ -29,13 +29,19 @@ def command(
     ],
     adapters: Annotated[
         Path | None,
-        typer.Option(help="The folder of adapters; $SHIRA_ADAPTERS if not given."),
+        typer.Option(
+            envvar="SHIRA_ADAPTERS",
+            show_envvar=False,
+            help="The folder of adapters; $SHIRA_ADAPTERS if not given.",
+        ),
     ] = None,
     journal: Annotated[
         Path | None,
         typer.Option(
+            envvar="SHIRA_JOURNAL",
+            show_envvar=False,
             help="The file that keeps which adapters are loaded and active, also for the next time "
-            "this command is run; $SHIRA_JOURNAL, or a temporary file, if not given."
+            "this command is run; $SHIRA_JOURNAL, or a temporary file, if not given.",
         ),
     ] = None,
     max_restarts: Annotated[
@@ -65,9 +71,10 @@ def command(
     from shira.cli._serve import child
     from shira.serve.supervisor import Restarts, Supervisor
 
-    child.check(adapters, journal)
+    adapters, journal = (path and path.expanduser() for path in (adapters, journal))
+    child.check(arguments, adapters, journal)
     with tempfile.TemporaryDirectory(prefix="shira-serve-") as folder:
-        kept = journal or os.environ.get("SHIRA_JOURNAL") or Path(folder, "journal.json")
+        kept = journal or Path(folder, "journal.json")
         ready = Path(folder, "ready")
         supervisor = Supervisor(
             child.command(arguments),

