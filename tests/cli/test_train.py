@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from shira import Adapter, Switch
+from shira.cli._train.checkpoints import WRITTEN
 
 
 @pytest.fixture
@@ -44,10 +45,7 @@ def test_classification_from_end_to_end(shira, classify, workshop, tmp_path):
     assert answer.err.isascii()
     out = tmp_path / "out"
     names = {path.name for path in out.iterdir()}
-    assert names == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json"),
-        *("train.yaml", "labels.json", "loss.png", "checkpoints"),
-    }
+    assert names == {*WRITTEN, "checkpoints"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["after"]["accuracy"] > 0.9  # the words that tell are few
     assert metrics["rows"] == {"train": 96, "evaluation": 32}

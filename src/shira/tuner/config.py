@@ -23,6 +23,8 @@ from shira.store.patterns import check_patterns
 
 MaskFn = Callable[..., Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+"""Options of loading that say where and how a file is found on the hub."""
 
 
 @dataclass
@@ -289,14 +291,13 @@ def weights_of(model_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> 
         return local
     if os.path.isdir(path):
         return None
-    wanted = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
     try:
         return str(
             hf_hub_download(
                 model_id,
                 SAFETENSORS_WEIGHTS_NAME,
                 subfolder=subfolder,
-                **{key: value for key, value in kwargs.items() if key in wanted},
+                **{key: value for key, value in kwargs.items() if key in ON_THE_HUB},
             )
         )
     except Exception:  # PEFT will look for other files, and report what it cannot find

@@ -25,7 +25,7 @@ from shira.store.names import bare_name, base_module_name, weight_name
 from shira.store.peft_format import INDICES, VALUES
 from shira.support import Support, matrix_shape
 from shira.tuner.base_values import base_values
-from shira.tuner.config import ShiraConfig
+from shira.tuner.config import ON_THE_HUB, ShiraConfig
 from shira.tuner.describing import layers_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.saving import by_own_names, is_elsewhere, path_in_state
@@ -77,11 +77,9 @@ def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> N
         FileFormatError, WrongBaseError: As `read_incoming`. Nothing is checked if there is no
             configuration beside the file, which PEFT does not need then.
     """
-    where = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    where = {name: options[name] for name in ("subfolder", *ON_THE_HUB) if name in options}
     try:
-        config = PeftConfig.from_pretrained(
-            model_id, **{name: options[name] for name in where if name in options}
-        )
+        config = PeftConfig.from_pretrained(model_id, **where)
     except ValueError as error:
         if isinstance(error, ShiraError):
             raise
