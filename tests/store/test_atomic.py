@@ -16,7 +16,7 @@ from shira.store.atomic import replacing, write_atomically
 
 SOURCE = Path(atomic.__file__)
 
-# atomic.py needs the standard library only, so these children start without torch.
+# atomic.py needs the standard library and shira.errors, so these children start without torch.
 CHILD = f"""
 import importlib.util, os, signal, sys
 spec = importlib.util.spec_from_file_location("atomic", {str(SOURCE)!r})
@@ -271,3 +271,14 @@ def test_folders_are_exchanged_where_the_system_cannot_in_one_step(
     with replacing(tmp_path / "out", folder=True) as temporary:
         (temporary / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_what_was_killed_between_two_renames_is_put_back_before_anything_else(
+    tmp_path: Path,
+) -> None:
+    old = tmp_path / ".out.0123456789abcdef.old"
+    old.mkdir()
+    (old / "old").touch()
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "out", folder=True):
+        raise OSError("full")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "out"]
