@@ -14,7 +14,7 @@ from torch import nn
 
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.convert import load_patches, merge, save_patches, to_patches
-from shira.errors import AdapterError, FileFormatError, WrongBaseError
+from shira.errors import AdapterError, FileFormatError, MergeError, WrongBaseError
 from tests.convert.conftest import applied, load, make_adapter
 
 
@@ -93,6 +93,29 @@ def test_bases_that_do_not_fit(tensors, adapter):
     with pytest.raises(WrongBaseError, match="wrong base"):
         to_patches(adapter, less)
     to_patches(adapter, less, check_base=False)
+
+
+def test_tied_weights_are_refused(tmp_path):
+    model = nn.ModuleDict({"wte": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    adapters = [make_adapter(model.state_dict(), [name]) for name in ("wte.weight", "head.weight")]
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    told = {"architectures": ["XForCausalLM"], "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    for adapter in adapters:
+        for base in (model, model.state_dict(), tmp_path):
+            assert len(to_patches(adapter, base)) == 1
+    model["head"].weight = model["wte"].weight
+    save_file({"wte.weight": model["wte"].weight.detach()}, tmp_path / "model.safetensors")
+    for adapter in adapters:
+        for base in (model, model.state_dict()):
+            with pytest.raises(MergeError, match="is tied: it is the same tensor as"):
+                to_patches(adapter, base, check_base=False)
+    with pytest.raises(
+        MergeError, match=r"'wte.weight' is tied: the checkpoint has no output head"
+    ):
+        to_patches(adapters[0], tmp_path, check_base=False)
+    with pytest.raises(WrongBaseError, match=r"there is no 'head.weight'"):
+        to_patches(adapters[1], tmp_path, check_base=False)
 
 
 def test_weights_that_int32_cannot_count():

@@ -8,15 +8,17 @@ single entries of it. From disk no more than a piece is in memory at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from shira.checkpoints.entries import read_entries, read_span
+from shira.checkpoints.naming import check_untied
 from shira.checkpoints.opening import FLOATS, Checkpoint, open_checkpoint
-from shira.errors import AdapterError
+from shira.delta import listed
+from shira.errors import AdapterError, MergeError
 from shira.store.names import base_module_name, unwrapped
 
 BLOCK = 2**20
@@ -42,6 +44,14 @@ class Source(Protocol):
     @property
     def others(self) -> Mapping[str, str]:
         """Dtypes of the tensors that none can be added to, by name."""
+        ...
+
+    def check_untied(self, names: Iterable[str]) -> None:
+        """Refuse tensors that the model also uses under another name: a change is for both.
+
+        Raises:
+            MergeError: If there is one.
+        """
         ...
 
     def dtype(self, name: str) -> torch.dtype:
@@ -92,6 +102,17 @@ class InMemory:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.others = {n: str(t.dtype) for n, t in tensors.items() if t.dtype not in floats}
 
+    def check_untied(self, names: Iterable[str]) -> None:
+        """See `Source`."""
+        memory = {name: (t.data_ptr(), t.numel()) for name, t in self._tensors.items()}
+        for name in names:
+            same = [n for n, m in memory.items() if m == memory[name] and m[0] and n != name]
+            if same:
+                raise MergeError(
+                    f"{self.label}: {name!r} is tied: it is the same tensor as "
+                    f"{listed(same)}, which would change too. Give each a copy of its own"
+                )
+
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""
         return self._tensors[name].dtype
@@ -121,6 +142,10 @@ class OnDisk:
         tensors = checkpoint.tensors.items()
         self.shapes = {name: t.shape for name, t in tensors if t.dtype in FLOATS}
         self.others = {name: t.dtype for name, t in tensors if t.dtype not in FLOATS}
+
+    def check_untied(self, names: Iterable[str]) -> None:
+        """See `Source`."""
+        check_untied((self.checkpoint.tensors[name] for name in names), self.checkpoint)
 
     def dtype(self, name: str) -> torch.dtype:
         """See `Source`."""

@@ -65,6 +65,7 @@ def to_patches(
         FileNotFoundError: If there is nothing at the path.
         FileFormatError: If the checkpoint is damaged.
         WrongBaseError: If the base lacks a parameter, has it in another shape, or is another one.
+        MergeError: If a weight is tied to another, which a patch would change too.
         AdapterError: If the scale is not a finite number, int32 cannot count the entries of a
             weight, or the adapter has whole tensors, which are no patches.
     """
@@ -81,6 +82,7 @@ def to_patches(
             f"{source.label}: there is no {odd!r} of floating point{packed}, which the adapter "
             f"changes; is this its base?{did_you_mean(odd, source.shapes)}"
         )
+    source.check_untied(prefix.apply(name) or name for name in adapter)
     patches, verdicts = [], {}
     for name, delta in adapter.items():
         key = prefix.apply(name) or name
