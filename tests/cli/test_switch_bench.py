@@ -80,6 +80,7 @@ def test_the_digest_sees_every_bit():
     ("arguments", "message"),
     [
         (("--shape", "48"), "ROWSxCOLUMNS"),
+        (("--shape", f"{10**9}x{10**11}"), "ROWSxCOLUMNS"),
         (("--dtype", "bfloat"), "Did you mean 'bfloat16'"),
         (("missing",), "missing: no such file"),
     ],
@@ -97,3 +98,11 @@ def test_adapters_of_different_bases(shira, tmp_path):
     answer = shira("switch-bench", tmp_path / "one", tmp_path / "two")
     assert answer.status == 2
     assert "different bases: 'x.weight' has shape (16, 8)" in answer.err
+
+
+def test_whole_tensors_are_refused_by_name(shira, tmp_path):
+    sparse = scene.random_adapter({"x.weight": (16, 8)}, 1, 0)
+    Adapter(sparse, tensors={"head.weight": torch.ones(2, 8)}).save(tmp_path / "one")
+    answer = shira("switch-bench", tmp_path / "one")
+    assert answer.status == 2
+    assert "switch-bench cannot hold whole tensors, and the adapter has 'head.weight'" in answer.err

@@ -27,7 +27,8 @@ def shape_of(text: str) -> tuple[int, int]:
         ConfigError: If it is no two positive numbers.
     """
     rows, _, cols = text.lower().partition("x")
-    if not (rows.isdigit() and cols.isdigit() and int(rows) and int(cols)):
+    known = rows.isdecimal() and cols.isdecimal() and len(text) < 20  # within 64 bits
+    if not (known and int(rows) and int(cols)):
         raise ConfigError(f"a shape is written ROWSxCOLUMNS, as 4096x11008, not {text!r}")
     return int(rows), int(cols)
 
@@ -67,10 +68,12 @@ def shapes_in(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that adapters are for.
 
     Raises:
-        AdapterError: If two of them take a weight for one of another shape.
+        AdapterError: If two of them take a weight for one of another shape, or one has whole
+            tensors, which are no k entries.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for adapter in adapters:
+        adapter.require_sparse("switch-bench")
         for name, delta in adapter.items():
             if shapes.setdefault(name, delta.support.shape) != delta.support.shape:
                 raise AdapterError(
