@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,7 @@ def test_warnings_log_messages_and_tracebacks(monkeypatch, capsys):
     from shira.cli.console import plain_messages
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     factory = logging.getLogRecordFactory()
     try:
@@ -183,10 +185,16 @@ def test_warnings_log_messages_and_tracebacks(monkeypatch, capsys):
         try:
             raise ValueError(EVIL)
         except ValueError as error:
-            sys.excepthook(type(error), error, error.__traceback__)
+            told = type(error), error, error.__traceback__
+        record = logging.getLogger("x").makeRecord("x", 40, "f", 1, "of", (), told)
+        logged = logging.Formatter("%(message)s").format(record)
+        sys.excepthook(*told)
+        threading.excepthook(threading.ExceptHookArgs((*told, None)))
         said = capsys.readouterr().err
         assert said.startswith("Traceback")
-        assert not [c for c in FORBIDDEN if c in said]
+        assert said.count("Traceback") == 2
+        assert "Traceback" in logged
+        assert not [c for c in FORBIDDEN if c in said + logged]
     finally:
         logging.setLogRecordFactory(factory)
 

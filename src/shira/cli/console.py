@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from io import TextIOWrapper
@@ -102,18 +103,29 @@ def plain_messages() -> None:
     warnings.formatwarning = lambda *args, **more: shown(format_warning(*args, **more), lines=True)
     logging.setLogRecordFactory(_PlainRecord)
     sys.excepthook = _print_traceback
+    threading.excepthook = lambda e: _print_traceback(e.exc_type, e.exc_value, e.exc_traceback)
 
 
 class _PlainRecord(logging.LogRecord):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = _told(*self.exc_info).rstrip("\n")
+
     def getMessage(self) -> str:
         return shown(super().getMessage(), lines=True)
 
 
 def _print_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    told = "".join(traceback.format_exception(kind, error, trace))
-    print(shown(told, lines=True), end="", file=sys.stderr)
+    print(_told(kind, error, trace), end="", file=sys.stderr)
+
+
+def _told(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> str:
+    return shown("".join(traceback.format_exception(kind, error, trace)), lines=True)
 
 
 def megabytes(size: int) -> str:
