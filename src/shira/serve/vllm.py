@@ -30,6 +30,7 @@ from vllm.distributed import parallel_state
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from shira.checkpoints.naming import locate
 from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.delta import Adapter
@@ -159,7 +160,11 @@ class ShiraWorkerExtension:
 
         def read() -> Adapter:
             try:
-                return Adapter.load(path, base=base)
+                adapter = Adapter.load(path, base=base)
+                if source is not None:
+                    located, _ = locate(adapter, source.checkpoint)
+                    source.check_untied(stored.key for stored in located.values())
+                return adapter
             except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
                 raise PlacementError(str(error)) from None
 

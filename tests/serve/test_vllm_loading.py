@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter as a worker reads it, without an engine; `tests/serve/engine` has the rest."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shira import Adapter, SparseDelta, Support
+from shira.checkpoints.opening import open_checkpoint
+from shira.checkpoints.sources import OnDisk
+from shira.errors import PlacementError
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """The worker extension, beside as much of vLLM as its import looks at."""
+    for name, fields in {
+        "vllm": {},
+        "vllm.distributed": {"parallel_state": None},
+        "vllm.logger": {"init_logger": lambda name: None},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: False)},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(fields)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "shira.serve.vllm", raising=False)
+    module = importlib.import_module("shira.serve.vllm")
+    monkeypatch.setattr(module, "_described", lambda loaded: loaded)
+    yield module.ShiraWorkerExtension
+    del sys.modules["shira.serve.vllm"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(8, 4), "model.q.weight": torch.zeros(4, 4)},
+        tmp_path / "model.safetensors",
+    )
+    told = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    worker = SimpleNamespace(
+        _shira_source=OnDisk(open_checkpoint(tmp_path)),
+        model_config=SimpleNamespace(quantization=None),
+    )
+
+    def load(name: str, shape: tuple[int, int]) -> Adapter:
+        delta = SparseDelta(Support(shape, torch.arange(3)), torch.ones(3))
+        Adapter({name: delta}).save(tmp_path / "adapter")
+        held = SimpleNamespace(load=lambda name, read, compare: read())
+        return extension._shira_load(worker, held, "a", str(tmp_path / "adapter"), True)
+
+    assert load("model.q.weight", (4, 4)).nnz == 3
+    if tied:
+        with pytest.raises(PlacementError, match=r"'model.embed_tokens.weight' is tied"):
+            load("model.embed_tokens.weight", (8, 4))
+    else:
+        assert load("model.embed_tokens.weight", (8, 4)).nnz == 3
