@@ -51,7 +51,8 @@ def save_shira(folder: Path, base: Path, r: int, seed: int) -> dict[str, Tensor]
     """r * (m + n) random entries of each target; returns the merged targets."""
     from safetensors import safe_open
 
-    from shira.delta import Adapter, SparseDelta
+    from shira.adapter import Adapter
+    from shira.delta import SparseDelta
     from shira.masks import random_support
 
     generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from shira.adapter import Adapter
 from shira.base import (
     FINGERPRINT_FIELD,
     ROUNDED_FIELD,
@@ -25,7 +26,7 @@ from shira.base import (
 from shira.checkpoints import open_checkpoint
 from shira.cli._inspect.summary import summarize
 from shira.convert import merge, to_patches
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import WrongBaseError
 from shira.fusing import fuse
 from shira.support import Support

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.delta import Adapter, SparseDelta, checked_scale
+from shira.adapter import Adapter
+from shira.delta import SparseDelta, checked_scale
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.support import Support
 

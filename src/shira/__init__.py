@@ -9,8 +9,8 @@ a name of the tuner is asked for.
 
 The tree, each part importing only from its left::
 
-    errors -> support -> delta -> ops -> masks -> store
-        -> fusing, measure, convert, switch -> tuner, serve -> cli
+    errors -> support, blocks, gaps -> base -> delta -> adapter -> ops -> masks -> store
+        -> checkpoints, fusing, measure, convert, switch -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from shira._version import __version__
 
 if TYPE_CHECKING:
     from shira import convert, masks, ops, store
-    from shira.delta import Adapter, SparseDelta
+    from shira.adapter import Adapter
+    from shira.delta import SparseDelta
     from shira.errors import ShiraError
     from shira.fusing import fuse
     from shira.measure import overlap
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     )
 
 _WHERE = {
-    "Adapter": "shira.delta",
+    "Adapter": "shira.adapter",
     "PeftModel": "shira.tuner",
     "ShiraConfig": "shira.tuner",
     "ShiraError": "shira.errors",

@@ -174,3 +174,10 @@ def shown(text: object, *, lines: bool = False) -> str:
     return "".join(
         c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return some names for a message: the first three, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.masks import random_support
 from shira.store import save
 from shira.support import Support

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import FileFormatError, WrongBaseError
 from shira.store import read_compact
 from tests.hostile import compact_files as hostile

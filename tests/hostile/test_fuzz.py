@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import FileFormatError, WrongBaseError
 from shira.support import Support
 from tests.hostile import compact_files, peft_files

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.masks import random_support
 from tests.hostile import compact_files, peft_files
 

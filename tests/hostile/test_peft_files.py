@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import FileFormatError, ShiraError
 from shira.store import read_peft
 from tests.hostile import peft_files as hostile

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from shira.adapter import Adapter
 from shira.base import fingerprint
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
     FileFormatError,

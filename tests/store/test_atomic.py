@@ -105,7 +105,8 @@ def test_killed_at_any_time(tmp_path: Path) -> None:
 KILL_AN_ADAPTER = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.support import Support
 
 def adapter(seed):

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError
 from shira.masks import block_support, random_support, struct_support
 from shira.store import read_compact, save

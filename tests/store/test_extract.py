@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import AdapterError, UnknownAdapterError
 from shira.store.extract import adapter_of_model
 from tests.forked import program
@@ -195,7 +195,7 @@ import sys
 import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from torch import nn
-from shira.delta import Adapter
+from shira.adapter import Adapter
 torch.set_num_threads(1)
 base = nn.Sequential(nn.Linear(12, 20), nn.Sequential(nn.Linear(20, 9)))
 config = ShiraConfig(r=2, target_modules=r"0", random_seed=5, init_weights=False)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shira.adapter import Adapter
 from shira.base import fingerprint
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store import read_peft, save, to_adapter, validate_against, write_peft
 from shira.support import Support

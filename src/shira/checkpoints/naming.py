@@ -16,8 +16,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from shira.checkpoints.opening import Checkpoint, Stored
-from shira.delta import SparseDelta, listed
-from shira.errors import MergeError, WrongBaseError, did_you_mean
+from shira.delta import SparseDelta
+from shira.errors import MergeError, WrongBaseError, did_you_mean, listed
 
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from shira.checkpoints.entries import read_entries, read_span
 from shira.checkpoints.naming import check_untied
 from shira.checkpoints.opening import FLOATS, Checkpoint, open_checkpoint
-from shira.delta import listed
-from shira.errors import AdapterError, MergeError
+from shira.errors import AdapterError, MergeError, listed
 from shira.store.names import base_module_name, unwrapped
 
 BLOCK = 2**20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from shira.delta import Adapter
+    from shira.adapter import Adapter
 
 EXAMPLES = (
     "shira fuse poems code -o both",

@@ -51,9 +51,9 @@ def command(
     take: reading and writing one word of each 64-byte line of memory that the adapters touch.
     Exit status 1 means that the base did not come back.
     """
+    from shira.adapter import Adapter
     from shira.checkpoints import open_checkpoint
     from shira.cli.quiet import offline
-    from shira.delta import Adapter
     from shira.errors import ConfigError, did_you_mean
 
     offline()

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import accumulation_dtype, fingerprint_fields
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, OnDisk, Source, source_of
 from shira.convert.budgets import Budget, budget_or_none
 from shira.convert.exact import exact_delta
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
 from shira.masks.topk import top_k
 from shira.support import Support

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import fingerprint_fields
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.sources import Model, Source, source_of
 from shira.convert.budgets import budget_or_none
 from shira.convert.lora import Factors, FromLora, Progress, sparsify
 from shira.convert.lora_file import oriented, read_lora
-from shira.delta import Adapter
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
 
 _UNFOLDED = 2**14  # entries of an update for each value of A and B, at most, without the base

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import accumulation_dtype
 from shira.convert.budgets import Budget
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, MaskError
 from shira.masks.topk import top_k
 from shira.support import Support

@@ -21,13 +21,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import Verdict, accept, fingerprint, judge
 from shira.checkpoints.entries import read_entries
 from shira.checkpoints.naming import check_untied, locate_deltas
 from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, replacing_undo
-from shira.delta import Adapter, SparseDelta, checked_scale
+from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.outputs import check_outputs

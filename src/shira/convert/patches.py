@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import accept, judge
 from shira.checkpoints.naming import match_names
 from shira.checkpoints.opening import FLOATS
 from shira.checkpoints.sources import Model, source_of
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
-from shira.delta import Adapter, SparseDelta, checked_scale
+from shira.delta import SparseDelta, checked_scale
 from shira.errors import AdapterError, FileFormatError, WrongBaseError, did_you_mean
 from shira.support import Support
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.fusing.arguments import (
     checked_adapters,
     checked_method,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import AdapterError, ConfigError, did_you_mean
 from shira.fusing.methods import EPSILON, METHODS, Method, Settings
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, judge_together
-from shira.delta import Adapter
 from shira.errors import AdapterError, WrongBaseError
 
 BASE_FIELDS = ("base_model_name_or_path", "revision")

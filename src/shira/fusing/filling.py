@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.support import Support, matrix_shape
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from shira._version import __version__
+from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 
 FUSED = "fused"
 """The field that tells how an adapter was made; also the ``mask_type`` of one without a mask."""

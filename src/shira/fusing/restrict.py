@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.fusing.metadata import derived_metadata
 from shira.support import Support

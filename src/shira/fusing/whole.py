@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shira.delta import Adapter, listed, same_tensor
-from shira.errors import AdapterError, ConfigError, did_you_mean
+from shira.adapter import Adapter
+from shira.delta import same_tensor
+from shira.errors import AdapterError, ConfigError, did_you_mean, listed
 
 
 def whole_tensors(

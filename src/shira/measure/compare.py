@@ -7,7 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shira.delta import Adapter, SparseDelta, same_tensor
+from shira.adapter import Adapter
+from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.measure.figures import finite_or_none
 from shira.measure.shared import shared_entries

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from shira.delta import Adapter, SparseDelta, same_tensor
+from shira.adapter import Adapter
+from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.fusing.checks import check_together
 from shira.measure.figures import Estimate, Overlap, ParameterOverlap

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shira.adapter import Adapter
 from shira.convert import to_patches
-from shira.delta import Adapter
 from shira.errors import MissingDependencyError
 
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from shira.delta import Adapter, checked_scale
+from shira.adapter import Adapter
+from shira.delta import checked_scale
 from shira.errors import AdapterError, ServeError, UnknownAdapterError, WrongBaseError, did_you_mean
 from shira.ops.patch import Patch
 from shira.serve.checking import Stored, nothing_stored

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import accept, judge
-from shira.delta import Adapter
 from shira.errors import AdapterError
 from shira.ops.patch import Patch
 from shira.serve.checking import (

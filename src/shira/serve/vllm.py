@@ -30,10 +30,10 @@ from vllm.distributed import parallel_state
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from shira.adapter import Adapter
 from shira.checkpoints.naming import locate
 from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
-from shira.delta import Adapter
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.held import Held
 from shira.serve.placement import Placement, storage_key

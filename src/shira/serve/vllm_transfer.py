@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import ServeError
 from shira.serve.updating import Route
 from shira.serve.values_wire import Wire

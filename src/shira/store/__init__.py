@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on disk: the formats, reading with validation, atomic writing.
 
-`load` and `save` are what `shira.delta.Adapter` calls; one row of `FORMATS` is one format. Below
+`load` and `save` are what `shira.adapter.Adapter` calls; one row of `FORMATS` is one format. Below
 them, ``compact_write`` and ``compact_read`` are the compact format, with ``compact_table`` (what a
 file says of itself), ``gaps``, ``blocks`` and ``int8`` (its codings); ``peft_format`` reads PEFT's
 format, ``peft_write`` writes it and ``peft_config`` is its JSON file; ``safetensors_header``,
@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from shira.delta import Adapter
+from shira.adapter import Adapter
 from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
 from shira.store.compact_read import COMPACT_NAME, CompactFile, is_compact, read_compact
 from shira.store.compact_write import write_compact

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from shira import gaps
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import FileFormatError, MaskError, SupportError, did_you_mean
 from shira.masks.random import random_support
 from shira.store import blocks, int8

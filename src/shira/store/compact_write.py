@@ -24,7 +24,8 @@ from torch import Tensor
 
 from shira import gaps
 from shira._version import __version__
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.masks.random import random_support
 from shira.store import blocks, int8

@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import judge
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import FileFormatError, WrongBaseError, did_you_mean
 from shira.store.entries import (
     WHOLE_DTYPES,

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError
 from shira.store.atomic import check_kind, write_atomically
 from shira.store.compact_write import stored_whole

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import Verdict, accept, judge
-from shira.delta import Adapter, SparseDelta, same_tensor
+from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, TargetError
 from shira.ops.patch import Patch
 from shira.switch.plan import Entry, make_entry, make_whole_entry

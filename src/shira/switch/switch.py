@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from shira.delta import Adapter, checked_scale
+from shira.adapter import Adapter
+from shira.delta import checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
 from shira.ops.patch import Patch
 from shira.ops.write_count import WriteCount, count_write, take_back

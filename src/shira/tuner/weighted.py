@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
 from shira.fusing import METHODS, fill_to_rank, fuse
 from shira.fusing.metadata import FUSED, MASK_FIELDS, TARGET_FIELDS

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shira.adapter import Adapter
 from shira.cli._inspect.pictures import CELLS, heat_map, histogram
 from shira.cli._inspect.plot import mean_maps
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.masks import random_support
 from shira.support import Support
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from shira.adapter import Adapter
 from shira.cli._train.arguments import set_warmup
 from shira.cli._train.card import command_line
 from shira.cli._train.checkpoints import (
@@ -28,7 +29,7 @@ from shira.cli._train.evaluation import classification_figures
 from shira.cli._train.model import parse_targets
 from shira.cli._train.options import TrainOptions
 from shira.cli._train.plot import plot_losses
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import ConfigError, TargetError
 from shira.masks import random_support
 

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
+from shira.adapter import Adapter
 from shira.checkpoints.sources import source_of
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import PlacementError
 from shira.serve.held import Held
 from shira.support import Support

@@ -13,7 +13,8 @@ import pytest
 import torch
 import vllm
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from tests.pages import DOCS, blocks
 from tests.serve.engine.guide import lay_out
 from tests.serve.engine.zoo import ENGINE, PROMPTS, TOKENS, answers, merged, save_merged

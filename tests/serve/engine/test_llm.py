@@ -10,7 +10,8 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from shira.delta import Adapter, SparseDelta
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
     FileFormatError,

@@ -8,8 +8,9 @@ import socket
 import pytest
 import torch
 
+from shira.adapter import Adapter
 from shira.checkpoints.sources import source_of
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
 from shira.serve.held import Held

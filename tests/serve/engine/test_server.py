@@ -134,7 +134,7 @@ def refused(guide, route, body, status=400):
 
 
 def other_base(zoo, path):
-    from shira.delta import Adapter
+    from shira.adapter import Adapter
 
     a = zoo.adapters["a"]
     marks = dict(a.metadata["base_fingerprint"])

@@ -8,8 +8,9 @@ import torch
 from vllm import LLM, SamplingParams
 
 from benchmarks.vllm_server import free_port
+from shira.adapter import Adapter
 from shira.convert import save_patches, to_patches
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import AdapterError, ServeError
 from shira.serve.client import Client
 from shira.serve.value_sender import LLMClient, ValueSender

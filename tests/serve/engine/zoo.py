@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from shira.adapter import Adapter
 from shira.base import fingerprint
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.masks import random_support
 
 EXTENSION = "shira.serve.vllm.ShiraWorkerExtension"

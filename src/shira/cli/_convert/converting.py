@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shira.adapter import Adapter
 from shira.checkpoints import Checkpoint, open_checkpoint
 from shira.cli._convert import tables
 from shira.cli._convert.progress import following
@@ -19,7 +20,6 @@ from shira.convert import (
     save_patches,
     to_patches,
 )
-from shira.delta import Adapter
 from shira.errors import ConfigError
 from shira.store.outputs import check_outputs
 

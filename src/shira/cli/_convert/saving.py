@@ -12,7 +12,7 @@ from shira.store import FORMATS
 if TYPE_CHECKING:
     import torch
 
-    from shira.delta import Adapter
+    from shira.adapter import Adapter
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from shira.cli.console import console, megabytes, table
 
 if TYPE_CHECKING:
+    from shira.adapter import Adapter
     from shira.convert import Extraction, FromLora, Merged, Unmerged
     from shira.convert.rewriting import Written
-    from shira.delta import Adapter
 
 _MANY = 24  # rows of a table before the rest is summed up
 

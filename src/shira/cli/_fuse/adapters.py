@@ -7,9 +7,9 @@ import errno
 from collections.abc import Sequence
 from pathlib import Path
 
+from shira.adapter import Adapter
 from shira.checkpoints import open_checkpoint
 from shira.cli.progress import track
-from shira.delta import Adapter
 from shira.errors import ConfigError
 
 

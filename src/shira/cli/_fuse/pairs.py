@@ -6,8 +6,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+from shira.adapter import Adapter
 from shira.cli.progress import Steps
-from shira.delta import Adapter
 from shira.errors import ConfigError, did_you_mean
 from shira.measure import Overlap, ParameterOverlap, Rank, numerical_rank, overlap
 

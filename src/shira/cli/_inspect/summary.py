@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge
 from shira.checkpoints import Checkpoint, shapes_of
 from shira.checkpoints.entries import values_at
 from shira.checkpoints.naming import locate_deltas
 from shira.cli._inspect.figures import Figures, vanishing
-from shira.delta import Adapter
 from shira.errors import ConfigError
 from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
 

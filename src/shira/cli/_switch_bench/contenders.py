@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.adapter import Adapter
 from shira.cli._switch_bench.scene import touched_lines
-from shira.delta import Adapter, SparseDelta
+from shira.delta import SparseDelta
 from shira.errors import MissingDependencyError
 from shira.ops import native
 from shira.ops.patch import Patch

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from shira.adapter import Adapter
 from shira.cli._switch_bench.contenders import (
     Limit,
     Ours,
@@ -23,7 +24,6 @@ from shira.cli._switch_bench.contenders import (
     shira_in_peft,
 )
 from shira.cli._switch_bench.scene import module_of
-from shira.delta import Adapter
 from shira.errors import MissingDependencyError
 from shira.ops import native
 
