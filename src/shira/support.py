@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,10 +165,8 @@ class Support:
         return torch.where(self.indices[at] == other.indices, at, -1)
 
     def union(self, other: Support) -> Support:
-        """Entries of either."""
-        _check_same_shape(self, other)
-        merged = torch.cat((self.indices, other.indices)).sort().values
-        return Support._trusted(self.shape, torch.unique_consecutive(merged))
+        """Return the entries of either."""
+        return align([self, other]).union
 
     def intersection(self, other: Support) -> Support:
         """Entries of both."""
@@ -190,6 +189,54 @@ class Support:
 
     def __repr__(self) -> str:
         return f"Support(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g})"
+
+
+class Aligned(NamedTuple):
+    """Supports of one weight brought together; see `align`."""
+
+    union: Support
+    places: tuple[Tensor | None, ...]
+    """int64 ``(k_i,)`` for each: its entries' places in the union; None: it is the union."""
+
+
+def align(supports: Sequence[Support]) -> Aligned:
+    """Return the union of some supports, and the place of each one's entries in it.
+
+    Args:
+        supports: At least one, of one shape, on one device.
+
+    Raises:
+        SupportError: If they are of weights of different shape.
+
+    Example:
+        >>> a, b = (Support((10,), torch.tensor(at)) for at in ([2, 5, 9], [5, 7]))
+        >>> union, places = align([a, b])
+        >>> union.indices.tolist(), [place.tolist() for place in places]
+        ([2, 5, 7, 9], [[0, 1, 3], [1, 2]])
+    """
+    first, *others = supports
+    for other in others:
+        _check_same_shape(first, other)
+    if all(other is first or other == first for other in others):
+        return Aligned(first, (None,) * len(supports))
+    indices, places = align_indices([support.indices for support in supports])
+    return Aligned(Support._trusted(first.shape, indices), places)
+
+
+def align_indices(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the sorted union of indices, and the place of each part's in it.
+
+    Args:
+        parts: ``(k_i,)`` integers, in each part unique.
+
+    Returns:
+        The union ``(k,)``, and int64 ``(k_i,)`` for each part. One sort of all together.
+    """
+    merged, order = torch.sort(torch.cat(list(parts)), stable=True)
+    indices, place = torch.unique_consecutive(merged, return_inverse=True)
+    places = torch.empty_like(place)
+    places[order] = place
+    return indices, tuple(torch.split(places, [part.numel() for part in parts]))
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

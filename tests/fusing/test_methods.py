@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira.fusing import reference
-from shira.fusing.align import align
 from shira.fusing.combine import elected_mean, weighted_sum
 from shira.fusing.draws import digest, uniform
 from shira.fusing.sparsify import drop, mag_prune, row_rank, trim
+from shira.support import align
 from tests.adapters import SHAPES, delta, deltas, dtypes, few, finite, random_delta
 
 SHAPE = SHAPES["one.weight"]

@@ -2,7 +2,7 @@
 """Making adapters from adapters: `fuse`, and what the operators of `Adapter` call.
 
 `METHODS` is the table of ways to fuse; ``sparsify`` and ``combine`` are what its rows are made of,
-``reference`` says the same on dense tensors. ``align`` brings supports together, ``draws`` is where
+``reference`` says the same on dense tensors. ``draws`` is where
 chance comes from, ``checks`` refuses what does not belong together, ``whole`` carries whole
 tensors, ``metadata`` says what is still true of the result, ``filling`` makes it one that stock
 PEFT loads. Sits above ``delta`` and ``masks``; knows of no model, file or PEFT.

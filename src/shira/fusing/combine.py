@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.delta import SparseDelta
-from shira.fusing.align import align
+from shira.support import align
 
 
 def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:

@@ -24,7 +24,7 @@ from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.ops import native
 from shira.ops.packed import from_gaps, gaps_of, is_packed, support_of
-from shira.support import Support, matrix_shape
+from shira.support import Support, align, matrix_shape
 
 
 class Tiles(NamedTuple):
@@ -156,12 +156,11 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         SupportError: If coordinates are out of range, unsorted or repeated.
     """
     supports = [_support(coordinates, shape) for coordinates in indices]
-    union = supports[0]
-    for other in supports[1:]:
-        union = union.union(other)
-    members = None
+    union, members = supports[0], None
     if len(supports) > 1:
-        members = tuple(union.positions_of(support) for support in supports)
+        union, places = align(supports)
+        everywhere = torch.arange(union.nnz, device=union.indices.device)
+        members = tuple(everywhere if place is None else place for place in places)
     matrix, device, kept, packed = matrix_shape(shape), union.indices.device, None, None
     if all(map(is_packed, indices)) and device.type == "cpu":
         packed = _alias(indices[0]) if members is None else None

@@ -20,6 +20,7 @@ from shira.errors import PlacementError
 from shira.ops.patch import Patch
 from shira.serve.exchange import same_bits
 from shira.serve.placement import Placement
+from shira.support import align_indices
 from shira.switch.plan import base_at
 
 Stored = Callable[[str, Tensor], "Tensor | None"]
@@ -45,7 +46,7 @@ class Found(NamedTuple):
         """How many different entries."""
         if not self.pieces:
             return 0
-        return int(torch.unique(torch.cat([entries for _, entries, _ in self.pieces])).numel())
+        return align_indices([entries for _, entries, _ in self.pieces])[0].numel()
 
 
 def nothing_stored(name: str, indices: Tensor) -> None:

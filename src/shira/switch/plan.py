@@ -18,7 +18,7 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError
 from shira.ops.memory import memory_of, settle
 from shira.ops.patch import Patch, memory_offsets
-from shira.support import index_dtype
+from shira.support import align_indices, index_dtype
 
 
 class Entry(NamedTuple):
@@ -111,7 +111,7 @@ def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
     if len(entries) == 1 or entries[0][0].values is None:
         return scaled(*entries[0])
     patches = [entry.patch for entry, _ in entries]
-    offsets = torch.unique_consecutive(torch.cat([p.offsets for p in patches]).sort().values)
+    offsets, places = align_indices([patch.offsets for patch in patches])
     originals = patches[0].originals.new_empty(offsets.numel())
     deltas = [(e.values, e.patch, scale) for e, scale in entries if e.values is not None]
     dtypes = [values.dtype for values, _, _ in deltas]
@@ -120,8 +120,7 @@ def combined(entries: Sequence[tuple[Entry, float]]) -> Patch:
         dtype=accumulation_dtype(originals.dtype, *dtypes),
         device=originals.device,
     )
-    for values, patch, scale in deltas:
-        at = torch.searchsorted(offsets, patch.offsets)
+    for (values, patch, scale), at in zip(deltas, places, strict=True):
         originals[at] = patch.originals
         total[at] += values.to(total.dtype) * scale
     return make_patch(offsets, originals, replacement(originals, total))
