@@ -43,6 +43,15 @@ class Adapter(Mapping[str, SparseDelta]):
     Raises:
         AdapterError: If a name or value is of another type, or a name has both a delta and a
             tensor.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([0.5, -1.0]))
+        >>> adapter = Adapter({"layer.weight": delta})
+        >>> (2 * adapter + adapter)["layer.weight"].values.tolist()
+        [1.5, -3.0]
+        >>> adapter.save("mine.safetensors")
+        >>> Adapter.load("mine.safetensors") == adapter
+        True
     """
 
     __slots__ = ("_deltas", "metadata", "tensors")
@@ -94,17 +103,17 @@ class Adapter(Mapping[str, SparseDelta]):
 
     @property
     def nnz(self) -> int:
-        """Entries in all."""
+        """The number of entries in all."""
         return sum(delta.nnz for delta in self._deltas.values())
 
     @property
     def density(self) -> float:
-        """Entries over the entries of the weights they stand in."""
+        """The number of entries over that of the weights they stand in."""
         numel = sum(delta.support.numel for delta in self._deltas.values())
         return self.nnz / numel if numel else 0.0
 
     def __eq__(self, other: object) -> bool:
-        """Equal deltas and whole tensors, bit for bit; metadata does not count."""
+        """Compare deltas and whole tensors bit for bit; metadata does not count."""
         if not isinstance(other, Adapter):
             return NotImplemented
         return (
@@ -153,7 +162,7 @@ class Adapter(Mapping[str, SparseDelta]):
             )
 
     def __mul__(self, factor: float) -> Adapter:
-        """Each value times a finite number; float32, or float64 if the values are.
+        """Return the adapter times a finite number, in float32, or float64 if the values are.
 
         An adapter with whole tensors is refused (`AdapterError`): they have no scale.
         """
@@ -166,7 +175,7 @@ class Adapter(Mapping[str, SparseDelta]):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Adapter:
-        """Each value times ``1 / divisor``."""
+        """Return the adapter times ``1 / divisor``."""
         if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
             return NotImplemented
         if divisor == 0:
@@ -174,11 +183,11 @@ class Adapter(Mapping[str, SparseDelta]):
         return self * (1 / divisor)
 
     def __neg__(self) -> Adapter:
-        """Each value with the other sign."""
+        """Return the adapter with the sign of each value changed."""
         return self * -1
 
     def __add__(self, other: Adapter) -> Adapter:
-        """``fuse([self, other])``: on the union of the positions, summed in float32.
+        """Return ``fuse([self, other])``: on the union of the positions, summed in float32.
 
         Whole tensors are carried; two different ones of one name are refused.
         """
@@ -189,11 +198,11 @@ class Adapter(Mapping[str, SparseDelta]):
         return fuse([self, other])
 
     def __radd__(self, other: object) -> Adapter:
-        """So that ``sum(adapters)``, which begins with 0, works."""
+        """Return the adapter for 0, with which ``sum(adapters)`` begins."""
         return self if other == 0 else NotImplemented
 
     def __sub__(self, other: Adapter) -> Adapter:
-        """``fuse([self, other], [1, -1])``; what cancels stays as an entry of value 0."""
+        """Return ``fuse([self, other], [1, -1])``; what cancels stays as an entry of value 0."""
         if not isinstance(other, type(self)):
             return NotImplemented
         from shira.fusing import fuse
@@ -204,7 +213,7 @@ class Adapter(Mapping[str, SparseDelta]):
         self,
         which: Iterable[str] | Callable[[str], bool] | Mapping[str, Support | SparseDelta],
     ) -> Adapter:
-        """Part of the adapter; values keep their bits.
+        """Return a part of the adapter; values keep their bits.
 
         Args:
             which: Names of parameters, and of whole tensors; or a function of a name that says
@@ -222,7 +231,7 @@ class Adapter(Mapping[str, SparseDelta]):
         return restrict(self, which)
 
     def prune(self, k: int | None = None, *, density: float | None = None) -> Adapter:
-        """The entries of largest magnitude, over all parameters together; values keep their bits.
+        """Keep the entries of largest magnitude, over all parameters together, bit for bit.
 
         Of equal magnitudes the first are kept. A parameter may end with no entry. Whole tensors
         stay as they are.
@@ -247,7 +256,7 @@ class Adapter(Mapping[str, SparseDelta]):
     def to(
         self, dtype: torch.dtype | None = None, *, device: torch.device | str | None = None
     ) -> Adapter:
-        """The adapter with its values in another dtype, rounded to nearest, or on another device.
+        """Return the adapter in another dtype, rounded to nearest, or on another device.
 
         Whole tensors keep their dtype.
 
@@ -259,7 +268,7 @@ class Adapter(Mapping[str, SparseDelta]):
         return cast(self, dtype, device)
 
     def compare(self, other: Adapter) -> Comparison:
-        """Where and by how much two adapters differ; ``==`` merely says whether they do.
+        """Tell in which entries and by how much two adapters differ.
 
         Raises:
             AdapterError: If ``other`` is no adapter.
@@ -270,7 +279,7 @@ class Adapter(Mapping[str, SparseDelta]):
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
-        """The named adapter of a PEFT model (or of a model with injected SHiRA layers), as a value.
+        """Return an adapter of a PEFT model (or of a model with injected SHiRA layers) as a value.
 
         The values are copies; training on changes nothing of the result. Modules that the adapter
         trains whole (``modules_to_save``) become its `tensors`.

@@ -36,12 +36,12 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which deltas are added to a weight: float64 if one of them is, else float32."""
+    """Return the dtype for adding deltas to a weight: float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def replacement(base: Tensor, delta: Tensor) -> Tensor:
-    """``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
+    """Return ``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
 
     Args:
         base: ``(k,)`` values of the base weight.
@@ -55,7 +55,7 @@ def replacement(base: Tensor, delta: Tensor) -> Tensor:
 
 
 def fingerprint(values: Tensor) -> str:
-    """A short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
+    """Return a short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
 
     Args:
         values: ``(k,)`` values of the base weight at an adapter's positions, in their own dtype.

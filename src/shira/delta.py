@@ -15,7 +15,7 @@ from shira.support import Support
 
 
 class SparseDelta:
-    """What an adapter adds to one weight.
+    """The values that an adapter adds to one weight.
 
     Args:
         support: Which entries.
@@ -23,6 +23,11 @@ class SparseDelta:
 
     Raises:
         AdapterError: If the values are not 1-D floating point of the support's length.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([0.5, -1.0]))
+        >>> delta.replacement(torch.tensor([1.0, 1.0]), scale=2.0).tolist()
+        [2.0, -1.0]
     """
 
     __slots__ = ("support", "values")
@@ -40,11 +45,11 @@ class SparseDelta:
 
     @property
     def nnz(self) -> int:
-        """How many entries."""
+        """The number of entries, k."""
         return self.support.nnz
 
     def replacement(self, base: Tensor, scale: float = 1.0) -> Tensor:
-        """The values that take the place of the base's: ``round(base + scale * values)``.
+        """Return the values that take the place of the base's: ``round(base + scale * values)``.
 
         The sum is made in float32 (float64 if base or values are) and rounded once, to the base's
         dtype.

@@ -112,7 +112,7 @@ _CUTOFF_OF_ANOTHER_FORM = 0.8
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint to append to an error message.
+    """Return a hint to append to an error message.
 
     Args:
         name: What the caller wrote.

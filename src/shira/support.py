@@ -24,7 +24,7 @@ _INT32_LIMIT = 2**31
 
 
 def index_dtype(numel: int) -> torch.dtype:
-    """The dtype that holds flat indices into a weight of ``numel`` entries: int32 below 2^31."""
+    """Return the dtype of flat indices into ``numel`` entries: int32 up to 2^31, else int64."""
     return torch.int32 if numel <= _INT32_LIMIT else torch.int64
 
 
@@ -39,6 +39,13 @@ class Support:
     Raises:
         SupportError: If the indices are not 1-D integers, or are out of range, unsorted or
             repeated.
+
+    Example:
+        >>> support = Support((2, 3), torch.tensor([0, 4]))
+        >>> support.coordinates().tolist()  # rows, columns
+        [[0, 1], [0, 1]]
+        >>> support.nnz, Support.from_mask(support.mask()) == support
+        (2, True)
     """
 
     __slots__ = ("indices", "shape")
@@ -52,7 +59,7 @@ class Support:
 
     @classmethod
     def _trusted(cls, shape: Sequence[int], indices: Tensor) -> Support:
-        """A support from indices that shira itself made sorted, unique and in range."""
+        """Return a support of indices that shira itself made sorted, unique and in range."""
         self = cls.__new__(cls)
         self.shape = tuple(shape)
         self.indices = indices.to(index_dtype(math.prod(self.shape)))
@@ -60,7 +67,7 @@ class Support:
 
     @classmethod
     def from_unsorted(cls, shape: Sequence[int], indices: Tensor) -> Support:
-        """A support from unique indices in any order.
+        """Return the support of unique indices in any order.
 
         Raises:
             SupportError: If an index is out of range or occurs twice.
@@ -69,7 +76,7 @@ class Support:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Support:
-        """A support from a dense 0/1 or boolean mask of the weight's shape.
+        """Return the support of a dense 0/1 or boolean mask of the weight's shape.
 
         Raises:
             SupportError: If an entry is neither 0 nor 1, or the mask is no tensor.
@@ -88,7 +95,7 @@ class Support:
 
     @classmethod
     def from_coordinates(cls, shape: Sequence[int], coordinates: Tensor) -> Support:
-        """A support from ``(2, k)`` row and column indices, sorted row by row.
+        """Return the support of ``(2, k)`` row and column indices, sorted row by row.
 
         Weights of more than two dimensions count as matrices of ``shape[0]`` rows.
 
@@ -114,12 +121,12 @@ class Support:
 
     @property
     def nnz(self) -> int:
-        """How many entries are chosen (k)."""
+        """The number of chosen entries, k."""
         return self.indices.numel()
 
     @property
     def numel(self) -> int:
-        """How many entries the weight has."""
+        """The number of entries of the weight."""
         return math.prod(self.shape)
 
     @property
@@ -128,7 +135,7 @@ class Support:
         return self.nnz / self.numel if self.numel else 0.0
 
     def coordinates(self) -> Tensor:
-        """Row and column of each entry, int32 ``(2, k)``, as PEFT's ``shira_indices``.
+        """Return row and column of each entry, int32 ``(2, k)``, as PEFT's ``shira_indices``.
 
         Raises:
             SupportError: If the weight has more rows or columns than int32 can count.
@@ -143,17 +150,17 @@ class Support:
         return torch.stack((self.indices // cols, self.indices % cols)).to(torch.int32)
 
     def to(self, device: torch.device | str) -> Support:
-        """The same support on a device."""
+        """Return the same support on a device."""
         return Support._trusted(self.shape, self.indices.to(device))
 
     def mask(self) -> Tensor:
-        """A dense boolean mask of the weight's shape. Costs O(numel): for looking, not for work."""
+        """Return a dense boolean mask of the weight's shape, at a cost of O(numel)."""
         dense = torch.zeros(self.numel, dtype=torch.bool, device=self.indices.device)
         dense[self.indices.long()] = True
         return dense.view(self.shape)
 
     def positions_of(self, other: Support) -> Tensor:
-        """Where each entry of ``other`` stands in this support.
+        """Return the place in this support of each entry of ``other``.
 
         Returns:
             int64 ``(other.nnz,)``; -1 where this support lacks the entry.
@@ -169,12 +176,12 @@ class Support:
         return align([self, other]).union
 
     def intersection(self, other: Support) -> Support:
-        """Entries of both."""
+        """Return the entries of both."""
         shared = self.positions_of(other) >= 0
         return Support._trusted(self.shape, other.indices[shared])
 
     def overlap(self, other: Support) -> int:
-        """How many entries both have."""
+        """Return the number of entries that both have."""
         return int((self.positions_of(other) >= 0).sum())
 
     def __len__(self) -> int:
@@ -240,14 +247,14 @@ def align_indices(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """``shape`` seen as a matrix: the first dimension, and all others together."""
+    """Return ``shape`` as that of a matrix: the first dimension, and all others together."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return int(shape[0]), math.prod(shape[1:])
 
 
 def _signed(indices: Tensor, what: str) -> Tensor:
-    """The integers in a dtype that torch can sort and compare; the unsigned ones become int64."""
+    """Return integers in a dtype that torch can sort and compare; unsigned ones become int64."""
     if not isinstance(indices, Tensor):
         raise SupportError(f"{what} are an integer tensor, not {type(indices).__name__}")
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
