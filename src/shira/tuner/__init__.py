@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from shira.tuner.calibration import calibrate
 from shira.tuner.config import ShiraConfig
+from shira.tuner.indices import check_ranks
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.model import ShiraModel
 from shira.tuner.register import register
@@ -23,5 +24,6 @@ __all__ = [
     "ShiraLayer",
     "ShiraModel",
     "calibrate",
+    "check_ranks",
     "get_peft_model",
 ]

@@ -45,11 +45,15 @@ from shira.tuner.hooks import (
     way_to_call,
 )
 from shira.tuner.idle import Watch
-from shira.tuner.indices import IndexDict, digest_of
+from shira.tuner.indices import (
+    IndexDict,
+    check_new_models,
+    check_while_compiling,
+    digest_of,
+)
 from shira.tuner.masking import shape_of, weight_of
 from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
-from shira.tuner.ranks import check_new_models, check_while_compiling
 from shira.tuner.zero import fetch
 
 BASE = "__base__"

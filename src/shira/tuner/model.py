@@ -36,6 +36,7 @@ from shira.tuner.elsewhere import at_rest, is_computed, readable
 from shira.tuner.embedding import Embedding
 from shira.tuner.hooks import Way, way_to_call
 from shira.tuner.idle import watch_gradients
+from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.linear import Linear, is_conv1d
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
@@ -47,7 +48,6 @@ from shira.tuner.masking import (
 )
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of
-from shira.tuner.ranks import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.rollback import as_it_was
 from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
 from shira.tuner.stock import as_ours

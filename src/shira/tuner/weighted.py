@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -26,9 +27,6 @@ from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import SupportTable
 from shira.tuner.targets import matched_modules
 
-if TYPE_CHECKING:
-    from shira.tuner.model import ShiraModel
-
 COMBINATIONS = {
     "linear": "sum",
     "ties": "ties",
@@ -41,7 +39,7 @@ COMBINATIONS = {
 
 
 def add_weighted_adapter(
-    model: ShiraModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -87,7 +85,7 @@ def add_weighted_adapter(
 
 
 def _checked(
-    model: ShiraModel, adapters: Sequence[str], adapter_name: str, combination_type: str
+    model: BaseTuner, adapters: Sequence[str], adapter_name: str, combination_type: str
 ) -> str:
     """The method of `shira.fuse`, after making sure that the names are what they should be."""
     if isinstance(adapters, str):
@@ -117,7 +115,7 @@ def _checked(
 
 
 def _owners_of_saved_modules(
-    model: ShiraModel, adapters: Sequence[str]
+    model: BaseTuner, adapters: Sequence[str]
 ) -> list[tuple[str, ModulesToSaveWrapper, str]]:
     """Modules that one of the adapters has trained whole: name, wrapper and adapter."""
     found: list[tuple[str, ModulesToSaveWrapper, str]] = []
@@ -135,7 +133,7 @@ def _owners_of_saved_modules(
     return found
 
 
-def _layers(model: ShiraModel) -> list[tuple[str, ShiraLayer]]:
+def _layers(model: BaseTuner) -> list[tuple[str, ShiraLayer]]:
     """The adapted layers, by the base model's name of their weight."""
     return [
         (weight_name(base_module_name(path)), layer)
@@ -144,7 +142,7 @@ def _layers(model: ShiraModel) -> list[tuple[str, ShiraLayer]]:
     ]
 
 
-def _scaled(model: ShiraModel, adapter_name: str) -> Adapter:
+def _scaled(model: BaseTuner, adapter_name: str) -> Adapter:
     """An adapter's deltas, times what `set_scale` has set in each layer.
 
     Modules that it trains whole have their owner already.
@@ -160,7 +158,7 @@ def _scaled(model: ShiraModel, adapter_name: str) -> Adapter:
 
 
 def _config(
-    model: ShiraModel, adapters: Sequence[str], fused: Adapter, r: int, kept_mask: bool
+    model: BaseTuner, adapters: Sequence[str], fused: Adapter, r: int, kept_mask: bool
 ) -> ShiraConfig:
     """The first adapter's config, with what is true of the fused one."""
     first: Any = model.peft_config[adapters[0]]
@@ -184,7 +182,7 @@ def _config(
     return config
 
 
-def _set_targets(config: ShiraConfig, model: ShiraModel, modules: set[str]) -> None:
+def _set_targets(config: ShiraConfig, model: BaseTuner, modules: set[str]) -> None:
     """Make the config name exactly these modules: as it does, by name, or by an expression."""
     if _matches(config, model, modules):
         return
@@ -195,7 +193,7 @@ def _set_targets(config: ShiraConfig, model: ShiraModel, modules: set[str]) -> N
         config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 
-def _matches(config: ShiraConfig, model: ShiraModel, modules: set[str]) -> bool:
+def _matches(config: ShiraConfig, model: BaseTuner, modules: set[str]) -> bool:
     matched = dict(matched_modules(config, model.model))
     inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
     found = {name for name in matched if not name.startswith(inside)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How positions are compared between ranks; on real processes in tests/distributed."""
+"""Positions compared between processes; on real processes in tests/distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from shira import ShiraConfig, get_peft_model
 from shira.errors import RankMismatchError
-from shira.tuner import ranks
+from shira.tuner import check_ranks, indices
 
 from .models import mlp, randomize
 
@@ -34,7 +34,7 @@ def adapted(seed=0, name="default"):
     ],
 )
 def test_no_contradiction(by_rank):
-    ranks.raise_if_different(by_rank)
+    indices.raise_if_different(by_rank)
 
 
 @pytest.mark.parametrize(
@@ -48,31 +48,31 @@ def test_no_contradiction(by_rank):
 )
 def test_contradictions_are_named(by_rank, who):
     with pytest.raises(RankMismatchError, match=rf"'default', parameter 'x.weight': {who}"):
-        ranks.raise_if_different(by_rank)
+        indices.raise_if_different(by_rank)
 
 
 def layers(model):
-    return ranks._layers_of(model)
+    return indices._layers_of(model)
 
 
 def test_digests_tell_positions_and_nothing_else():
     model, other = adapted(), adapted()
     randomize(other)
-    same = ranks.digests_of(layers(model))
+    same = indices.digests_of(layers(model))
     assert {name for _, name in same} == {"lin1.weight", "lin2.weight"}
-    assert ranks.digests_of(layers(other)) == same
-    assert ranks.digests_of(layers(adapted(seed=1))).keys() == same.keys()
-    assert not set(ranks.digests_of(layers(adapted(seed=1))).values()) & set(same.values())
-    assert {adapter for adapter, _ in ranks.digests_of(layers(adapted(name="b")))} == {"b"}
+    assert indices.digests_of(layers(other)) == same
+    assert indices.digests_of(layers(adapted(seed=1))).keys() == same.keys()
+    assert not set(indices.digests_of(layers(adapted(seed=1))).values()) & set(same.values())
+    assert {adapter for adapter, _ in indices.digests_of(layers(adapted(name="b")))} == {"b"}
 
 
 @pytest.fixture
 def checks(monkeypatch):
     """Pretends two ranks; the list of what would be compared."""
     compared = []
-    monkeypatch.setattr(ranks, "_new_models", [])
-    monkeypatch.setattr(ranks, "_several_ranks", lambda: True)
-    monkeypatch.setattr(ranks, "compare", lambda digests, group: compared.append(digests))
+    monkeypatch.setattr(indices, "_new_models", [])
+    monkeypatch.setattr(indices, "_several_ranks", lambda: True)
+    monkeypatch.setattr(indices, "compare", lambda digests, group: compared.append(digests))
     return compared
 
 
@@ -126,11 +126,11 @@ def test_a_compiled_model_is_checked_while_it_is_traced(checks):
 
 
 def test_the_check_can_be_turned_off_and_made_by_hand(checks, monkeypatch):
-    monkeypatch.setenv(ranks.SWITCH, "0")
+    monkeypatch.setenv(indices.SWITCH, "0")
     model = adapted()
     model(torch.randn(2, 8))
     assert not checks
-    ranks.check_ranks(model)
+    check_ranks(model)
     assert len(checks) == 1
 
 
@@ -153,3 +153,9 @@ def test_what_others_have_ddp_ignore_stays():
     assert "base_model.model.lin0.weight" in model._ddp_params_and_buffers_to_ignore
     model.unload()
     assert base._ddp_params_and_buffers_to_ignore == ["lin0.weight"]
+
+
+def test_the_former_place_of_the_name():
+    from shira.tuner.ranks import check_ranks as former
+
+    assert former is check_ranks
