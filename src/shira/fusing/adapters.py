@@ -1,33 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fuse`: several adapters made one.
+"""Adapters made from adapters: `fuse`, `restrict`, `cast` and `fill_to_rank`.
 
-For each parameter: thin each delta as the method says, bring them together on the union of their
-positions, combine. The cost is that of the entries; no weight and no base model is looked at.
+The cost is that of the entries; no weight and no base model is looked at.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
-from shira.fusing.arguments import (
-    checked_adapters,
-    checked_method,
-    checked_weights,
-    settings_of,
-)
-from shira.fusing.checks import check_together
-from shira.fusing.draws import digest, uniform
-from shira.fusing.metadata import derived_metadata, record
-from shira.fusing.methods import Method, Settings
-from shira.fusing.pruning import keep_largest
-from shira.fusing.whole import whole_tensors
+from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
+from shira.fusing.methods import Method, method_named, parameters_of, settings_of
+from shira.fusing.result import check_together, derived_metadata, record, whole_tensors
+from shira.fusing.steps import digest, keep_largest, select, uniform
+from shira.support import Support, matrix_shape
 
 Progress = Callable[[int, int], None]
 """Called with how many parameters are done, and of how many."""
@@ -89,10 +81,17 @@ def fuse(
             one adapter and has another tensor or a delta in another.
         WrongBaseError: If they were trained on different base models.
         ConfigError: If method, weights or options are not possible.
+
+    Example:
+        >>> supports = [Support((2, 3), torch.tensor(at)) for at in ([0, 4], [4, 5])]
+        >>> a, b = (Adapter({"w": SparseDelta(at, torch.ones(2))}) for at in supports)
+        >>> fused = fuse([a, b], [1.0, 0.5])["w"]
+        >>> fused.support.indices.tolist(), fused.values.tolist()
+        ([0, 4, 5], [1.0, 1.5, 0.5])
     """
-    adapters, names = checked_adapters(adapters, names)
-    chosen = checked_method(method)
-    factors = checked_weights(weights, len(adapters), method)
+    adapters, names = _checked_adapters(adapters, names)
+    chosen = method_named(method)
+    factors = _checked_weights(weights, len(adapters), method)
     given = {
         "density": density,
         "k": k,
@@ -101,7 +100,8 @@ def fuse(
         "seed": seed,
     }
     given = {option: value for option, value in given.items() if value is not None}
-    settings = settings_of(method, chosen, given, math.fsum(factors))
+    settings = settings_of(method, chosen, given)
+    settings["total_weight"] = math.fsum(factors)
     check_together(adapters, names, check_base=check_base)
     if len(adapters) == 1 and factors == [1.0] and whole in (None, names[0]):
         return _alone(adapters[0], names[0], chosen, given)
@@ -113,17 +113,132 @@ def fuse(
         deltas[name] = _fuse_parameter(name, parts, chosen, settings)
         if progress is not None:
             progress(done, len(parameters))
-    options = {option: getattr(settings, option) for option in chosen.options if option != "k"}
+    options = {option: settings[option] for option in chosen.options if option != "k"}
     if chosen.budget:
-        count = _budget(adapters, deltas, given)
-        deltas = keep_largest(deltas, count)
-        options = {"k": count}
+        options = {"k": _budget(adapters, deltas, given)}
+        deltas = keep_largest(deltas, options["k"])
     made = record(method, adapters, names, factors, options)
     return Adapter(deltas, derived_metadata(adapters, deltas, tensors, made), tensors)
 
 
+def restrict(
+    adapter: Adapter,
+    which: Iterable[str] | Callable[[str], bool] | Mapping[str, Support | SparseDelta],
+) -> Adapter:
+    """Return part of an adapter; see `Adapter.restrict`.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([1.0, 2.0]))
+        >>> adapter = Adapter({"a.weight": delta, "b.weight": delta})
+        >>> list(restrict(adapter, ["b.weight"]))
+        ['b.weight']
+        >>> restrict(adapter, {"a.weight": Support((2, 3), torch.tensor([4]))})["a.weight"].values
+        tensor([2.])
+    """
+    if isinstance(which, Mapping):
+        beside = which.tensors if isinstance(which, Adapter) else {}
+        _check_known(adapter, (*which, *beside))
+        for name in which:
+            if name in adapter.tensors:
+                raise AdapterError(f"{name!r} is a whole tensor, which has no positions")
+        deltas = {n: _within(n, delta, which[n]) for n, delta in adapter.items() if n in which}
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in beside}
+    else:
+        if callable(which):
+            wanted = {name for name in (*adapter, *adapter.tensors) if which(name)}
+        else:
+            wanted = {which} if isinstance(which, str) else set(which)
+            _check_known(adapter, wanted)
+        deltas = {name: delta for name, delta in adapter.items() if name in wanted}
+        tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in wanted}
+    kept = {name: value for name, value in adapter.metadata.items() if name == "fused"}
+    return Adapter(deltas, {**derived_metadata([adapter], deltas, tensors), **kept}, tensors)
+
+
+def cast(adapter: Adapter, dtype: torch.dtype | None, device: torch.device | str | None) -> Adapter:
+    """Return an adapter in another dtype or on another device; see `Adapter.to`."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterError(f"values are floating point, not {dtype}")
+    deltas = {}
+    for name, delta in adapter.items():
+        values = delta.values.to(dtype=dtype, device=device)
+        lost = int((delta.values.isfinite() & ~values.isfinite().to(delta.values.device)).sum())
+        if lost:
+            raise AdapterError(
+                f"{lost} values of {name!r} are too large for {dtype}: the largest is "
+                f"{float(delta.values.abs().max()):g}; torch.bfloat16 has the range of float32"
+            )
+        support = delta.support if device is None else delta.support.to(device)
+        deltas[name] = SparseDelta(support, values)
+    tensors = {name: tensor.to(device=device) for name, tensor in adapter.tensors.items()}
+    return Adapter(deltas, adapter.metadata, tensors)
+
+
+def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
+    """Add zeros until every weight has ``r * (m + n)`` entries, for the least r with room for all.
+
+    PEFT's own SHiRA loads nothing else: it makes room for r * (m + n) values in each weight before
+    it reads a file. Where a weight is too small for that, all deltas stay as they are, and r is the
+    largest that fits; PEFT's own SHiRA cannot load such an adapter.
+
+    Args:
+        adapter: Of any number of entries in each weight.
+
+    Returns:
+        r, and the adapter; its metadata are the same but for ``r``.
+    """
+    sides = {name: sum(matrix_shape(d.support.shape)) for name, d in adapter.items()}
+    sides = {name: side for name, side in sides.items() if side}
+    r = max([1, *(-(-adapter[name].nnz // side) for name, side in sides.items())])
+    if all(r * side <= adapter[name].support.numel for name, side in sides.items()):
+        filled = {n: _filled_up(delta, r * sides.get(n, 0)) for n, delta in adapter.items()}
+        return r, Adapter(filled, {**adapter.metadata, "r": r}, adapter.tensors)
+    most = min(adapter[name].support.numel // side for name, side in sides.items())
+    return max(1, min(r, most)), adapter
+
+
+def _checked_adapters(
+    adapters: Sequence[Adapter], names: Sequence[str] | None
+) -> tuple[list[Adapter], list[str]]:
+    """Return the adapters, and the name of each."""
+    if isinstance(adapters, Adapter) or not hasattr(adapters, "__iter__"):
+        raise AdapterError(f"fuse takes a list of adapters, not {type(adapters).__name__}")
+    adapters = list(adapters)
+    if not adapters:
+        raise AdapterError("there is nothing to fuse: no adapter was given")
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(
+                f"fuse takes adapters, not {type(adapter).__name__}; Adapter.load reads one, "
+                "Adapter.from_model takes one out of a model"
+            )
+    names = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
+    if len(names) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters need as many names, not {len(names)}")
+    return adapters, names
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int, method: str) -> list[float]:
+    """Return a finite factor for each adapter."""
+    if weights is None:
+        weights = [1.0] * count
+    if isinstance(weights, (str, Adapter)) or not hasattr(weights, "__iter__"):
+        raise ConfigError(f"weights are a list of numbers, not {type(weights).__name__}")
+    try:
+        factors = [float(weight) for weight in weights]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"weights are numbers: {error}") from error
+    if len(factors) != count:
+        raise ConfigError(f"{count} adapters need as many weights, not {len(factors)}: {factors}")
+    if not all(math.isfinite(factor) for factor in factors):
+        raise ConfigError(f"weights are finite numbers, not {factors}")
+    if method == "mean" and math.fsum(factors) == 0:
+        raise ConfigError(f"the weights of a mean must not add up to 0, as {factors} do")
+    return factors
+
+
 def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]) -> Adapter:
-    """One adapter at weight 1: itself, or pruned to a budget that was asked for."""
+    """Return one adapter at weight 1, or prune it to a budget that was asked for."""
     if method.budget and given:
         count = _budget([adapter], adapter, given)
         if count >= adapter.nnz:
@@ -142,9 +257,12 @@ def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]
 
 
 def _fuse_parameter(
-    name: str, parts: Sequence[tuple[SparseDelta, float]], method: Method, settings: Settings
+    name: str,
+    parts: Sequence[tuple[SparseDelta, float]],
+    method: Method,
+    settings: Mapping[str, Any],
 ) -> SparseDelta:
-    """The deltas of one parameter, with their weights, made one."""
+    """Make one of the deltas of a parameter, with their weights."""
     prints: list[bytes] = [b""] * len(parts)
     if method.random or len(parts) > 2:  # two numbers have the same sum in either order
         prints = [digest(delta) for delta, _ in parts]
@@ -152,24 +270,57 @@ def _fuse_parameter(
         parts, prints = [parts[i] for i in order], [prints[i] for i in order]
     deltas = [delta for delta, _ in parts]
     if method.sparsify is not None:
-        deltas = [
-            method.sparsify(delta, settings, _draw(delta, settings.seed, name, prints, i))
-            for i, delta in enumerate(deltas)
-        ]
-    return method.combine(deltas, [weight for _, weight in parts], settings)
-
-
-def _draw(
-    delta: SparseDelta, seed: int, name: str, prints: Sequence[bytes], i: int
-) -> Callable[[], Tensor]:
-    return lambda: uniform(delta.nnz, seed, name, prints[i], prints[:i].count(prints[i]))
+        for i, delta in enumerate(deltas):
+            told = dict(settings)
+            if method.random:
+                same = prints[:i].count(prints[i])
+                told["draw"] = uniform(delta.nnz, settings["seed"], name, prints[i], same)
+            known = {option: told[option] for option in parameters_of(method.sparsify)}
+            deltas[i] = method.sparsify(delta, **known)
+    known = {option: settings[option] for option in parameters_of(method.combine)}
+    return method.combine(deltas, [weight for _, weight in parts], **known)
 
 
 def _budget(
     adapters: Sequence[Adapter], deltas: Mapping[str, SparseDelta], given: Mapping[str, Any]
 ) -> int:
-    """How many entries the result may have."""
+    """Return how many entries the result may have."""
     if "density" in given:
         numel = sum(delta.support.numel for delta in deltas.values())
         return int(given["density"] * numel * (1 + 1e-12))  # 0.29 * 100 is 28.999...
     return int(given.get("k", max(adapter.nnz for adapter in adapters)))
+
+
+def _check_known(adapter: Adapter, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in adapter and name not in adapter.tensors:
+            raise UnknownAdapterError(
+                f"the adapter has no parameter {name!r} to restrict it to."
+                f"{did_you_mean(name, (*adapter, *adapter.tensors))}"
+            )
+
+
+def _within(name: str, delta: SparseDelta, where: Support | SparseDelta) -> SparseDelta:
+    support = where.support if isinstance(where, SparseDelta) else where
+    if not isinstance(support, Support):
+        raise AdapterError(f"{name!r} is restricted to a Support, not {type(where).__name__}")
+    if support.shape != delta.support.shape:
+        raise AdapterError(
+            f"{name!r} has shape {delta.support.shape}; a support of shape {support.shape} does "
+            "not fit it"
+        )
+    return select(delta, support.positions_of(delta.support) >= 0)
+
+
+def _filled_up(delta: SparseDelta, k: int) -> SparseDelta:
+    """Add zeros at the delta's first free positions, so that it has k entries."""
+    missing = k - delta.nnz
+    if missing <= 0:
+        return delta
+    indices = delta.support.indices
+    taken = torch.zeros(k, dtype=torch.bool, device=indices.device)
+    taken[indices[indices < k].long()] = True  # of the first k positions, so many are free at least
+    free = (~taken).nonzero().squeeze(1)[:missing]
+    merged, order = torch.cat((indices.long(), free)).sort()
+    values = torch.cat((delta.values, delta.values.new_zeros(missing)))
+    return SparseDelta(Support._trusted(delta.support.shape, merged), values[order])

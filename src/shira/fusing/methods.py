@@ -13,104 +13,128 @@ della          MagPrune        elected mean      DELLA, arXiv 2406.11617
 magnitude      as it is        sum, then pruned  the largest k of the sum
 magnitude_prune trimmed        weighted sum      PEFT's combination type of that name
 ============== =============== ================= ================================================
+
+A further method is a function in a file of its own and a row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
+from functools import cache, cached_property
+from typing import Any
 
 from shira.delta import SparseDelta
-from shira.fusing.combine import elected_mean, weighted_sum
-from shira.fusing.sparsify import drop, mag_prune, trim
+from shira.errors import ConfigError, did_you_mean
+from shira.fusing.steps import drop, elected_mean, mag_prune, trim, weighted_mean, weighted_sum
+
+EPSILON = 0.1
+"""Default width of DELLA's range of probabilities."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a method may be told; see `shira.fuse`."""
-
-    density: float = 1.0
-    epsilon: float = 0.0
-    majority_sign_method: str = "total"
-    seed: int = 0
-    total_weight: float = 1.0
-    """Of all adapters, those without the parameter included."""
-
-
-Draw = Callable[[], Tensor]
-"""Uniform numbers in [0, 1), float64 ``(k,)``, for the delta at hand."""
-
-
-class Method(NamedTuple):
+class Method:
     """One way to fuse.
 
+    The functions name the options of `shira.fuse` that they take as parameters, behind the delta or
+    the deltas and weights; ``draw`` (uniform numbers for the delta's entries) and ``total_weight``
+    (of all adapters) are given to them too.
+
     Attributes:
-        sparsify: What is done to each delta first.
         combine: Makes one delta of all of a weight.
-        options: Options of `shira.fuse` that it takes.
-        density: Default of that option; None if it has none.
-        random: Whether it draws; it then takes a seed.
+        sparsify: Thins out each delta first.
+        density: Default of that option.
         budget: Whether the result is pruned to ``k`` entries.
         associative: Whether ``fuse([fuse([a, b]), c])`` is ``fuse([a, b, c])``: the positions
             exactly, the values to rounding. All methods are commutative, bit for bit.
     """
 
-    sparsify: Callable[[SparseDelta, Settings, Draw], SparseDelta] | None
-    combine: Callable[[Sequence[SparseDelta], Sequence[float], Settings], SparseDelta]
-    options: tuple[str, ...]
-    density: float | None
-    random: bool
-    budget: bool
-    associative: bool
+    combine: Callable[..., SparseDelta]
+    sparsify: Callable[..., SparseDelta] | None = None
+    density: float | None = None
+    budget: bool = False
+    associative: bool = False
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether it draws; it then takes a seed."""
+        return self.sparsify is not None and "draw" in parameters_of(self.sparsify)
+
+    @cached_property
+    def options(self) -> tuple[str, ...]:
+        """Options of `shira.fuse` that it takes."""
+        named = [name for f in (self.sparsify, self.combine) if f for name in parameters_of(f)]
+        own = ["seed" if name == "draw" else name for name in named if name != "total_weight"]
+        return ("density", "k", *own) if self.budget else tuple(own)
 
 
-def _trim(delta: SparseDelta, settings: Settings, draw: Draw) -> SparseDelta:
-    return trim(delta, settings.density)
+@cache
+def parameters_of(function: Callable[..., SparseDelta]) -> tuple[str, ...]:
+    """Return the names of a function's parameters but for the delta, or deltas and weights."""
+    known = ("delta", "deltas", "weights")
+    return tuple(name for name in inspect.signature(function).parameters if name not in known)
 
-
-def _drop(delta: SparseDelta, settings: Settings, draw: Draw) -> SparseDelta:
-    return drop(delta, settings.density, draw())
-
-
-def _mag_prune(delta: SparseDelta, settings: Settings, draw: Draw) -> SparseDelta:
-    return mag_prune(delta, settings.density, settings.epsilon, draw())
-
-
-def _sum(
-    deltas: Sequence[SparseDelta], weights: Sequence[float], settings: Settings
-) -> SparseDelta:
-    return weighted_sum(deltas, weights)
-
-
-def _mean(
-    deltas: Sequence[SparseDelta], weights: Sequence[float], settings: Settings
-) -> SparseDelta:
-    total = weighted_sum(deltas, weights)
-    return SparseDelta(total.support, total.values / settings.total_weight)
-
-
-def _elect(
-    deltas: Sequence[SparseDelta], weights: Sequence[float], settings: Settings
-) -> SparseDelta:
-    return elected_mean(deltas, weights, settings.majority_sign_method)
-
-
-_VOTE = "majority_sign_method"
 
 METHODS: Mapping[str, Method] = {
-    "sum": Method(None, _sum, (), None, False, False, True),
-    "mean": Method(None, _mean, (), None, False, False, False),
-    "ties": Method(_trim, _elect, ("density", _VOTE), 1.0, False, False, False),
-    "dare": Method(_drop, _sum, ("density", "seed"), 0.5, True, False, False),
-    "dare_ties": Method(_drop, _elect, ("density", "seed", _VOTE), 0.5, True, False, False),
-    "della": Method(
-        _mag_prune, _elect, ("density", "epsilon", "seed", _VOTE), 0.5, True, False, False
-    ),
-    "magnitude": Method(None, _sum, ("density", "k"), None, False, True, False),
-    "magnitude_prune": Method(_trim, _sum, ("density",), 0.5, False, False, False),
+    "sum": Method(weighted_sum, associative=True),
+    "mean": Method(weighted_mean),
+    "ties": Method(elected_mean, trim, density=1.0),
+    "dare": Method(weighted_sum, drop, density=0.5),
+    "dare_ties": Method(elected_mean, drop, density=0.5),
+    "della": Method(elected_mean, mag_prune, density=0.5),
+    "magnitude": Method(weighted_sum, budget=True),
+    "magnitude_prune": Method(weighted_sum, trim, density=0.5),
 }
-EPSILON = 0.1
-"""Default width of DELLA's range of probabilities."""
+
+
+def method_named(name: str) -> Method:
+    """Return the row of `METHODS`.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"unknown method {name!r}; there are {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+def settings_of(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a method, defaults filled in.
+
+    Raises:
+        ConfigError: If one is given that the method does not have, or is out of range.
+    """
+    for option in given:
+        if option not in method.options:
+            raise ConfigError(
+                f"method {name!r} has no option {option!r}; it has "
+                f"{', '.join(method.options) or 'none'}"
+            )
+    density = given.get("density", method.density)
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density is a share in (0, 1], not {density!r}")
+    count = given.get("k")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise ConfigError(f"k is a number of entries, not {count!r}")
+    if count is not None and "density" in given:
+        raise ConfigError("k and density are two ways to give one budget; give one of them")
+    vote = given.get("majority_sign_method", "total")
+    if vote not in ("total", "frequency"):
+        raise ConfigError(f"majority_sign_method is 'total' or 'frequency', not {vote!r}")
+    seed = given.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed is an integer, not {seed!r}")
+    settings = {"density": density, "majority_sign_method": vote, "seed": seed}
+    if "epsilon" in method.options:
+        assert density is not None  # such methods have a default
+        room = 2 * min(density, 1 - density)
+        settings["epsilon"] = width = given.get("epsilon", min(EPSILON, room))
+        if not 0 <= width <= room * (1 + 1e-9):
+            raise ConfigError(
+                f"epsilon={width} does not fit density={density}: density - epsilon / 2 and "
+                f"density + epsilon / 2 are probabilities, so it is from 0 to {room:g}"
+            )
+    return settings

@@ -7,7 +7,8 @@ what is kept between blocks are the best k entries so far. Memory is O(k + one b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -63,6 +64,33 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
         raise MaskError(f"{k} entries cannot be chosen among {start}")
     _, (chosen,), _ = _highest(best, where, k)
     return torch.from_numpy(chosen).to(device)
+
+
+def top_k_of_all(
+    scores: Mapping[str, Iterable[Tensor]], sizes: Mapping[str, int], k: int
+) -> dict[str, Tensor]:
+    """Find the k highest scores of several tensors, as if they were one after the other.
+
+    Args:
+        scores: Of each tensor, as `top_k` takes them; iterated over one after the other.
+        sizes: Entries of each tensor.
+        k: How many in all; 0 is none.
+
+    Returns:
+        int64 ``(k_i,)`` for each: increasing flat indices of its entries among the k.
+
+    Raises:
+        MaskError: As `top_k`.
+    """
+    blocks = itertools.chain.from_iterable(scores.values())
+    flat = top_k(blocks, k) if k else torch.empty(0, dtype=torch.int64)
+    found, start = {}, 0
+    for name in scores:
+        ends = torch.tensor([start, start + sizes[name]], device=flat.device)
+        low, high = torch.searchsorted(flat, ends).tolist()
+        found[name] = flat[low:high] - start
+        start += sizes[name]
+    return found
 
 
 def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from shira.adapter import Adapter
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
-from shira.fusing.checks import check_together
+from shira.fusing.result import check_together
 from shira.measure.figures import Estimate, Overlap, ParameterOverlap
 from shira.measure.shared import shared_entries
 from shira.measure.sparse import entries_of

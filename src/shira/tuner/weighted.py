@@ -20,7 +20,7 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
 from shira.fusing import METHODS, fill_to_rank, fuse
-from shira.fusing.metadata import FUSED, MASK_FIELDS, TARGET_FIELDS
+from shira.fusing.result import FUSED, MASK_FIELDS, TARGET_FIELDS
 from shira.store.names import base_module_name, weight_name
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fuse`: its promises, the record it leaves, and what it refuses."""
+"""`fuse`: its promises, the record it leaves, what it refuses; and `fill_to_rank`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shira import Adapter, SparseDelta, Support, fuse
 from shira.errors import AdapterError, ConfigError, WrongBaseError
-from shira.fusing import METHODS, reference
+from shira.fusing import METHODS, fill_to_rank, reference
 from tests.adapters import adapters, delta, few, finite, random_adapter
 
 methods = st.sampled_from(sorted(METHODS))
@@ -315,7 +315,7 @@ def test_other_shapes_are_refused_in_any_case():
         (([random_adapter(1)] * 2,), {"names": ["a"]}, "as many names"),
     ],
 )
-def test_what_cannot_be_meant(arguments, options, message):
+def test_invalid_arguments(arguments, options, message):
     with pytest.raises((AdapterError, ConfigError), match=message):
         fuse(*arguments, **options)
 
@@ -325,3 +325,47 @@ def test_no_warning_in_ordinary_use():
         warnings.simplefilter("error")
         for method in METHODS:
             fuse([random_adapter(1), random_adapter(2)], method=method)
+
+
+# -------------------------------------------------------------------------------------- filling
+
+
+@few
+@given(adapters())
+def test_filling_changes_no_value(adapter):
+    r, filled = fill_to_rank(adapter)
+    assert filled.compare(adapter).largest_difference == 0
+    assert list(filled) == list(adapter)
+    for name, part in filled.items():
+        assert part.values.dtype == adapter[name].values.dtype
+        assert part.support.union(adapter[name].support) == part.support
+    if filled is not adapter:
+        sides = {"one.weight": 8, "two.weight": 8, "conv.weight": 14}
+        assert {name: part.nnz for name, part in filled.items()} == {
+            name: r * sides[name] for name in filled
+        }
+        assert any(adapter[name].nnz > (r - 1) * sides[name] for name in filled) or r == 1
+
+
+def test_filling_by_hand():
+    a = Adapter({"w": delta((3, 4), {0: 1.0, 2: 2.0, 11: 3.0})}, {"x": 1})
+    r, filled = fill_to_rank(a)
+    assert r == 1
+    assert filled["w"].support.indices.tolist() == [0, 1, 2, 3, 4, 5, 11]
+    assert filled["w"].values.tolist() == [1, 0, 2, 0, 0, 0, 3]
+    assert filled.metadata == {"x": 1, "r": 1}
+
+
+def test_no_room_to_fill():
+    a = random_adapter(1, {"w": (3, 4)}, k=9)  # 7 or 14 of 12 entries
+    r, same = fill_to_rank(a)
+    assert r == 1
+    assert same is a
+
+
+def test_nothing_to_fill():
+    a = random_adapter(1, {"w": (6, 6)}, k=24)
+    r, same = fill_to_rank(a)
+    assert r == 2
+    assert torch.equal(same["w"].support.indices, a["w"].support.indices)
+    assert fill_to_rank(Adapter({}))[1] == Adapter({})
