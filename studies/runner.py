@@ -66,14 +66,14 @@ def continue_runs(
 def prepare_worker() -> None:
     """Settings of a worker, before torch is imported there: one thread, no network, no noise."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    from shira.cli import quiet
+    from shira.cli import libraries
 
-    quiet.offline()
-    quiet.share_cores()
+    libraries.offline()
+    libraries.share_cores()
     import torch
 
     torch.set_num_threads(1)
-    quiet.quiet(warnings_too=True)
+    libraries.quieten(warnings_too=True)
 
 
 def commit() -> str | None:

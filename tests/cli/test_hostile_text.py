@@ -171,7 +171,7 @@ def test_the_bar_of_a_terminal(monkeypatch, capsys):
 
 
 def test_warnings_log_messages_and_tracebacks(monkeypatch, capsys):
-    from shira.cli.console import plain_messages
+    from shira.cli.output import plain_messages
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)

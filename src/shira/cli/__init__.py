@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         try:
             from shira.cli.app import run
-            from shira.cli.console import plain_messages
+            from shira.cli.output import plain_messages
         except ImportError as error:
             _fail(f"the command line needs {error.name}: pip install 'shira[cli]'")
         plain_messages()

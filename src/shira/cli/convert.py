@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shira.cli import options
+from shira.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shira.adapter import Adapter
+    from shira.convert import FromLora
 
 EXAMPLES = (
     "shira convert adapter --output adapter.safetensors                      # PEFT to compact",
@@ -23,7 +29,7 @@ def command(
     source: Annotated[
         Path, typer.Argument(help="An adapter in any format, or the folder of a PEFT LoRA.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")],
+    output: Annotated[Path, options.output("Where the result goes.")],
     to: Annotated[
         str,
         typer.Option(
@@ -33,70 +39,114 @@ def command(
             "patch: replacement values, a file).",
         ),
     ] = "compact",
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the stored values: float32, bfloat16, ...")
-    ] = None,
+    dtype: options.Dtype = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="The base model: a checkpoint's folder or file, or a name on the hub. Needed for "
-            "a patch and for stock PEFT's SHiRA files; of use for a LoRA."
-        ),
+        options.base("Needed for a patch and for stock PEFT's SHiRA files; of use for a LoRA."),
     ] = None,
-    density: Annotated[
-        float | None, typer.Option(help="Of a LoRA: keep this share of each weight's entries.")
-    ] = None,
-    r: Annotated[
-        int | None, typer.Option("--r", help="Of a LoRA: keep r (m + n) entries of each weight.")
-    ] = None,
-    everywhere: Annotated[
-        bool,
-        typer.Option(
-            "--everywhere", help="Of a LoRA: spend the budgets on the largest of all weights."
-        ),
-    ] = False,
-    scale: Annotated[float, typer.Option(help="Of a patch: factor on the deltas.")] = 1.0,
-    check_base: Annotated[
-        bool,
-        typer.Option(
-            "--check-base/--no-check-base",
-            help="Of a patch: refuse a base without the values that the adapter was trained on.",
-        ),
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    density: options.Density = None,
+    r: options.Rank = None,
+    everywhere: options.Everywhere = False,
+    scale: options.Scale = 1.0,
+    check_base: options.CheckBase = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Convert an adapter to another format, or a LoRA to an adapter.
 
-    A LoRA adds B A to a weight, which is no sparse thing: the entries of largest magnitude are
-    kept, without --density or --r as many as the LoRA has parameters, and what share of the squared
-    update they hold is printed.
+    A LoRA adds B A to a weight, which is not sparse: the entries of largest magnitude are kept,
+    without --density or --r as many as the LoRA has parameters, and what share of the squared
+    update they hold is printed. --density, --r and --everywhere are for a LoRA alone, --scale and
+    --no-check-base for a patch.
 
     Exit status 2: the source cannot be read or is not supported, or options do not go together;
     nothing is written.
     """
-    from shira.cli.quiet import share_cores
+    from shira.cli.libraries import share_cores
 
     share_cores()
-    from shira.cli._convert.converting import Request, run
+    from shira.adapter import Adapter
+    from shira.checkpoints import open_checkpoint
+    from shira.cli.output import facts, megabytes, print_json, whole_tensors
+    from shira.cli.progress import in_millions
+    from shira.convert import from_lora, is_lora, save_patches, to_patches
+    from shira.store import FORMATS
+    from shira.store.outputs import check_outputs
 
-    request = Request(
-        source=source,
-        output=output,
-        to=to,
-        dtype=dtype,
-        base=base,
-        density=density,
-        r=r,
-        everywhere=everywhere,
-        scale=scale,
-        check_base=check_base,
-        overwrite=overwrite,
-    )
-    result, show = run(request)
-    if as_json:
-        print(json.dumps(result, indent=2))
+    check_outputs({"--output": output}, [source], [base])
+    options.one_of("--format", to, (*FORMATS, "patch"))
+    options.check_new(output, overwrite)
+    options.dtype_named(dtype)
+    checkpoint = None if base is None else open_checkpoint(base)
+    options.check_paths([source])
+    lora = is_lora(source)
+    if not lora and (density is not None or r is not None or everywhere):
+        raise ConfigError(f"{source} is no LoRA, and --density, --r and --everywhere are for one")
+    if to != "patch" and (scale != 1.0 or not check_base):
+        raise ConfigError("--scale and --no-check-base are for --format patch")
+    if to == "patch" and dtype is not None:
+        raise ConfigError("a patch has the base's dtype, so --dtype is not for it")
+    if to == "patch" and checkpoint is None:
+        raise ConfigError("a patch holds replacement values, so it needs --base")
+
+    made = None
+    if lora:
+        limits = {"density": density, "r": r, "everywhere": everywhere}
+        with in_millions("multiplying, million entries") as progress:
+            made = from_lora(source, base=checkpoint, progress=progress, **limits)  # type: ignore[arg-type]
+    adapter = Adapter.load(source, base=checkpoint) if made is None else made.adapter
+    if to == "patch":
+        assert checkpoint is not None  # checked
+        save_patches(to_patches(adapter, checkpoint, scale=scale, check_base=check_base), output)
+        saved = written(output, to)
     else:
-        show()
+        saved = save(adapter, output, to, dtype)
+    told = {
+        **saved,
+        "parameters": len(adapter),
+        "nnz": adapter.nnz,
+        "density": adapter.density,
+        "whole_tensors": list(adapter.tensors),
+        **({} if made is None else made.as_json()),
+    }
+    if as_json:
+        print_json(told)
+        return
+    sparse = saved["bytes"] - sum(tensor.nbytes for tensor in adapter.tensors.values())
+    lines = {
+        "output": f"{output}, {to}, {megabytes(saved['bytes'])}",
+        "entries": f"{adapter.nnz:,} in {len(adapter)} weights, density {adapter.density:.2%}",
+        "size": f"{sparse / max(adapter.nnz, 1):.2f} bytes an entry",
+    }
+    if made is not None:
+        lines["energy kept"] = f"{made.energy_share:.2%} of the squared update"
+    lines |= {f"whole {name}": kind for name, kind in whole_tensors(adapter.tensors).items()}
+    facts("Converted" if made is None else "From LoRA", lines)
+    if made is not None:
+        _print_weights(made)
+
+
+def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> dict[str, Any]:
+    """Write an adapter as ``--format`` and ``--dtype`` say; what was written, for JSON."""
+    if format == "compact":
+        path.parent.mkdir(parents=True, exist_ok=True)
+    adapter.save(path, format=format, dtype=options.dtype_named(dtype))  # type: ignore[arg-type]
+    return written(path, format)
+
+
+def written(path: Path, format: str) -> dict[str, Any]:
+    """Return what JSON says of a file, or of a folder of files."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return {"output": str(path), "format": format, "bytes": size}
+
+
+def _print_weights(made: FromLora) -> None:
+    from shira.cli.output import listing, percent
+
+    rows = [
+        (kept.name, str(kept.rank), f"{kept.kept:,}", percent(kept.energy_kept, kept.energy, 2))
+        for kept in made.weights
+    ]
+    numbers = ("rank", "kept", "energy")
+    listing("Weights", ("weight", *numbers), rows, right=numbers)

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shira.cli import options
+
+if TYPE_CHECKING:
+    from shira.convert import Extraction
 
 EXAMPLES = (
     "shira extract ./llama ./llama-merged --output adapter.safetensors   # exact",
@@ -23,20 +28,10 @@ def command(
         str, typer.Argument(help="The base: a checkpoint's folder or file, or a name on the hub.")
     ],
     tuned: Annotated[str, typer.Argument(help="The tuned model, likewise.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes.")],
-    density: Annotated[
-        float | None, typer.Option(help="Keep at most this share of each weight's entries.")
-    ] = None,
-    r: Annotated[
-        int | None,
-        typer.Option("--r", help="Keep at most r (m + n) entries of an m x n weight, as a LoRA."),
-    ] = None,
-    everywhere: Annotated[
-        bool,
-        typer.Option(
-            "--everywhere", help="Spend the budgets on the largest differences of all weights."
-        ),
-    ] = False,
+    output: Annotated[Path, options.output("Where the adapter goes.")],
+    density: options.Density = None,
+    r: options.Rank = None,
+    everywhere: options.Everywhere = False,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Look at weights of such names only, e.g. '*proj.weight'. Repeatable."),
@@ -47,39 +42,35 @@ def command(
     to: Annotated[
         str, typer.Option("--format", "--to", help="compact (a file) or peft (a folder).")
     ] = "compact",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Dtype of the stored values; rarely exact unless left out."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
-    ] = False,
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Find the adapter that leads from one checkpoint to another.
 
     Where the tuned model differs in few entries, the adapter holds them all and is exact: merged
-    into the base it gives the tuned weights bit for bit. A model that was tuned in full differs
-    nearly everywhere and needs a budget, --density or --r: the entries that changed most are kept,
-    and what share of the squared difference they hold is printed.
+    into the base it gives the tuned weights bit for bit, unless --dtype rounds its values. A model
+    that was tuned in full differs nearly everywhere and needs a budget, --density or --r: the
+    entries that changed most are kept, and what share of the squared difference they hold is
+    printed.
 
     Exit status 1: without a budget, some entry could not be carried exactly.
     """
-    from shira.cli.quiet import share_cores
+    from shira.cli.libraries import share_cores
 
     share_cores()
-    from shira.cli._convert.progress import following
-    from shira.cli._convert.saving import check_format, check_new, dtype_named, keeps_values, save
+    from shira.cli.convert import save
+    from shira.cli.output import print_json
+    from shira.cli.progress import in_millions
     from shira.convert import extract
+    from shira.store import FORMATS
     from shira.store.outputs import check_outputs
 
     check_outputs({"--output": output}, checkpoints=[base, tuned])
-    check_format(to)
-    check_new(output, overwrite)
-    dtype_named(dtype)
-    with following("comparing, million entries") as progress:
+    options.one_of("--format", to, FORMATS)
+    options.check_new(output, overwrite)
+    stored = options.dtype_named(dtype)
+    with in_millions("comparing, million entries") as progress:
         told = extract(
             base,
             tuned,
@@ -91,12 +82,49 @@ def command(
             progress=progress,
         )
     saved = save(told.adapter, output, to, dtype)
-    exact = told.exact and keeps_values(told.adapter, dtype)
+    kept = stored is None or (
+        stored.is_floating_point
+        and all(bool((d.values.to(stored) == d.values).all()) for d in told.adapter.values())
+    )
+    exact = told.exact and kept
     if as_json:
-        print(json.dumps({**saved, **told.as_json(), "exact": exact}, indent=2))
+        print_json({**saved, **told.as_json(), "exact": exact})
     else:
-        from shira.cli._convert import tables
-
-        tables.extracted(told, saved, exact)
+        _show(told, saved, exact)
     if density is None and r is None and not told.exact:
         raise typer.Exit(1)
+
+
+def _show(told: Extraction, saved: Mapping[str, Any], exact: bool) -> None:
+    from shira.cli.output import facts, listing, megabytes, percent, some
+
+    differing = sum(change.differing for change in told.changes)
+    missed = sum(change.missed for change in told.changes)
+    lines = {
+        "output": f"{saved['output']}, {saved['format']}, {megabytes(saved['bytes'])}",
+        "entries": f"{told.adapter.nnz:,} in {len(told.adapter)} weights, density "
+        f"{told.adapter.density:.2%}; {differing:,} differ",
+        "exact": "no",
+        "energy kept": f"{told.energy_share:.4%} of the squared difference",
+    }
+    if exact:
+        lines["exact"] = "yes: base and adapter give the tuned weights, bit for bit"
+    elif told.exact:
+        lines["exact"] = "not in the dtype that it was saved in"
+    if missed:
+        lines["not reached"] = f"{missed:,} entries, which no float64 delta carries there exactly"
+    for title, names in (
+        ("left out", told.excluded),
+        ("only in the base", told.only_in_base),
+        ("only in the tuned", told.only_in_tuned),
+        ("not compared", told.not_compared),
+    ):
+        if names:
+            lines[title] = some(names)
+    facts("Extracted", lines)
+    rows = [
+        (c.name, f"{c.differing:,}", f"{c.kept:,}", percent(c.energy_kept, c.energy, 2))
+        for c in told.changes
+    ]
+    numbers = ("differ", "kept", "energy")
+    listing("Weights", ("weight", *numbers), rows, right=numbers)

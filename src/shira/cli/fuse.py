@@ -114,7 +114,7 @@ def command(
     is invalid; nothing is written.
     """
     from shira.cli._fuse.adapters import read_all, short_names, split_weight
-    from shira.cli.console import write
+    from shira.cli.output import write
     from shira.cli.progress import Steps
     from shira.errors import ConfigError
     from shira.fusing import fuse

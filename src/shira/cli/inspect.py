@@ -64,7 +64,7 @@ def command(
         return
 
     from shira.cli._inspect import tables
-    from shira.cli.console import console, write
+    from shira.cli.output import console, write
 
     out = console()
     out.print(tables.whole(summary))

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from shira.cli import options
+
+if TYPE_CHECKING:
+    from shira.convert import Merged, Unmerged
 
 EXAMPLES = (
     "shira merge adapter --base ./llama --output ./llama-merged",
@@ -20,21 +24,12 @@ EXAMPLES = (
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="The adapter: a folder, or its file.")],
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The base model: a folder with a safetensors checkpoint in one or more files, one "
-            "file, or a name on the hub."
-        ),
-    ],
+    adapter: options.AdapterPath,
+    base: Annotated[str, options.base()],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Where the merged checkpoint goes: a folder (a file for a file)."
-        ),
+        Path, options.output("Where the merged checkpoint goes: a folder (a file for a file).")
     ],
-    scale: Annotated[float, typer.Option(help="Factor on the deltas.")] = 1.0,
+    scale: options.Scale = 1.0,
     undo: Annotated[
         Path | None,
         typer.Option(help="Write there what 'shira unmerge' needs to restore the base's bytes."),
@@ -45,19 +40,9 @@ def command(
             help="Refuse to merge if rounding swallows more than this share of the deltas."
         ),
     ] = 1.0,
-    check_base: Annotated[
-        bool,
-        typer.Option(
-            "--check-base/--no-check-base",
-            help="Refuse a base without the values that the adapter was trained on.",
-        ),
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
-    ] = False,
+    check_base: options.CheckBase = True,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Merge an adapter into a checkpoint on disk.
 
@@ -69,13 +54,14 @@ def command(
     Exit status 2: the base is another one, quantized or tied, too many deltas are lost, or the
     output exists; nothing is written.
     """
-    from shira.cli.quiet import share_cores
+    from shira.cli.libraries import share_cores
 
     share_cores()
-    from shira.cli._convert.progress import following
+    from shira.cli.output import print_json
+    from shira.cli.progress import in_millions
     from shira.convert import merge
 
-    with following("merging, MB") as progress:
+    with in_millions("merging, MB") as progress:
         told = merge(
             adapter,
             base,
@@ -88,8 +74,43 @@ def command(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(told.as_json(), indent=2))
-        return
-    from shira.cli._convert import tables
+        print_json(told.as_json())
+    else:
+        _show(told)
 
-    tables.merged(told)
+
+def written_files(told: Merged | Unmerged) -> dict[str, str]:
+    """Return the lines that tell of the files of a rewritten checkpoint."""
+    from shira.cli.output import megabytes, some
+
+    files = told.written
+    lines = {
+        "output": f"{told.output}, {megabytes(files.size)}",
+        "files": f"{len(files.patched)} patched, {len(files.copied)} copied",
+    }
+    return lines | ({"left behind": some(files.left_out)} if files.left_out else {})
+
+
+def _show(told: Merged) -> None:
+    from shira.cli.output import facts, listing, percent, shape_text, share
+
+    verdicts = [target.base for target in told.targets]
+    lines = {
+        **written_files(told),
+        "undo file": "not written (--undo)" if told.undo is None else str(told.undo),
+        "entries": f"{told.nnz:,} in {len(told.targets)} weights",
+        "lost to rounding": share(told.lost, told.nonzero, "deltas other than zero"),
+        "names": told.naming,
+        "base": ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)) or "-",
+    }
+    facts("Merged", lines)
+    rows = [
+        (t.key, t.dtype, f"{t.nnz:,}", f"{t.lost:,}", percent(t.lost, t.nonzero), t.base)
+        for t in told.targets
+    ]
+    columns = ("weight", "dtype", "k", "lost", "lost %", "base")
+    listing("Weights", columns, rows, right=("k", "lost", "lost %"))
+    if told.whole:
+        whole = [(w.key, w.dtype, shape_text(w.shape), f"{w.changed:,}") for w in told.whole]
+        of_whole = ("whole tensor", "dtype", "shape", "changed")
+        listing("Whole tensors", of_whole, whole, right=("changed",))

@@ -107,7 +107,7 @@ def command(
         return
 
     from shira.cli._fuse import tables
-    from shira.cli.console import console, write
+    from shira.cli.output import console, write
 
     out = console()
     if found:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -22,11 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shira.cli.console import console, write
+from shira.cli.output import console, write
 from shira.errors import shown
 
 T = TypeVar("T")
 _LINES = 4  # so many are printed where there is no bar, and none in the first second
+_MILLION = 10**6
 
 
 class Steps:
@@ -61,7 +63,7 @@ class Steps:
         return self
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` steps are done; `note` stands beside it."""
+        """Show that `done` steps are done, with `note` beside the count."""
         before, self._done = self._done, done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=shown(note))
@@ -82,14 +84,33 @@ class Steps:
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items one by one, showing how far it is."""
+    """Yield the items one by one, and show how far it is."""
     with Steps(what, len(items)) as steps:
         for done, item in enumerate(items):
             yield item
             steps.update(done + 1)
 
 
+@contextmanager
+def in_millions(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Return a function to give as ``progress`` to `shira.convert`; it counts in millions.
+
+    Args:
+        what: What is being done and counted, e.g. ``"copying, MB"``.
+    """
+    with ExitStack() as stack:
+        steps: Steps | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal steps
+            if steps is None:
+                steps = stack.enter_context(Steps(what, total // _MILLION))
+            steps.update(done // _MILLION)
+
+        yield tell
+
+
 def say(message: str) -> None:
-    """Say in a line what happens next, on standard error; of several processes the first does."""
+    """Print on standard error what happens next; of several processes the first does."""
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         write(message, sys.stderr)

@@ -54,7 +54,7 @@ def command(
     """
     from shira.checkpoints import open_checkpoint
     from shira.cli._report.writing import write_report
-    from shira.cli.console import write
+    from shira.cli.output import write
 
     write_report(
         adapters,

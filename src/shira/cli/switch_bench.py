@@ -53,7 +53,7 @@ def command(
     """
     from shira.adapter import Adapter
     from shira.checkpoints import open_checkpoint
-    from shira.cli.quiet import offline
+    from shira.cli.libraries import offline
     from shira.errors import ConfigError, did_you_mean
 
     offline()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shira.cli import options
 
 EXAMPLES = (
     "shira merge adapter --base ./llama --output ./merged --undo ./merged.undo",
@@ -22,15 +23,10 @@ def command(
     ],
     undo: Annotated[Path, typer.Option(help="The undo file that it wrote.")],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Where the restored checkpoint goes: a folder (or a file)."
-        ),
+        Path, options.output("Where the restored checkpoint goes: a folder (or a file).")
     ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Take a merged adapter out of a checkpoint: the base's own bytes again.
 
@@ -39,17 +35,18 @@ def command(
 
     Exit status 2: it was refused, or the output exists; nothing is written.
     """
-    from shira.cli.quiet import share_cores
+    from shira.cli.libraries import share_cores
 
     share_cores()
-    from shira.cli._convert.progress import following
+    from shira.cli.merge import written_files
+    from shira.cli.output import facts, print_json
+    from shira.cli.progress import in_millions
     from shira.convert import unmerge
 
-    with following("unmerging, MB") as progress:
+    with in_millions("unmerging, MB") as progress:
         told = unmerge(merged, undo, output, overwrite=overwrite, progress=progress)
     if as_json:
-        print(json.dumps(told.as_json(), indent=2))
-        return
-    from shira.cli._convert import tables
-
-    tables.unmerged(told)
+        print_json(told.as_json())
+    else:
+        back = f"{told.entries:,} entries in {told.tensors} weights"
+        facts("Unmerged", {**written_files(told), "put back": back})

@@ -13,7 +13,7 @@ from rich.table import Table
 from shira.cli._demo.tasks import Task
 from shira.cli._demo.training import Run
 from shira.cli._demo.verify import median_milliseconds
-from shira.cli.console import megabytes, table
+from shira.cli.output import megabytes, table
 
 
 @dataclass(frozen=True)

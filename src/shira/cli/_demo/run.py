@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shira.cli import quiet
+from shira.cli import libraries
 from shira.cli._demo.settings import MODEL_NAME, Files, Settings, model_path
 from shira.cli._demo.tasks import Task, build_tasks, collect
-from shira.cli.console import console
+from shira.cli.output import console
 from shira.cli.progress import say, track
 from shira.errors import ConfigError, MissingDependencyError, ShiraError
 
@@ -32,9 +32,9 @@ def run_demo(root: Path, settings: Settings) -> bool:
         ConfigError: If ``root`` is a file, or a folder of something else.
     """
     started = time.perf_counter()
-    quiet.offline()
-    quiet.share_cores()
-    quiet.no_accelerator_note()
+    libraries.offline()
+    libraries.share_cores()
+    libraries.no_accelerator_note()
     files = Files(root)
     _check_root(files)
     say(
@@ -48,7 +48,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
         raise MissingDependencyError(
             f"the demo needs {error.name}: pip install 'shira[demo]'"
         ) from error
-    quiet.quiet(warnings_too=True)
+    libraries.quieten(warnings_too=True)
     root.mkdir(parents=True, exist_ok=True)
     _write_json(files.results, {"settings": asdict(settings)})
     out = console()

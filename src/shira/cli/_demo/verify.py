@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shira.cli import quiet
+from shira.cli import libraries
 from shira.cli._demo.predict import encode, predict_logits
 from shira.cli._demo.settings import Files, Settings, model_path
 from shira.cli.progress import Steps
@@ -149,7 +149,7 @@ def median_milliseconds(seconds: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    quiet.offline()
-    quiet.no_accelerator_note()
-    quiet.quiet(warnings_too=True)
+    libraries.offline()
+    libraries.no_accelerator_note()
+    libraries.quieten(warnings_too=True)
     print(json.dumps(verify(Path(sys.argv[1]))))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shira.cli._fuse.pairs import FIGURES
-from shira.cli.drawing import new_drawing, write_drawing
+from shira.cli.pictures import new_drawing, write_drawing
 from shira.errors import shown
 from shira.measure import Overlap
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from shira.cli._fuse.pairs import FIGURES, Either
-from shira.cli.console import table
+from shira.cli.output import table
 from shira.measure import Estimate, Overlap, Rank
 
 _FEW = 24  # weights that are listed without --all

@@ -14,7 +14,7 @@ from shira.adapter import Adapter
 from shira.cli._inspect.pictures import heat_map, histogram
 from shira.cli._inspect.summary import Summary, known_shapes
 from shira.cli._inspect.tables import without_number
-from shira.cli.drawing import new_drawing, write_drawing
+from shira.cli.pictures import new_drawing, write_drawing
 from shira.errors import shown
 
 _MOST = 24  # heat maps in one picture

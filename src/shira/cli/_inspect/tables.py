@@ -12,7 +12,7 @@ from rich.table import Table
 
 from shira.cli._inspect.figures import Figures
 from shira.cli._inspect.summary import BASE_FIELD, MASK_FIELDS, Summary, Target
-from shira.cli.console import megabytes, table
+from shira.cli.output import megabytes, table
 
 _NEEDS_BASE = "needs --base"
 _FEW = 12  # targets that are listed one by one even when grouping is asked for

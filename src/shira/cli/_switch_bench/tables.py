@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from shira.cli.console import console, table
+from shira.cli.output import console, table
 
 _SWITCHES = {"there_and_back": "activate, deactivate", "onwards": "from one to the next"}
 _CONTENDERS = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shira.cli.drawing import new_drawing, write_drawing
+from shira.cli.pictures import new_drawing, write_drawing
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:

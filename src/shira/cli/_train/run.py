@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shira.cli import quiet
+from shira.cli import libraries
 from shira.cli._train import model as models
 from shira.cli._train.arguments import set_warmup, training_arguments
 from shira.cli._train.checkpoints import (
@@ -30,7 +30,7 @@ from shira.cli._train.data import Collator, load_data
 from shira.cli._train.evaluation import classification_figures, evaluate
 from shira.cli._train.options import TrainOptions
 from shira.cli._train.outputs import write_outputs
-from shira.cli.console import console
+from shira.cli.output import console
 from shira.cli.progress import say
 from shira.errors import MissingDependencyError, ShiraError
 
@@ -69,11 +69,11 @@ def run_training(options: TrainOptions) -> None:
     output = Path(options.output or "")
     checkpoint = find_checkpoint(output, options.resume)
     check_output(output, options, checkpoint)
-    quiet.no_accelerator_note()
+    libraries.no_accelerator_note()
     _check_installed()
     from shira.cli.finite import FiniteTrainer, writing
 
-    quiet.quiet(warnings_too=False)
+    libraries.quieten(warnings_too=False)
     config = models.adapter_config(options)
     arguments = training_arguments(options, output)
     record = record_of(options, arguments.world_size)

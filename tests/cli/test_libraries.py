@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from shira.cli import quiet
+from shira.cli import libraries
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def deepspeed():
 
 def test_only_the_note_about_the_accelerator_is_dropped(deepspeed):
     logger, heard = deepspeed
-    quiet.no_accelerator_note()
+    libraries.no_accelerator_note()
     logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, ...")
     logger.warning("the loss scale is %d", 3)
     assert heard == ["the loss scale is 3"]

@@ -37,8 +37,8 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def quiet(*, warnings_too: bool) -> None:
-    """No progress bars of other libraries where no person looks, and with `warnings_too` no notes.
+def quieten(*, warnings_too: bool) -> None:
+    """Turn off progress bars of other libraries where no person looks, and perhaps their notes.
 
     Args:
         warnings_too: also silence what they say below an error, and their deprecation warnings.

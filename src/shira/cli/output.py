@@ -7,14 +7,16 @@ Names, paths and metadata come from files that nobody vouches for. Every text go
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -23,8 +25,14 @@ from rich.text import Text
 
 from shira.errors import shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANY = 24
+"""Rows that a table of weights has unless all are asked for."""
+
 _LONGEST = 20_000  # characters in a cell
-_PLAIN_WIDTH = 200  # a table takes the width that it needs; this only bounds it
+_PLAIN_WIDTH = 200  # at most; a table takes what it needs
 
 
 class _Plain(Console):
@@ -52,7 +60,7 @@ def _cell(text: object) -> str:
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on `stream` (standard output), without control codes unless it is a terminal."""
+    """Return a console on `stream` (standard output); only a terminal gets control codes."""
     stream = stream or sys.stdout
     if stream.isatty():
         return _Plain(file=stream, highlight=False, markup=False, emoji=False)
@@ -69,7 +77,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 def table(
-    title: str, *columns: str, right: tuple[str, ...] = (), note: str = "", **kwargs: Any
+    title: str, *columns: str, right: Sequence[str] = (), note: str = "", **kwargs: Any
 ) -> Table:
     """Return an empty table.
 
@@ -92,6 +100,71 @@ def table(
 def write(text: str, stream: TextIO | None = None) -> None:
     """Print one line, on standard output if no stream is given."""
     print(shown(text), file=stream or sys.stdout, flush=True)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def facts(title: str, lines: Mapping[str, str]) -> None:
+    """Print a line for each thing to know."""
+    result = table(title, "what", "", show_header=False)
+    for name, value in lines.items():
+        result.add_row(name, value)
+    console().print(result)
+
+
+def listing(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]
+) -> None:
+    """Print a row for each weight; of many the first, and how many more there are."""
+    result = table(title, *columns, right=right)
+    for row in rows[:MANY]:
+        result.add_row(*row)
+    if len(rows) > MANY:
+        result.add_row(f"... and {len(rows) - MANY} more (--json lists all)")
+    console().print(result)
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def percent(part: float, whole: float, digits: int = 1) -> str:
+    """Return a share in percent, ``"-"`` of nothing."""
+    return f"{part / whole:.{digits}%}" if whole else "-"
+
+
+def share(part: int, whole: int, what: str) -> str:
+    """Return a part of a whole, as a count and in percent."""
+    return f"{part:,} of {whole:,} {what} ({percent(part, whole)})"
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """Return a shape to read: ``"4096 x 11008"``."""
+    return "?" if shape is None else " x ".join(map(str, shape)) or "one number"
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return shape, dtype and size of each whole tensor."""
+    return {
+        name: f"{shape_text(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, "
+        f"{megabytes(tensor.nbytes)}"
+        for name, tensor in tensors.items()
+    }
+
+
+def megabytes(size: int) -> str:
+    """Return a file size to read: ``"3.1 MB"`` (10^6 bytes), ``"12 kB"``, ``"80 B"``."""
+    if size < 1000:
+        return f"{size} B"
+    if size < 1_000_000:
+        return f"{size / 1000:.0f} kB"
+    return f"{size / 1_000_000:.1f} MB"
 
 
 def plain_messages() -> None:
@@ -126,12 +199,3 @@ def _told(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> str:
     return shown("".join(traceback.format_exception(kind, error, trace)), lines=True)
-
-
-def megabytes(size: int) -> str:
-    """A file size to read: ``"3.1 MB"`` (10^6 bytes), ``"12 kB"``, ``"80 B"``."""
-    if size < 1000:
-        return f"{size} B"
-    if size < 1_000_000:
-        return f"{size / 1000:.0f} kB"
-    return f"{size / 1_000_000:.1f} MB"
