@@ -166,22 +166,22 @@ def _forward(
 
 
 def _threshold() -> int:
-    from shira.tuner import grouped
+    from shira.tuner import layers
 
-    return grouped.WHOLE_PRODUCT_FROM
+    return layers.WHOLE_PRODUCT_FROM
 
 
 @contextmanager
 def _whole_product_from(tokens: int | None) -> Iterator[None]:
     """Tokens of a group from which it gets a product of its own; None: as it is."""
-    from shira.tuner import grouped
+    from shira.tuner import layers
 
-    before = grouped.WHOLE_PRODUCT_FROM
-    grouped.WHOLE_PRODUCT_FROM = before if tokens is None else tokens
+    before = layers.WHOLE_PRODUCT_FROM
+    layers.WHOLE_PRODUCT_FROM = before if tokens is None else tokens
     try:
         yield
     finally:
-        grouped.WHOLE_PRODUCT_FROM = before
+        layers.WHOLE_PRODUCT_FROM = before
 
 
 @contextmanager

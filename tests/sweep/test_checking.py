@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from shira.tuner.linear import Linear
+from shira.tuner.layers import Linear
 from tests.sweep import checking, workers
 
 

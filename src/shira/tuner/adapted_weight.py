@@ -12,7 +12,7 @@ the adapter's values in each case. Nothing writes to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +25,6 @@ from shira.ops.util import runs_eagerly
 from shira.store.sharded import is_sharded
 from shira.tuner.quantized import can_unpack, unpack
 
-if TYPE_CHECKING:
-    from shira.tuner.layer import ShiraLayer
-
-
-def adapted_weight(layer: ShiraLayer, weight: Tensor, adapter_names: Sequence[str]) -> Tensor:
-    """Return what an adapted layer computes with, in the place of its base weight.
-
-    Args:
-        layer: The adapted layer.
-        weight: Its base weight as it is now.
-        adapter_names: The adapters in effect. None at all stands for a batch in which samples have
-            their own: there is no such weight, and computing with the result is an error.
-
-    Returns:
-        An `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
-    """
-    deltas, indices = layer._in_use(adapter_names) if adapter_names else ([], [])
-    inside = Inside(layer.weight_name, layer.get_base_layer(), layer.quantization_backend, indices)
-    if not runs_eagerly(*deltas):
-        return _made(weight, deltas, inside)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *deltas)):
-        return _read(inside, weight, *deltas)  # type: ignore[no-any-return]
-    return AdaptedWeight(weight, deltas, inside)
-
 
 class Inside(NamedTuple):
     """The parts of a layer that an `AdaptedWeight` needs; not the layer, which may keep it."""
@@ -60,16 +36,51 @@ class Inside(NamedTuple):
     indices: list[Tensor]
 
 
-class Kept:
-    """The latest reading of a layer's weight, and what it depends on."""
+def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> Tensor:
+    """Return what an adapted layer computes with, in the place of its base weight.
 
-    __slots__ = ("key", "weight")
+    Args:
+        weight: The base weight as it is now.
+        deltas: ``(k_i,)`` of each adapter in effect, scale included. None at all stands for a batch
+            in which samples have their own: there is no such weight, and computing with the result
+            is an error.
+        inside: Of the layer, with the positions of each.
 
-    def __init__(self, key: list[Any], weight: Tensor) -> None:
-        self.key, self.weight = key, weight
+    Returns:
+        An `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
+    """
+    if not runs_eagerly(*deltas):
+        return _made(weight, deltas, inside)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *deltas)):
+        return _read(inside, weight, *deltas)  # type: ignore[no-any-return]
+    return AdaptedWeight(weight, deltas, inside)
+
+
+class LatestReading:
+    """The latest `AdaptedWeight` of a layer, given out again while nothing has changed."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Any], Tensor] | None = None
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy of the layer reads its own
+        return LatestReading, ()  # a copy of the layer reads its own
+
+    def adapted_weight(self, weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> Tensor:
+        """Return the latest reading, or `adapted_weight` anew if anything it depends on changed."""
+        if not runs_eagerly(*deltas):
+            return adapted_weight(weight, deltas, inside)
+        key: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+        key += [weight.device, *versions_of(weight, *deltas), *map(id, inside.indices)]
+        for tensor in (weight, *deltas):
+            key += [id(tensor), tensor.requires_grad, tensor.dtype]
+        kept = self._kept  # once: another thread may put its own in the place
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        reading = adapted_weight(weight, deltas, inside)
+        # A scale makes a new delta at each reading, and puts a node of its own in the graph.
+        if all(isinstance(delta, nn.Parameter) for delta in deltas):
+            self._kept = key, reading
+        return reading
 
 
 class AdaptedWeight(Tensor):

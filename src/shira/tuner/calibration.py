@@ -24,8 +24,9 @@ from shira.store.names import base_module_name, weight_name
 from shira.store.patterns import matching
 from shira.support import Support
 from shira.tuner.config import ShiraConfig
+from shira.tuner.layers import layer_class_of
 from shira.tuner.masking import SupportTable, entries
-from shira.tuner.model import ShiraModel, layer_class_of
+from shira.tuner.model import ShiraModel
 from shira.tuner.quantized import backend_of
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (

@@ -21,10 +21,11 @@ from shira.store.patterns import matching
 from shira.store.peft_config import common_rank
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
-from shira.tuner.base_values import base_values, stored_weight, values_at
+from shira.tuner.base_layer import stored_weight
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import entries
+from shira.tuner.undo import base_values, values_at
 
 if TYPE_CHECKING:
     from shira.tuner.config import ShiraConfig

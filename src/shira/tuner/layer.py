@@ -22,39 +22,40 @@ from torch import Tensor, nn
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import settle, under_way
-from shira.ops.util import runs_eagerly
+from shira.store.names import full_shape
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import (
     AdaptedWeight,
-    Kept,
+    Inside,
+    LatestReading,
     adapted_weight,
     product_input,
-    versions_of,
 )
-from shira.tuner.base_values import stored_weight, with_originals
-from shira.tuner.config import ShiraConfig
-from shira.tuner.elsewhere import device_of_work, fetched, is_computed
-from shira.tuner.held import held
-from shira.tuner.hooks import (
+from shira.tuner.base_layer import (
     Way,
     call_with_hooks,
     call_with_weight,
+    device_of_work,
+    gather_for_call,
     has_hooks_of_users,
+    is_computed,
+    members,
+    onloaded,
+    stored_weight,
     way_to_call,
+    weight_of,
 )
-from shira.tuner.idle import Watch
+from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import (
     IndexDict,
     check_new_models,
     check_while_compiling,
     digest_of,
 )
-from shira.tuner.masking import shape_of, weight_of
-from shira.tuner.merging import Undo, merge_into
 from shira.tuner.quantized import backend_of, cannot_merge
-from shira.tuner.zero import fetch
+from shira.tuner.undo import Undo, merge_into, with_originals
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -79,6 +80,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     cast_input_dtype_enabled = True
     """A switch of PEFT's (``disable_input_dtype_casting``). Nothing depends on it, as the input is
     cast only where torch's own layer casts it, under autocast."""
+    base_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The base layers that the type adapts."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
     """Forwards of base layers that `_product` stands in for; others are given another weight."""
 
@@ -106,10 +109,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
         self._samples: Sequence[str] | None = None
-        self._watch: Watch | None = None
-        self._reading: Kept | None = None
+        self._watch: Any = None  # a GradientWatch, until the first backward pass
+        self._reading = LatestReading()
         self.weight_name = ""
-        self.weight_shape = shape_of(weight_of(self.get_base_layer()))
+        self.weight_shape = full_shape(weight_of(self.get_base_layer()))
         self.shira_indices = IndexDict(self.weight_shape)
         self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
@@ -240,7 +243,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def _scaled(self, adapter: str, values: Tensor) -> Tensor:
         if values.is_meta:
-            values = fetched(self.shira_weight, adapter, self.weight_name)
+            values = onloaded(self.shira_weight, adapter, self.weight_name)
         scale = self.scaling[adapter]
         return values if scale == 1.0 else values * scale
 
@@ -385,26 +388,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 return weight
         if isinstance(weight, AdaptedWeight):  # within the base layer's own forward
             return weight
-        if not runs_eagerly():
-            return adapted_weight(self, weight, names)
-        values: Any = self._modules["shira_weight"]._parameters  # type: ignore[union-attr]
-        positions: Any = self._modules["shira_indices"]._buffers  # type: ignore[union-attr]
-        key: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), id(weight)]
-        key += [weight.requires_grad, weight.dtype, weight.device, *versions_of(weight)]
-        for name in names:
-            value = values.get(name)
-            key += [id(value), self.scaling[name], id(positions[name])]
-            if value is not None:
-                key += [value.requires_grad, value.dtype, *versions_of(value)]
-        kept = self._reading  # once: another thread may put its own in the place
-        if kept is not None and kept.key == key:
-            return kept.weight
-        reading = adapted_weight(self, weight, names)
-        # A first backward pass is still watched for; a scale puts a node of its own in the graph.
-        unscaled = all(self.scaling[name] == 1.0 and name in values for name in names)
-        if self._watch is None and unscaled and isinstance(reading, AdaptedWeight):
-            self._reading = Kept(key, reading)
-        return reading
+        return self._reading.adapted_weight(weight, *self._parts_in_use(names))
 
     def _in_effect(self) -> list[str]:
         """Return the active adapters that are here; none while some are merged."""
@@ -471,21 +455,22 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         """Call the base layer's own forward with a weight that holds the adapters."""
+
+        def weight() -> Tensor:
+            return adapted_weight(weight_of(base), *self._parts_in_use(adapter_names))
+
         if torch.compiler.is_compiling():
-            weight = adapted_weight(self, weight_of(base), adapter_names)
-            return torch.func.functional_call(base, {"weight": weight}, args, kwargs)
+            return torch.func.functional_call(base, {"weight": weight()}, args, kwargs)
         self._warn_once_about_module_hooks()
-        return call_with_weight(
-            base, lambda: adapted_weight(self, weight_of(base), adapter_names), *args, **kwargs
-        )
+        return call_with_weight(base, weight, *args, **kwargs)
 
     def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Deltas, scale included, and positions of adapters that are about to be computed with."""
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
         deltas, indices, trains = [], [], False
-        for name, parameter in zip(adapter_names, held(values, *adapter_names), strict=True):
-            fetch(self, parameter)
+        for name, parameter in zip(adapter_names, members(values, *adapter_names), strict=True):
+            gather_for_call(self, parameter)
             deltas.append(self._scaled(name, parameter))
             indices.append(positions.kept(name))
             trains |= parameter.requires_grad
@@ -495,8 +480,14 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             if self._ranks_unchecked:
                 check_new_models(self)
             if self._watch is not None:
-                self._watch.use(self, adapter_names, held(values, *adapter_names))
+                self._watch.use(self, adapter_names, members(values, *adapter_names))
         return deltas, indices
+
+    def _parts_in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], Inside]:
+        """Return what `adapted_weight` takes beside the base weight."""
+        deltas, indices = self._in_use(adapter_names) if adapter_names else ([], [])
+        base, backend = self.get_base_layer(), self.quantization_backend
+        return deltas, Inside(self.weight_name, base, backend, indices)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         """The layer's product with these deltas in its weight."""

@@ -20,9 +20,9 @@ from shira.errors import MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
 from shira.store.names import full_shape
 from shira.support import Support, matrix_shape
-from shira.tuner.base_values import base_of, pristine
-from shira.tuner.elsewhere import at_rest, readable
+from shira.tuner.base_layer import base_of, readable, weight_of
 from shira.tuner.quantized import unpacked
+from shira.tuner.undo import pristine
 
 if TYPE_CHECKING:
     from shira.tuner.config import ShiraConfig
@@ -43,7 +43,7 @@ class BuiltinMask:
     def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
         """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
         config, weight = self.config, weight_of(base_layer)
-        shape, looks = shape_of(weight), self.looks_at_weight
+        shape, looks = full_shape(weight), self.looks_at_weight
         with readable(base_layer) if looks else nullcontext():
             return choose(
                 config.mask_type,
@@ -100,7 +100,7 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
             f"set; built in are {', '.join(MASKS)}.{did_you_mean(config.mask_type, MASKS)}"
         )
     base_layer = pristine(layer) if getattr(mask_fn, "looks_at_weight", True) else base_of(layer)
-    shape = shape_of(weight_of(base_layer))
+    shape = full_shape(weight_of(base_layer))
     if isinstance(mask_fn, (BuiltinMask, SupportTable)):
         support = mask_fn(base_layer, r, name=name)
     else:
@@ -125,7 +125,7 @@ def needs_placeholder(config: ShiraConfig) -> bool:
 
 def placeholder(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
     """A support of the right size for a layer whose entries are about to be read from a file."""
-    shape = shape_of(weight_of(base_layer))
+    shape = full_shape(weight_of(base_layer))
     k = entries(config, shape, r, name)
     return Support(shape, torch.arange(k))
 
@@ -148,18 +148,6 @@ def entries(config: ShiraConfig, shape: tuple[int, ...], r: int, name: str) -> i
             else f", or leave the layer out: exclude_modules=[{layer!r}]"
         )
         raise MaskError(f"{error}{advice}") from None
-
-
-def weight_of(base_layer: nn.Module) -> Tensor:
-    """The layer's weight tensor (for a quantized layer the packed one)."""
-    with at_rest([base_layer]):
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
-    return weight
-
-
-def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """The full shape of a weight, also where it is packed in 4 bits or partitioned by ZeRO-3."""
-    return full_shape(weight)
 
 
 def _values_of(base_layer: nn.Module, name: str) -> Tensor:

@@ -28,27 +28,29 @@ from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.store.patterns import matching
 from shira.store.sharded import is_sharded
 from shira.support import Support
-from shira.tuner.base_values import base_of, base_values
+from shira.tuner.base_layer import (
+    Way,
+    at_rest,
+    base_of,
+    is_computed,
+    readable,
+    way_to_call,
+    weight_of,
+)
 from shira.tuner.config import ShiraConfig
-from shira.tuner.conv2d import Conv2d
 from shira.tuner.describing import describe, watch
-from shira.tuner.elsewhere import at_rest, is_computed, readable
-from shira.tuner.embedding import Embedding
-from shira.tuner.hooks import Way, way_to_call
-from shira.tuner.idle import watch_gradients
+from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import BASE, ShiraLayer
-from shira.tuner.linear import Linear, is_conv1d
+from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
 from shira.tuner.masking import (
     needs_placeholder,
     placeholder,
     support_of_layer,
-    weight_of,
 )
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of
-from shira.tuner.rollback import as_it_was
 from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
 from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
@@ -62,6 +64,7 @@ from shira.tuner.targets import (
     refuse_taken_names,
     warn_of_idle_names,
 )
+from shira.tuner.undo import as_it_was, base_values
 from shira.tuner.weighted import add_weighted_adapter
 
 REFERENCE = "ref"
@@ -69,18 +72,6 @@ REFERENCE = "ref"
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
-    """The adapted layer type for a base layer, or None if SHiRA has none for it."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return Linear
-    if isinstance(module, nn.Conv2d):
-        return Conv2d
-    if isinstance(module, nn.Embedding):
-        return Embedding
-    backend = backend_of(module)
-    return Linear if backend is not None and backend.layer_type == "linear" else None
 
 
 class ShiraModel(BaseTuner):

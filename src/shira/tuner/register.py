@@ -32,10 +32,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 from shira.errors import AdapterError, MissingDependencyError, TargetError
 from shira.tuner.config import ShiraConfig, weights_of
 from shira.tuner.layer import BASE, ShiraLayer
-from shira.tuner.linear import Linear
+from shira.tuner.layers import Linear
 from shira.tuner.loading import check_file, check_loaded, understood
 from shira.tuner.model import ShiraModel
-from shira.tuner.rollback import as_it_was
+from shira.tuner.undo import as_it_was
 
 LOWEST = "0.21.2"
 """The oldest PEFT that shira works with."""

@@ -15,11 +15,12 @@ from shira.ops.packed import unpack
 from shira.store.names import base_module_name, own_names, weight_name
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
-from shira.tuner.base_values import stored_weight, with_originals
+from shira.tuner.base_layer import stored_weight
 from shira.tuner.config import ShiraConfig
 from shira.tuner.describing import layers_of, recorded_in, recorded_of, watch
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.undo import with_originals
 
 
 def whole_state(

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import TargetError, did_you_mean
+from shira.store.names import full_shape
 from shira.store.sharded import is_sharded
-from shira.tuner.base_values import base_of
+from shira.tuner.base_layer import base_of, weight_of
 from shira.tuner.config import ShiraConfig
-from shira.tuner.masking import shape_of, weight_of
 
 
 def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -51,7 +51,7 @@ def name_all_linear(
         return
     named = dict(model.named_modules())
     adapted = sum(
-        math.prod(shape_of(weight_of(base_of(named[name]))))
+        math.prod(full_shape(weight_of(base_of(named[name]))))
         for name in config.target_modules or ()
         if supported(base_of(named[name]))
     )
@@ -60,9 +60,9 @@ def name_all_linear(
         if supported(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            if _is_stack(module, name, shape_of(parameter)):
+            if _is_stack(module, name, full_shape(parameter)):
                 pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-                left_out[pattern] = left_out.get(pattern, 0) + math.prod(shape_of(parameter))
+                left_out[pattern] = left_out.get(pattern, 0) + math.prod(full_shape(parameter))
     if left_out:
         share = sum(left_out.values()) / (adapted + sum(left_out.values()))
         warnings.warn(

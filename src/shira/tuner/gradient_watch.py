@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that the first backward pass did not reach are named in a warning, once: `Watch`.
+"""`GradientWatch`: name adapters that the first backward pass did not reach in a warning, once.
 
 Such as those of a layer that a model never calls, or whose weight is read in a way that hides it
 from autograd. A model is watched from its injection to the end of its first backward pass, by hooks
@@ -11,26 +11,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shira.ops.util import runs_eagerly
-
-if TYPE_CHECKING:
-    from shira.tuner.layer import ShiraLayer
+from shira.tuner.layer import ShiraLayer
 
 _NAMED = 8
 """Layers that a warning names; of more it gives the number."""
 
 
-class Watch:
-    """Waits for the first backward pass of a model; its layers hold it until then."""
+class GradientWatch:
+    """The wait for the first backward pass of a model; its layers hold it until then."""
 
     def __init__(self, model: nn.Module) -> None:
-        from shira.tuner.layer import ShiraLayer
-
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, ShiraLayer))
         self._handles: list[Any] = []
@@ -106,7 +102,7 @@ class Watch:
 
 def watch_gradients(model: nn.Module) -> None:
     """Watch a model whose adapters are new."""
-    watch = Watch(model)
+    watch = GradientWatch(model)
     for layer in watch._layers:
         if layer._watch is not None:
             layer._watch.stop()

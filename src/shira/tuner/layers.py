@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted layer types, one class each: `Linear`, `Conv2d`, `Embedding`.
+
+A type says which base layers it adapts, and computes their product with the deltas inside the
+weight. To add one, write its class, here or in a file of its own, and put it into `LAYERS`.
+
+For a mixed batch (``adapter_names=``) a type may go through the base once for all samples and put
+each adapter's k entries on top for the samples that want it, instead of one product with the whole
+weight for each adapter:
+
+- linear layers: ``y_g += x_g dW_g^T``, O(tokens of the group * k); see `shira.ops.sparse_product`
+  for how its rounding differs from the merged weight's;
+- embeddings: the entries of the rows that were looked up are replaced, O(tokens * k / rows), which
+  is the merged table's look-up bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from shira import ops
+from shira.base import replacement
+from shira.tuner.base_layer import Way, members, weight_of
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
+
+WHOLE_PRODUCT_FROM = 256
+"""Tokens of a group from which one product with the whole weight beats base and delta apart.
+
+A product with the adapter inside the weight costs its scatter and restore, O(k), once; base and
+delta apart cost O(tokens * k) more. Measured on two CPU cores (``python -m benchmarks
+mixed_batch``)."""
+
+
+class Linear(ShiraLayer):
+    """SHiRA in a linear layer, its weight stored ``[out, in]`` or (``Conv1D``) ``[in, out]``."""
+
+    base_types = (nn.Linear, Conv1D)
+    known_forwards = frozenset({nn.Linear.forward, Conv1D.forward})
+
+    def _stores_input_first(self) -> bool:
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight, bias = members(base, "weight", "bias")
+        x = self._cast_input(x, weight)
+        backend = self.quantization_backend
+        if backend is not None and can_unpack(backend):
+            result: Tensor = quantized_linear(x, base, backend, deltas, indices)
+            return result
+        if backend is not None:
+            # A weight that cannot be unpacked (GPTQ, AWQ, ...): the delta alone, on a weight of
+            # zeros that takes no memory, is added to what the base layer computes.
+            zeros = x.new_zeros(()).expand(self.weight_shape)
+            delta = ops.linear(x, zeros, None, deltas, indices)
+            return delta + self._base_forward(x)  # type: ignore[no-any-return]
+        return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
+
+    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
+        # Long groups are cheaper one by one, with the adapter inside the weight.
+        adapted = {name: samples for name, samples in groups.items() if name in self.shira_weight}
+        tokens = x[0, ..., 0].numel() if len(x) else 0
+        longest = tokens * max(map(len, adapted.values()), default=0)
+        if self._way(self.base_layer) is not Way.DIRECT or longest >= WHOLE_PRODUCT_FROM:
+            return None
+        x = self._cast_input(x, weight_of(self.get_base_layer()))
+        result = _writable(self._base_forward(x))
+        for name, samples in adapted.items():
+            at = torch.tensor(samples, device=x.device)
+            inputs = x.index_select(0, at)  # (samples of the group, ..., in)
+            added = ops.sparse_product(
+                inputs.reshape(-1, inputs.shape[-1]),
+                self._delta(name),
+                self.shira_indices.kept(name),
+                self.weight_shape,
+                transposed=self.fan_in_fan_out,
+            )
+            outputs = result.index_select(0, at)
+            # in the wide dtype of `added`, rounded once
+            outputs = (outputs + added.view(outputs.shape)).to(result.dtype)
+            result = result.index_copy_(0, at, outputs)
+        return result
+
+
+class Conv2d(ShiraLayer):
+    """SHiRA in a 2-D convolution, its weight stored ``[out, in / groups, kh, kw]``."""
+
+    base_types = (nn.Conv2d,)
+    known_forwards = frozenset({nn.Conv2d.forward})
+
+    def _way(self, base: Any) -> Way:
+        known = type(base)._conv_forward is _CONV_FORWARD
+        return super()._way(base) if known else Way.OWN
+
+    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight, bias = members(base, "weight", "bias")
+        x = self._cast_input(x, weight)
+        padding = [0, 0]
+        if base.padding_mode != "zeros" or isinstance(base.padding, str):
+            # as nn.Conv2d itself does for padding other than a number of zeros
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
+        else:
+            padding = list(base.padding)
+        return ops.conv2d(
+            x,
+            weight,
+            bias,
+            deltas,
+            indices,
+            stride=base.stride,
+            padding=padding,
+            dilation=base.dilation,
+            groups=base.groups,
+        )
+
+
+_CONV_FORWARD = nn.Conv2d._conv_forward
+
+
+class Embedding(ShiraLayer):
+    """SHiRA in a look-up table, its weight stored ``[rows, dim]``."""
+
+    base_types = (nn.Embedding,)
+    known_forwards = frozenset({nn.Embedding.forward})
+
+    def _stores_input_first(self) -> bool:
+        return True  # rows are looked up by the input
+
+    def _way(self, base: Any) -> Way:
+        # a gradient that is scaled by frequency is left to torch
+        return Way.OWN if base.scale_grad_by_freq else super()._way(base)
+
+    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+        base: Any = self.get_base_layer()
+        return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
+
+    def _grouped_forward(self, ids: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
+        if self._way(self.base_layer) is not Way.DIRECT:
+            return None
+        base: Any = self.get_base_layer()
+        result = _writable(F.embedding(ids, base.weight, base.padding_idx))  # (samples, ..., dim)
+        for name, samples in groups.items():
+            if name not in self.shira_weight:
+                continue
+            at = torch.tensor(samples, device=ids.device)
+            wanted = ids.index_select(0, at).reshape(-1)
+            place, entry = ops.looked_up(wanted, self.shira_indices.kept(name), self.weight_shape)
+            delta = self._delta(name).index_select(0, entry)
+            if base.padding_idx is not None and delta.requires_grad:  # that row gets no gradient
+                row = self.shira_indices[name][0].index_select(0, entry)
+                delta = torch.where(row == base.padding_idx, delta.detach(), delta)
+            rows = result.index_select(0, at)  # (samples of the group, ..., dim)
+            flat = rows.view(-1)
+            new = replacement(flat.index_select(0, place), delta)
+            rows = flat.index_copy(0, place, new).view(rows.shape)
+            result = result.index_copy_(0, at, rows)
+        return result
+
+
+LAYERS: tuple[type[ShiraLayer], ...] = (Linear, Conv2d, Embedding)
+"""The adapted layer types; the first that adapts a base layer is taken."""
+
+
+def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
+    """Return the adapted layer type for a base layer, or None if SHiRA has none for it."""
+    for layer_class in LAYERS:
+        if isinstance(module, layer_class.base_types):
+            return layer_class
+    backend = backend_of(module)
+    return Linear if backend is not None and backend.layer_type == "linear" else None
+
+
+def _writable(result: Tensor) -> Tensor:
+    """Return memory that may be written to: what autograd has seen is copied."""
+    return result.clone() if result.requires_grad else result
