@@ -160,7 +160,7 @@ torch.testing.assert_close(model(x), want)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_stock_config_object_converts():
-    from shira.tuner.stock import as_ours
+    from shira.tuner.config import as_ours
 
     stock = StockConfig(r=3, target_modules=["a"], mask_type="own", modules_to_save=["b"])
     stock.mask_fn = fixed_mask

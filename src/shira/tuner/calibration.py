@@ -21,14 +21,12 @@ from tqdm.auto import tqdm
 from shira.errors import ConfigError, MaskError, MergeError, TargetError
 from shira.masks import MASKS, choose
 from shira.store.names import base_module_name, weight_name
-from shira.store.patterns import matching
 from shira.support import Support
-from shira.tuner.config import ShiraConfig
+from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.layers import layer_class_of
-from shira.tuner.masking import SupportTable, entries
+from shira.tuner.masking import SupportTable
 from shira.tuner.model import ShiraModel
 from shira.tuner.quantized import backend_of
-from shira.tuner.stock import as_ours
 from shira.tuner.targets import (
     matched_modules,
     name_all_linear,
@@ -198,8 +196,7 @@ def _gradient_magnitudes(
 
 def _choose(config: ShiraConfig, name: str, layer: nn.Module, score: Tensor) -> Support:
     shape = tuple(score.shape)
-    r = matching(config.rank_pattern, name.removesuffix(".weight"), config.r)
-    k = entries(config, shape, r, name)
+    k = config.entries(shape, config.rank_of(name.removesuffix(".weight")), name)
     if not torch.isfinite(score).all():
         raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
     weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]

@@ -3,28 +3,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-import os
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
+from peft.tuners.shira.config import ShiraConfig as StockConfig
+from peft.tuners.shira.mask_functions import random_mask
 from peft.utils import PeftType
 from torch import nn
 
 from shira.errors import ConfigError, MaskError, did_you_mean
-from shira.masks import MASKS
+from shira.masks import MASKS, budget, budget_from_density
 from shira.masks.block import check_options
-from shira.store.patterns import check_patterns
+from shira.store.patterns import check_patterns, matching
+from shira.support import matrix_shape
 
 MaskFn = Callable[..., Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-"""Options of loading that say where and how a file is found on the hub."""
 
 
 @dataclass
@@ -69,63 +71,25 @@ class ShiraConfig(PeftConfig):
         ConfigError: If a value is not possible.
     """
 
-    r: int = field(
-        default=32, metadata={"help": "r * (m + n) entries of an m x n weight are trained"}
-    )
-    mask_type: str = field(
-        default="random", metadata={"help": f"one of {', '.join(MASKS)}, or your own mask_fn"}
-    )
-    random_seed: int | None = field(
-        default=None, metadata={"help": "seed of the mask; None draws one and records it"}
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "names or a regular expression, or 'all-linear'"}
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "the weight is stored [in, out] (Conv1D)"}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "start from zeros; False: from a normal draw, for tests"}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "further modules to train and save whole"}
-    )
-    density: float | None = field(
-        default=None, metadata={"help": "share of entries to train; takes the place of r"}
-    )
-    mask_slot: int = field(
-        default=0, metadata={"help": "random masks of one seed in different slots never overlap"}
-    )
-    mask_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "options of the mask, e.g. {'largest': False}"}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "names or a regular expression not to adapt"}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "adapt only the layers of these numbers"}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "name of the list of layers that the numbers count"}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "{name or regular expression: r}"}
-    )
-    save_dtype: str | None = field(
-        default=None, metadata={"help": "dtype of saved values: float32, bfloat16 or float16"}
-    )
-    base_fingerprint: dict[str, str] | None = field(
-        default=None, metadata={"help": "written by shira: hash of the base under each adapter"}
-    )
-    base_fingerprint_rounded: dict[str, list[str]] | None = field(
-        default=None, metadata={"help": "written by shira: the same of the base in other dtypes"}
-    )
-    shira_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "written by shira: shape of each adapted weight"}
-    )
-    fused: dict[str, Any] | None = field(
-        default=None, metadata={"help": "written by shira: how it was made of other adapters"}
-    )
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    modules_to_save: list[str] | None = None
+    density: float | None = None
+    mask_slot: int = 0
+    mask_options: dict[str, Any] | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    save_dtype: str | None = None
+    base_fingerprint: dict[str, str] | None = None
+    base_fingerprint_rounded: dict[str, list[str]] | None = None
+    shira_shapes: dict[str, list[int]] | None = None
+    fused: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,14 +105,13 @@ class ShiraConfig(PeftConfig):
         # Finds the weights that belong to this config; set by from_pretrained, used once.
         self._source: Callable[[], str | None] | None = None
         self._just_read = False  # that file was checked, or this config is to go before its own
-        # Says what the adapter's positions and base decide; see `shira.tuner.describing.watch`.
-        self._describe: Callable[[ShiraConfig], dict[str, Any]] | None = None
+        # Once a model has the adapter: `shira.tuner.saving.describe`, and what it is called with.
+        self._describe: Callable[..., dict[str, Any]] | None = None
+        self._described: tuple[weakref.ref[nn.Module], str, Mapping[str, Any]] | None = None
 
     def _check_budget(self) -> None:
-        for name, value in [
-            ("r", self.r),
-            *((f"rank_pattern[{k!r}]", v) for k, v in self._ranks()),
-        ]:
+        ranks = {f"rank_pattern[{name!r}]": r for name, r in (self.rank_pattern or {}).items()}
+        for name, value in {"r": self.r, **ranks}.items():
             if not _is_int(value) or value <= 0:
                 raise ConfigError(f"`{name}` should be a positive integer, not {value!r}")
         if self.density is not None and not (
@@ -166,15 +129,11 @@ class ShiraConfig(PeftConfig):
         if self.random_seed is not None and not _is_int(self.random_seed):
             raise ConfigError(f"random_seed is an integer or None, not {self.random_seed!r}")
 
-    def _ranks(self) -> list[tuple[str, int]]:
-        return list((self.rank_pattern or {}).items())
-
     def _check_targets(self) -> None:
         check_patterns(vars(self))
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(names))
         by_number = self.layers_to_transform is not None or bool(self.layers_pattern)
         if by_number and isinstance(self.target_modules, str):
             raise ConfigError(
@@ -223,10 +182,42 @@ class ShiraConfig(PeftConfig):
                 ) from None
 
     def draw_seed(self) -> int:
-        """The seed of the mask; drawn and recorded now if there was none."""
+        """Return the seed of the mask; drawn and recorded now if there was none."""
         if self.random_seed is None:
             self.random_seed = int(torch.randint(2**31 - 1, (), device="cpu"))
         return self.random_seed
+
+    def rank_of(self, module: str) -> int:
+        """Return the r of a module of the base model: that of the first pattern, else ``r``."""
+        return matching(self.rank_pattern, module, self.r)
+
+    def entries(self, shape: tuple[int, ...], r: int, name: str) -> int:
+        """Return the budget k of a weight: from ``density`` if given, else r * (m + n).
+
+        Args:
+            shape: Of the weight as stored.
+            r: Its rank.
+            name: The parameter's, for messages.
+
+        Raises:
+            MaskError: If the weight has fewer entries.
+        """
+        rows, cols = matrix_shape(shape)
+        if self.density is not None:
+            return budget_from_density(rows * cols, self.density, name=name)
+        try:
+            return budget(rows, cols, r, name=name)
+        except MaskError as error:
+            largest, module = rows * cols // max(1, rows + cols), name.removesuffix(".weight")
+            tail = module.rpartition(".")[2]
+            layer = module if tail.isdigit() else tail
+            advice = (
+                f". Give the layer a rank of its own, rank_pattern={{{layer!r}: {largest}}}, or a "
+                f"density instead of r, or leave it out: exclude_modules=[{layer!r}]"
+                if largest
+                else f", or leave the layer out: exclude_modules=[{layer!r}]"
+            )
+            raise MaskError(f"{error}{advice}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary; what was not set of shira's own stays out of the file.
@@ -234,7 +225,8 @@ class ShiraConfig(PeftConfig):
         Sets are sorted lists, so that every process writes the same file. While a model has the
         adapter, what depends on the adapter's positions and on the base is read off its layers.
         """
-        return self._written({} if self._describe is None else self._describe(self))
+        model, *of = self._described or (lambda: None,)
+        return self._written(model(), *of)
 
     def to_dict_of(self, model: nn.Module, adapter_name: str) -> dict[str, Any]:
         """Return `to_dict` for one of several adapters that share this configuration.
@@ -245,60 +237,50 @@ class ShiraConfig(PeftConfig):
             model: With the adapter's layers.
             adapter_name: Of the adapter.
         """
-        from shira.tuner.describing import describe
+        return self._written(model, adapter_name, gather=True)
 
-        return self._written(describe(self, model, adapter_name, gather=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_describe": None}  # a copy belongs to another model, or to none
-
-    def _written(self, described: dict[str, Any]) -> dict[str, Any]:
+    def _written(self, model: nn.Module | None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        fields = super().to_dict()
+        if model is not None and self._describe is not None:
+            fields |= self._describe(self, model, *args, **kwargs)
         return {
             name: sorted(value) if isinstance(value, set) else value
-            for name, value in {**super().to_dict(), **described}.items()
-            if not (name in _LEFT_OUT_WHEN_UNSET and value == _LEFT_OUT_WHEN_UNSET[name])
+            for name, value in fields.items()
+            if name not in _OURS or value != _OURS[name]
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_described": None}  # a copy is of another model, or of none
 
-_LEFT_OUT_WHEN_UNSET: dict[str, Any] = {
-    "density": None,
-    "mask_slot": 0,
-    "mask_options": None,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "rank_pattern": {},
-    "save_dtype": None,
-    "base_fingerprint": None,
-    "base_fingerprint_rounded": None,
-    "shira_shapes": None,
-    "fused": None,
+
+_OURS: dict[str, Any] = {
+    field.name: {} if field.name == "rank_pattern" else field.default
+    for field in dataclasses.fields(ShiraConfig)
+    if field.name not in {stock.name for stock in dataclasses.fields(StockConfig)}
 }
+"""The fields that PEFT does not know, with their defaults."""
+
+
+def as_ours(config: Any) -> ShiraConfig:
+    """Return one of PEFT's own configurations, made before shira was imported, as ours.
+
+    Args:
+        config: A `ShiraConfig`, which is returned itself, or a stock one with its ``mask_fn``.
+    """
+    if isinstance(config, ShiraConfig) or not isinstance(config, StockConfig):
+        return config  # type: ignore[no-any-return]
+    known = {field.name for field in dataclasses.fields(ShiraConfig)}
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.init and field.name in known - {"inference_mode"}
+    }
+    ours = ShiraConfig(**values, inference_mode=True)  # no second warning of an own mask
+    ours.inference_mode = config.inference_mode
+    if config.mask_fn is not None and config.mask_fn is not random_mask:
+        ours.mask_fn = config.mask_fn
+    return ours
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def weights_of(model_id: str, subfolder: str | None, kwargs: dict[str, Any]) -> str | None:
-    """The safetensors file that PEFT is about to load with this config, if it can be known."""
-    from huggingface_hub import hf_hub_download
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-    path = os.path.join(model_id, subfolder) if subfolder is not None else model_id
-    local = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.exists(local):
-        return local
-    if os.path.isdir(path):
-        return None
-    try:
-        return str(
-            hf_hub_download(
-                model_id,
-                SAFETENSORS_WEIGHTS_NAME,
-                subfolder=subfolder,
-                **{key: value for key, value in kwargs.items() if key in ON_THE_HUB},
-            )
-        )
-    except Exception:  # PEFT will look for other files, and report what it cannot find
-        return None

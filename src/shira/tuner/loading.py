@@ -8,13 +8,15 @@ it was; `check_state_dict` looks at what reaches the layers by any other way.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
@@ -24,15 +26,38 @@ from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import bare_name, base_module_name, weight_name
 from shira.store.peft_format import INDICES, VALUES
 from shira.support import Support, matrix_shape
-from shira.tuner.config import ON_THE_HUB, ShiraConfig
-from shira.tuner.describing import layers_of
+from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
-from shira.tuner.saving import by_own_names, is_elsewhere, path_in_state
+from shira.tuner.saving import by_own_names, is_elsewhere, layers_of, path_in_state
 from shira.tuner.targets import matched_modules
 from shira.tuner.undo import base_values
 
 Incoming = Mapping[str, Support]
 """Supports in a file, by parameter name."""
+
+ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+"""Options of loading that say where and how a file is found on the hub."""
+
+
+def weights_of(model_id: str, subfolder: str | None, options: Mapping[str, Any]) -> str | None:
+    """Return the safetensors file that PEFT is about to load with a configuration, if it is known.
+
+    Args:
+        model_id: Path, or name on the hub.
+        subfolder: In it.
+        options: Of loading, among them where on the hub.
+    """
+    path = model_id if subfolder is None else os.path.join(model_id, subfolder)
+    if os.path.isdir(path):
+        local = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
+        return local if os.path.exists(local) else None
+    where = {name: options[name] for name in ON_THE_HUB if name in options}
+    try:
+        return str(
+            hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where)
+        )
+    except Exception:  # PEFT will look for other files, and report what it cannot find
+        return None
 
 
 def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:

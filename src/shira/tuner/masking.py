@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from shira.errors import MaskError, did_you_mean
-from shira.masks import MASKS, budget, budget_from_density, choose, custom_support
+from shira.masks import MASKS, choose, custom_support
 from shira.store.names import full_shape
-from shira.support import Support, matrix_shape
+from shira.support import Support
 from shira.tuner.base_layer import base_of, readable, weight_of
 from shira.tuner.quantized import unpacked
 from shira.tuner.undo import pristine
@@ -48,7 +48,7 @@ class BuiltinMask:
             return choose(
                 config.mask_type,
                 shape,
-                entries(config, shape, r, name),
+                config.entries(shape, r, name),
                 weight=_values_of(base_layer, name) if looks else None,
                 seed=config.draw_seed(),
                 name=name,
@@ -108,7 +108,7 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
         with readable(base_layer):
             mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
         support = custom_support(
-            mask, shape, entries(config, shape, r, name), what=f"mask_fn for {name}"
+            mask, shape, config.entries(shape, r, name), what=f"mask_fn for {name}"
         )
     return support.to("cpu")
 
@@ -126,28 +126,8 @@ def needs_placeholder(config: ShiraConfig) -> bool:
 def placeholder(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
     """A support of the right size for a layer whose entries are about to be read from a file."""
     shape = full_shape(weight_of(base_layer))
-    k = entries(config, shape, r, name)
+    k = config.entries(shape, r, name)
     return Support(shape, torch.arange(k))
-
-
-def entries(config: ShiraConfig, shape: tuple[int, ...], r: int, name: str) -> int:
-    """The budget k of a weight: from ``density`` if given, else r * (m + n)."""
-    rows, cols = matrix_shape(shape)
-    if config.density is not None:
-        return budget_from_density(rows * cols, config.density, name=name)
-    try:
-        return budget(rows, cols, r, name=name)
-    except MaskError as error:
-        largest, module = rows * cols // max(1, rows + cols), name.removesuffix(".weight")
-        tail = module.rpartition(".")[2]
-        layer = module if tail.isdigit() else tail
-        advice = (
-            f". Give the layer a rank of its own, rank_pattern={{{layer!r}: {largest}}}, or a "
-            f"density instead of r, or leave it out: exclude_modules=[{layer!r}]"
-            if largest
-            else f", or leave the layer out: exclude_modules=[{layer!r}]"
-        )
-        raise MaskError(f"{error}{advice}") from None
 
 
 def _values_of(base_layer: nn.Module, name: str) -> Tensor:

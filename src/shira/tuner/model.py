@@ -25,7 +25,6 @@ from shira.base import fingerprint_fields
 from shira.errors import MergeError, TargetError
 from shira.ops.private_memory import MemoryMap, own_memory
 from shira.store.names import base_module_name, weight_name, without_wrappers
-from shira.store.patterns import matching
 from shira.store.sharded import is_sharded
 from shira.support import Support
 from shira.tuner.base_layer import (
@@ -37,8 +36,7 @@ from shira.tuner.base_layer import (
     way_to_call,
     weight_of,
 )
-from shira.tuner.config import ShiraConfig
-from shira.tuner.describing import describe, watch
+from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import BASE, ShiraLayer
@@ -51,8 +49,7 @@ from shira.tuner.masking import (
 )
 from shira.tuner.mixed_batch import adapter_names_in_effect
 from shira.tuner.quantized import backend_of
-from shira.tuner.saving import in_few_bytes, is_elsewhere, whole_state
-from shira.tuner.stock import as_ours
+from shira.tuner.saving import describe, in_few_bytes, is_elsewhere, watch, whole_state
 from shira.tuner.targets import (
     matched_modules,
     name_all_linear,
@@ -503,7 +500,7 @@ def prepare(
     if backend_of(base_layer) is None:
         refuse_other_ways_in(key, base_layer)
         _check_weight(key, layer_class, base_layer)
-    r = matching(config.rank_pattern, key, config.r)
+    r = config.rank_of(key)
     if incoming is not None and name in incoming:
         support = incoming[name]
     elif needs_placeholder(config):

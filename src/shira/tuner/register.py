@@ -30,10 +30,10 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError, TargetError
-from shira.tuner.config import ShiraConfig, weights_of
+from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import BASE, ShiraLayer
 from shira.tuner.layers import Linear
-from shira.tuner.loading import check_file, check_loaded, understood
+from shira.tuner.loading import check_file, check_loaded, understood, weights_of
 from shira.tuner.model import ShiraModel
 from shira.tuner.undo import as_it_was
 

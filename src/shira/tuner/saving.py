@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare what ``save_pretrained`` writes: all of an adapter (`whole_state`), in few bytes."""
+"""Prepare what ``save_pretrained`` writes: an adapter's tensors, whole, and its configuration.
+
+Positions change after the configuration has chosen them: a state dict of another run is loaded, a
+checkpoint resumed. So nothing that depends on them is remembered: a configuration is described by
+the layers that have its adapter, when it is saved (`describe`).
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,17 +18,103 @@ import torch.distributed as dist
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from shira.errors import AdapterError
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, fingerprint_fields
+from shira.errors import AdapterError, MaskError
 from shira.ops.packed import unpack
 from shira.store.names import base_module_name, own_names, weight_name
+from shira.store.peft_config import SHAPES_FIELD, common_rank
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
 from shira.tuner.base_layer import stored_weight
 from shira.tuner.config import ShiraConfig
-from shira.tuner.describing import layers_of, recorded_in, recorded_of, watch
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
-from shira.tuner.undo import with_originals
+from shira.tuner.undo import base_values, values_at, with_originals
+
+Known = Mapping[str, tuple[str, dict[str, Any]]]
+"""``{parameter name: (digest of the positions, what is recorded of the base under them)}``"""
+
+_OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, ShiraLayer]:
+    """Return the layers that have an adapter, by the model's own names."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ShiraLayer) and adapter_name in module.shira_weight
+    }
+
+
+def describe(
+    config: ShiraConfig,
+    model: nn.Module,
+    adapter_name: str,
+    known: Known = MappingProxyType({}),
+    gather: bool = False,
+) -> dict[str, Any]:
+    """Return the fields of a configuration that its adapter's positions and base decide.
+
+    ``mask_type`` stays what was asked for. A seed and a slot are those of the positions, or are not
+    given; the budget is that of the positions, as ``r`` and ``density`` say it or, where they do
+    not, as the nearest ``r``.
+
+    Args:
+        config: Of the adapter.
+        model: With the adapter's layers.
+        adapter_name: Its name.
+        known: What is known of weights of which this process has a part only.
+        gather: Read such weights, weight by weight; a collective call.
+
+    Returns:
+        Empty if the model has no such adapter.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
+    prints: dict[str, dict[str, Any]] = {field: {} for field in _OF_THE_BASE}
+    as_chosen = as_budgeted = True
+    for path, layer in layers_of(model, adapter_name).items():
+        module = base_module_name(path)
+        name, support = weight_name(module), layer.support(adapter_name)
+        shapes[name], counts[name] = support.shape, support.nnz
+        digest = digest_of(support)
+        unchanged = layer.chosen.get(adapter_name) == digest
+        as_chosen &= unchanged
+        as_budgeted &= _budget(config, module, support.shape) == support.nnz
+        values = None  # a weight of which this process has a part is read together, or not at all
+        if gather or not is_sharded(stored_weight(layer)):
+            values = base_values(layer, support, gather)
+        found = None if values is None else fingerprint_fields({name: values})
+        if found is None and known.get(name, ("",))[0] == digest:
+            found = known[name][1]
+        elif found is None and unchanged and _is_as_recorded(layer):
+            found = {field: getattr(config, field, None) for field in _OF_THE_BASE}
+        for field, told in (found or {}).items():
+            prints[field] |= {name: told[name]} if name in (told or {}) else {}
+    if not shapes:
+        return {}
+    fields: dict[str, Any] = {
+        SHAPES_FIELD: {name: list(shape) for name, shape in shapes.items()},
+        **{field: told or None for field, told in prints.items() if hasattr(config, field)},
+    }
+    if not as_chosen:
+        fields |= {"random_seed": None, "mask_slot": 0}
+    if not as_budgeted:
+        fields |= {"r": common_rank(shapes, counts, None), "density": None, "rank_pattern": {}}
+    return fields
+
+
+def watch(
+    config: ShiraConfig,
+    model: nn.Module,
+    adapter_name: str,
+    known: Known = MappingProxyType({}),
+) -> None:
+    """Have a configuration described by an adapter, as long as its model is there.
+
+    A configuration that several adapters share is described by the latest.
+    """
+    config._describe, config._described = describe, (weakref.ref(model), adapter_name, known)
 
 
 def whole_state(
@@ -72,15 +166,15 @@ def whole_state(
     for path, layer in layers.items():
         value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES))
         support = layer.support(adapter_name)
-        if is_sharded(stored_weight(layer)):
+        if is_sharded(weight := stored_weight(layer)):
             name = weight_name(base_module_name(path))
-            found = (
-                recorded_of(layer, name, support, gather=True)
-                if value_key in parts
-                else recorded_in(state_dict, path, name, support)
-            )
-            if found is not None:
-                known[name] = digest_of(support), found
+            if value_key in parts:
+                values = base_values(layer, support, gather=True)
+            else:
+                weight = state_dict.get(f"{path}.base_layer.weight")
+                values = values_at(whole(weight), support) if isinstance(weight, Tensor) else None
+            if values is not None:
+                known[name] = digest_of(support), fingerprint_fields({name: values})
         state_dict[value_key] = whole(state_dict[value_key])
         positions = layer.shira_indices[adapter_name]
         # as they are kept, if this is no state dict but a list of buffers
@@ -169,3 +263,17 @@ def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[
             tensor = stored
         result[key] = tensor
     return result
+
+
+def _is_as_recorded(layer: ShiraLayer) -> bool:
+    """Return whether no state dict was loaded into the base since its adapters were added."""
+    packed = layer.quantization_backend is not None
+    return packed or (is_sharded(stored_weight(layer)) and not layer.base_reloaded)
+
+
+def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
+    """Return the number of entries that the configuration gives a weight."""
+    try:
+        return config.entries(shape, config.rank_of(module), module)
+    except MaskError:
+        return None
