@@ -76,7 +76,7 @@ CORE = [
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
 ON_USE = {"ops.triton_kernel": {"triton"}}
-CIRCLES_LEFT = ("tuner.", "cli._train.")  # to be removed
+CIRCLES_LEFT = ("tuner.",)  # to be removed
 
 
 def files():

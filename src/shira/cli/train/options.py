@@ -10,16 +10,37 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 from shira.errors import ConfigError, MissingDependencyError, did_you_mean
 
-TASKS = ("text-classification", "causal-lm")
+
+class Task(NamedTuple):
+    """Names that a task has in the libraries underneath.
+
+    Attributes:
+        peft: PEFT's ``task_type``.
+        auto_class: The class of transformers that loads its models.
+        pipeline: The pipeline of transformers that uses them.
+    """
+
+    peft: str
+    auto_class: str
+    pipeline: str
+
+
+TASKS = {
+    "text-classification": Task(
+        "SEQ_CLS", "AutoModelForSequenceClassification", "text-classification"
+    ),
+    "causal-lm": Task("CAUSAL_LM", "AutoModelForCausalLM", "text-generation"),
+}
 DEFAULT_DENSITY = 0.02
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LARGEST = 2**16  # bytes of a file of options
 
 
 def _option(default: Any, group: str, text: str) -> Any:
@@ -95,17 +116,17 @@ class TrainOptions:
 
 
 def fields() -> list[tuple[dataclasses.Field[Any], Any]]:
-    """Each option with its type, e.g. ``int | None``."""
+    """Return each option with its type, e.g. ``int | None``."""
     hints = typing.get_type_hints(TrainOptions)
     return [(field, hints[field.name]) for field in dataclasses.fields(TrainOptions)]
 
 
 def resolve(given: Mapping[str, Any], config: Path | None) -> TrainOptions:
-    """The options of a run.
+    """Return the options of a run.
 
     Args:
-        given: from the command line; None stands for not given.
-        config: a YAML file of further ones, named as on the command line with - or _.
+        given: From the command line; None stands for not given.
+        config: A YAML file of further ones, named as on the command line with - or _.
 
     Raises:
         ConfigError: If a name is unknown, a value of the wrong type or impossible, or a needed one
@@ -134,10 +155,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
         raise ConfigError(f"{path}: a file of options has {_LARGEST} bytes at most")
+    loader: Any = type("PairsLoader", (yaml.SafeLoader,), {})  # a mapping as pairs: none is lost
+    loader.add_constructor("tag:yaml.org,2002:map", loader.construct_pairs)
     try:
         text = raw.decode()
         _check_flat(yaml.parse(text, yaml.SafeLoader), path)
-        content = yaml.load(text, _pairs_loader(yaml))
+        content = yaml.load(text, loader)
     except ConfigError:
         raise
     except Exception as error:  # PyYAML's constructors raise more than its own errors
@@ -162,11 +185,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-_LARGEST = 2**16  # bytes of a file of options
-
-
 def _check_flat(events: Iterable[Any], path: Path) -> None:
-    """Refuse what a file of options has no use for, and what a few lines of can fill the memory."""
+    """Refuse references and deep nesting, of which a few lines can fill the memory."""
     depth = 0
     for event in events:
         kind = type(event).__name__
@@ -178,18 +198,8 @@ def _check_flat(events: Iterable[Any], path: Path) -> None:
             raise ConfigError(f"{path}: options are values and lists of names, not nested further")
 
 
-def _pairs_loader(yaml: Any) -> Any:
-    """Return PyYAML's safe loader, changed to read a mapping as a list of pairs: none is lost."""
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_pairs)
-    return Loader
-
-
 def _converted(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the option's type: numbers widen, lists of names get their commas."""
+    """Return a YAML value as the option's type: numbers widen, lists of names get commas."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union:
         if value is None:
             return None
@@ -216,8 +226,8 @@ def _check(options: TrainOptions) -> None:
         if not getattr(options, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is needed, here or in the file of --config")
-    _one_of("task", options.task, TASKS)
-    _one_of("dtype", options.dtype, DTYPES)
+    check_known("task", options.task, TASKS)
+    check_known("dtype", options.dtype, DTYPES)
     if options.r is not None and options.density is not None:
         raise ConfigError("--r and --density are two ways to give one budget: give one of them")
     if options.eval_file is not None and options.eval_fraction is not None:
@@ -273,7 +283,12 @@ def check_value(name: str, value: Any) -> None:
         raise ConfigError(f"{flag} is at most {most}, not {value}")
 
 
-def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
+def check_known(name: str, value: str | None, known: Collection[str]) -> None:
+    """Check that an option's value is one of those that there are.
+
+    Raises:
+        ConfigError: If it is not.
+    """
     if value not in known:
         raise ConfigError(
             f"--{name} is one of {', '.join(known)}, not {value!r}."

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from shira.cli._train.options import resolve
+from shira.cli.train.options import resolve
 from shira.errors import ConfigError
 
 
@@ -97,7 +97,7 @@ def test_an_empty_file_says_nothing(needed, tmp_path):
         ("a: 1\n" * 20_000, "65536 bytes at most"),
     ],
 )
-def test_a_file_that_cannot_be_meant(needed, tmp_path, text, message):
+def test_invalid_files(needed, tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         resolve(needed, write(tmp_path, text))
     assert message in str(error.value)
@@ -146,7 +146,7 @@ def test_what_may_be_extreme(needed, tmp_path):
         ({"model": "caf\udce9"}, "--model 'caf\\udce9' is no Unicode text"),
     ],
 )
-def test_values_that_cannot_be_meant(needed, given, message):
+def test_invalid_values(needed, given, message):
     with pytest.raises(ConfigError) as error:
         resolve({**needed, **given}, None)
     assert message in str(error.value)

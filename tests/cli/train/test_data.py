@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from shira.cli._train.data import Collator, load_data, read_table
-from shira.cli._train.options import TrainOptions
+from shira.cli.train.data import collator, load_data, read_table
+from shira.cli.train.model import load_tokenizer
+from shira.cli.train.options import TrainOptions
 from shira.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("workshop")
@@ -202,13 +203,15 @@ def test_lines_without_text(tmp_path):
         load_data(replace(RUNNING, train_file=str(path)), Words())
 
 
-def test_padding():
-    collate = Collator(pad_token_id=9)
+def test_padding(workshop):
+    tokenizer = load_tokenizer(TrainOptions(model=str(workshop / "bert")))
+    assert tokenizer.pad_token_id == 0
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = {name: tensor.tolist() for name, tensor in collate(rows).items()}
+    batch = {name: tensor.tolist() for name, tensor in collator(RUNNING, tokenizer)(rows).items()}
     assert batch == {
-        "input_ids": [[1, 2, 3], [4, 9, 9]],
+        "input_ids": [[1, 2, 3], [4, 0, 0]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "labels": [[1, 2, 3], [4, -100, -100]],
     }
-    assert collate([{**row, "labels": 1} for row in rows])["labels"].tolist() == [1, 1]
+    batch = collator(OPTIONS, tokenizer)([{**row, "labels": 1} for row in rows])
+    assert batch["labels"].tolist() == [1, 1]

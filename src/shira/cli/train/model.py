@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from shira.cli._train.data import Collator, Data, largest_token, row_lengths
-from shira.cli._train.options import DEFAULT_DENSITY, TrainOptions
-from shira.errors import ConfigError, TargetError, did_you_mean
+from shira.cli.train.data import Data, collator, largest_token, row_lengths
+from shira.cli.train.options import DEFAULT_DENSITY, TASKS, TrainOptions, check_known
+from shira.errors import ConfigError, TargetError
 from shira.masks import MASKS
 
-TASK_TYPES = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 _PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
 def load_tokenizer(options: TrainOptions) -> Any:
-    """The base model's tokenizer, with a padding token in any case.
+    """Return the base model's tokenizer, which pads to the right with some token in any case.
 
     Raises:
         ConfigError: If there is no such model.
@@ -35,11 +35,13 @@ def load_tokenizer(options: TrainOptions) -> Any:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"--model {options.model}: its tokenizer has no token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
-def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_id: int) -> Any:
-    """The base model; a classifier gets a new head, which the seed alone decides.
+def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id: int) -> Any:
+    """Return the base model; a classifier gets a new head, which the seed alone decides.
 
     Raises:
         ConfigError: If there is no such model, it is not one for the task, or it has a head of
@@ -48,17 +50,16 @@ def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_i
     import transformers
 
     arguments: dict[str, Any] = {"dtype": options.dtype}
-    kind: Any = transformers.AutoModelForCausalLM
     if labels is not None:
-        kind = transformers.AutoModelForSequenceClassification
         _check_head(options, labels)
         arguments["problem_type"] = "single_label_classification"
         arguments["num_labels"] = len(labels)
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: number for number, label in enumerate(labels)}
+    auto_class = getattr(transformers, TASKS[options.task or ""].auto_class)
     torch.manual_seed(options.seed)
     try:
-        model = kind.from_pretrained(options.model, **arguments)
+        model = auto_class.from_pretrained(options.model, **arguments)
     except Exception as error:
         raise _no_model(options, f"model for {options.task}", error) from error
     if model.config.pad_token_id is None:
@@ -66,7 +67,7 @@ def load_base(options: TrainOptions, labels: tuple[str, ...] | None, pad_token_i
     return model
 
 
-def _check_head(options: TrainOptions, labels: tuple[str, ...]) -> None:
+def _check_head(options: TrainOptions, labels: Sequence[str]) -> None:
     from transformers import AutoConfig
 
     try:
@@ -112,7 +113,7 @@ def check_fits(model: Any, options: TrainOptions, data: Data) -> None:
 
 
 def adapter_config(options: TrainOptions) -> Any:
-    """The configuration of the adapter.
+    """Return the configuration of the adapter.
 
     Raises:
         ConfigError: If there is no such mask, or the budget is invalid.
@@ -120,16 +121,9 @@ def adapter_config(options: TrainOptions) -> Any:
     """
     from shira import ShiraConfig
 
-    if options.mask_type not in MASKS:
-        raise ConfigError(
-            f"--mask-type is one of {', '.join(MASKS)}, not {options.mask_type!r}."
-            f"{did_you_mean(options.mask_type, MASKS)}"
-        )
-    budget: dict[str, Any] = (
-        {"r": options.r}
-        if options.r is not None
-        else {"density": DEFAULT_DENSITY if options.density is None else options.density}
-    )
+    check_known("mask-type", options.mask_type, MASKS)
+    density = DEFAULT_DENSITY if options.density is None else options.density
+    budget: dict[str, Any] = {"density": density} if options.r is None else {"r": options.r}
     return ShiraConfig(
         **budget,
         mask_type=options.mask_type,
@@ -137,7 +131,7 @@ def adapter_config(options: TrainOptions) -> Any:
         random_seed=options.seed if options.mask_seed is None else options.mask_seed,
         target_modules=parse_targets(options.target_modules),
         modules_to_save=_names(options.modules_to_save),
-        task_type=TASK_TYPES[options.task or ""],
+        task_type=TASKS[options.task or ""].peft,
     )
 
 
@@ -146,23 +140,36 @@ def adapt(
     config: Any,
     options: TrainOptions,
     data: Data,
-    pad_token_id: int,
+    tokenizer: Any,
     device: torch.device,
 ) -> Any:
-    """The base with a new adapter in it; masks that need gradients see the first training rows.
+    """Return the base with a new adapter in it; ``grad`` and ``snip`` see some training rows.
 
     Every process of several takes the same rows, so that all choose the same entries.
     """
     from shira import calibrate, get_peft_model
 
     if "gradient" in MASKS[options.mask_type].needs:
-        batches = _calibration_batches(data, options, pad_token_id, device)
+        rows = data.train.shuffle(seed=options.seed)
+        rows = list(rows.select(range(min(options.calibration_samples, len(rows)))))
+        collate, size = collator(options, tokenizer), options.batch_size
+        batches = [
+            {name: tensor.to(device) for name, tensor in collate(rows[at : at + size]).items()}
+            for at in range(0, len(rows), size)
+        ]
         config = calibrate(model.to(device), config, batches)
     return get_peft_model(model, config)
 
 
+def resume_adapter(model: nn.Module, checkpoint: Path) -> Any:
+    """Return the base with the adapter of a checkpoint in it, to train on."""
+    from shira import PeftModel
+
+    return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+
+
 def parse_targets(text: str | None) -> str | list[str]:
-    """Names with commas as a list; ``all-linear`` and regular expressions as they are.
+    """Return names with commas as a list; ``all-linear`` and regular expressions as they are.
 
     Raises:
         TargetError: If it is neither.
@@ -178,23 +185,6 @@ def parse_targets(text: str | None) -> str | list[str]:
             f"--target-modules {text!r} is neither names nor a regular expression: {error}"
         ) from error
     return text
-
-
-def resume_adapter(model: nn.Module, checkpoint: Path) -> Any:
-    """The base with the adapter of a checkpoint in it, to train on."""
-    from shira import PeftModel
-
-    return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-
-
-def _calibration_batches(
-    data: Data, options: TrainOptions, pad_token_id: int, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    rows = data.train.shuffle(seed=options.seed)
-    rows = list(rows.select(range(min(options.calibration_samples, len(rows)))))
-    collate, size = Collator(pad_token_id), options.batch_size
-    batches = [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
-    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
 def _names(text: str | None) -> list[str] | None:

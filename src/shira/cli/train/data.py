@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from shira.cli._train.options import TrainOptions
 from shira.cli.progress import say
+from shira.cli.train.options import TrainOptions
 from shira.errors import ConfigError, did_you_mean
 
 READERS = {
@@ -51,7 +48,7 @@ def load_data(options: TrainOptions, tokenizer: Any) -> Data:
     """Read and encode the files of a run.
 
     Raises:
-        ConfigError: If a file cannot be read, is empty, or a column is missing or not to be told.
+        ConfigError: If a file cannot be read, is empty, or a column is missing or ambiguous.
     """
     train = read_table(options.train_file or "")
     evaluation = None if options.eval_file is None else read_table(options.eval_file)
@@ -68,7 +65,7 @@ def load_data(options: TrainOptions, tokenizer: Any) -> Data:
 
 
 def read_table(path: str) -> Any:
-    """A file as a ``datasets.Dataset``.
+    """Read a file as a ``datasets.Dataset``.
 
     Raises:
         ConfigError: If its kind is not known, it cannot be read, or it has no rows.
@@ -99,7 +96,7 @@ def read_table(path: str) -> Any:
 def column(
     table: Any, wanted: str | None, usual: Sequence[str], *, what: str, path: str | None
 ) -> str:
-    """The name of a column: the one wanted, else the first usual one that is there.
+    """Return the name of a column: the one wanted, else the first usual one that is there.
 
     Raises:
         ConfigError: If the wanted one is not there, none is usual, it holds neither text nor
@@ -170,7 +167,7 @@ _LONGEST_LABEL = 1000
 
 
 def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
-    """The distinct labels as text: numbers in order of value, others in that of the alphabet."""
+    """Return the distinct labels as text: numbers by value, others in alphabetical order."""
     distinct = set(values)
     if None in distinct or any(value != value for value in distinct):  # NaN
         raise ConfigError(f"{where}: some rows have no label")
@@ -211,33 +208,26 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
         blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
         return {"input_ids": blocks, "labels": blocks}
 
-    if pairs:
-        encode = encode_pairs
-    else:
-        path = options.train_file
-        text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
-        encode = encode_blocks
-    for name, table, where in (
-        ("train", train, options.train_file),
-        ("evaluation", evaluation, options.eval_file or options.train_file),
-    ):
-        if table is None:
-            continue
+    def encoded(table: Any, where: str | None) -> Any:
         for needed in (PROMPT, COMPLETION) if pairs else (text,):
             column(table, needed, (), what=needed, path=where)
-        encoded = _mapped(table, encode)
-        if not len(encoded):
+        rows = _mapped(table, encode_pairs if pairs else encode_blocks)
+        if not len(rows):
             what = "of its completion within --max-length" if pairs else "after its first"
             raise ConfigError(f"{where}: no row has a token {what}, so there is none to learn")
-        if pairs and len(encoded) < len(table):
+        if pairs and len(rows) < len(table):
             say(
-                f"{where}: {len(table) - len(encoded)} of {len(table)} rows are left out: no token "
+                f"{where}: {len(table) - len(rows)} of {len(table)} rows are left out: no token "
                 f"of their completion is within --max-length {options.max_length}"
             )
-        if name == "train":
-            train = encoded
-        else:
-            evaluation = encoded
+        return rows
+
+    path = options.train_file
+    if not pairs:
+        text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
+    train = encoded(train, path)
+    if evaluation is not None:
+        evaluation = encoded(evaluation, options.eval_file or path)
     return Data(train, evaluation, None)
 
 
@@ -266,32 +256,13 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value is None else str(value) for value in values]
 
 
-class Collator:
-    """Rows as a batch of int64 tensors, padded to the longest.
+def collator(options: TrainOptions, tokenizer: Any) -> Any:
+    """Return what pads rows to the longest and stacks them: int64 tensors ``(B, longest)``.
 
-    Args:
-        pad_token_id: what `input_ids` are padded with; labels of tokens are padded with -100.
+    Labels of tokens are padded with -100; labels of classes are ``(B,)``.
     """
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        lengths = [len(row["input_ids"]) for row in rows]
-        ids = [_padded(row["input_ids"], width, self._pad_token_id) for row in rows]
-        labels = [
-            _padded(row["labels"], width, IGNORED)
-            if isinstance(row["labels"], list)
-            else row["labels"]
-            for row in rows
-        ]
-        return {
-            "input_ids": torch.tensor(ids),  # (B, width)
-            "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
-            "labels": torch.tensor(labels),  # (B,) or (B, width)
-        }
-
-
-def _padded(row: list[int], width: int, filler: int) -> list[int]:
-    return row + [filler] * (width - len(row))
+    if options.task == "text-classification":
+        return DataCollatorWithPadding(tokenizer)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

@@ -1,63 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts of a run: targets, checkpoints, warm-up, figures, the command, the plot."""
+"""Checkpoints: which one is gone on from, and which are refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shira.adapter import Adapter
-from shira.cli._train.arguments import set_warmup
-from shira.cli._train.card import command_line
-from shira.cli._train.checkpoints import (
+from shira.cli.train.checkpoints import (
     check_same,
     find_checkpoint,
     record_of,
     started,
     write_record,
 )
-from shira.cli._train.evaluation import classification_figures
-from shira.cli._train.model import parse_targets
-from shira.cli._train.options import TrainOptions
-from shira.cli._train.plot import plot_losses
+from shira.cli.train.options import TrainOptions
 from shira.delta import SparseDelta
-from shira.errors import ConfigError, TargetError
+from shira.errors import ConfigError
 from shira.masks import random_support
 
 FILES = (
     *("adapter_model.safetensors", "adapter_config.json", "trainer_state.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "targets"),
-    [
-        (None, "all-linear"),
-        ("all-linear", "all-linear"),
-        ("q_proj", ["q_proj"]),
-        ("q_proj, v_proj", ["q_proj", "v_proj"]),
-        ("layers.0.q,layers.1.q", ["layers.0.q", "layers.1.q"]),
-        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
-        (r"layers\.\d{1,2}\.q", r"layers\.\d{1,2}\.q"),
-    ],
-)
-def test_targets(text, targets):
-    assert parse_targets(text) == targets
-
-
-def test_targets_that_are_neither():
-    with pytest.raises(TargetError, match="neither names nor a regular expression"):
-        parse_targets("layers.(q")
 
 
 def test_checkpoints(tmp_path):
@@ -185,49 +156,3 @@ def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / "shira_train.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="no record of settings"):
         check_same(tmp_path, {})
-
-
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"warmup": 0.1, "max_steps": 50}, 5),
-        ({"warmup": 7.0, "max_steps": 50}, 7),
-        ({"warmup": 0.0}, 0),
-        ({"max_steps": 1}, 0),  # its one step would have a rate of 0
-        # 100 rows in steps of 4 x 2 on 2 processes, twice over
-        ({"warmup": 0.5, "batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2.0}, 7),
-    ],
-)
-def test_warmup(options, steps):
-    arguments = SimpleNamespace(world_size=2, warmup_steps=None)
-    set_warmup(arguments, TrainOptions(**options), rows=100)
-    assert arguments.warmup_steps == steps
-
-
-def test_classification_figures():
-    sklearn = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    logits, labels = rng.normal(size=(50, 4)), rng.integers(0, 3, size=50)
-    found = classification_figures(SimpleNamespace(predictions=logits, label_ids=labels))
-    said = logits.argmax(1)
-    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, said))
-    expected = sklearn.f1_score(labels, said, labels=range(4), average="macro", zero_division=0)
-    assert found["macro_f1"] == pytest.approx(expected)
-
-
-def test_command_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["shira", "train", "--model", "a b", "--r", "4"])
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert command_line() == "shira train --model 'a b' --r 4"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    start = "torchrun --nnodes 2 --nproc-per-node 2 -m shira train"
-    assert command_line().startswith(start)
-
-
-def test_plot(tmp_path):
-    assert not plot_losses([{"step": 3, "train_runtime": 1.0}], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
-    assert plot_losses(history, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shira.cli._train.options import DEFAULT_DENSITY, TrainOptions
 from shira.cli.progress import say
+from shira.cli.train.options import DEFAULT_DENSITY, TrainOptions
 from shira.errors import ConfigError, ShiraError
 from shira.store.atomic import check_kind, write_atomically
 from shira.store.outputs import check_outputs

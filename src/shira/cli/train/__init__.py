@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shira.cli._train.options import fields, resolve
+from shira.cli.train.options import fields, resolve
 
 EXAMPLES = (
     "shira train --model bert-base-uncased --task text-classification --train-file train.csv"
@@ -35,37 +35,26 @@ def command(config: Path | None = None, **given: Any) -> None:
     and completion, of which only the completion is learnt.
     """
     options = resolve(given, config)
-    from shira.cli._train.run import run_training
+    from shira.cli.train.run import run_training
 
     run_training(options)
 
 
 def _signature() -> inspect.Signature:
-    """One parameter for each option, all None unless given, so that a config file can be heard."""
-    parameters = [
-        _parameter(
-            "config",
-            Path | None,
-            typer.Option(help="YAML file of options; the command line wins over it."),
-        )
-    ]
+    """Return one parameter for each option, None unless given, so that a file can be heard."""
+    about = "YAML file of options; the command line wins over it."
+    hints = {"config": Annotated[Path | None, typer.Option(help=about)]}
     for field, hint in fields():
-        quiet = field.default is None or field.default is False
-        default = "" if quiet else f" (default {field.default})"
-        option = typer.Option(
-            help=field.metadata["help"] + default, rich_help_panel=field.metadata["group"]
-        )
-        parameters.append(_parameter(field.name, hint | None, option))
-    return inspect.Signature(parameters)
-
-
-def _parameter(name: str, hint: Any, option: Any) -> inspect.Parameter:
+        plain = field.default is None or field.default is False
+        text = field.metadata["help"] + ("" if plain else f" (default {field.default})")
+        option = typer.Option(help=text, rich_help_panel=field.metadata["group"])
+        hints[field.name] = Annotated[hint | None, option]
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[hint, option])
+    return inspect.Signature(
+        [inspect.Parameter(n, kind, default=None, annotation=hint) for n, hint in hints.items()]
+    )
 
 
 # The options are declared once, in `TrainOptions`; typer reads the signature made of them.
-command.__signature__ = _signature()  # type: ignore[attr-defined]
-command.__annotations__ = {
-    name: parameter.annotation for name, parameter in _signature().parameters.items()
-}
+command.__signature__ = signature = _signature()  # type: ignore[attr-defined]
+command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}

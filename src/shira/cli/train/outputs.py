@@ -1,31 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a trained adapter, as the Hugging Face hub reads them."""
+"""The files of a run beside the adapter: figures, options, class names, plot, model card."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shira.cli._train.options import TrainOptions
+from shira._version import __version__
+from shira.cli.pictures import new_drawing, write_drawing
+from shira.cli.train.data import Data
+from shira.cli.train.options import TASKS, TrainOptions
 from shira.errors import shown
+from shira.store.atomic import write_atomically
 
-if TYPE_CHECKING:
-    from shira.cli._train.data import Data
-    from shira.cli._train.run import Result
-
-AUTO_CLASSES = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-PIPELINES = {"text-classification": "text-classification", "causal-lm": "text-generation"}
-
-
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+_OF_THIS_RUN = ("resume", "overwrite")  # options that are not of the job
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")  # no name of Markdown
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of a run.
+
+    Attributes:
+        before: Figures of the evaluation before training; empty where they say nothing.
+        after: Figures of the evaluation after it; empty without data to evaluate on.
+        history: What was logged, one mapping a line, each with its ``step``.
+        train_loss: The mean over the run.
+        steps: Optimizer steps.
+        trained: Number of parameters trained.
+        total: Number of parameters of the base.
+        seconds: Of training, without loading and evaluating.
+        processes: How many there were.
+        device: Its name.
+        peak_bytes: Most memory allocated on the GPU of the first process.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    history: list[dict[str, float]]
+    train_loss: float
+    steps: int
+    trained: int
+    total: int
+    seconds: float
+    processes: int
+    device: str
+    peak_bytes: int | None
+
+
+def write_outputs(
+    output: Path, options: TrainOptions, data: Data, result: Result, config: Any
+) -> None:
+    """Write ``metrics.json``, ``train.yaml``, ``labels.json``, ``loss.png`` and ``README.md``."""
+    import yaml
+
+    found = versions()
+    figures = {
+        **asdict(result),
+        "rows": {
+            "train": len(data.train),
+            "evaluation": 0 if data.evaluation is None else len(data.evaluation),
+        },
+        "versions": found,
+        "platform": platform.platform(),
+    }
+    _write(output / "metrics.json", json.dumps(figures, indent=2))
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    job = {name: value for name, value in given.items() if name not in _OF_THIS_RUN}
+    _write(output / "train.yaml", yaml.safe_dump(job, sort_keys=False))
+    if data.labels is not None:
+        _write(output / "labels.json", json.dumps(list(data.labels), indent=2))
+    plotted = plot_losses(result.history, output / "loss.png")
+    card = model_card(options, data, result, config, versions=found, plot=plotted)
+    _write(output / "README.md", card)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that had a part in a run."""
+    return {
+        "shira": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, f"{text.rstrip()}\n".encode())
+
+
+def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Draw training and evaluation loss over the optimizer steps as a PNG.
+
+    Args:
+        history: What was logged; lines with ``loss`` or ``eval_loss`` and ``step`` are drawn.
+        path: Where to write it.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    figure = new_drawing((6.4, 4.0), "--output", path)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
+    for key, label, marker in (("loss", "training", "."), ("eval_loss", "evaluation", "o")):
+        points = [(line["step"], line[key]) for line in history if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+    if not axes.lines:
+        return False
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_drawing(figure, path)
+    return True
 
 
 def model_card(
@@ -37,14 +131,17 @@ def model_card(
     versions: Mapping[str, str],
     plot: bool,
 ) -> str:
-    """The text of ``README.md``: what was trained, on what, the result, and how to use it."""
+    """Return the text of ``README.md``, as the Hugging Face hub reads it.
+
+    It says what was trained, on what, the result, and how to use it.
+    """
     import yaml
 
     task = options.task or ""
     head = {
         "base_model": options.model,
         "library_name": "peft",
-        "pipeline_tag": PIPELINES[task],
+        "pipeline_tag": TASKS[task].pipeline,
         "tags": ["shira", "sparse-high-rank-adapter", "peft"],
     }
     name = Path(options.output or "").resolve().name
@@ -90,7 +187,7 @@ def _longest_run(text: str) -> int:
 
 
 def command_line() -> str:
-    """The command of this process, as a user would type it again."""
+    """Return the command of this process, as a user would type it again."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["shira"]
     if processes > 1:
@@ -126,7 +223,7 @@ def _data(options: TrainOptions, data: Data) -> str:
 
 
 def _usage(options: TrainOptions, data: Data) -> str:
-    kind = AUTO_CLASSES[options.task or ""]
+    kind = TASKS[options.task or ""].auto_class
     labels = "" if data.labels is None else f", num_labels={len(data.labels)}"
     return (
         "```python\n"
