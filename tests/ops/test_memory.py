@@ -15,7 +15,7 @@ from torch import nn
 from shira import ShiraConfig, get_peft_model, ops
 from shira.errors import SwitchError
 from shira.ops import memory, native
-from shira.ops.private_memory import MemoryMap, SharedMemoryError
+from shira.ops.memory import MemoryMap, SharedMemoryError
 from shira.support import Support
 from tests.interrupts import Interrupt, in_child
 
@@ -48,7 +48,7 @@ def held(way):
 
 def writes():
     kernels = native.load().library
-    return ops.resident.__globals__["Overwritten"] if kernels is None else native.Entered
+    return ops.resident.__globals__["TorchWrite"] if kernels is None else native.DeltaWrite
 
 
 def interrupt_twice(monkeypatch, held):
@@ -256,3 +256,14 @@ def test_memory_that_torch_did_not_allocate_is_looked_up_once(tmp_path, monkeypa
     if mode == "c":
         assert MemoryMap().is_private(tensor)
     assert MemoryMap().is_private(torch.zeros(3))
+
+
+def test_places_in_memory():
+    flat = torch.arange(24, dtype=torch.int32)
+    weight = torch.arange(24).view(2, 3, 4)
+    assert memory.offsets_of(flat, weight.shape, weight.stride()) is flat
+    turned = weight.permute(2, 0, 1)
+    offsets = memory.offsets_of(flat, turned.shape, turned.stride())
+    assert torch.equal(offsets, turned.reshape(-1))
+    for offset in range(24):
+        assert turned[memory.index_of(turned, offset)] == offset

@@ -19,7 +19,7 @@ from shira.ops import make_plan, native
 from shira.ops.native import build as building
 
 from .cases import random_indices
-from .test_weight_gradient import needs_kernels, supported, torch_threads
+from .test_weight_gradient import needs_kernels, supported
 
 NO_COMPILER = "there is no C compiler (cc, gcc or clang; CC names another)"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,7 +51,7 @@ def test_enter_writes_the_replacements_and_leave_the_originals(
     before, delta = weight.clone(), torch.randn(plan.nnz) * size
     want = weight.clone()
     want.view(-1)[plan.flat()] = replacement(want.view(-1)[plan.flat()], delta)
-    write = native.Entered(kernels, weight, plan.gaps, delta)
+    write = native.DeltaWrite(kernels, weight, plan.gaps, delta)
     write.put_back()  # nothing is there to be put back yet
     assert torch.equal(bits(weight), bits(before))
     write.put_in()
@@ -73,29 +73,10 @@ def test_values_that_are_no_numbers_come_through(dtype):
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 6e-8, 3.4e38])
     weight = torch.zeros(1, 6).to(dtype)
     plan = make_plan([torch.stack((torch.zeros(6), torch.arange(6))).int()], (1, 6), (6, 1))
-    native.Entered(native.load().library, weight, plan.gaps, odd).put_in()
+    native.DeltaWrite(native.load().library, weight, plan.gaps, odd).put_in()
     want = replacement(torch.zeros(6).to(dtype), odd)
     assert torch.equal(weight[0].isnan(), want.isnan())
     assert torch.equal(weight[0].nan_to_num(), want.nan_to_num())
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("count", [0, 1, 20_000])
-def test_put_and_exchange(dtype, offset_dtype, count):
-    memory = (torch.randn(30_000) * 9).to(dtype)
-    values = (torch.randn(count) * 9).to(dtype)
-    offsets = torch.randperm(30_000)[:count].to(offset_dtype)
-    want, before = memory.clone(), memory.clone()
-    want[offsets.long()] = values
-    kernels = native.load().library
-    with torch_threads(3):
-        kept = kernels.exchange(memory, offsets, values)
-        assert torch.equal(memory, want)
-        assert torch.equal(kept, before[offsets.long()])
-        kernels.put(memory, offsets, kept)
-    assert torch.equal(memory, before)
 
 
 @needs_kernels

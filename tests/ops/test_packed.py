@@ -146,7 +146,7 @@ def test_the_kernels_walk_along_them(instruction_set, threads, dtype, shape, nnz
         with torch_threads(threads):
             crow, row, col = kernels.coordinates(code, shape, True)
             again = kernels.coordinates(code, shape, False)
-            write = native.Entered(kernels, weight, code, delta)
+            write = native.DeltaWrite(kernels, weight, code, delta)
             write.put_in()
             assert torch.equal(weight, want)
             write.put_back()

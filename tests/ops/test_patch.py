@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`exchange` against a dictionary: entries of both patches, and no others, hold what they must."""
+"""`Exchange` against a dictionary: entries of both patches, and no others, hold what they must."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shira.ops import native
-from shira.ops.patch import ChangedEntryError, Patch, exchange, memory_offsets
+from shira.ops.patch import ChangedEntryError, Exchange, Exchanges, Overwritten, Patch, base_at
 
 from .test_weight_gradient import supported
 
@@ -24,6 +24,10 @@ def way(request, monkeypatch):
         pytest.skip(f"no compiled kernels for {request.param} here")
     kernels = native.kernels_for(request.param)
     monkeypatch.setattr(native, "load", lambda: native.Loaded(kernels, ""))
+
+
+def exchange(weight, before, after, check=True):
+    Exchange(weight, before, after, check=check).run()
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -66,12 +70,16 @@ def test_exchange(dtype, first, second, spoilt):
         weight[spoilt] = 99.0
         found = weight.clone()
         if spoilt in (first or set()) | (second or set()):
-            with pytest.raises(ChangedEntryError) as caught:
-                exchange(weight, before, after)
-            assert caught.value.offset == spoilt
-            assert torch.equal(weight, found)
+            for method in (Exchange.compare, Exchange.run):
+                made = Exchange(weight, before, after)
+                with pytest.raises(ChangedEntryError) as caught:
+                    method(made)
+                assert (caught.value.exchange, caught.value.offset) == (made, spoilt)
+                assert torch.equal(weight, found)
             exchange(weight, before, after, check=False)
         else:
+            Exchange(weight, before, after).compare()
+            assert torch.equal(weight, found)
             exchange(weight, before, after)
             base[spoilt] = 99.0
     else:
@@ -124,10 +132,40 @@ def test_large_patches_are_shared_among_threads():
         torch.set_num_threads(threads)
 
 
-def test_memory_offsets():
-    flat = torch.arange(24, dtype=torch.int32)
-    weight = torch.arange(24).view(2, 3, 4)
-    assert memory_offsets(flat, weight.shape, weight.stride()) is flat
-    turned = weight.permute(2, 0, 1)
-    offsets = memory_offsets(flat, turned.shape, turned.stride())
-    assert torch.equal(offsets, turned.reshape(-1))
+@pytest.mark.parametrize("broken", [None, 1])
+def test_of_several_exchanges_all_or_none_last(broken):
+    bases = [torch.randn(100, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    weights = [base.clone() for base in bases]
+    steps = [
+        Exchange(weight, None, patch_on(weight, range(0, 90, 7), seed))
+        for seed, weight in enumerate(weights)
+    ]
+    exchanges = Exchanges(steps)
+    if broken is None:
+        exchanges.run()
+        for weight, base, step in zip(weights, bases, steps, strict=True):
+            assert torch.equal(weight, after_all(base, step.after))
+        exchanges.roll_back()
+        exchanges.roll_back()
+    else:
+        bases[broken][7] = weights[broken][7] = 99.0
+        for method in (exchanges.compare, exchanges.run):
+            with pytest.raises(ChangedEntryError) as caught:
+                method()
+            assert caught.value.exchange is steps[broken]
+    assert all(map(torch.equal, weights, bases))
+
+
+def test_the_base_under_patches():
+    base = torch.arange(12.0).view(3, 4).t()
+    weight = base.clone()
+    assert weight.stride() == base.stride()
+    inner = Overwritten(torch.tensor([1, 4, 7], dtype=torch.int32), torch.tensor([1.0, 4.0, 7.0]))
+    weight.t().view(-1)[inner.offsets.long()] = 50.0
+    outer = Overwritten(torch.tensor([4, 5]), torch.tensor([50.0, 5.0]))
+    weight.t().view(-1)[outer.offsets] = 60.0
+    for dtype in (torch.int32, torch.int64):
+        at = torch.tensor([11, 4, 5, 1, 0], dtype=dtype)
+        found = base_at(weight, at, outer, None, inner, Overwritten(at[:0], base.reshape(-1)[:0]))
+        assert found.tolist() == at.tolist()
+    assert base_at(weight, at[:0], outer, inner).numel() == 0

@@ -26,6 +26,7 @@ from shira.errors import (
     WrongBaseError,
 )
 from shira.masks import random_support
+from shira.ops.patch import same_bits
 from shira.serve import exchange
 from shira.serve.held import Held
 from shira.serve.ranks import Alone
@@ -144,7 +145,7 @@ class Cluster:
             for (name, ours), theirs in zip(
                 held.model.named_parameters(), other.parameters(), strict=True
             ):
-                assert exchange.same_bits(ours, theirs), (held.ranks.rank, name)
+                assert same_bits(ours, theirs), (held.ranks.rank, name)
 
 
 def adapter_for(base, seed, names=SHAPES, dtype=torch.float32, metadata=None, k=9):

@@ -13,8 +13,7 @@ from shira.ops.conv2d import conv2d
 from shira.ops.dispatch import Choice, choose, use_backend
 from shira.ops.embedding import embedding
 from shira.ops.linear import linear
-from shira.ops.plan import Plan, make_plan
-from shira.ops.plan_cache import plan_for
+from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.sparse_product import looked_up, sparse_product
 from shira.ops.weight_gradient import weight_gradient

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from shira.base import accumulation_dtype
-from shira.ops.plan import Plan
-from shira.ops.plan_cache import plan_for
+from shira.ops.plan import Plan, plan_for
 from shira.ops.resident import resident
 
 

@@ -46,8 +46,7 @@ def set_scratch_bytes(size: int) -> None:
 def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
     """Arguments and result as `shira.ops.weight_gradient`; ``wide`` is the result's dtype."""
     crow, row, col = plan.pattern()
-    if not plan.host_crow:
-        plan.host_crow.extend(crow.tolist())
+    starts = plan.memo("starts", crow.tolist)
     rows, cols = plan.shape
     product_dtype = wide if left.device.type == "cpu" else left.dtype
     step = max(1, scratch_bytes() // max(1, cols * wide.itemsize))
@@ -55,7 +54,7 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     right = right.to(product_dtype)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        begin, end = plan.host_crow[first], plan.host_crow[last]
+        begin, end = starts[first], starts[last]
         if begin == end:
             continue
         piece = left[:, first:last].t().to(product_dtype) @ right  # (last - first, cols)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shira.ops.adapted_weight import gathered
-from shira.ops.plan_cache import plan_for
+from shira.ops.plan import plan_for
 from shira.ops.resident import resident
 from shira.ops.util import no_autocast, shape_like
 

@@ -2,7 +2,7 @@
 """`Patch`: what an adapter puts into one weight, and what it takes away; from one to another.
 
 A patch is ready to be written: places in the weight's memory, in ascending order, the originals
-and the replacement values. `exchange` goes from one to another::
+and the replacement values. `Exchange` goes from one to another::
 
     before = None     ->  after = a      a's replacements are written
     before = a        ->  after = None   a's originals are put back
@@ -11,14 +11,16 @@ and the replacement values. `exchange` goes from one to another::
 Nothing is ever added or subtracted. Each entry is compared, bit for bit, with what it must hold
 before it is overwritten, so a weight that somebody else has written to in between is noticed and
 left alone. A native walk does this with one visit to each cache line; without it, and on other
-devices than the CPU, plain torch does. An interrupt leaves the weight as it was, and `Exchange`
-knows the way back, for exchanges of which all or none are wanted.
+devices than the CPU, plain torch does. An interrupt leaves the weight as it was; `Exchanges` does
+the same for several weights, of which all or none are wanted.
+
+Whoever reads a base that has patches in it asks `base_at`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +34,14 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
-    """Entries of one weight, ready to be written."""
+class Overwritten:
+    """Entries of one weight that were overwritten, and what the base holds there."""
 
     offsets: Tensor
     """int32 or int64 ``(k,)``: places in the weight's memory, counted in entries from its first,
-    strictly ascending. All three are contiguous, and of one weight."""
+    strictly ascending. All tensors are contiguous, and of one weight."""
     originals: Tensor
     """``(k,)`` in the weight's dtype: what the base holds there."""
-    replacement: Tensor
-    """``(k,)`` in the weight's dtype: what the adapter puts there."""
 
     @property
     def nnz(self) -> int:
@@ -49,41 +49,60 @@ class Patch:
         return self.offsets.numel()
 
 
+@dataclass(frozen=True, eq=False)
+class Patch(Overwritten):
+    """Entries of one weight, ready to be written."""
+
+    replacement: Tensor
+    """``(k,)`` in the weight's dtype: what the adapter puts there."""
+
+
 class ChangedEntryError(SwitchError):
     """An entry does not hold what it should; nothing of this weight was changed.
 
     Attributes:
+        exchange: The exchange that found it.
         offset: Place of the entry in the weight's memory.
     """
 
-    def __init__(self, offset: int) -> None:
+    def __init__(self, exchange: Exchange, offset: int) -> None:
         super().__init__(f"the entry at offset {offset} was changed by somebody else")
-        self.offset = offset
+        self.exchange, self.offset = exchange, offset
 
 
-def memory_offsets(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Places in memory of entries that are named by flat, row-major indices.
+def base_at(weight: Tensor, offsets: Tensor, *records: Overwritten | None) -> Tensor:
+    """Return the base's values at places in a weight's memory, whatever is in it now.
 
     Args:
-        flat: int32 or int64 ``(k,)``, each in ``[0, numel)``.
-        shape: Of the weight.
-        stride: Of the weight, in entries.
+        weight: The weight, perhaps with adapters in it.
+        offsets: int32 or int64 ``(k,)``: places in its memory, in any order.
+        records: What was overwritten, on the weight's device, the latest first.
 
     Returns:
-        ``(k,)``; ``flat`` itself for a contiguous weight, else int64.
+        ``(k,)`` in the weight's dtype.
     """
-    expected, contiguous = 1, True
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        contiguous &= size == 1 or step == expected
-        expected *= size
-    if contiguous:
-        return flat
-    flat = flat.long()
-    offsets = torch.zeros_like(flat)
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        offsets += flat % size * step
-        flat = flat // size
-    return offsets
+    settle(weight)
+    return restored(memory_of(weight.data).index_select(0, offsets), offsets, *records)
+
+
+def restored(values: Tensor, offsets: Tensor, *records: Overwritten | None) -> Tensor:
+    """Put originals into values that were read at places in a weight's memory; as `base_at`.
+
+    Args:
+        values: ``(k,)``, changed in place.
+        offsets: int32 or int64 ``(k,)``: where they were read.
+        records: What was overwritten, on the device of ``values``, the latest first.
+
+    Returns:
+        ``values``.
+    """
+    for record in records:
+        if record is not None and record.nnz and offsets.numel():
+            wanted = offsets.to(record.offsets.dtype)
+            at = torch.searchsorted(record.offsets, wanted).clamp_(max=record.nnz - 1)
+            covered = record.offsets[at] == wanted
+            values[covered] = record.originals[at[covered]].to(values.dtype)
+    return values
 
 
 class Exchange:
@@ -114,6 +133,21 @@ class Exchange:
         if self.before is not None or self.after is not None:
             write_to(self.weight, self, _nothing, lasting=True)
 
+    def compare(self) -> None:
+        """Compare the entries as `run` would; writes nothing.
+
+        Raises:
+            ChangedEntryError: If an entry holds other bits than it should.
+        """
+        memory = memory_of(self.weight.data)
+        settle(self.weight)
+        if self.before is not None:
+            found = memory.index_select(0, self.before.offsets)
+            self._compare(self.before.offsets, found, self.before.replacement)
+        if self.after is not None:
+            found = base_at(self.weight, self.after.offsets, self.before)
+            self._compare(self.after.offsets, found, self.after.originals)
+
     def roll_back(self) -> None:
         """Give the entries the bits of before, if `run` has changed them."""
         settle(self.weight)
@@ -130,7 +164,7 @@ class Exchange:
             before, after = _parts(self.before), _parts(self.after)
             wrong = kernels.swap(memory, before, after, self.check, self._done)
         if wrong >= 0:
-            raise ChangedEntryError(wrong)
+            raise ChangedEntryError(self, wrong)
 
     def put_back(self) -> None:
         """See `Write`."""
@@ -153,17 +187,54 @@ class Exchange:
         steps = [] if out is None else [(out.offsets.long(), out.replacement, out.originals)]
         steps += [] if in_ is None else [(in_.offsets.long(), in_.originals, in_.replacement)]
         self._there = [(at, memory.index_select(0, at)) for at, _, _ in steps]
-        for at, held, new in steps:
+        for at, expected, new in steps:
             if self.check:
-                _compare(memory, at, _bits(held))
+                self._compare(at, memory.index_select(0, at), expected)
             memory.index_copy_(0, at, _bits(new))
 
+    def _compare(self, at: Tensor, found: Tensor, expected: Tensor) -> None:
+        wrong = _bits(found) != _bits(expected)
+        if bool(wrong.any()):
+            raise ChangedEntryError(self, int(at[wrong][0]))
 
-def exchange(
-    weight: Tensor, before: Patch | None, after: Patch | None, *, check: bool = True
-) -> None:
-    """Make an `Exchange` and run it."""
-    Exchange(weight, before, after, check=check).run()
+
+class Exchanges:
+    """Exchanges on several weights, of which all or none are to last.
+
+    Args:
+        exchanges: Each made, none run; of different memory.
+    """
+
+    def __init__(self, exchanges: Iterable[Exchange]) -> None:
+        self._exchanges = tuple(exchanges)
+
+    def run(self) -> None:
+        """Run all, one after the other; if one raises, or an interrupt comes, roll all back.
+
+        Raises:
+            ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
+        """
+        try:
+            for exchange in self._exchanges:
+                exchange.run()
+        except BaseException:
+            self.roll_back()
+            raise
+
+    def compare(self) -> None:
+        """Compare the entries of all, as `Exchange.compare`."""
+        for exchange in self._exchanges:
+            exchange.compare()
+
+    def roll_back(self) -> None:
+        """Put back what was exchanged, however far that came; may be called again."""
+        for exchange in reversed(self._exchanges):
+            exchange.roll_back()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors of one dtype hold the same bits, NaN and signs of zero included."""
+    return torch.equal(_bits(a.contiguous()), _bits(b.contiguous()))
 
 
 def _nothing(memory: Tensor) -> None:
@@ -174,12 +245,6 @@ def _parts(patch: Patch | None) -> tuple[Tensor, Tensor, Tensor] | None:
     return None if patch is None else (patch.offsets, patch.originals, patch.replacement)
 
 
-def _compare(memory: Tensor, at: Tensor, expected: Tensor) -> None:
-    found = memory.index_select(0, at)
-    if not torch.equal(found, expected):
-        raise ChangedEntryError(int(at[found != expected][0]))
-
-
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's memory as integers, so that NaNs and signs of zero compare as what they are."""
+    """Return the memory as integers, so that NaNs and signs of zero compare as what they are."""
     return tensor.view(_BITS[tensor.element_size()])

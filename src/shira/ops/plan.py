@@ -6,25 +6,30 @@ each active adapter. The plan turns them into offsets into the weight's memory, 
 the sampled product, and, for several adapters, their union with the place of each one's entries in
 it.
 
-`plan_cache` keeps plans as long as the index tensors live. Only positions are kept, never values:
+`plan_for` keeps plans as long as the index tensors live. Only positions are kept, never values:
 those are read at each use. Of packed positions rows and columns are made at each use: kept, they
 would take the memory that packing saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from shira.base import accumulation_dtype
 from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.ops import native
+from shira.ops.memory import offsets_of
 from shira.ops.packed import from_gaps, gaps_of, is_packed, support_of
 from shira.support import Support, align, matrix_shape
+
+T = TypeVar("T")
 
 
 class Tiles(NamedTuple):
@@ -66,16 +71,19 @@ class Plan:
     kept: Pattern | None
     """Rows and columns, sharing their memory with the adapter's indices; None if those are packed:
     see `pattern`."""
-    members: tuple[Tensor, ...] | None
-    """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union."""
+    members: tuple[Tensor | None, ...] | None
+    """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union; None
+    for one that has them all."""
     tiles: Tiles | None = None
     """If the support fills square tiles, as those of block masks do."""
-    host_crow: list[int] = field(default_factory=list)
-    """Where each row's entries begin, as Python integers, filled on first need by what loops over
-    rows."""
-    ways: dict[Any, str] = field(default_factory=dict)
-    """Which backend the weight gradient takes, by what that depends on besides the support and
-    its device."""
+    _memo: dict[Any, Any] = field(default_factory=dict)
+
+    def memo(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what was made of this plan under a key, making it if it was not yet."""
+        made: T | None = self._memo.get(key)
+        if made is None:
+            made = self._memo[key] = make()
+        return made
 
     def pattern(self) -> Pattern:
         """Rows and columns; of packed positions they are made at each use."""
@@ -109,15 +117,8 @@ class Plan:
         return torch.add(col, row.long(), alpha=self.shape[1])
 
     def offsets(self) -> Tensor:
-        """int64 ``(k,)``: place of each entry in the weight's memory; made at each use."""
-        if _is_contiguous(self.weight_shape, self.stride):
-            return self.flat()
-        flat = self.flat()
-        offsets = torch.zeros_like(flat)
-        for size, step in zip(reversed(self.weight_shape), reversed(self.stride), strict=True):
-            offsets += flat % size * step
-            flat = flat // size
-        return offsets
+        """Return the place of each entry in the weight's memory, int64 ``(k,)``; made anew."""
+        return offsets_of(self.flat(), self.weight_shape, self.stride)
 
     @property
     def density(self) -> float:
@@ -126,20 +127,23 @@ class Plan:
         return self.nnz / numel if numel else 0.0
 
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
-        """One delta on the union from one for each adapter: ``(k,)``; overlapping entries add."""
+        """Return one delta on the union, ``(k,)``: those of the adapters, added up."""
         if self.members is None:
             return deltas[0]
-        wide = torch.float64 if any(d.dtype == torch.float64 for d in deltas) else torch.float32
+        wide = accumulation_dtype(*(delta.dtype for delta in deltas))
         total = torch.zeros(self.nnz, dtype=wide, device=self.device)
         for delta, place in zip(deltas, self.members, strict=True):
-            total.index_add_(0, place, delta.to(wide))
+            if place is None:
+                total += delta
+            else:
+                total.index_add_(0, place, delta.to(wide))
         return total
 
     def split(self, values: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
-        """The reverse for gradients: ``(k_i,)`` at each adapter's entries, in its delta's dtype."""
+        """Return gradients ``(k_i,)`` at each adapter's entries, in its delta's dtype."""
         if self.members is None:
             return [values.to(deltas[0].dtype)]
-        parts = [values.index_select(0, place) for place in self.members]
+        parts = [values if at is None else values.index_select(0, at) for at in self.members]
         return [part.to(delta.dtype) for part, delta in zip(parts, deltas, strict=True)]
 
 
@@ -156,11 +160,8 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         SupportError: If coordinates are out of range, unsorted or repeated.
     """
     supports = [_support(coordinates, shape) for coordinates in indices]
-    union, members = supports[0], None
-    if len(supports) > 1:
-        union, places = align(supports)
-        everywhere = torch.arange(union.nnz, device=union.indices.device)
-        members = tuple(everywhere if place is None else place for place in places)
+    union, places = align(supports)
+    members = places if len(supports) > 1 else None
     matrix, device, kept, packed = matrix_shape(shape), union.indices.device, None, None
     if all(map(is_packed, indices)) and device.type == "cpu":
         packed = _alias(indices[0]) if members is None else None
@@ -169,7 +170,7 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
     gaps = gaps_of(union, packed) if device.type == "cpu" else None
     return Plan(
-        tuple(shape), tuple(stride), matrix, union.nnz, device, gaps, kept, members, _tiles(union)
+        (*shape,), (*stride,), matrix, union.nnz, device, gaps, kept, members, _tiles(union)
     )
 
 
@@ -202,10 +203,56 @@ def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
         raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
 
 
-def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    expected = 1
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size > 1 and step != expected:
+_KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+
+
+class _Kept:
+    """A plan, and what the tensors were that it was made from."""
+
+    __slots__ = ("plan", "seen")
+
+    def __init__(
+        self, plan: Plan, tensors: Sequence[Tensor], gone: Callable[[Any], object]
+    ) -> None:
+        self.plan = plan
+        refs = [weakref.ref(tensors[0], gone), *map(weakref.ref, tensors[1:])]
+        self.seen = [(r, t._version, t.data_ptr()) for r, t in zip(refs, tensors, strict=True)]
+
+    def is_of(self, tensors: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> bool:
+        """Return whether it was made from these very tensors, as they are now."""
+        plan = self.plan
+        if plan.weight_shape != shape or plan.stride != stride or len(tensors) != len(self.seen):
             return False
-        expected *= size
-    return True
+        for (ref, version, pointer), tensor in zip(self.seen, tensors, strict=True):
+            if ref() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return True
+
+    def is_current(self) -> bool:
+        """Return whether its tensors are all there, and not written to since."""
+        tensors = [tensor for ref, _, _ in self.seen if (tensor := ref()) is not None]
+        return self.is_of(tensors, self.plan.weight_shape, self.plan.stride)
+
+
+# By the first tensor's id, the latest first. Lists are replaced, not changed, so that threads need
+# no lock: two that make one plan at once both get a right one.
+_kept: dict[int, list[_Kept]] = {}
+
+
+def plan_for(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
+    """Return the plan for some index tensors on a weight, made once.
+
+    It is kept as long as the first of the tensors lives, and made anew when one of them was
+    written to. Arguments and errors: see `make_plan`.
+    """
+    first = id(indices[0])
+    for kept in _kept.get(first, ()):
+        if kept.is_of(indices, shape, stride):
+            return kept.plan
+    plan = make_plan(indices, shape, stride)
+    if any(t.is_inference() for t in indices):  # torch does not count writes to them
+        return plan
+    others = [kept for kept in _kept.get(first, ()) if kept.is_current()]
+    kept = _Kept(plan, indices, lambda ref: _kept.pop(first, None))
+    _kept[first] = [kept, *others[: _KEPT_PER_TENSOR - 1]]
+    return plan

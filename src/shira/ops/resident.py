@@ -16,9 +16,16 @@ from torch import Tensor
 
 from shira.base import replacement
 from shira.ops import native
-from shira.ops.memory import lock_of, memory_of, settle, write_to
+from shira.ops.memory import (
+    SharedMemoryError,
+    lock_of,
+    make_private,
+    memory_of,
+    overlaps_itself,
+    settle,
+    write_to,
+)
 from shira.ops.plan import Plan
-from shira.ops.private_memory import SharedMemoryError, make_private
 
 T = TypeVar("T")
 
@@ -48,12 +55,12 @@ def resident(
         What ``product`` returns.
     """
     delta = deltas[0] if plan.members is None else plan.combine(deltas)
-    if weight.dtype != dtype or (not weight.is_contiguous() and _overlaps_itself(weight)):
+    if weight.dtype != dtype or (not weight.is_contiguous() and overlaps_itself(weight)):
         return product(_cast_copy(weight, plan, delta, dtype))
     # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
     data = weight.data
     try:
-        return write_to(data, entered(data, plan, delta), product)
+        return write_to(data, delta_write(data, plan, delta), product)
     except SharedMemoryError:
         if not isinstance(weight, torch.nn.Parameter):
             return product(_cast_copy(weight, plan, delta, dtype))
@@ -61,7 +68,7 @@ def resident(
     return resident(weight, plan, deltas, dtype, product)
 
 
-def entered(data: Tensor, plan: Plan, delta: Tensor) -> native.Entered | Overwritten:
+def delta_write(data: Tensor, plan: Plan, delta: Tensor) -> native.DeltaWrite | TorchWrite:
     """Return a write of ``round(original + delta)`` to the entries of a plan.
 
     Args:
@@ -71,25 +78,24 @@ def entered(data: Tensor, plan: Plan, delta: Tensor) -> native.Entered | Overwri
     """
     kernels = compiled_for(data, delta)
     if kernels is not None and plan.gaps is not None:
-        return native.Entered(kernels, data, plan.gaps, delta)
-    offsets = plan.offsets().to(data.device)
-    return Overwritten(data, offsets, lambda originals: replacement(originals, delta))
+        return native.DeltaWrite(kernels, data, plan.gaps, delta)
+    return TorchWrite(data, plan, lambda originals: replacement(originals, delta))
 
 
-class Overwritten:
-    """A write through torch.
+class TorchWrite:
+    """A `shira.ops.memory.Write` to the entries of a plan, through torch.
 
     Args:
-        data: A tensor whose entries do not share memory.
-        offsets: int64 ``(k,)``: places in its memory.
+        data: A weight whose entries do not share memory.
+        plan: On this weight.
         new: Given what is there, ``(k,)``, returns what is to be there.
 
     Attributes:
         originals: ``(k,)``: what was there, once it is put in.
     """
 
-    def __init__(self, data: Tensor, offsets: Tensor, new: Callable[[Tensor], Tensor]) -> None:
-        self.memory, self.offsets, self.new = memory_of(data), offsets, new
+    def __init__(self, data: Tensor, plan: Plan, new: Callable[[Tensor], Tensor]) -> None:
+        self.memory, self.offsets, self.new = memory_of(data), plan.offsets().to(data.device), new
         self.originals: Tensor | None = None
 
     def put_in(self) -> None:
@@ -104,7 +110,7 @@ class Overwritten:
 
 
 def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
-    """The compiled kernels, if they are there and take such a weight and values for it.
+    """Return the compiled kernels, if they are there and take such a weight and values for it.
 
     They give the same bits as torch.
     """
@@ -118,24 +124,10 @@ def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
 
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = plan.flat()
     settle(weight)
     with lock_of(weight):
         copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         copy.copy_(weight.detach())
-        originals = weight.detach()[_unravel(flat, weight.shape)]
-    copy.view(-1).index_copy_(0, flat, replacement(originals, delta).to(dtype))
+        originals = memory_of(weight.detach()).index_select(0, plan.offsets())
+    copy.view(-1).index_copy_(0, plan.flat(), replacement(originals, delta).to(dtype))
     return copy
-
-
-def _unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    index: list[Tensor] = []
-    for size in reversed(shape):
-        index.append(flat % size)
-        flat = flat // size
-    return tuple(reversed(index))
-
-
-def _overlaps_itself(weight: Tensor) -> bool:
-    """Return whether entries share memory (an expanded tensor): then none may be overwritten."""
-    return any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True))

@@ -24,8 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.base import accumulation_dtype
 from shira.ops.memory import keep_over_fork
-from shira.ops.plan import Pattern, Plan
-from shira.ops.plan_cache import plan_for
+from shira.ops.plan import Pattern, Plan, plan_for
 from shira.ops.util import no_autocast, quiet_about_csr
 from shira.ops.weight_gradient import weight_gradient
 

@@ -33,13 +33,12 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
     wide = accumulation_dtype(left.dtype, right.dtype)
     if not plan.nnz or not left.shape[0]:
         return torch.zeros(plan.nnz, dtype=wide, device=left.device)
-    case = (backend_told(), left.dtype)
-    way = plan.ways.get(case)
-    if way is None:
-        tiled_support = plan.tiles is not None
-        way = choose(left.device, left.dtype, plan.density, tiled=tiled_support).name
-        plan.ways[case] = way
+    way = plan.memo((backend_told(), left.dtype), lambda: _choose(left, plan))
     return _WAYS[way](left, right, plan, wide)
+
+
+def _choose(left: Tensor, plan: Plan) -> str:
+    return choose(left.device, left.dtype, plan.density, tiled=plan.tiles is not None).name
 
 
 def compiled(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:

@@ -17,11 +17,9 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import PlacementError
-from shira.ops.patch import Patch
-from shira.serve.exchange import same_bits
+from shira.ops.patch import Patch, base_at, same_bits
 from shira.serve.placement import Placement
 from shira.support import align_indices
-from shira.switch.plan import base_at
 
 Stored = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from shira.base import replacement
 from shira.delta import SparseDelta
 from shira.errors import SwitchError
-from shira.ops.patch import Patch, exchange
+from shira.ops.patch import Exchange, Patch, base_at, same_bits
 from shira.support import Support
-from shira.switch.plan import Entry, base_at, make_entry, make_patch
+from shira.switch.plan import Entry, make_entry, make_patch
 
 
 class Part(NamedTuple):
@@ -110,13 +109,8 @@ class Change(NamedTuple):
 
     def apply(self) -> None:
         """Write what shall be there."""
-        exchange(self.storage, self.before, self.after, check=False)
+        Exchange(self.storage, self.before, self.after, check=False).run()
 
     def roll_back(self) -> None:
         """Write what was there, however far `apply` has come."""
-        exchange(self.storage, self.after, self.before, check=False)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits, NaN and signs of zero included."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        Exchange(self.storage, self.after, self.before, check=False).run()

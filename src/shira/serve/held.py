@@ -24,9 +24,9 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.delta import checked_scale
 from shira.errors import AdapterError, ServeError, UnknownAdapterError, WrongBaseError, did_you_mean
-from shira.ops.patch import Patch
+from shira.ops.patch import Patch, same_bits
 from shira.serve.checking import Stored, nothing_stored
-from shira.serve.exchange import Change, same_bits
+from shira.serve.exchange import Change
 from shira.serve.loading import Loaded, load
 from shira.serve.placement import Loads, Placement, held_by, storage_key, trace, whole_storage
 from shira.serve.ranks import Alone, Ranks, agree

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from shira.ops.patch import ChangedEntryError, Exchange, Patch
 from shira.switch.targets import Target
 
@@ -20,8 +18,8 @@ Exchanges = dict[Target, Exchange]
 class ChangedWeightError(ChangedEntryError):
     """A `ChangedEntryError` that knows the weight."""
 
-    def __init__(self, target: Target, offset: int) -> None:
-        super().__init__(offset)
+    def __init__(self, target: Target, error: ChangedEntryError) -> None:
+        super().__init__(error.exchange, error.offset)
         self.target = target
 
 
@@ -49,20 +47,10 @@ def exchange_all(exchanges: Exchanges) -> None:
         try:
             exchange.run()
         except ChangedEntryError as error:
-            raise ChangedWeightError(target, error.offset) from None
+            raise ChangedWeightError(target, error) from None
 
 
 def roll_back(exchanges: Exchanges) -> None:
     """Put back what has been exchanged, however far that has come; may be called again."""
     for exchange in reversed(exchanges.values()):
         exchange.roll_back()
-
-
-def index_at(weight: Tensor, offset: int) -> tuple[int, ...]:
-    """The index of the entry at a place in a weight's memory."""
-    index = [0] * weight.dim()
-    strides = weight.stride()
-    for dim in sorted(range(weight.dim()), key=lambda d: -strides[d]):
-        if weight.shape[dim] > 1:
-            index[dim], offset = divmod(offset, strides[dim])
-    return tuple(index)

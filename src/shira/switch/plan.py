@@ -16,8 +16,8 @@ from torch import Tensor
 from shira.base import accumulation_dtype, replacement
 from shira.delta import SparseDelta
 from shira.errors import AdapterError
-from shira.ops.memory import memory_of, settle
-from shira.ops.patch import Patch, memory_offsets
+from shira.ops.memory import memory_of, offsets_of
+from shira.ops.patch import Patch, base_at
 from shira.support import align_indices, index_dtype
 
 
@@ -43,7 +43,7 @@ def make_entry(delta: SparseDelta, weight: Tensor, active: Patch | None) -> tupl
         AdapterError: If a finite original becomes infinite or NaN.
     """
     flat = delta.support.indices.to(weight.device).contiguous()
-    offsets = memory_offsets(flat, weight.shape, weight.stride())
+    offsets = offsets_of(flat, weight.shape, weight.stride())
     values = delta.values.detach().to(weight.device)
     if offsets is flat:
         originals = flat_originals = base_at(weight, offsets, active)
@@ -72,24 +72,13 @@ def make_whole_entry(tensor: Tensor, weight: Tensor, active: Patch | None) -> En
         AdapterError: If a finite original becomes infinite.
     """
     flat = torch.arange(weight.numel(), dtype=index_dtype(weight.numel()), device=weight.device)
-    offsets = memory_offsets(flat, weight.shape, weight.stride())
+    offsets = offsets_of(flat, weight.shape, weight.stride())
     new = tensor.detach().to(weight.device, weight.dtype, copy=True).reshape(-1)
     if offsets is not flat:
         offsets, order = offsets.sort()
         new = new[order]
         offsets = offsets.to(index_dtype(memory_of(weight.data).numel()))
     return Entry(None, make_patch(offsets, base_at(weight, offsets, active), new.contiguous()))
-
-
-def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
-    """``(k,)`` values of the base at places in a weight's memory, whatever is in it now."""
-    settle(weight)
-    values = memory_of(weight.data).index_select(0, offsets)
-    if active is not None and active.nnz and offsets.numel():
-        at = torch.searchsorted(active.offsets, offsets).clamp_(max=active.nnz - 1)
-        covered = active.offsets[at] == offsets
-        values[covered] = active.originals[at[covered]]
-    return values
 
 
 def scaled(entry: Entry, scale: float) -> Patch:

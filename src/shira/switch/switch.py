@@ -16,15 +16,14 @@ from torch import nn
 from shira.adapter import Adapter
 from shira.delta import checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
+from shira.ops.memory import WriteCount, count_write, index_of, take_back
 from shira.ops.patch import Patch
-from shira.ops.write_count import WriteCount, count_write, take_back
 from shira.switch.apply import (
     ChangedWeightError,
     Exchanges,
     Plan,
     exchange_all,
     exchanges_between,
-    index_at,
     roll_back,
 )
 from shira.switch.layouts import Layouts
@@ -348,7 +347,7 @@ class Switch:
 
     def _explained(self, error: ChangedWeightError, before: _State) -> SwitchError:
         target, patch = error.target, before.plan.get(error.target)
-        where = f"entry {index_at(target.weight, error.offset)} of {target.name!r}"
+        where = f"entry {index_of(target.weight, error.offset)} of {target.name!r}"
         if patch is not None and (patch.offsets == error.offset).any():
             return SwitchError(
                 f"{where} does not hold what {dict(before.active)} put there: somebody else has "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, did_you_mean
-from shira.ops.private_memory import MemoryMap
+from shira.ops.memory import MemoryMap
 from shira.store.names import base_module_name, unwrapped
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import settle, under_way
+from shira.ops.merge import Undo, merge_into
 from shira.store.names import full_shape
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import is_sharded
@@ -55,7 +56,7 @@ from shira.tuner.indices import (
     digest_of,
 )
 from shira.tuner.quantized import backend_of, cannot_merge
-from shira.tuner.undo import Undo, merge_into, with_originals
+from shira.tuner.undo import with_originals
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""

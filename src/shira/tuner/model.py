@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
 from shira.errors import MergeError, TargetError
-from shira.ops.private_memory import MemoryMap, own_memory
+from shira.ops.memory import MemoryMap, make_private
 from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.store.sharded import is_sharded
 from shira.support import Support
@@ -172,7 +172,9 @@ class ShiraModel(BaseTuner):
                     self._copy_adapter_of_same_config(target, config)
             else:
                 if backend_of(base_of(target)) is None:  # a packed weight is never written to
-                    own_memory(target, getattr(self, "_memory_map", None) or MemoryMap())
+                    weight, memory_map = target.weight, getattr(self, "_memory_map", None)
+                    if isinstance(weight, nn.Parameter):
+                        make_private(weight, memory_map, warn=False)
                 new_module = layer_class(
                     target, support, adapter_name, config=config, r=r, **kwargs
                 )

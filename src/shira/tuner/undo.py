@@ -10,159 +10,21 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shira.base import replacement
-from shira.ops import Plan, plan_for
-from shira.ops.memory import memory_of, settle, write_to
-from shira.ops.native import Entered
-from shira.ops.patch import memory_offsets
-from shira.ops.private_memory import make_private
-from shira.ops.resident import Overwritten, compiled_for, entered
-from shira.ops.write_count import WriteCount, count_write, one_write, take_back
+from shira.ops.memory import memory_of, offsets_of, settle
+from shira.ops.patch import Overwritten, restored
 from shira.store.sharded import is_sharded, whole
 from shira.support import Support
 from shira.tuner.base_layer import base_of, readable, stored_weight
 from shira.tuner.quantized import backend_of
 
 _CONTAINERS = (dict, OrderedDict, list, set)
-
-
-# ------------------------------------------------------------------------------------------ merging
-
-
-@dataclass(frozen=True, eq=False)
-class Undo:
-    """The originals of the entries that a merge has overwritten."""
-
-    plan: Plan
-    originals: Tensor
-    """``(k,)`` in the dtype that the weight had."""
-    count: WriteCount
-
-    def restore(self, weight: Tensor, commit: Callable[[], None]) -> None:
-        """Put the originals back; the weight may have been moved or cast since.
-
-        Args:
-            weight: Into which the merge wrote.
-            commit: Notes that the originals are back; called once or twice. An interrupt does not
-                keep the two apart: they are then both done before it is raised.
-        """
-        write = _Restoring(self, weight, commit)
-        write_to(write.data, write, lambda data: None, lasting=True)
-
-
-class _Restoring:
-    """The write of an unmerge: to undo it is to complete it, so that it is never left half done."""
-
-    def __init__(self, undo: Undo, weight: Tensor, commit: Callable[[], None]) -> None:
-        self.undo, self.weight, self.commit = undo, weight, commit
-        make_private(weight)
-        self.data = weight.data
-        self.originals = undo.originals.to(weight.device, weight.dtype)
-
-    def put_in(self) -> None:
-        """See `Write`."""
-        plan, kernels = self.undo.plan, compiled_for(self.data, self.originals)
-        if kernels is not None and plan.gaps is not None:
-            kernels.leave(self.data, plan.gaps, self.originals)
-        else:
-            offsets = plan.offsets().to(self.data.device)
-            memory_of(self.data).index_copy_(0, offsets, self.originals)
-        take_back(self.weight, self.undo.count)
-        self.commit()
-
-    put_back = put_in
-
-
-def merge_into(
-    weight: Tensor,
-    deltas: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    earlier: Undo | None,
-    commit: Callable[[Undo | None], None],
-    check: Callable[[Tensor], None] | None = None,
-) -> None:
-    """Overwrite the entries of adapters with their replacement values, and let autograd know.
-
-    Several adapters are summed before the one rounding, so always from the originals. If anything
-    raises, an interrupt included, the weight is as it was.
-
-    Args:
-        weight: The base weight, perhaps with other adapters merged already.
-        deltas: ``(k_i,)`` for each adapter that is to be in the weight afterwards, those that are
-            in it already among them.
-        indices: int32 ``(2, k_i)`` for each, or packed.
-        earlier: Of the adapters that are in it now.
-        commit: Notes what undoes this merge; called with ``earlier`` when that counts again.
-        check: Is given all replacement values ``(k,)`` before anything is written, and may raise.
-    """
-    plan = plan_for(indices, weight.shape, weight.stride())
-    delta = plan.combine(deltas).detach()
-    make_private(weight)
-    data = weight.data
-
-    def new(there: Tensor) -> Tensor:
-        result = replacement(_originals(there, plan, earlier, data), delta)
-        if check is not None:
-            check(result)
-        return result
-
-    write: Entered | Overwritten
-    if earlier is None and check is None:
-        write = entered(data, plan, delta)  # in one pass, if compiled
-    else:
-        write = Overwritten(data, plan.offsets().to(data.device), new)
-
-    def note(data: Tensor) -> None:
-        there = write.originals
-        assert there is not None
-        originals = _originals(there, plan, earlier, data)
-        count = count_write(weight, earlier.count if earlier else None)
-        commit(Undo(plan, originals, count))
-
-    write_to(data, _Merging(write, weight, partial(commit, earlier)), note, lasting=True)
-
-
-class _Merging:
-    """The write of a merge; when it is put back, that is noted where the merge was."""
-
-    def __init__(
-        self, write: Entered | Overwritten, weight: Tensor, undone: Callable[[], None]
-    ) -> None:
-        self.write, self.weight, self.undone = write, weight, undone
-        self.count = one_write(weight)
-
-    def put_in(self) -> None:
-        """See `Write`."""
-        self.write.put_in()
-
-    def put_back(self) -> None:
-        """See `Write`."""
-        self.write.put_back()
-        take_back(self.weight, self.count)
-        self.undone()
-
-
-def _originals(there: Tensor, plan: Plan, earlier: Undo | None, data: Tensor) -> Tensor:
-    """Return ``(k,)``: what the base holds at a plan's entries, given what is there now."""
-    if earlier is None:
-        return there
-    # Entries of the earlier merge hold replacements now; their originals are in its undo. All of
-    # them are in the union, since adapters that were merged stay merged.
-    offsets, originals = plan.offsets().to(data.device), there.clone()
-    order = torch.argsort(offsets)
-    held = earlier.plan.offsets().to(data.device)
-    place = order[torch.searchsorted(offsets[order], held)]
-    originals[place] = earlier.originals.to(data.device, data.dtype)
-    return originals
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -190,14 +52,8 @@ def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Ten
         values = values_at(whole(weight) if gather else weight, support)
         if values is None:
             return None
-        for offsets, originals in _overwritten(layer, weight):
-            order = torch.argsort(offsets)
-            held, originals = offsets[order], originals[order]
-            flat = support.indices.to(weight.device)
-            wanted = memory_offsets(flat, weight.shape, weight.stride())
-            at = torch.searchsorted(held, wanted.to(held.dtype)).clamp_(max=len(held) - 1)
-            values = torch.where(held[at] == wanted, originals[at], values)
-        return values
+        offsets = offsets_of(support.indices.to(weight.device), weight.shape, weight.stride())
+        return restored(values, offsets, *_overwritten(layer, weight))
 
 
 def pristine(layer: nn.Module) -> nn.Module:
@@ -213,9 +69,9 @@ def pristine(layer: nn.Module) -> nn.Module:
     with readable(base):
         weight = stored_weight(layer)
         settle(weight)
-        for offsets, originals in _overwritten(layer, weight):
+        for record in _overwritten(layer, weight):
             copied = weight.detach().clone() if copied is None else copied
-            memory_of(copied).index_copy_(0, offsets.long(), originals)
+            memory_of(copied).index_copy_(0, record.offsets.long(), record.originals)
     if copied is None:
         return base  # type: ignore[no-any-return]
     stand_in: nn.Module = copy.copy(base)
@@ -258,19 +114,19 @@ def values_at(weight: Tensor, support: Support) -> Tensor | None:
         or weight.shape != torch.Size(support.shape)
     ):
         return None
-    offsets = memory_offsets(support.indices.to(weight.device), weight.shape, weight.stride())
+    offsets = offsets_of(support.indices.to(weight.device), weight.shape, weight.stride())
     return memory_of(weight.detach()).index_select(0, offsets)
 
 
-def _overwritten(layer: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield places in a weight's memory and what was there, the latest adapter first."""
+def _overwritten(layer: nn.Module, weight: Tensor) -> list[Overwritten]:
+    """Return what adapters have overwritten in a weight, the latest first."""
     undo = getattr(layer, "_undo", None)
     patch = getattr(weight, "shira_patch", None)  # of `shira.Switch`
-    records = [(undo.plan.offsets(), undo.originals)] if undo is not None else []
-    records += [(patch.offsets, patch.originals)] if patch is not None else []
-    for offsets, originals in records:
-        if len(offsets):
-            yield offsets.to(weight.device), originals.to(weight.device, weight.dtype)
+    records = [] if undo is None else [undo.record(weight)]
+    if patch is not None:
+        offsets, originals = patch.offsets.to(weight.device), patch.originals
+        records.append(Overwritten(offsets, originals.to(weight.device, weight.dtype)))
+    return [record for record in records if record.nnz]
 
 
 # ------------------------------------------------------------------------------------- rolling back

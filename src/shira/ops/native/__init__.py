@@ -10,11 +10,9 @@ function       does                                        file
 =============  ==========================================  ==================
 `entries`      weight gradient at single entries           ``entries.c``
 `tiles`        weight gradient at square tiles             ``tiles.c``
-`Entered`      original + delta in its place, kept         ``gaps.c``
+`DeltaWrite`   original + delta in its place, kept         ``gaps.c``
 `leave`        the originals back                          ``gaps.c``
 `coordinates`  rows and columns of entries                 ``gaps.c``
-`put`          values to offsets                           ``exchange.c``
-`exchange`     values to offsets, what was there returned  ``exchange.c``
 `swap`         one patch out, another in, compared first   ``patch.c``
 `touch`        the least that `swap` could do, to compare  ``patch.c``
 `permute`      images under a keyed permutation            ``points.c``
@@ -51,8 +49,6 @@ _SIGNATURES = {
     "enter": (None, [_P, _P, _I, _L, _P, _P, _P, _P, _I, _I]),
     "leave": (None, [_P, _P, _I, _L, _P, _P, _P, _I, _I]),
     "coordinates": (None, [_P, _I, _L, _P, _L, _L, _P, _P, _P, _I]),
-    "put": (None, [_P, _I, _P, _I, _P, _L, _I]),
-    "exchange": (None, [_P, _I, _P, _I, _P, _P, _L, _I]),
     "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _P, _I]),
     "permute": (None, [_L, _L, _L, _L, _L, _P, _I, _P, _I, _I]),
     "ascending": (None, [_P, _L, _P, _L]),
@@ -144,7 +140,7 @@ class Kernels:
         return out
 
     def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
-        """Write the originals back that `Entered` has kept.
+        """Write the originals back that `DeltaWrite` has kept.
 
         Args:
             weight: Of a dtype in `KINDS`, contiguous.
@@ -182,28 +178,6 @@ class Kernels:
             1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
         return crow, row, col
-
-    def put(self, memory: Tensor, offsets: Tensor, values: Tensor) -> None:
-        """``memory[offsets] = values``.
-
-        Args:
-            memory: 1-D, contiguous, of items of 1, 2, 4 or 8 bytes.
-            offsets: int32 or int64 ``(k,)``, contiguous, in range and unique.
-            values: ``(k,)`` in the dtype of ``memory``, contiguous.
-        """
-        self._call["put"](
-            memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
-            values.data_ptr(), offsets.numel(), _threads(offsets.numel()),
-        )  # fmt: skip
-
-    def exchange(self, memory: Tensor, offsets: Tensor, values: Tensor) -> Tensor:
-        """As `put`, in one pass with reading what was there, which is returned: ``(k,)``."""
-        kept = torch.empty_like(values)
-        self._call["exchange"](
-            memory.data_ptr(), memory.itemsize, offsets.data_ptr(), offsets.itemsize,
-            values.data_ptr(), kept.data_ptr(), offsets.numel(), _threads(offsets.numel()),
-        )  # fmt: skip
-        return kept
 
     def swap(
         self,
@@ -278,7 +252,7 @@ class Kernels:
         self._call["ascending"](points.data_ptr(), points.numel(), marks.data_ptr(), marks.numel())
 
 
-class Entered:
+class DeltaWrite:
     """A write of ``round(original + delta)`` to entries, in one pass with reading the originals.
 
     A `shira.ops.memory.Write`, in few Python steps: between large products the code and data of
