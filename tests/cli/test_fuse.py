@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from shira import Adapter, fuse, overlap
-from shira.cli._fuse.adapters import short_names, split_weight
+from shira.cli.fuse import split_weight
+from shira.cli.several import short_names
 from shira.errors import ConfigError
 from shira.fusing import METHODS
 from tests.adapters import random_adapter
@@ -91,7 +92,7 @@ def test_mistakes_write_nothing(shira, folders):
         ((path / "poems", f"{path / 'code'}=x"), "'x' is no weight"),
         ((path / "poems", path / "code", "-m", "tie"), "Did you mean 'ties'"),
         ((path / "poems", path / "code", "--density", 0.5), "no option 'density'"),
-        ((path / "poems", path / "code", "--dtype", "bf16"), "there are float32, bfloat16"),
+        ((path / "poems", path / "code", "--dtype", "bf16"), "--dtype is one of float32, bfloat16"),
     ]:
         answer = shira("fuse", *arguments, *out)
         assert answer.status == 2
@@ -163,8 +164,8 @@ def test_overlap_of_several(shira, folders):
 def test_the_picture_shows_the_figures(folders, monkeypatch):
     from matplotlib.axes import Axes
 
-    from shira.cli._fuse.pairs import FIGURES, all_pairs
-    from shira.cli._fuse.plot import plot_matrix
+    from shira.cli.overlap import plot_matrix
+    from shira.cli.several import FIGURES, all_pairs
 
     path, made = folders
     drawn = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import shira as package
-from shira.cli._serve import child
+from shira.cli.serve import EXTENSION, server_command
 
 ROOT = Path(__file__).parents[2]
 MAIN = """
@@ -80,7 +80,7 @@ def test_options_are_handed_on_and_the_server_comes_back(start, tmp_path):
     assert process.wait(60) == 0
     assert len(list(tmp_path.glob("life-*"))) == 2
     seen = told(tmp_path)
-    extension = ["--worker-extension-cls", child.EXTENSION]
+    extension = ["--worker-extension-cls", EXTENSION]
     assert seen["arguments"] == ["serve", "model", *options, *extension]
     assert seen["VLLM_PLUGINS"] == "lora,shira"
     assert seen["SHIRA_ADAPTERS"] == str(tmp_path / "adapters")
@@ -105,7 +105,7 @@ def test_it_gives_up(start, tmp_path):
 
 def test_another_extension_stays(tmp_path):
     for given in (["--worker-extension-cls", "mine.X"], ["--worker_extension_cls=mine.X"]):
-        assert child.command(["model", *given])[-len(given) - 1 :] == ["model", *given]
+        assert server_command(["model", *given])[-len(given) - 1 :] == ["model", *given]
 
 
 def test_what_cannot_be_meant(shira, monkeypatch, tmp_path):

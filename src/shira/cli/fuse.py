@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shira.cli import options
+from shira.errors import ConfigError
 
 if TYPE_CHECKING:
     from shira.adapter import Adapter
@@ -33,9 +35,7 @@ def command(
             metavar="ADAPTER[=WEIGHT]",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the fused adapter.")
-    ],
+    output: Annotated[Path, options.output("Where the fused adapter goes.")],
     method: Annotated[
         str,
         typer.Option(
@@ -68,27 +68,13 @@ def command(
             "has. Without it, all that have one have to agree, at weight 1.",
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The base model, for adapters that do not record the shapes of its weights, as "
-            "those that PEFT itself has written: a safetensors file, a folder with some, or a name "
-            "on the hub."
-        ),
-    ] = None,
-    check_base: Annotated[
-        bool,
-        typer.Option(
-            "--check-base/--no-check-base", help="Refuse adapters of different base models."
-        ),
-    ] = True,
+    base: options.BaseForShapes = None,
+    check_base: options.CheckSameBase = True,
     file_format: Annotated[
         str | None,
-        typer.Option("--format", help="How to write it; as `Adapter.save` does if not given."),
+        typer.Option("--format", help="compact or peft; of the output's name if not given."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the stored values: float32, bfloat16 or float16.")
-    ] = None,
+    dtype: options.Dtype = None,
     fill: Annotated[
         bool,
         typer.Option(
@@ -97,10 +83,8 @@ def command(
             "nothing else.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made, as JSON.")] = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Fuse adapters into one, on the union of their entries.
 
@@ -113,25 +97,24 @@ def command(
     Exit status 2: an adapter cannot be read, the adapters do not belong together, or an option
     is invalid; nothing is written.
     """
-    from shira.cli._fuse.adapters import read_all, short_names, split_weight
-    from shira.cli.output import write
+    from shira.cli.output import print_json, write
     from shira.cli.progress import Steps
-    from shira.errors import ConfigError
+    from shira.cli.several import read_all, short_names
     from shira.fusing import fuse
     from shira.store.outputs import check_outputs
 
-    pairs = [split_weight(argument) for argument in adapters]
-    paths = [path for path, _ in pairs]
+    given = [split_weight(argument) for argument in adapters]
+    paths = [path for path, _ in given]
     check_outputs({"--output": output}, paths, [base])
-    if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output} exists; overwrite it (--overwrite), or name another")
-    stored = _dtype(dtype)
-    weights = [1.0 if weight is None else weight for _, weight in pairs]
+    options.check_new(output, overwrite, empty_folder=False)
+    saving: dict[str, Any] = {"dtype": options.dtype_named(dtype, options.FLOATS)}
+    if file_format is not None:
+        saving["format"] = file_format
     read, names = read_all(paths, base), short_names(paths)
     with Steps("fusing", len({name for adapter in read for name in adapter})) as steps:
         fused = fuse(
             read,
-            weights,
+            [1.0 if weight is None else weight for _, weight in given],
             method,
             density=density,
             k=k,
@@ -145,8 +128,7 @@ def command(
         )
     if fill:
         fused = _filled(fused, output)
-    options: dict[str, str] = {} if file_format is None else {"format": file_format}
-    fused.save(output, dtype=stored, **options)  # type: ignore[arg-type]
+    fused.save(output, **saving)
     if as_json:
         made = {
             "output": str(output),
@@ -156,7 +138,7 @@ def command(
             "whole_tensors": list(fused.tensors),
             "fused": fused.metadata.get("fused"),
         }
-        print(json.dumps(made, indent=2))
+        print_json(made)
         return
     entries = sum(adapter.nnz for adapter in read)
     write(
@@ -167,10 +149,28 @@ def command(
         write(f"whole tensors, carried as they are: {', '.join(fused.tensors)}")
 
 
+def split_weight(argument: str) -> tuple[str, float | None]:
+    """Split ``"a=0.5"`` into path and weight; the weight is None where there is none.
+
+    A path that exists is taken whole, whatever is in it.
+
+    Raises:
+        ConfigError: If what follows the last ``=`` is no number.
+    """
+    path, sign, weight = argument.rpartition("=")
+    if not sign or Path(argument).exists():
+        return argument, None
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise ConfigError(
+            f"{argument!r}: there is no such file or folder, and {weight!r} is no weight; write "
+            "PATH or PATH=0.5"
+        ) from None
+
+
 def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
     """Return the short name of the adapter at a path."""
-    from shira.errors import ConfigError
-
     found = [
         n for n, path in zip(names, paths, strict=True) if Path(path).resolve() == whole.resolve()
     ]
@@ -182,7 +182,6 @@ def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _filled(fused: Adapter, output: Path) -> Adapter:
-    from shira.errors import ConfigError
     from shira.fusing import fill_to_rank
     from shira.support import matrix_shape
 
@@ -195,18 +194,3 @@ def _filled(fused: Adapter, output: Path) -> Adapter:
                 "r (m + n); fuse fewer entries (--method magnitude --k), or leave out --fill"
             )
     return filled
-
-
-def _dtype(name: str | None) -> object:
-    from shira.errors import ConfigError, did_you_mean
-
-    known = ("float32", "bfloat16", "float16", "float64")
-    if name is None:
-        return None
-    if name not in known:
-        raise ConfigError(
-            f"--dtype {name}: there are {', '.join(known)}.{did_you_mean(name, known)}"
-        )
-    import torch
-
-    return getattr(torch, name)

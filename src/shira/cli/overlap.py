@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from shira.cli import options
+from shira.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from shira.measure import Overlap, Rank
 
 EXAMPLES = (
     "shira overlap poems code",
@@ -26,7 +33,7 @@ def command(
     figure: Annotated[
         str,
         typer.Option(
-            help="What the matrix and the picture of several adapters show: jaccard, shared, "
+            help="The figure in the matrix and the picture of several adapters: jaccard, shared, "
             "conflicts, cosine, awom or awor."
         ),
     ] = "jaccard",
@@ -41,24 +48,10 @@ def command(
         bool,
         typer.Option("--rank", help="Show the numerical rank of each delta; one adapter will do."),
     ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="The base model, for adapters that do not record the shapes of its weights, as "
-            "those that PEFT itself has written: a safetensors file, a folder with some, or a name "
-            "on the hub."
-        ),
-    ] = None,
-    check_base: Annotated[
-        bool,
-        typer.Option(
-            "--check-base/--no-check-base", help="Refuse adapters of different base models."
-        ),
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Of estimates that draw.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
-    ] = False,
+    base: options.BaseForShapes = None,
+    check_base: options.CheckSameBase = True,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
 ) -> None:
     """Show how adapters overlap, pair by pair.
 
@@ -69,13 +62,12 @@ def command(
 
     Exit status 2: an adapter cannot be read, or the adapters do not belong together.
     """
-    from shira.cli._fuse import pairs as pairwise
-    from shira.cli._fuse.adapters import read_all, short_names
-    from shira.errors import ConfigError
+    from shira.cli.output import print_json, write
+    from shira.cli.several import FIGURES, all_pairs, ranks, read_all, short_names
     from shira.store.outputs import check_outputs
 
     check_outputs({"--plot": plot}, adapters, [base])
-    pairwise.check_figure(figure)
+    options.one_of("--figure", figure, FIGURES)
     if len(adapters) < 2 and not rank:
         raise ConfigError("an overlap is of two adapters or more; --rank looks at one")
     if plot is not None and len(adapters) < 2:
@@ -84,42 +76,118 @@ def command(
         raise ConfigError(f"--fast leaves out what --figure {figure} asks for")
     names = short_names(adapters)
     read = read_all(adapters, base)
-    found = pairwise.all_pairs(read, names, interference=not fast, seed=seed, check_base=check_base)
-    ranks = pairwise.ranks(read, names, seed=seed) if rank else []
+    pairs = all_pairs(read, names, interference=not fast, seed=seed, check_base=check_base)
+    found_ranks = ranks(read, names, seed=seed) if rank else []
     if plot is not None:
-        from shira.cli._fuse.plot import plot_matrix
-
-        plot_matrix(names, found, figure, plot)
-    if as_json:
-        made: dict[str, object] = {
-            "adapters": [
-                {"name": name, "path": path, "nnz": adapter.nnz, "density": adapter.density}
-                for name, path, adapter in zip(names, adapters, read, strict=True)
-            ],
-            "pairs": [pair.as_json() for pair in found],
-        }
+        plot_matrix(names, pairs, figure, plot)
+    if not as_json:
+        _show(names, pairs, figure, each=each)
         if rank:
-            made["ranks"] = [
-                {"adapter": of, "parameter": parameter, **value.as_json()}
-                for of, parameter, value in ranks
-            ]
-        print(json.dumps(made, indent=2))
+            _show_ranks(found_ranks)
+        if plot is not None:
+            write(f"{plot}: the {figure} of all pairs")
         return
+    made: dict[str, object] = {
+        "adapters": [
+            {"name": name, "path": path, "nnz": adapter.nnz, "density": adapter.density}
+            for name, path, adapter in zip(names, adapters, read, strict=True)
+        ],
+        "pairs": [pair.as_json() for pair in pairs],
+    }
+    if rank:
+        made["ranks"] = [
+            {"adapter": of, "parameter": parameter, **value.as_json()}
+            for of, parameter, value in found_ranks
+        ]
+    print_json(made)
 
-    from shira.cli._fuse import tables
-    from shira.cli.output import console, write
+
+def _show(names: Sequence[str], pairs: Sequence[Overlap], figure: str, *, each: bool) -> None:
+    from shira.cli.output import MANY, console, table
+    from shira.cli.several import matrix
+    from shira.measure.figures import FIGURE_NAMES, cells
 
     out = console()
-    if found:
-        out.print(tables.pairs(found))
-    if any(pair.whole for pair in found):
-        out.print(tables.whole_tensors(found))
+    if pairs:
+        result = table("Pairs", "a", "b", *FIGURE_NAMES, right=FIGURE_NAMES)
+        for pair in pairs:
+            result.add_row(pair.a, pair.b, *cells(pair))
+        out.print(result)
+    if any(pair.whole for pair in pairs):
+        result = table("Whole tensors", "a", "b", "tensor", "")
+        for pair in pairs:
+            for name, state in pair.whole.items():
+                result.add_row(pair.a, pair.b, name, state)
+        out.print(result)
     if len(names) > 2:
-        out.print(tables.matrix(names, found, figure))
-    if each or len(found) == 1:
-        for pair in found:
-            out.print(tables.parameters(pair, each=each))
-    if rank:
-        out.print(tables.ranks(ranks))
-    if plot is not None:
-        write(f"{plot}: the {figure} of all pairs")
+        result = table(f"{figure} of all pairs", "", *names, right=names)
+        for name, row in zip(names, matrix(names, pairs, figure), strict=True):
+            result.add_row(name, *("-" if value is None else f"{value:.4g}" for value in row))
+        out.print(result)
+    numbers = (*FIGURE_NAMES, "AWOR if random")
+    for pair in pairs if each or len(pairs) == 1 else ():
+        shown = pair.parameters if each else pair.parameters[:MANY]
+        more = len(pair.parameters) - len(shown)
+        title = f"{pair.a} and {pair.b}, weight by weight"
+        title += f" ({more} more with --all)" if more else ""
+        result = table(title, "weight", *numbers, right=numbers)
+        for parameter in shown:
+            result.add_row(parameter.name, *cells(parameter), f"{parameter.awor_of_random:.4g}")
+        out.print(result)
+
+
+def _show_ranks(found: Sequence[tuple[str, str, Rank]]) -> None:
+    from shira.cli.output import console, table
+
+    numbers = ("rank", "at most", "stable rank", "spectral norm")
+    result = table("Numerical ranks", "adapter", "weight", *numbers, right=numbers)
+    for adapter, parameter, rank in found:
+        sign = ">= " if rank.at_least else "" if rank.exact else "~ "
+        stable, norm = f"{rank.stable_rank:.1f}", str(rank.spectral_norm)
+        result.add_row(adapter, parameter, f"{sign}{rank.rank}", str(rank.bound), stable, norm)
+    console().print(result)
+
+
+def plot_matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str, path: Path) -> None:
+    """Draw one figure of all pairs as a PNG; the diagonal stays empty.
+
+    Args:
+        names: Of the adapters.
+        pairs: Their pairs.
+        figure: One of `shira.cli.several.FIGURES`.
+        path: Where to write it.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+        ConfigError: If the folder of ``path`` does not exist.
+    """
+    from shira.cli.pictures import new_drawing, write_drawing
+    from shira.cli.several import matrix
+
+    values = matrix(names, pairs, figure)
+    known = [value for row in values for value in row if value is not None]
+    signed = figure == "cosine"
+    # AWOM may be beyond float64, and colours are of what is not
+    reach = max((abs(value) for value in known if math.isfinite(value)), default=0.0) or 1.0
+    shares = [
+        [math.nan if value is None else max(min(value / reach, 1.0), -1.0) for value in row]
+        for row in values
+    ]
+    side = max(3.6, 0.9 * len(names) + 1.8)
+    drawing = new_drawing((side + 0.8, side), "--plot", path)
+    axes = drawing.add_subplot(title=f"{figure} of all pairs")
+    colours = {"cmap": "RdBu_r" if signed else "viridis", "vmin": -1.0 if signed else 0.0}
+    image = axes.imshow(shares, vmax=1.0, **colours)
+    labels = [shown(name)[:60] for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), labels, parse_math=False)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if value is not None:
+                dark = abs(shares[i][j]) > 0.6 if signed else shares[i][j] < 0.6
+                colour = "white" if dark else "black"
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=colour)
+    drawing.colorbar(
+        image, ax=axes, shrink=0.8, format=lambda share, _position: f"{share * reach:.3g}"
+    )
+    write_drawing(drawing, path)

@@ -14,6 +14,9 @@ from typing import Any
 from shira.measure.text import text_table
 from shira.measure.wide import Wide, ratio, total
 
+FIGURE_NAMES = ("k a", "k b", "shared", "jaccard", "conflicts", "cosine", "AWOM", "AWOR")
+"""Figures of an overlap in the order of a table."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -201,25 +204,15 @@ class Overlap:
 
     def __str__(self) -> str:
         """A table to read: the total, then each parameter."""
-        head = (
-            "parameter",
-            "k a",
-            "k b",
-            "shared",
-            "jaccard",
-            "conflicts",
-            "cosine",
-            "AWOM",
-            "AWOR",
-        )
-        rows = [head, _cells("all", self), *(_cells(p.name, p) for p in self.parameters)]
+        rows = [("parameter", *FIGURE_NAMES), ("all", *cells(self))]
+        rows += [(p.name, *cells(p)) for p in self.parameters]
         whole = "".join(f"\nwhole tensor {name}: {state}" for name, state in self.whole.items())
         return f"a: {self.a}\nb: {self.b}\n{text_table(rows)}{whole}"
 
 
-def _cells(name: str, of: ParameterOverlap | Overlap) -> tuple[str, ...]:
+def cells(of: ParameterOverlap | Overlap) -> tuple[str, ...]:
+    """Return `FIGURE_NAMES` of two adapters, or of one weight of them, as texts."""
     return (
-        name,
         f"{of.nnz_a:,}",
         f"{of.nnz_b:,}",
         f"{of.shared:,}",

@@ -6,8 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from shira.cli._fuse.pairs import FIGURES
-from shira.cli._fuse.tables import FIGURE_NAMES, figures
 from shira.cli._inspect.pictures import histogram
 from shira.cli._inspect.summary import Target
 from shira.cli._inspect.tables import lines
@@ -15,7 +13,9 @@ from shira.cli._report.charts import by_weight, curves, value_histogram
 from shira.cli._report.curve import Curve
 from shira.cli._report.gather import Described, Report
 from shira.cli._report.html import Child, Html, joined, tag
+from shira.cli.several import FIGURES
 from shira.measure import Overlap, Rank
+from shira.measure.figures import FIGURE_NAMES, cells
 
 MATRICES = ("jaccard", "cosine", "conflicts")
 _MEANING = {
@@ -43,7 +43,7 @@ def pairs_section(report: Report) -> Html | None:
     if not report.pairs:
         return None
     names = [described.name for described in report.adapters]
-    rows = ([tag("th", pair.a), tag("th", pair.b), _cells(figures(pair))] for pair in report.pairs)
+    rows = ([tag("th", pair.a), tag("th", pair.b), _cells(cells(pair))] for pair in report.pairs)
     return tag(
         "section",
         tag("h2", "Overlap"),
