@@ -55,11 +55,9 @@ from shira.tuner.indices import (
     check_while_compiling,
     digest_of,
 )
+from shira.tuner.mixed_batch import BASE, group_by_group, samples_by_adapter
 from shira.tuner.quantized import backend_of, cannot_merge
 from shira.tuner.undo import with_originals
-
-BASE = "__base__"
-"""In ``adapter_names``: this sample goes through the base model."""
 
 
 class ShiraLayer(BaseTunerLayer, nn.Module):
@@ -513,41 +511,24 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _mixed_batch_forward(
         self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Each sample through its own adapter: all together, or group by group."""
+        """Send each sample through its own adapter: all together, or group by group."""
         base: Any = self._modules["base_layer"]
         known = self._way(base) is not Way.OWN
-        x, *more = [_the_input(base, args, kwargs)] if known else [*args, *kwargs.values()]
-        if len(x) != len(adapter_names):
-            raise AdapterError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
+        arguments = [_the_input(base, args, kwargs)] if known else [*args, *kwargs.values()]
+        groups = samples_by_adapter(adapter_names, set(self.shira_weight), len(arguments[0]))
         self.refuse_samples_if_merged()
-        groups: dict[str, list[int]] = {}
-        for sample, name in enumerate(adapter_names):
-            here = name if name in self.shira_weight else BASE
-            groups.setdefault(here, []).append(sample)
-        if len(groups) <= 1:
-            (name,) = groups or (BASE,)
+
+        def forward(name: str, *args: Any, **kwargs: Any) -> Any:
             if name == BASE:
                 return self._base_forward(*args, **kwargs)
             return self._adapted_forward([name], args, kwargs)
-        result = self._grouped_forward(x, groups) if known else None
-        if result is not None:
-            return result
-        if any(value is not None for value in more):
-            raise self._cannot_be_split("takes further arguments")
-        for name, samples in groups.items():
-            part = x[samples]
-            if name == BASE:
-                out = self._base_forward(part)
-            else:
-                out = self._adapted_forward([name], (part,), {})
-            if not isinstance(out, Tensor) or len(out) != len(part):
-                raise self._cannot_be_split("does not return a tensor with a row for each sample")
-            if result is None:
-                result = out.new_empty((len(x), *out.shape[1:]))
-            result[samples] = out
+
+        if len(groups) <= 1:
+            return forward(*(groups or (BASE,)), *args, **kwargs)
+        result = self._grouped_forward(arguments[0], groups) if known else None
+        if result is None:
+            what = f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__}"
+            result = group_by_group(groups, arguments, forward, what)
         return result
 
     def refuse_samples_if_merged(self) -> None:
@@ -561,13 +542,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 f"Cannot pass `adapter_names` when there are merged adapters "
                 f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
             )
-
-    def _cannot_be_split(self, why: str) -> AdapterError:
-        return AdapterError(
-            f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__} {why}, so "
-            "it cannot be called for the samples of each adapter apart; give all samples the same "
-            "`adapter_names`, or leave the layer out of target_modules"
-        )
 
     def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
         """All groups in one go, ``{adapter name: its samples}``; None if one by one is better."""

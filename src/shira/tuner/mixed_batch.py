@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adapter_names=``: an adapter for each sample of a batch, handed to the layers by hooks."""
+"""``adapter_names=``: an adapter for each sample of a batch.
+
+The model hands the names to its layers by hooks; a layer groups the samples by adapter, and unless
+its type can compute all groups together, calls its forward for each group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
-from shira.tuner.layer import BASE, ShiraLayer
+
+BASE = "__base__"
+"""In ``adapter_names``: this sample goes through the base model."""
 
 
 @contextmanager
 def adapter_names_in_effect(
-    model: nn.Module, adapter_names: Sequence[str] | None, num_beams: int | None
+    model: BaseTuner, adapter_names: Sequence[str] | None, num_beams: int | None
 ) -> Iterator[None]:
-    """While the context lasts, every adapted layer gets ``adapter_names`` with its input.
+    """Hand every adapted layer ``adapter_names`` with its input, while the context lasts.
 
     Args:
         model: The tuner.
@@ -35,18 +42,23 @@ def adapter_names_in_effect(
         return
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
-    _check_known(model, adapter_names)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, model.tuner_layer_cls)]
+    _check_known(adapter_names, {name for layer in layers for name in layer.shira_weight})
     once = list(adapter_names)
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     repeated = [name for name in once for _ in range(beams)]
     encoder = _encoder_of(model)
-    in_encoder = set(map(id, encoder.modules())) if encoder is not None else set()
-    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
+    in_encoder = set(encoder.modules()) if encoder is not None else set()
     for layer in layers:
         if not layer.disable_adapters:
             layer.refuse_samples_if_merged()
-    effect = _Effect()
+    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     handles: list[Any] = []
+    over = False  # then a hook that an interrupt leaves behind does nothing
+
+    def hand(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        names = once if module in in_encoder else repeated
+        return None if over else (args, {**kwargs, "adapter_names": names})
 
     def end() -> None:
         for layer in layers:
@@ -55,15 +67,13 @@ def adapter_names_in_effect(
             handle.remove()
 
     try:
-        for module in model.modules():
-            if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper)):
-                hook = _Handing(once if id(module) in in_encoder else repeated, effect)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for module in (*layers, *wrappers):
+            handles.append(module.register_forward_pre_hook(hand, with_kwargs=True))
         for layer in layers:
             layer._samples = once
         yield
     finally:
-        effect.over = True  # a hook that an interrupt leaves behind does nothing
+        over = True
         try:
             end()
         except BaseException:  # an interrupt
@@ -71,27 +81,70 @@ def adapter_names_in_effect(
             raise
 
 
-class _Effect:
-    over = False
+def samples_by_adapter(
+    adapter_names: Sequence[str], known: Collection[str], samples: int
+) -> dict[str, list[int]]:
+    """Group the samples of a batch by adapter.
+
+    Args:
+        adapter_names: One for each sample.
+        known: The adapters of the layer; any other name is the base.
+        samples: How many there are.
+
+    Raises:
+        AdapterError: If there are more or fewer names.
+    """
+    if samples != len(adapter_names):
+        raise AdapterError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {samples} respectively."
+        )
+    groups: dict[str, list[int]] = {}
+    for sample, name in enumerate(adapter_names):
+        groups.setdefault(name if name in known else BASE, []).append(sample)
+    return groups
 
 
-class _Handing:
-    def __init__(self, adapter_names: list[str], effect: _Effect) -> None:
-        self.adapter_names, self.effect = adapter_names, effect
+def group_by_group(
+    groups: dict[str, list[int]],
+    arguments: Sequence[Any],
+    forward: Callable[[str, Tensor], Any],
+    what: str,
+) -> Tensor:
+    """Call a layer's forward for the samples of each adapter apart.
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.effect.over:
-            return None
-        return args, {**kwargs, "adapter_names": self.adapter_names}
+    Args:
+        groups: From `samples_by_adapter`, not empty.
+        arguments: Of the layer: ``(samples, ...)``, and no others but None.
+        forward: Given an adapter's name and its samples.
+        what: The layer, for the error.
+
+    Returns:
+        ``(samples, ...)``.
+
+    Raises:
+        AdapterError: If there are other arguments, or a result that is not one for each sample.
+    """
+    x, *more = arguments
+    why = "takes further arguments" if any(value is not None for value in more) else ""
+    result = None
+    for name, samples in () if why else groups.items():
+        out = forward(name, x[samples])
+        if not isinstance(out, Tensor) or len(out) != len(samples):
+            why = "does not return a tensor with a row for each sample"
+            break
+        if result is None:
+            result = out.new_empty((len(x), *out.shape[1:]))
+        result[samples] = out
+    if why or result is None:
+        raise AdapterError(
+            f"{what} {why}, so it cannot be called for the samples of each adapter apart; give all "
+            "samples the same `adapter_names`, or leave the layer out of target_modules"
+        )
+    return result
 
 
-def _check_known(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    known = {
-        name
-        for module in model.modules()
-        if isinstance(module, ShiraLayer)
-        for name in module.shira_weight
-    }
+def _check_known(adapter_names: Sequence[str], known: Collection[str]) -> None:
     for name in adapter_names:
         if name != BASE and name not in known:
             raise UnknownAdapterError(

@@ -39,7 +39,7 @@ from shira.tuner.base_layer import (
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
-from shira.tuner.layer import BASE, ShiraLayer
+from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
 from shira.tuner.masking import (
@@ -47,7 +47,7 @@ from shira.tuner.masking import (
     placeholder,
     support_of_layer,
 )
-from shira.tuner.mixed_batch import adapter_names_in_effect
+from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
 from shira.tuner.saving import describe, in_few_bytes, is_elsewhere, watch, whole_state
 from shira.tuner.targets import (

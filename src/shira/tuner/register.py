@@ -31,9 +31,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError, TargetError
 from shira.tuner.config import ShiraConfig
-from shira.tuner.layer import BASE, ShiraLayer
+from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import Linear
 from shira.tuner.loading import check_file, check_loaded, understood, weights_of
+from shira.tuner.mixed_batch import BASE
 from shira.tuner.model import ShiraModel
 from shira.tuner.undo import as_it_was
 
