@@ -139,9 +139,9 @@ def _time_coding(settings: Settings, progress: Callable[[str], None]) -> dict[st
     Raises:
         RuntimeError: If what is decoded is not what was encoded.
     """
-    from shira import gaps
+    from shira import blocks
     from shira.masks import block_support, random_support
-    from shira.store import blocks
+    from shira.ops import gaps
 
     shape = (settings.rows, settings.cols)
     numel = settings.rows * settings.cols
@@ -169,10 +169,8 @@ def _time_coding(settings: Settings, progress: Callable[[str], None]) -> dict[st
     def expand(coded: tuple[Any, Any, Any]) -> Any:
         size, numbers, rest = coded
         down, across = blocks.grid(size, shape)
-        out = np.empty(k, flat.dtype)
         numbers = gaps.decode(numbers, down * across).astype(np.int64)
-        blocks.expand(blocks.Blocks(size, numbers, gaps.decode(rest, numel)), shape, out)
-        return out
+        return blocks.expand(blocks.Blocks(size, numbers, gaps.decode(rest, numel)), shape)
 
     counts[label] = k, sum(units.nbytes for units in find()[1:]) / k
     runs[label] = _laps(find, expand, flat)

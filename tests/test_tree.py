@@ -20,23 +20,15 @@ BELOW = {
     "errors": set(),
     "support": {"errors"},
     "blocks": {"errors", "support"},
-    "gaps": {"errors", "support"},
     "base": {"errors"},
     "delta": {"errors", "support", "base"},
     "adapter": {"errors", "support", "delta"},
     "masks": {"errors", "support", "blocks", "base", "delta", "ops"},
-    "ops": {"errors", "support", "blocks", "gaps", "base", "delta"},
-    # A compact file names its writer, and may hold the seed of a random mask instead of indices.
+    "ops": {"errors", "support", "blocks", "base", "delta"},
+    # A compact file names its writer, holds indices as the gaps that the compiled kernels code, or
+    # the seed of a random mask instead.
     "store": {
-        "_version",
-        "errors",
-        "support",
-        "blocks",
-        "gaps",
-        "base",
-        "delta",
-        "adapter",
-        "masks",
+        *("_version", "errors", "support", "blocks", "base", "delta", "adapter", "masks", "ops"),
     },
     "checkpoints": {"errors", "support", "base", "delta", "adapter", "store"},
     "fusing": {"_version", "errors", "support", "base", "delta", "adapter", "masks"},
@@ -70,7 +62,7 @@ DOORS = {
     ("adapter", "measure"): "Adapter.compare",
 }
 CORE = [
-    *("errors", "support", "blocks", "gaps", "base", "delta", "adapter"),
+    *("errors", "support", "blocks", "base", "delta", "adapter"),
     *("masks", "ops", "store", "checkpoints", "fusing", "measure", "convert", "switch"),
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}

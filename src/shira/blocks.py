@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supports made of square blocks: from the blocks to the entries, and from the entries back.
+"""Supports made of blocks: from the blocks to the entries, and from the entries back.
 
-A block mask chooses ``b x b`` blocks of a weight's block grid. Whoever knows that can do better
-than entry by entry: train with a batched matrix product over just the chosen blocks, store block
-ids instead of positions. A `Support` does not say where it comes from, so `block_layout` finds the
-blocks in it, and `support_of_blocks` is its inverse. Sits on ``support``; pure functions of plain
-values; all costs are O(k).
+A weight seen as a matrix is cut into blocks of ``height`` rows and ``width`` columns (smaller ones
+at the lower and right edge), numbered row by row. Whoever knows that a support is the entries of
+some of them can do better than entry by entry: train with a batched matrix product over just the
+chosen blocks, store their numbers instead of positions. A `Support` does not say where it comes
+from, so the blocks are found in its indices alone, whichever mask made it:
+
+- `block_layout` finds square blocks that are all of it, `support_of_blocks` is the inverse: for
+  training. One block may be cut, as the budget of a block mask cuts its last.
+- `find_blocks` finds blocks of any size and the entries beside them, `expand` is the inverse: for
+  files.
 
 ::
 
@@ -16,24 +21,48 @@ values; all costs are O(k).
     . . . . . . 1 1 1
     1 1 1 . . . . . .
     1 1 1 . . . . . .      <- the grid ends here: blocks at the edge are smaller
+
+Sits on ``support``; pure functions of plain values; all costs are O(k).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shira.errors import SupportError
-from shira.support import Support, matrix_shape
+from shira.support import Support, index_dtype, matrix_shape
 
 CANDIDATES = (256, 128, 64, 32, 16, 8)
 """Block sizes that `block_layout` looks for, largest first."""
 
 _PREFIX = 4096  # entries looked at first: an unstructured support is turned away by them alone
+_SIDES = tuple(2**i for i in range(2, 11))  # square blocks that are looked for in a file
+_LEAST = 2.0  # mean length of the runs along rows below which there are no blocks to look for
+_PIECE = 2**14  # entries that are written at a time
+
+Ints = NDArray[np.signedinteger[Any]]
+Longs = NDArray[np.int64]
+
+
+class Blocks(NamedTuple):
+    """Some blocks of a matrix and the entries beside them.
+
+    Attributes:
+        size: Height and width of a block.
+        numbers: int64, increasing: which blocks.
+        rest: Flat indices, increasing, none in one of the blocks.
+    """
+
+    size: tuple[int, int]
+    numbers: Longs
+    rest: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +92,12 @@ class BlockLayout:
     """
 
     def __len__(self) -> int:
-        """How many blocks, a cut one included."""
+        """Return how many blocks there are, a cut one included."""
         return self.row_block.numel()
 
     @property
     def nnz(self) -> int:
-        """How many entries."""
+        """Entries in all."""
         heights, widths = self.extents()
         sizes = heights * widths
         if self.cut is not None:
@@ -77,12 +106,12 @@ class BlockLayout:
 
     @property
     def regular(self) -> bool:
-        """Whether every block covers b x b entries of the weight: none is at a ragged edge."""
+        """True if every block covers b x b entries of the weight: none is at a ragged edge."""
         heights, widths = self.extents()
         return bool((heights == self.block_size).all() and (widths == self.block_size).all())
 
     def extents(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns that each block covers, cut or not: int64 ``(blocks,)`` twice."""
+        """Return the rows and columns that each block covers, cut or not: int64 ``(blocks,)``."""
         b, (rows, cols) = self.block_size, self.shape
         return (
             (rows - self.row_block * b).clamp_(max=b),
@@ -90,11 +119,11 @@ class BlockLayout:
         )
 
     def ids(self) -> Tensor:
-        """int64 ``(blocks,)``: row-major number of each block in the block grid."""
-        return self.row_block * _grid(self.shape, self.block_size)[1] + self.col_block
+        """Return the row-major number of each block in the block grid: int64 ``(blocks,)``."""
+        return self.row_block * grid((self.block_size,) * 2, self.shape)[1] + self.col_block
 
     def positions(self, support: Support) -> Tensor:
-        """Where the entries of the support stand in a ``(blocks, b, b)`` tensor of the blocks.
+        """Return where the support's entries stand in a ``(blocks, b, b)`` tensor of the blocks.
 
         ``blocks.view(-1)[positions]`` are the support's values in its own order. O(k).
 
@@ -109,7 +138,7 @@ class BlockLayout:
         known, order = ids.sort()
         flat = support.indices.long()
         row, col = flat // cols, flat % cols
-        wanted = row // b * _grid(self.shape, b)[1] + col // b
+        wanted = row // b * grid((b, b), self.shape)[1] + col // b
         block = order[torch.searchsorted(known, wanted)]
         return (block * b + row % b) * b + col % b
 
@@ -117,7 +146,7 @@ class BlockLayout:
 def support_of_blocks(
     shape: Sequence[int], block_size: int, ids: Tensor, cut: int | None = None
 ) -> Support:
-    """The entries of some blocks.
+    """Return the entries of some square blocks.
 
     Args:
         shape: Shape of the weight as stored; more than two dimensions count as a matrix of
@@ -131,48 +160,39 @@ def support_of_blocks(
 
     Raises:
         SupportError: If an id is out of range or occurs twice, or the cut is no part of its block.
+
+    >>> support_of_blocks((4, 6), 2, torch.tensor([1])).indices.tolist()
+    [2, 3, 8, 9]
     """
-    rows, cols = matrix_shape(shape)
-    b, ids = int(block_size), ids.long()
+    b, numbers = int(block_size), ids.long().cpu().numpy()
     if b < 1:
         raise SupportError(f"a block size is at least 1, not {block_size}")
-    down, across = _grid((rows, cols), b)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < down * across:
+    down, across = grid((b, b), shape)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < down * across:
         raise SupportError(
             f"block ids are in [0, {down * across}), the grid of {b} x {b} blocks on a weight of "
-            f"shape {tuple(shape)}; they go from {int(ids.min())} to {int(ids.max())}"
+            f"shape {tuple(shape)}; they go from {numbers.min()} to {numbers.max()}"
         )
-    if bool((torch.diff(ids.sort().values) == 0).any()):
-        raise SupportError("a block id occurs twice")
-    layout = BlockLayout((rows, cols), b, ids // max(across, 1), ids % max(across, 1), cut)
-    heights, widths = layout.extents()
+    rest = np.empty(0, np.int64)
     if cut is not None:
-        whole = int(heights[-1] * widths[-1]) if ids.numel() else 0
+        whole = entries_of((b, b), numbers[-1:], shape).sum()
         if not 0 < cut < whole:
             raise SupportError(
                 f"the last block has {whole} entries, so a cut leaves 1 to {whole - 1} of them, "
                 f"not {cut}"
             )
-        heights[-1] = -(-cut // int(widths[-1]))
-    # Segments: one row of one block each, k / b of them. They alone are sorted.
-    block = torch.repeat_interleave(heights)
-    inside = torch.arange(block.numel(), device=ids.device) - _starts(heights)[block]
-    start = (layout.row_block[block] * b + inside) * cols + layout.col_block[block] * b
-    width = widths[block]
+        rest = expand(Blocks((b, b), numbers[-1:], rest), shape)[:cut]
+    ordered = np.sort(numbers)
+    if (ordered[1:] == ordered[:-1]).any():
+        raise SupportError("a block id occurs twice")
     if cut is not None:
-        width[-1] = cut - (int(heights[-1]) - 1) * int(widths[-1])
-    start, order = start.sort()
-    width = width[order]
-    if ids.numel() and bool((width == b).all()):
-        flat = (start[:, None] + torch.arange(b, device=ids.device)).view(-1)
-    else:
-        flat = torch.repeat_interleave(start - _starts(width), width)
-        flat += torch.arange(flat.numel(), device=ids.device)
-    return Support._trusted(tuple(shape), flat)
+        ordered = ordered[ordered != numbers[-1]]
+    flat = expand(Blocks((b, b), ordered, rest), shape)
+    return Support._trusted(shape, torch.from_numpy(flat).to(ids.device))
 
 
 def block_layout(support: Support, candidates: Sequence[int] = CANDIDATES) -> BlockLayout | None:
-    """The blocks of which a support is made, if it is made of blocks.
+    """Return the square blocks of which a support is made, if it is made of such.
 
     The support has to be exactly whole ``b x b`` blocks of the block grid (smaller ones at the
     edges of a weight whose sizes are no multiples of b), and at most one block of which only a
@@ -190,88 +210,199 @@ def block_layout(support: Support, candidates: Sequence[int] = CANDIDATES) -> Bl
     Returns:
         The layout, its tensors on the support's device; None for a support that is not of this
         form for any of the candidates, and for an empty one.
+
+    >>> block_layout(Support((4, 6), torch.tensor([2, 3, 8, 9])), [2]).ids().tolist()
+    [1]
     """
     rows, cols = matrix_shape(support.shape)
     if not support.nnz:
         return None
-    indices = support.indices
-    head = indices[_run_starts(indices[:_PREFIX], cols)].long() % cols
+    head = support.indices[:_PREFIX].cpu().numpy()
+    columns = _runs(head, _breaks(head), cols)[0] % cols
     sizes = [b for b in sorted(set(candidates), reverse=True) if b > 0]
-    sizes = [b for b in sizes if not bool((head % b).any())]
+    sizes = [b for b in sizes if not (columns % b).any()]
     if not sizes:
         return None
-    at = _run_starts(indices, cols)
-    start = indices[at].long()
-    length = torch.diff(at, append=at.new_tensor([support.nnz]))
+    indices = support.indices.cpu().numpy()
+    starts, lengths = _runs(indices, _breaks(indices), cols)
     for b in sizes:
-        layout = _layout((rows, cols), b, start // cols, start % cols, length)
-        if layout is not None:
-            return layout
+        _, numbers, rest = _blocks_of_size((b, b), (rows, cols), starts, lengths)
+        if len(rest):  # has to be the beginning of one block
+            cut_one = _block_of(rest[:1], (b, b), (rows, cols))
+            whole = expand(Blocks((b, b), cut_one, rest[:0]), (rows, cols))
+            if not np.array_equal(whole[: len(rest)], rest):
+                continue
+            numbers = np.concatenate((numbers, cut_one))
+        ids = torch.from_numpy(numbers).to(support.indices.device)
+        across = grid((b, b), (rows, cols))[1]
+        return BlockLayout((rows, cols), b, ids // across, ids % across, len(rest) or None)
     return None
 
 
-def _layout(
-    shape: tuple[int, int], b: int, row: Tensor, col: Tensor, length: Tensor
-) -> BlockLayout | None:
-    """The layout for one block size, from the runs of entries: row, first column, length."""
-    across = _grid(shape, b)[1]
-    if bool((col % b).any()):
+def find_blocks(shape: Sequence[int], indices: Ints) -> Blocks | None:
+    """Return the blocks that hold most of a support, or None if it is not made of blocks.
+
+    Args:
+        shape: Of the weight.
+        indices: ``(k,)`` flat, increasing.
+    """
+    rows, cols = matrix_shape(shape)
+    if not len(indices):
         return None
-    end = col + length
-    odd = ((end % b != 0) & (end != shape[1])).nonzero().view(-1)
-    if odd.numel() > 1:
+    breaks = _breaks(indices)
+    # An unstructured support goes no further. (Where a row ends a run does too: there are more.)
+    if len(indices) < min(_LEAST, cols) * (1 + np.count_nonzero(breaks)):
         return None
-    # Segments: one row of one block each. At most one is not whole: the last row of the cut block.
-    count = (length + b - 1) // b
-    run = torch.repeat_interleave(count)
-    inside = torch.arange(run.numel(), device=row.device) - _starts(count)[run]
-    seg_row, seg_col = row[run], col[run] // b + inside
-    key = seg_row // b * across + seg_col
-    cut_id, partial, partial_row = -1, 0, 0
-    if odd.numel():
-        last = int(_starts(count)[odd] + count[odd]) - 1
-        cut_id, partial = int(key[last]), int(end[odd]) % b
-        partial_row = int(seg_row[last]) % b
-        keep = torch.arange(run.numel(), device=row.device) != last
-        key, seg_row = key[keep], seg_row[keep]
-    ids, heights = torch.unique(key, return_counts=True)
-    short = (heights < (shape[0] - ids // across * b).clamp_(max=b)).nonzero().view(-1)
-    if short.numel() > 1:
+    starts, lengths = _runs(indices, breaks, cols)
+    if len(indices) < min(_LEAST, cols) * len(starts):
         return None
-    full_rows = 0
-    if short.numel():
-        short_id, full_rows = int(ids[short]), int(heights[short])
-        if cut_id not in (-1, short_id):
-            return None
-        cut_id = short_id
-        # as many different rows as this, the highest of them: they are the first ones
-        if int((seg_row[key == cut_id] % b).max()) != full_rows - 1:
-            return None
-        ids = ids[ids != cut_id]
-    elif cut_id >= 0 and bool((ids == cut_id).any()):
-        return None
-    if partial and partial_row != full_rows:
-        return None
-    cut = None
-    if cut_id >= 0:
-        cut = full_rows * min(b, shape[1] - cut_id % across * b) + partial
-        ids = torch.cat((ids, ids.new_tensor([cut_id])))
-    return BlockLayout(shape, b, ids // across, ids % across, cut)
+    for size in _sizes(rows, cols, starts, lengths):
+        if size[0] * size[1] <= 2:
+            continue  # more than half as many as there are entries
+        blocks = _blocks_of_size(size, (rows, cols), starts, lengths)
+        if len(blocks.numbers) + 2 * len(blocks.rest) < len(indices) / 2:  # about its bytes
+            return blocks
+    return None
 
 
-def _run_starts(indices: Tensor, cols: int) -> Tensor:
-    """Positions at which a run of neighbouring entries of one row begins; the first is 0."""
-    breaks = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
-    torch.ne(indices[1:] - indices[:-1], 1, out=breaks[1:])
-    breaks |= indices % cols == 0
-    return breaks.nonzero().view(-1)
+def grid(size: tuple[int, int], shape: Sequence[int]) -> tuple[int, int]:
+    """Return how many blocks there are from top to bottom and from left to right."""
+    rows, cols = matrix_shape(shape)
+    return -(-rows // size[0]), -(-cols // size[1])
 
 
-def _starts(counts: Tensor) -> Tensor:
-    """Exclusive sums: where each group begins."""
-    return counts.cumsum(0) - counts
+def entries_of(size: tuple[int, int], numbers: Longs, shape: Sequence[int]) -> Longs:
+    """Return how many entries each block has; O(number of blocks)."""
+    heights, widths = _extents(size, numbers, shape)
+    return heights * widths
 
 
-def _grid(shape: tuple[int, int], b: int) -> tuple[int, int]:
-    """Rows and columns of the block grid."""
-    return math.ceil(shape[0] / b), math.ceil(shape[1] / b)
+def expand(blocks: Blocks, shape: Sequence[int]) -> Ints:
+    """Return the flat indices of the blocks and the rest, in order.
+
+    Args:
+        blocks: Whose numbers and rest are in range.
+        shape: Of the weight.
+
+    Returns:
+        int32 where the weight allows, else int64; increasing, unless an entry of the rest is in one
+        of the blocks.
+    """
+    rows, cols = matrix_shape(shape)
+    heights, widths = _extents(blocks.size, blocks.numbers, shape)
+    down, across = np.divmod(blocks.numbers, max(1, grid(blocks.size, shape)[1]))
+    corner = down * blocks.size[0] * cols + across * blocks.size[1]
+    # One run for each row of each block and for each entry of the rest, brought into order; then
+    # the entries of each run.
+    starts = np.repeat(corner, heights) + cols * _counting(heights)
+    starts = np.concatenate((starts, blocks.rest))
+    lengths = np.concatenate((np.repeat(widths, heights), np.ones(len(blocks.rest), np.int64)))
+    order = np.argsort(starts, kind="stable")
+    starts, lengths = starts[order], lengths[order]
+    wide = index_dtype(rows * cols) == torch.int64
+    out = np.empty(int(lengths.sum()), np.int64 if wide else np.int32)
+    at = 0
+    step = max(1, _PIECE // min(blocks.size[1], max(1, cols)))
+    for low in range(0, len(starts), step):
+        part = lengths[low : low + step]
+        count = int(part.sum())
+        out[at : at + count] = np.repeat(starts[low : low + step], part) + _counting(part)
+        at += count
+    return out
+
+
+def _block_of(indices: Ints, size: tuple[int, int], shape: Sequence[int]) -> Longs:
+    """Return the number of the block that each entry is in."""
+    row, column = np.divmod(indices.astype(np.int64), matrix_shape(shape)[1])
+    numbers: Longs = row // size[0] * grid(size, shape)[1] + column // size[1]
+    return numbers
+
+
+def _counting(lengths: Longs) -> Longs:
+    """Return ``0, 1, ..., n - 1`` for each n in ``lengths``."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+
+
+def _extents(size: tuple[int, int], numbers: Longs, shape: Sequence[int]) -> tuple[Longs, Longs]:
+    """Return the height and width of each block: those at the edges may be smaller."""
+    rows, cols = matrix_shape(shape)
+    down, across = np.divmod(numbers, max(1, grid(size, shape)[1]))
+    return np.minimum(size[0], rows - down * size[0]), np.minimum(size[1], cols - across * size[1])
+
+
+def _breaks(indices: Ints) -> NDArray[np.bool_]:
+    """Return, for each index but the first, whether it does not follow the one before it."""
+    breaks: NDArray[np.bool_] = indices[1:] - indices[:-1] != 1
+    return breaks
+
+
+def _runs(indices: Ints, breaks: NDArray[np.bool_], cols: int) -> tuple[Longs, Longs]:
+    """Return start and length of each run of neighbours within a row."""
+    at = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    starts, lengths = indices[at].astype(np.int64), np.diff(at, append=len(indices))
+    # A run may go on in the next row, and in the one after it.
+    row = starts // cols
+    rows = (starts + lengths - 1) // cols - row + 1
+    if (rows == 1).all():
+        return starts, lengths
+    row = np.repeat(row, rows) + _counting(rows)
+    ends = np.minimum(np.repeat(starts + lengths, rows), (row + 1) * cols)
+    starts = np.maximum(np.repeat(starts, rows), row * cols)
+    return starts, ends - starts
+
+
+def _sizes(rows: int, cols: int, starts: Longs, lengths: Longs) -> Iterator[tuple[int, int]]:
+    """Yield sizes of blocks to try, best first: squares, then what the commonest runs suggest."""
+    column = starts % cols
+    ends = column + lengths
+    for side in sorted(_SIDES, reverse=True):
+        aligned = (column % side == 0) & ((ends % side == 0) | (ends == cols))
+        if side <= rows and 2 * np.count_nonzero(aligned) > len(starts):
+            yield side, side
+    width = int(np.bincount(np.minimum(lengths, 2**16)).argmax())
+    if width < 2**16:
+        yield _commonest_stack(starts[lengths == width], cols), width
+    yield 1, cols
+
+
+def _commonest_stack(starts: Longs, cols: int) -> int:
+    """Return how many runs stand below one another most often."""
+    row, column = np.divmod(starts, cols)
+    order = np.lexsort((row, column))
+    row, column = row[order], column[order]
+    new = np.ones(len(starts), bool)
+    new[1:] = (np.diff(column) != 0) | (np.diff(row) != 1)
+    heights = np.diff(np.flatnonzero(new), append=len(starts))
+    return int(np.bincount(heights).argmax())
+
+
+def _blocks_of_size(
+    size: tuple[int, int], shape: tuple[int, int], starts: Longs, lengths: Longs
+) -> Blocks:
+    (height, width), cols = size, shape[1]
+    across = grid(size, shape)[1]
+    row, column = np.divmod(starts, cols)
+    ends = column + lengths
+    # The rows of blocks that a run covers from end to end, and how many of each block there are.
+    low, high = -(-column // width), np.where(ends == cols, across, ends // width)
+    covered = np.maximum(high - low, 0)
+    block = np.repeat(row // height * across + low, covered) + _counting(covered)
+    numbers, inverse, counts = _tally(block, grid(size, shape))
+    full = counts == _extents(size, numbers, shape)[0]
+    # What is left is in runs that begin or end within a block, or cover a row of one not full.
+    owner = np.repeat(np.arange(len(starts)), covered)
+    whole = np.bincount(owner, weights=full[inverse], minlength=len(starts)) == covered
+    whole &= (column % width == 0) & ((ends % width == 0) | (ends == cols))
+    lengths = lengths[~whole]
+    rest = np.repeat(starts[~whole], lengths) + _counting(lengths)
+    return Blocks(size, numbers[full], rest[~np.isin(_block_of(rest, size, shape), numbers[full])])
+
+
+def _tally(block: Longs, of: tuple[int, int]) -> tuple[Longs, Longs, Longs]:
+    """Return which blocks there are, where each is among them, how often each is there."""
+    if of[0] * of[1] > 4 * len(block):
+        return np.unique(block, return_inverse=True, return_counts=True)
+    counts = np.bincount(block, minlength=of[0] * of[1])
+    return np.arange(of[0] * of[1]), block, counts

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira import Support, gaps, ops
+from shira import Support, ops
 from shira.base import replacement
 from shira.masks import random_support
-from shira.ops import make_plan, native
+from shira.ops import gaps, make_plan, native
 from shira.ops.packed import gaps_of, is_packed, pack, support_of, unpack
 
 from .cases import random_indices

@@ -2,7 +2,7 @@
 """Positions in about a byte each, as layers on the CPU keep them: `pack` and `unpack`.
 
 PEFT's ``shira_indices`` are int32 rows and columns, 8 bytes a position; a random set of 2 % cannot
-be had for less than 0.9. The gaps between sorted positions (`shira.gaps`) take 1.01, and the
+be had for less than 0.9. The gaps between sorted positions (`shira.ops.gaps`) take 1.01, and the
 compiled kernels walk along them as they are. Wherever ops take indices they take either form.
 
 Without the kernels, on other devices, and where they are few for the weight, so that many gaps are
@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shira import gaps
 from shira.errors import SupportError
-from shira.ops import native
+from shira.ops import gaps, native
 from shira.support import Support
 
 LEAST_DENSITY = 1 / 200

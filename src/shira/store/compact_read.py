@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shira import gaps
+from shira import blocks
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import FileFormatError, MaskError, SupportError, did_you_mean
 from shira.masks.random import random_support
-from shira.store import blocks, int8
+from shira.ops import gaps
+from shira.store import int8
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, WHOLE, Record, Table, parse
 from shira.store.compact_write import crc_of
 from shira.store.entries import WHOLE_DTYPES, EntryError, check_values, check_whole
@@ -242,8 +243,7 @@ def _blaming(tensor: str) -> Iterator[None]:
 def _of_gaps(source: _Source, name: str, record: Record) -> Support:
     units = source.units(f"{name}.gaps")
     with _blaming("gaps"):
-        _check_count("gaps", gaps.count_of(units), record.k)
-        return _trusted(record, gaps.decode(units, record.numel))
+        return _trusted(record, gaps.decode(units, record.numel, record.k))
 
 
 def _of_blocks(source: _Source, name: str, record: Record) -> Support:
@@ -251,17 +251,17 @@ def _of_blocks(source: _Source, name: str, record: Record) -> Support:
     down, across = blocks.grid(record.block, record.shape)
     with _blaming("blocks"):
         numbers = gaps.decode(source.units(f"{name}.blocks"), down * across).astype(np.int64)
-    inside = blocks.entries_in(record.block, numbers, record.shape)
+    inside = int(blocks.entries_of(record.block, numbers, record.shape).sum())
     rest = np.empty(0, np.int64)
     with _blaming("rest"):
         if f"{name}.rest" in source:
             units = source.units(f"{name}.rest")
             inside += gaps.count_of(units)
             rest = gaps.decode(units, record.numel)
-    _check_count("blocks", inside, record.k)
-    flat = np.empty(record.k, gaps.index_type(record.numel))
-    blocks.expand(blocks.Blocks(record.block, numbers, rest), record.shape, flat)
-    if len(rest) and bool((flat[1:] == flat[:-1]).any()):
+    if inside != record.k:
+        raise EntryError("blocks", f"stands for {inside} entries, but there are {record.k} values")
+    flat = blocks.expand(blocks.Blocks(record.block, numbers, rest), record.shape)
+    if len(rest) and bool((flat[1:] <= flat[:-1]).any()):
         raise EntryError("rest", "an entry of the rest is in one of the blocks")
     return _trusted(record, flat)
 
@@ -285,11 +285,6 @@ def _of_seed(source: _Source, name: str, record: Record) -> Support:
 
 
 _SUPPORTS = {"gaps": _of_gaps, "blocks": _of_blocks, "seed": _of_seed}
-
-
-def _check_count(tensor: str, found: int, k: int) -> None:
-    if found != k:
-        raise EntryError(tensor, f"stands for {found} entries, but there are {k} values")
 
 
 def _trusted(record: Record, indices: gaps.Ints) -> Support:

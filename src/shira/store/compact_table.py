@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from shira.errors import ConfigError, FileFormatError, did_you_mean
-from shira.store.blocks import check_size
 from shira.store.entries import WHOLE_DTYPES
 from shira.store.int8 import LARGEST_SCALE
 from shira.store.json_text import check_readable, parse_object, shape_in
@@ -216,7 +215,7 @@ def _record(path: Path, name: str, claim: Any) -> Record:
     block = None
     if coding == "blocks":
         try:
-            block = check_size(claim["block"])
+            block = _block_size(claim["block"])
         except ValueError as error:
             raise refuse(str(error)) from error
     if coding == "seed":
@@ -231,6 +230,21 @@ def _check_scale(scale: Any, refuse: Any) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not number or not 0 <= scale <= LARGEST_SCALE or float(np.float32(scale)) != scale:
         raise refuse(f"scale is a float32 from 0 to {LARGEST_SCALE}, not {str(scale)[:40]}")
+
+
+def _block_size(size: object) -> tuple[int, int]:
+    """Return the height and width of a block as a file gives them.
+
+    Raises:
+        ValueError: If they are no two positive integers that a weight could have.
+    """
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(n) is int and 0 < n < 2**62 for n in size)
+    ):
+        raise ValueError(f"block is [height, width], not {str(size)[:80]}")
+    return size[0], size[1]
 
 
 def _check_keys(

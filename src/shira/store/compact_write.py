@@ -22,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shira import gaps
+from shira import blocks
 from shira._version import __version__
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.masks.random import random_support
-from shira.store import blocks, int8
+from shira.ops import gaps
+from shira.store import int8
 from shira.store.atomic import check_kind, write_atomically
 from shira.store.compact_table import CHECKSUM, CODINGS, TABLE, WHOLE, Record, Table, compose
 from shira.store.entries import WHOLE_DTYPES, EntryError, check_values, check_whole

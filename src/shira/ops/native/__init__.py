@@ -13,6 +13,8 @@ function       does                                        file
 `DeltaWrite`   original + delta in its place, kept         ``gaps.c``
 `leave`        the originals back                          ``gaps.c``
 `coordinates`  rows and columns of entries                 ``gaps.c``
+`encode_gaps`  sorted indices to gaps                      ``gaps.c``
+`decode_gaps`  gaps to sorted indices                      ``gaps.c``
 `swap`         one patch out, another in, compared first   ``patch.c``
 `touch`        the least that `swap` could do, to compare  ``patch.c``
 `permute`      images under a keyed permutation            ``points.c``
@@ -34,7 +36,7 @@ from torch import Tensor
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 6  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 8  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -49,6 +51,9 @@ _SIGNATURES = {
     "enter": (None, [_P, _P, _I, _L, _P, _P, _P, _P, _I, _I]),
     "leave": (None, [_P, _P, _I, _L, _P, _P, _P, _I, _I]),
     "coordinates": (None, [_P, _I, _L, _P, _L, _L, _P, _P, _P, _I]),
+    "count_gaps": (None, [_P, _I, _L, _P]),
+    "encode_gaps": (None, [_P, _I, _L, _P, _I]),
+    "decode_gaps": (_I, [_P, _I, _L, _L, _P, _I, _L]),
     "swap": (_L, [_P, _I, _I, _P, _P, _P, _L, _P, _P, _P, _L, _I, _P, _I]),
     "permute": (None, [_L, _L, _L, _L, _L, _P, _I, _P, _I, _I]),
     "ascending": (None, [_P, _L, _P, _L]),
@@ -57,12 +62,12 @@ _SIGNATURES = {
 
 
 class Gaps(NamedTuple):
-    """Entries of a weight in one piece of memory by the gaps between them; see `shira.gaps`."""
+    """Entries of a weight in one piece of memory by the gaps between them; see `shira.ops.gaps`."""
 
     units: Tensor
     """uint8, uint16 or uint32 ``(n,)``, contiguous."""
     marks: Tensor
-    """int64 ``(blocks + 1, 2)``, contiguous: `shira.gaps.marks`."""
+    """int64 ``(blocks + 1, 2)``, contiguous: `shira.ops.gaps.marks`."""
     nnz: int
     """How many entries there are (k)."""
 
@@ -178,6 +183,45 @@ class Kernels:
             1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
         return crow, row, col
+
+    def count_gaps(self, indices: Tensor) -> list[int]:
+        """Count the units of one, two and four bytes that gaps take; see ``shira.ops.gaps``.
+
+        Args:
+            indices: int32 or int64 ``(k,)``, contiguous, sorted, unique, none negative.
+        """
+        found = (_L * 3)()
+        self._call["count_gaps"](indices.data_ptr(), indices.itemsize, indices.numel(), found)
+        return list(found)
+
+    def encode_gaps(self, indices: Tensor, units: Tensor) -> None:
+        """Write the gaps of indices.
+
+        Args:
+            indices: As for `count_gaps`.
+            units: Where: as many of 1, 2 or 4 bytes as `count_gaps` says, contiguous.
+        """
+        self._call["encode_gaps"](
+            indices.data_ptr(), indices.itemsize, indices.numel(), units.data_ptr(), units.itemsize
+        )
+
+    def decode_gaps(self, units: Tensor, numel: int, indices: Tensor) -> bool:
+        """Write the indices whose gaps these are, and check them.
+
+        Args:
+            units: 1 or 2 bytes each, ``(n,)``, contiguous.
+            numel: What the indices are below.
+            indices: Where: int32 or int64 ``(k,)``, contiguous.
+
+        Returns:
+            Whether they are the gaps of exactly k such indices.
+        """
+        return bool(
+            self._call["decode_gaps"](
+                units.data_ptr(), units.itemsize, units.numel(), numel,
+                indices.data_ptr(), indices.itemsize, indices.numel(),
+            )
+        )  # fmt: skip
 
     def swap(
         self,

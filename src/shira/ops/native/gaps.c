@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entries of a weight that are given by the gaps between them (shira/gaps.py): `enter` keeps the
+// Entries of a weight that are given by the gaps between them (shira/ops/gaps.py): `enter` keeps the
 // originals and writes round(original + delta), `leave` puts the originals back, `coordinates`
 // says where the entries are. One pass over the support each.
 //
@@ -7,7 +7,7 @@
 // for the end. Nothing is summed across entries, so any number of threads gives the same bits.
 #include "vector.h"
 
-#define BLOCK 2048  // as in shira/gaps.py
+#define BLOCK 2048  // as in shira/ops/gaps.py
 #define AT_ONCE 32  // entries that are found before something is done with them, or a few more
 
 typedef struct {
@@ -180,4 +180,109 @@ void NAME(shira_coordinates)(const void *units, int size, int64_t count, const i
                       int threads) {
     if (size == 1) LIST(1)
     else LIST(2)
+}
+
+// The coder: gaps of increasing indices, and indices of gaps, as shira/ops/gaps.py says. Chunks whose
+// gaps all fit in a unit of one byte go without a branch an entry.
+#define CHUNK 16
+#define LONG_CHUNK 128
+#define GAP(i) ((uint64_t)from[i] - ((i) ? (uint64_t)from[(i) - 1] + 1 : 0))
+
+#define COUNT(TYPE, UNSIGNED)                                                            \
+    do {                                                                                 \
+        const TYPE *from = indices;                                                      \
+        for (int64_t i = 0, here; i < count; i += here) {                                \
+            UNSIGNED any = 0, escapes = 0;                                               \
+            here = i && count - i >= LONG_CHUNK ? LONG_CHUNK : 1;                        \
+            if (here == 1) any = (UNSIGNED)GAP(i), escapes = any / 255;                  \
+            else                                                                         \
+                for (int j = 0; j < LONG_CHUNK; j++) {                                   \
+                    UNSIGNED gap = (UNSIGNED)(from[i + j] - from[i + j - 1] - 1);        \
+                    any |= gap;                                                          \
+                    escapes += gap / 255;                                                \
+                }                                                                        \
+            found[0] += (int64_t)escapes;                                                \
+            for (int64_t j = i; any >= 65535 && j < i + here; j++) {                     \
+                found[1] += (int64_t)(GAP(j) / 65535);                                   \
+                found[2] += (int64_t)(GAP(j) / 0xffffffff);                              \
+            }                                                                            \
+        }                                                                                \
+    } while (0)
+
+// found: how many units of one, two and four bytes the gaps take.
+void NAME(shira_count_gaps)(const void *indices, int size, int64_t count, int64_t *found) {
+    found[0] = found[1] = found[2] = count;
+    if (size == 4) COUNT(int32_t, uint32_t);
+    else COUNT(int64_t, uint64_t);
+}
+
+#define ENCODE(TYPE, UNSIGNED, UNIT)                                                     \
+    do {                                                                                 \
+        const TYPE *from = indices;                                                      \
+        const uint64_t largest = (UNIT)-1;                                               \
+        UNIT *to = units;                                                                \
+        int64_t i = 0;                                                                   \
+        for (int64_t e = count ? 1 : 0; i < count; i = e, e += CHUNK) {                  \
+            UNSIGNED wide = 0;                                                           \
+            if (e > count) e = count;                                                    \
+            if (i && e - i == CHUNK) {                                                   \
+                for (int j = 0; j < CHUNK; j++) {                                        \
+                    UNSIGNED gap = (UNSIGNED)(from[i + j] - from[i + j - 1] - 1);        \
+                    to[j] = (UNIT)gap;                                                   \
+                    wide |= gap >= (UNSIGNED)largest;                                    \
+                }                                                                        \
+                if (!wide) {                                                             \
+                    to += CHUNK;                                                         \
+                    continue;                                                            \
+                }                                                                        \
+            }                                                                            \
+            for (int64_t j = i; j < e; j++) {                                            \
+                uint64_t gap = GAP(j), escape = gap >= largest;                          \
+                *to = (UNIT)largest; /* mostly written over: no branch to foresee */     \
+                to += escape, gap -= escape ? largest : 0;                               \
+                for (; gap >= largest; gap -= largest) *to++ = (UNIT)largest;            \
+                *to++ = (UNIT)gap;                                                       \
+            }                                                                            \
+        }                                                                                \
+    } while (0)
+
+// units: room for as many as `count_gaps` has found of this size.
+void NAME(shira_encode_gaps)(const void *indices, int size, int64_t count, void *units,
+                             int unit_size) {
+    if (size == 4) {
+        if (unit_size == 1) ENCODE(int32_t, uint32_t, uint8_t);
+        else if (unit_size == 2) ENCODE(int32_t, uint32_t, uint16_t);
+        else ENCODE(int32_t, uint32_t, uint32_t);
+    } else {
+        if (unit_size == 1) ENCODE(int64_t, uint64_t, uint8_t);
+        else if (unit_size == 2) ENCODE(int64_t, uint64_t, uint16_t);
+        else ENCODE(int64_t, uint64_t, uint32_t);
+    }
+}
+
+#define DECODE(TYPE, SIZE)                                                               \
+    do {                                                                                 \
+        TYPE *to = indices;                                                              \
+        walk place = {units, (const char *)units + count * SIZE, 0, 0};                  \
+        uint32_t at[AT_ONCE + 8];                                                        \
+        int64_t from;                                                                    \
+        for (int n; (n = advance(&place, &from, at, SIZE)); done += n) {                 \
+            if (n > k - done) return 0;                                                  \
+            for (int i = 0; i < n; i++) to[done + i] = (TYPE)(from + at[i]);             \
+        }                                                                                \
+        next = place.next;                                                               \
+    } while (0)
+
+// Writes k indices below `numel`; whether the units, of one or two bytes, are those of exactly
+// such. They are increasing in any case.
+int NAME(shira_decode_gaps)(const void *units, int unit_size, int64_t count, int64_t numel,
+                            void *indices, int size, int64_t k) {
+    int64_t done = 0, next = 0;
+    if (size == 4 && unit_size == 1) DECODE(int32_t, 1);
+    else if (size == 4) DECODE(int32_t, 2);
+    else if (unit_size == 1) DECODE(int64_t, 1);
+    else DECODE(int64_t, 2);
+    if (count && (unit_size == 1 ? ((const uint8_t *)units)[count - 1] == 255
+                                 : ((const uint16_t *)units)[count - 1] == 65535)) return 0;
+    return done == k && next <= numel;
 }

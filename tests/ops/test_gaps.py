@@ -6,8 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira import gaps
 from shira.errors import SupportError
+from shira.ops import gaps, native
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "compiled for any CPU", "numpy"])
+def way(request):
+    """By the compiled kernels, and without them."""
+    kernels = gaps._kernels()
+    if request.param != "numpy" and kernels is None:
+        pytest.skip("needs the compiled kernels")
+    if request.param == "compiled for any CPU":
+        kernels = native.kernels_for("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaps, "_kernels", lambda: None if request.param == "numpy" else kernels)
+        yield
+
 
 BIG = 2**31 + 12345  # indices beyond int32
 
@@ -50,11 +64,13 @@ def test_equals_the_specification_and_comes_back(chosen: set[int], unit: np.dtyp
 
 
 @pytest.mark.parametrize("density", [0.3, 0.05, 0.02, 0.01, 0.003, 0.0005, 0.00002])
-def test_many_pieces(density: float) -> None:
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_many_pieces(density: float, dtype: type) -> None:
     """More indices and units than are worked on at a time, gaps that span pieces."""
     rng = np.random.default_rng(3)
     numel = int(100_000 / density)
-    indices = np.unique(rng.integers(0, numel, 100_000)).astype(gaps.index_type(numel))
+    dtype = np.promote_types(dtype, gaps.index_type(numel))
+    indices = np.unique(rng.integers(0, numel, 100_000)).astype(dtype)
     units = gaps.encode(indices)
     assert np.array_equal(gaps.decode(units, numel), indices)
     assert gaps.count_of(units) == len(indices)
@@ -98,6 +114,14 @@ def test_no_indices() -> None:
 def test_what_it_refuses(units: list[int], numel: int, match: str) -> None:
     with pytest.raises(SupportError, match=match):
         gaps.decode(np.array(units, np.uint8), numel)
+
+
+@pytest.mark.parametrize("count", [0, 2, 4, 10**18])
+def test_another_number_of_indices_is_refused(count: int) -> None:
+    units = np.array([7, 255, 3, 0], np.uint8)
+    assert gaps.decode(units, 300, 3).tolist() == [7, 266, 267]
+    with pytest.raises(SupportError, match=f"stands for 3 entries, but there are {count} values"):
+        gaps.decode(units, 300, count)
 
 
 def test_four_byte_units_that_sum_past_64_bits_are_refused() -> None:

@@ -13,13 +13,14 @@ So any units whose last is no largest value are the indices of exactly one set, 
 repeats; what is left to check is how many there are and that the last is in range. At 2 % density
 an index takes 1.006 bytes. ``docs/file-format.md`` is the specification.
 
-Both directions work through pieces that stay in the cache and cost O(number of units). Compact
-files hold them (``store``), layers on the CPU (``ops.packed``), and the compiled kernels walk along
-them, from `marks` on. Imports numpy and torch (whose cumulative sum is the faster one).
+Both directions cost O(number of units): in the compiled kernels, or without them in numpy, in
+pieces that stay in the cache. Compact files hold gaps (``store``), layers on the CPU
+(``ops.packed``), and the compiled kernels walk along them, from `marks` on.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from shira.errors import SupportError
+from shira.ops import native
 from shira.support import index_dtype
 
 UNITS: dict[str, np.dtype[Any]] = {
@@ -46,67 +48,57 @@ Units = NDArray[np.unsignedinteger[Any]]
 
 
 def encode(indices: Ints, widest: str = "U32") -> Units:
-    """The gaps of sorted indices, in the unit that takes the fewest bytes.
+    """Return the gaps of sorted indices, in the unit that takes the fewest bytes.
 
     Args:
         indices: ``(k,)`` int32 or int64, strictly increasing, none negative.
         widest: The widest unit that may be taken; a key of `UNITS`.
 
     Returns:
-        Units of one of the dtypes of `UNITS`.
+        Units of one of the dtypes of `UNITS`, little-endian.
     """
-    allowed = (dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize)
-    escapes = dict.fromkeys(allowed, 0)
-    for gaps in _pieces_of_gaps(indices):
-        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
-        for dtype in escapes:
-            if not large.size or int(large.max()) < _largest(dtype):
-                break  # nor any wider one
-            escapes[dtype] += int((large // _largest(dtype)).sum())
-    dtype = min(escapes, key=lambda unit: (len(indices) + escapes[unit]) * unit.itemsize)
-    units: Units = np.empty(len(indices) + escapes[dtype], dtype)
+    indices = np.ascontiguousarray(indices)
+    kernels = _kernels()
+    counts = _counts(indices) if kernels is None else kernels.count_gaps(torch.from_numpy(indices))
+    allowed = [dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize]
+    number = min(range(len(allowed)), key=lambda i: counts[i] * allowed[i].itemsize)
+    units: Units = np.empty(counts[number], allowed[number])
+    if kernels is not None:
+        kernels.encode_gaps(torch.from_numpy(indices), torch.from_numpy(units))
+        return units
     at = 0
     for gaps in _pieces_of_gaps(indices):
         at += _encode_piece(gaps, units[at:])
     return units
 
 
-def decode(units: Units, numel: int) -> Ints:
-    """The indices that `encode` was given.
+def decode(units: Units, numel: int, count: int | None = None) -> Ints:
+    """Return the indices that `encode` was given.
 
     Args:
-        units: ``(n,)`` of one of the dtypes of `UNITS`.
+        units: ``(n,)`` of one of the dtypes of `UNITS`, contiguous.
         numel: Size of the weight; every index is below it.
+        count: How many indices there should be, if known.
 
     Returns:
         int32 where ``numel`` allows, else int64.
 
     Raises:
-        SupportError: If an index is out of range or the units end within a gap; nothing of the size
-            of what they claim was allocated.
+        SupportError: If an index is out of range, the units end within a gap or are those of more
+            or fewer indices; nothing of the size of what they claim was allocated.
     """
-    count = count_of(units)
-    indices: Ints = np.empty(count, index_type(numel))
-    # Sums within a piece of one- and two-byte units are below 2^31.
-    dtype = np.dtype(np.int64 if units.dtype.itemsize > 2 else np.int32)
-    sums = np.empty(min(_PIECE, count), dtype)
-    done, last = 0, -1  # indices so far, and the latest of them with the gap left open
-    for start in range(0, len(units), _PIECE):
-        ends, left_open = _steps(units[start : start + _PIECE], sums)
-        if ends:
-            steps = torch.from_numpy(sums[:ends])
-            torch.cumsum(steps, 0, dtype=steps.dtype, out=steps)
-        new = last + int(sums[ends - 1]) if ends else last
-        if new >= numel:
-            raise SupportError(f"index {new} is out of range: the weight has {numel} entries")
-        part = indices[done : done + ends]
-        np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
-        done, last = done + ends, new + left_open
-    return indices
+    kernels = _kernels()
+    if kernels is not None and units.itemsize <= 2:
+        found = count_of(units) if count is None else count
+        if found <= len(units):
+            indices: Ints = np.empty(found, index_type(numel))
+            if kernels.decode_gaps(torch.from_numpy(units), numel, torch.from_numpy(indices)):
+                return indices
+    return _decode_in_numpy(units, numel, count)  # or it says what is wrong
 
 
 def count_of(units: Units) -> int:
-    """How many indices the units stand for.
+    """Count the indices that the units stand for.
 
     Raises:
         SupportError: If they end within a gap.
@@ -119,7 +111,7 @@ def count_of(units: Units) -> int:
 
 
 def marks(units: Units) -> NDArray[np.int64]:
-    """From where on a block of the units can be read without those before it.
+    """Return from where on each block of the units can be read without those before it.
 
     Args:
         units: ``(n,)`` of one of the dtypes of `UNITS`, as `encode` gives them.
@@ -137,9 +129,48 @@ def marks(units: Units) -> NDArray[np.int64]:
     return found
 
 
+def _kernels() -> native.Kernels | None:
+    return native.load().library if sys.byteorder == "little" else None
+
+
 def index_type(numel: int) -> type[np.signedinteger[Any]]:
-    """numpy's `shira.support.index_dtype`."""
+    """Return numpy's `shira.support.index_dtype`."""
     return np.int64 if index_dtype(numel) == torch.int64 else np.int32
+
+
+def _decode_in_numpy(units: Units, numel: int, count: int | None) -> Ints:
+    found = count_of(units)
+    if count not in (None, found):
+        raise SupportError(f"stands for {found} entries, but there are {count} values")
+    indices: Ints = np.empty(found, index_type(numel))
+    # Sums within a piece of one- and two-byte units are below 2^31.
+    dtype = np.dtype(np.int64 if units.dtype.itemsize > 2 else np.int32)
+    sums = np.empty(min(_PIECE, found), dtype)
+    done, last = 0, -1  # indices so far, and the latest of them with the gap left open
+    for start in range(0, len(units), _PIECE):
+        ends, left_open = _steps(units[start : start + _PIECE], sums)
+        if ends:
+            steps = torch.from_numpy(sums[:ends])
+            torch.cumsum(steps, 0, dtype=steps.dtype, out=steps)
+        new = last + int(sums[ends - 1]) if ends else last
+        if new >= numel:
+            raise SupportError(f"index {new} is out of range: the weight has {numel} entries")
+        part = indices[done : done + ends]
+        np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
+        done, last = done + ends, new + left_open
+    return indices
+
+
+def _counts(indices: Ints) -> list[int]:
+    """Count the units that the gaps of sorted indices take, for each of `UNITS`."""
+    counts = dict.fromkeys(UNITS.values(), len(indices))
+    for gaps in _pieces_of_gaps(indices):
+        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
+        for dtype in counts:
+            if not large.size or int(large.max()) < _largest(dtype):
+                break  # nor any wider one
+            counts[dtype] += int((large // _largest(dtype)).sum())
+    return list(counts.values())
 
 
 def _largest(dtype: np.dtype[Any]) -> int:
@@ -147,7 +178,7 @@ def _largest(dtype: np.dtype[Any]) -> int:
 
 
 def _pieces_of_gaps(indices: Ints) -> Any:
-    """The gaps before the indices, some at a time, in the same array each time."""
+    """Yield the gaps before the indices, some at a time, in the same array each time."""
     gaps = np.empty(min(_PIECE, len(indices)), indices.dtype)
     for start in range(0, len(indices), _PIECE):
         part = indices[start : start + _PIECE]
@@ -159,7 +190,7 @@ def _pieces_of_gaps(indices: Ints) -> Any:
 
 
 def _encode_piece(gaps: Ints, units: Units) -> int:
-    """Write the gaps to the start of ``units``; how many units they took."""
+    """Write the gaps to the start of ``units``; return how many units they took."""
     largest = _largest(units.dtype)
     fits = largest > np.iinfo(gaps.dtype).max
     if fits or not (large := np.flatnonzero(gaps >= largest)).size:
@@ -176,7 +207,7 @@ def _encode_piece(gaps: Ints, units: Units) -> int:
 
 
 def _steps(units: Units, steps: Ints) -> tuple[int, int]:
-    """From one index to the next: written to the start of ``steps``.
+    """Write the steps from one index to the next to the start of ``steps``.
 
     Returns:
         How many there are, and what a gap that does not end in these units has left out so far.
