@@ -18,8 +18,8 @@ from shira.errors import (
     WrongBaseError,
 )
 from shira.serve.client import AsyncClient, Client
-from shira.serve.gate import Gate
-from shira.serve.reports import checked, salted, wanted
+from shira.serve.messages import checked, salted, wanted
+from shira.serve.scheduler import AdapterScheduler
 
 
 class Ranks:
@@ -526,7 +526,7 @@ def test_async_sleep_waits_for_requests():
 
 
 def test_a_call_that_a_dead_engine_never_answers(llm, monkeypatch):
-    monkeypatch.setattr("shira.serve.watch.EVERY", 0.01)
+    monkeypatch.setattr("shira.serve.changes.LOOK", 0.01)
     resources = SimpleNamespace(engine_dead=False)
     llm.llm_engine.engine_core = SimpleNamespace(resources=resources)
     client = Client(llm)
@@ -543,7 +543,7 @@ def test_a_call_that_a_dead_engine_never_answers(llm, monkeypatch):
 
 
 def test_a_call_that_a_dead_async_engine_never_answers(monkeypatch):
-    monkeypatch.setattr("shira.serve.watch.EVERY", 0.01)
+    monkeypatch.setattr("shira.serve.changes.LOOK", 0.01)
 
     async def steps():
         engine = AsyncEngine()
@@ -563,13 +563,17 @@ def test_a_call_that_a_dead_async_engine_never_answers(monkeypatch):
 # --- the gate ------------------------------------------------------------------------------------
 
 
+async def never(adapter):
+    raise AssertionError
+
+
 def test_the_one_that_waits_alone_goes_before_those_that_come_later():
     async def steps():
-        gate, order = Gate(), []
+        gate, order = AdapterScheduler(never), []
         leave = asyncio.Event()
 
         async def share(name):
-            async with gate.shared():
+            async with gate.using(None):
                 order.append(name)
                 await leave.wait()
 
@@ -593,14 +597,14 @@ def test_the_one_that_waits_alone_goes_before_those_that_come_later():
 
 def test_a_cancelled_wait_leaves_the_gate_open():
     async def steps():
-        gate = Gate()
-        async with gate.shared():
+        gate = AdapterScheduler(never)
+        async with gate.using(None):
             waiting = asyncio.ensure_future(gate.alone().__aenter__())
             await asyncio.sleep(0)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            async with gate.shared():
+            async with gate.using(None):
                 pass
 
     run(steps)

@@ -10,8 +10,7 @@ import pytest
 from shira.errors import AdapterError, RestoreError, ServeError
 from shira.serve import journal
 from shira.serve.client import AsyncClient, Client
-from shira.serve.journal import Kept, Record
-from shira.serve.restoring import ACTIVE
+from shira.serve.journal import ACTIVE, Kept, Record
 
 from .test_client import AsyncEngine, Engine
 

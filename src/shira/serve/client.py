@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive the adapters of a vLLM engine so that no answer is ever stale or mixed.
 
-vLLM invalidates nothing when weights change: blocks of its prefix cache that the old weights filled
-answer for the new ones. A switch here is therefore: wait until no request runs (new ones queue),
-switch all ranks or none, drop the caches and check that vLLM did, go on. Where the caches cannot be
-dropped the switch is taken back. With ``cache="salt"`` each state's blocks are kept apart by vLLM's
-``cache_salt`` instead, so that each finds its own again; then every request must go through
-`generate`, which adds the salt.
-
 `Client` is for ``vllm.LLM``, `AsyncClient` for ``AsyncLLM``; both need the worker extension
-``shira.serve.vllm.ShiraWorkerExtension``. Imports nothing of vLLM.
+``shira.serve.vllm.ShiraWorkerExtension``. `shira.serve.changes` has the steps of each change. With
+``cache="salt"`` the prefix cache is not dropped at a switch: each state's blocks are kept apart by
+vLLM's ``cache_salt``, so that each finds its own again; then every request must go through
+`generate`, which adds the salt.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from shira.errors import ServeError
+from shira.serve import changes
 from shira.serve.async_client import AsyncClient
-from shira.serve.journal import Kept, Record
-from shira.serve.reports import Reports, checked, located, named, salted, slept, wanted
-from shira.serve.restoring import drive, steps
-from shira.serve.shared import NO_RESET, Cache, Weights, policy, shared_of
-from shira.serve.watch import unreachable, watched
+from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, Weights, unreachable
+from shira.serve.journal import Record, drive, restoring
+from shira.serve.messages import located, named, salted, slept, wanted
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 
-T = TypeVar("T")
 
-
-class Client:
+class Client(Changes):
     """Adapters of a ``vllm.LLM``.
 
     Args:
@@ -47,30 +42,9 @@ class Client:
     """
 
     def __init__(self, llm: Any, *, cache: Cache = "reset") -> None:
+        super().__init__(llm, cache, threading.RLock)
         self.llm = llm
-        self.cache = policy(cache)
-        self._shared = shared_of(llm, threading.RLock)
-        self._lock = self._shared.lock
-        self._call("shira_list")
-
-    @property
-    def active(self) -> dict[str, float]:
-        """What is active: scale by name; empty for the base."""
-        return dict(self._shared.reports.active)
-
-    @property
-    def salt(self) -> str:
-        """The ``cache_salt`` of the present state."""
-        return self._shared.reports.salt
-
-    @property
-    def record(self) -> Record:
-        """What was loaded through clients of this engine, and is active; there without it too.
-
-        `shira.serve.journal` writes it to a file and reads it. Values that a `ValueSender` sent are
-        not in it: the adapter's file has those of before.
-        """
-        return self._shared.record()
+        self._do(self._call("shira_list"))
 
     def restore(self, record: Record) -> None:
         """Load and activate in this engine, a new one, what another held.
@@ -82,7 +56,7 @@ class Client:
         """
         do: dict[str, Callable[..., Any]]
         do = {"load": self.load, "unload": self.unload, "activate": self.activate}
-        drive(steps(replace(record, combinations={})), lambda kind, *args: do[kind](*args))
+        drive(restoring(replace(record, combinations={})), lambda kind, *args: do[kind](*args))
 
     def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """Let every worker hold the adapter at a path; returns what rank 0 said of it.
@@ -91,23 +65,20 @@ class Client:
             ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
             FileNotFoundError: If there is nothing at the path.
         """
-        name, path = named(name), located(path)
-        said = self._call("shira_load", name, path, bool(compare)).first
-        self._shared.kept[name] = Kept(path, said["digest"])
-        return said
+        loading = self._loading(named(name), located(path), bool(compare))
+        return self._do(loading)  # type: ignore[no-any-return]
 
     def unload(self, name: str) -> None:
         """Let every worker forget an adapter that is not active."""
-        self._call("shira_unload", named(name))
-        self._shared.kept.pop(name, None)
+        self._do(self._unloading(named(name)))
 
     def list(self) -> dict[str, Any]:
-        """What rank 0 holds: ``adapters``, ``active``, ``state``."""
-        return self._call("shira_list").first
+        """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
+        return self._do(self._call("shira_list")).first  # type: ignore[no-any-return]
 
     def fingerprint(self) -> Sequence[dict[str, Any]]:
-        """For each rank: hashes of its weights, ``base`` and as they are."""
-        return self._call("shira_fingerprint").each
+        """Return, for each rank, hashes of its weights: ``base``, and as they are."""
+        return self._do(self._call("shira_fingerprint")).each  # type: ignore[no-any-return]
 
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make adapters active on all ranks, in place of those that are.
@@ -124,17 +95,14 @@ class Client:
         which = wanted(weights, scale)
         with self._lock:
             self._check_idle()
-            said = self._call("shira_activate", which)
-            if self.cache == "reset" and not self._drop_caches():
-                self._call("shira_activate", said.first["previous"])
-                raise ServeError(NO_RESET)
+            self._do(self._switching(which, self.llm.llm_engine.reset_encoder_cache))
 
     def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Raise what `activate` would raise of these adapters and scales; nothing changes."""
-        self._call("shira_check", wanted(weights, scale))
+        self._do(self._call("shira_check", wanted(weights, scale)))
 
     def deactivate(self) -> None:
-        """The base again, bit for bit; raises as `activate`."""
+        """Make the base active again, bit for bit; raises as `activate`."""
         self.activate(None)
 
     @contextmanager
@@ -148,7 +116,7 @@ class Client:
             self.activate(before)
 
     def generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """``llm.generate`` under the present state; in salt mode with its salt on each prompt."""
+        """Call ``llm.generate`` under the present state, in salt mode with its salt on prompts."""
         with self._lock:
             if self.cache == "salt":
                 single = isinstance(prompts, (str, Mapping))
@@ -157,7 +125,7 @@ class Client:
             return self.llm.generate(prompts, *args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
-        """``llm.sleep``. Loaded adapters and what is active survive both levels.
+        """Call ``llm.sleep``. Loaded adapters and what is active survive both levels.
 
         At level 1 vLLM keeps the weights, with what is active in them; at level 2 it drops them,
         and `wake_up` loads the base anew and applies what was active.
@@ -165,38 +133,50 @@ class Client:
         level = slept(level)
         with self._lock:
             self._check_idle()
-            self._call("shira_sleep", level)
-            self._shared.discarded = level >= 2
-            self._ask("sleep", lambda: self.llm.sleep(level=level))
+            self._do(self._sleeping(level))
 
     def wake_up(self) -> None:
-        """``llm.wake_up``, after level 2 with the weights reloaded before any request runs."""
+        """Call ``llm.wake_up``, after level 2 with the weights reloaded before any request runs."""
         with self._lock:
-            if self._shared.discarded:
-                self._ask("wake_up", lambda: self.llm.wake_up(tags=["weights"]))
-                self._ask("reload_weights", lambda: self.llm.collective_rpc("reload_weights"))
-                self._call("shira_rebase")
-                self._shared.discarded = False
-            self._ask("wake_up", self.llm.wake_up)
-            self._drop_caches()
+            self._do(self._waking())
+            self._do(self._dropping_caches(self.llm.llm_engine.reset_encoder_cache))
 
     def _check_idle(self) -> None:
         if self.llm.llm_engine.has_unfinished_requests():
             raise ServeError("requests are unfinished: wait_for_completion() before switching")
 
-    def _drop_caches(self) -> bool:
-        self._ask("reset_encoder_cache", self.llm.llm_engine.reset_encoder_cache)
-        reset = self.llm.reset_prefix_cache
-        return bool(self._ask("reset_prefix_cache", lambda: reset(reset_connector=True)))
-
-    def _call(self, method: str, *args: Any) -> Reports:
+    def _do(self, steps: Steps) -> Any:
         with self._lock:  # answers are told apart by nothing but their order
-            answers = self._ask(method, lambda: self.llm.collective_rpc(method, args=args))
-            self._shared.reports = checked(answers, method)
-            return self._shared.reports
+            answer = None
+            try:
+                while True:
+                    what, call = steps.send(answer)
+                    try:
+                        answer = _answer(self.llm, call)
+                    except Exception as error:
+                        raise unreachable(what, error) from error
+            except StopIteration as end:
+                return end.value
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
+
+def _answer(llm: Any, call: Callable[[], Any]) -> Any:
+    """Call into the engine, and wait for the answer as long as it lives."""
+    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    resources = getattr(core, "resources", None)
+    if resources is None:  # an engine in this process: it dies with us
+        return call()
+    answer: Future[Any] = Future()
+
+    def run() -> None:
         try:
-            return watched(self.llm, call)
-        except Exception as error:
-            raise unreachable(what, error) from error
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="shira-call", daemon=True).start()
+    while True:
+        try:
+            return answer.result(timeout=changes.LOOK)
+        except NotYet:
+            if not answer.done() and resources.engine_dead:
+                raise EngineGoneError from None

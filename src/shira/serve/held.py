@@ -28,9 +28,9 @@ from shira.ops.patch import Patch, same_bits
 from shira.serve.checking import Stored, nothing_stored
 from shira.serve.exchange import Change
 from shira.serve.loading import Loaded, load
+from shira.serve.messages import named
 from shira.serve.placement import Loads, Placement, held_by, storage_key, trace, whole_storage
 from shira.serve.ranks import Alone, Ranks, agree
-from shira.serve.reports import named
 from shira.switch.plan import Entry, combined
 
 _CHUNK = 2**24  # entries hashed at a time

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine held, as plain values and as a file, so that a new engine can be given the same.
+"""Record of an engine's adapters, its file, and the steps that give a new engine the same.
 
 A `Record` names adapters by the path and the digest with which they were loaded, and says what was
 active. The journal is its file: JSON, replaced as a whole (`shira.store.atomic`), so that whoever
@@ -10,7 +10,8 @@ reads it finds the state before a change or after it::
      "combinations": {"mix": {"french": 0.5, "german": 0.5}},
      "active": {"french": 1.0}}
 
-`shira.serve.restoring` gives it back to an engine. Knows no engine itself.
+`restoring` says what to do next to give it back and is told how it went; `drive` and `drive_async`
+do it with whatever the engine is (`Client`, `AsyncClient`, a server). Imports no engine.
 """
 
 from __future__ import annotations
@@ -20,19 +21,29 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from shira.delta import checked_scale
-from shira.errors import AdapterError, FileFormatError
+from shira.errors import AdapterError, FileFormatError, RestoreError, ServeError, ShiraError
 from shira.store.atomic import write_atomically
 from shira.store.json_text import parse_object
 
 _FORMAT = "shira_journal"
 _VERSION = 1
 _LARGEST = 16 * 2**20  # bytes
+
+
+Step = tuple[str, tuple[Any, ...]]
+"""``("load", (name, path))``, ``("unload", (name,))``, ``("combine", (name, weights))`` or
+``("activate", (weights,))``."""
+
+Steps = Generator[Step, Any, None]
+
+ACTIVE = "(active)"
+"""In the place of a name: what was active could not be made active again."""
 
 
 class Kept(NamedTuple):
@@ -46,7 +57,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What an engine holds.
+    """Adapters and combinations that an engine holds, and which are active.
 
     Attributes:
         adapters: By name.
@@ -91,7 +102,7 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Record:
-    """The record in a file; an empty one if there is no file yet.
+    """Return the record in a file; an empty one if there is no file yet.
 
     Raises:
         FileFormatError: If it is no journal, or no regular file of at most 16 MiB.
@@ -136,6 +147,86 @@ def set_aside(path: str | os.PathLike[str]) -> Path:
     aside = next(name for name in names if not os.path.lexists(name))
     place.rename(aside)
     return aside
+
+
+def restoring(record: Record) -> Steps:
+    """Yield what gives an engine a record, step by step; ``load`` is sent the engine's report.
+
+    An adapter that is gone, damaged or no longer the one of before is left out and named at the
+    end; the others are restored.
+
+    Raises:
+        RestoreError: At the end, if something could not be restored.
+        ServeError: If the engine is lost.
+    """
+    failed: dict[str, Exception] = {}
+    for name, kept in record.adapters.items():
+        try:
+            report = yield "load", (name, kept.path)
+            if report["digest"] != kept.digest:
+                yield "unload", (name,)
+                raise AdapterError(
+                    f"the adapter at {kept.path!r} has changed since it was loaded as {name!r} "
+                    f"(digest {report['digest']}, then {kept.digest}); load it again to "
+                    "have the new one"
+                )
+        except (ShiraError, OSError) as error:
+            if isinstance(error, ServeError):
+                yield "activate", ({},)  # raises if it is the engine that failed, not the adapter
+            failed[name] = error
+    for name, terms in record.combinations.items():
+        try:
+            _check_there(terms, failed)
+            yield "combine", (name, terms)
+        except ShiraError as error:
+            failed[name] = error
+    if record.active:
+        try:
+            _check_there(record.active, failed)
+            yield "activate", (record.active,)
+        except ShiraError as error:
+            failed[ACTIVE] = error
+    if failed:
+        told = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise RestoreError(f"not restored: {told}", failed)
+
+
+def drive(todo: Steps, do: Callable[..., Any]) -> None:
+    """Take the steps; ``do(kind, *arguments)`` takes one."""
+    step = _after(todo, None)
+    while step is not None:
+        outcome: Any
+        try:
+            outcome = do(step[0], *step[1])
+        except Exception as error:
+            outcome = error
+        step = _after(todo, outcome)
+
+
+async def drive_async(todo: Steps, do: Callable[..., Awaitable[Any]]) -> None:
+    """Take the steps as `drive` does, with an asynchronous ``do``."""
+    step = _after(todo, None)
+    while step is not None:
+        outcome: Any
+        try:
+            outcome = await do(step[0], *step[1])
+        except Exception as error:
+            outcome = error
+        step = _after(todo, outcome)
+
+
+def _after(todo: Steps, outcome: Any) -> Step | None:
+    """Return the step that follows the outcome of the one before; None: there is none."""
+    try:
+        return todo.throw(outcome) if isinstance(outcome, Exception) else todo.send(outcome)
+    except StopIteration:
+        return None
+
+
+def _check_there(terms: Any, failed: dict[str, Exception]) -> None:
+    missing = [name for name in terms if name in failed]
+    if missing:
+        raise AdapterError(f"{', '.join(map(repr, missing))} could not be restored")
 
 
 def _checked(scales: Mapping[str, float]) -> dict[str, float]:

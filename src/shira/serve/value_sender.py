@@ -24,8 +24,8 @@ import torch
 from shira.delta import SparseDelta
 from shira.errors import ServeError
 from shira.serve.fixed_support import FixedSupport
+from shira.serve.messages import located, named
 from shira.serve.ranks import Failure
-from shira.serve.reports import located, named
 from shira.serve.values_wire import Wire, check_ends
 
 

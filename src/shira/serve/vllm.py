@@ -36,9 +36,9 @@ from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.held import Held
+from shira.serve.messages import located, named, slept, wanted
 from shira.serve.placement import Placement, storage_key
 from shira.serve.ranks import Failure
-from shira.serve.reports import located, named, slept, wanted
 
 __all__ = ["ShiraWorkerExtension"]
 

@@ -30,8 +30,8 @@ from shira.errors import ConfigError, ServeError, shown
 from shira.serve.client import AsyncClient
 from shira.serve.http import routes
 from shira.serve.http.durable import DurableService
-from shira.serve.http.errors import encoded
-from shira.serve.http.paths import folder_of_adapters
+from shira.serve.http.names import folder_of_adapters
+from shira.serve.http.routes import encoded
 from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import BODY_LIMIT, Turns, answering
 

@@ -12,7 +12,7 @@ import pytest
 
 from shira.errors import ServeError
 from shira.serve import journal
-from shira.serve.http import errors, routes
+from shira.serve.http import routes
 from shira.serve.http.durable import DurableService
 from shira.serve.journal import Kept, Record
 
@@ -212,7 +212,7 @@ def test_a_journal_that_cannot_be_read_is_set_aside(folder, content, caplog):
         site = DurableSite(folder, path)
         assert await site.restart() == {}
         said = (await site.own(routes.LIST))[1]
-        assert json.loads(errors.encoded(said))["journal_set_aside"]["file"] == (
+        assert json.loads(routes.encoded(said))["journal_set_aside"]["file"] == (
             "journal.json.unreadable-3"
         )
         assert str(folder.parent) not in said["journal_set_aside"]["why"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shira.serve.http import errors, routes
+from shira.serve.http import routes
 
 from .fakes import post
 from .test_turns import lines, on_site
@@ -82,7 +82,7 @@ def test_what_is_refused_changes_nothing(tmp_path, body, status):
     async def test(site):
         before = (await site.own(routes.LIST))[1]
         got, value = await site.own(routes.LOAD, json.dumps(body).encode())
-        json.loads(errors.encoded(value))
+        json.loads(routes.encoded(value))
         error = value["error"]
         error["message"].encode()
         assert (got, error["code"]) == (status, status)
@@ -115,8 +115,8 @@ def test_a_scale_that_is_none_is_a_400_and_is_not_kept(tmp_path, scale):
         body = b'{"name": "mix", "adapters": {"fr": ' + scale + b"}}"
         status, value = await site.own(routes.LOAD, body)
         assert (status, value["error"]["code"]) == (400, 400)
-        errors.encoded(value)
-        errors.encoded((await site.own(routes.LIST))[1])
+        routes.encoded(value)
+        routes.encoded((await site.own(routes.LIST))[1])
         assert "mix" not in site.service.served
 
     on_site(test, tmp_path)
@@ -149,7 +149,7 @@ def test_any_body_has_an_answer_that_can_be_sent(tmp_path_factory, requests):
             status, value = await site.own(path, json.dumps(body).encode())
             assert status in (200, 400, 403, 404, 409), value
             for told in (value, (await site.own(routes.LIST))[1]):
-                json.loads(errors.encoded(told), parse_constant=pytest.fail)
+                json.loads(routes.encoded(told), parse_constant=pytest.fail)
             for served in site.service.served.values():
                 assert all(math.isfinite(scale) for scale in served.weights.values())
 
@@ -243,6 +243,6 @@ def test_own_routes_wait_for_no_turn(tmp_path):
 
 
 def test_defects_are_told_without_their_inside():
-    status, value = errors.describe(RuntimeError("/home/secret"))
+    status, value = routes.describe(RuntimeError("/home/secret"))
     assert status == 500
     assert "secret" not in value["error"]["message"]

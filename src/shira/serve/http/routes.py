@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The service's own routes: a JSON body in, a status and a JSON value out; no web framework.
 
+Errors are as OpenAI's API writes them: ``{"error": {message, type, param, code}}``.
+
 A body has `BODY_LIMIT` bytes at most, so that reading it holds up no one, and is strict JSON: no
 NaN, no key twice.
 
@@ -15,11 +17,20 @@ GET  /v1/shira_adapters          what is served, what is active, who waits
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from shira.errors import AdapterError, ServeError, did_you_mean
-from shira.serve.http.errors import TooLargeError, describe
+from shira.errors import (
+    AdapterError,
+    ConfigError,
+    FileFormatError,
+    ServeError,
+    ShiraError,
+    UnknownAdapterError,
+    did_you_mean,
+)
+from shira.serve.http.names import NameTakenError, PathRefusedError
 from shira.serve.http.service import AdapterService
 from shira.store.json_text import parse_object
 
@@ -41,11 +52,17 @@ _FIELDS: dict[str, tuple[set[str], set[str]]] = {
 }
 OWN_PATHS = frozenset(_FIELDS)
 
+_LONGEST = 4000  # characters of a message, of which a client's own words may be the most
+
+
+class TooLargeError(AdapterError):
+    """A body that has more bytes, or more items, than the server reads."""
+
 
 async def answer(
     service: AdapterService | None, path: str, data: bytes = b""
 ) -> tuple[int, dict[str, Any]]:
-    """Status and JSON value for a request to one of the routes; never raises an Exception.
+    """Return status and JSON value for a request to one of the routes; never raises an Exception.
 
     Args:
         service: None as long as there is no engine.
@@ -79,3 +96,44 @@ def _fields(path: str, data: bytes) -> dict[str, Any]:
     if missing := required - value.keys():
         raise AdapterError(f"{path} needs the field {', '.join(sorted(missing))}")
     return value
+
+
+def encoded(value: dict[str, Any]) -> bytes:
+    """Return a response's JSON in ASCII, whatever is in it, without NaN and infinity."""
+    return json.dumps(value, allow_nan=False).encode()
+
+
+def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Return status and body for an error.
+
+    What the caller can mend is told in full; what he cannot (a defect, an engine that has died) is
+    told by its kind alone when it is none of shira's.
+    """
+    status, kind = _kind(error)
+    if isinstance(error, ShiraError | FileNotFoundError):
+        message = str(error)
+    else:
+        message = f"the server failed: {type(error).__name__}"
+    return status, body(message, kind, status)
+
+
+def body(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """Return the JSON value of an error; lone surrogates are shown as escapes."""
+    message = message[:_LONGEST].encode(errors="backslashreplace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _kind(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, UnknownAdapterError | FileNotFoundError):
+        return 404, "NotFoundError"
+    if isinstance(error, NameTakenError):
+        return 409, "ConflictError"
+    if isinstance(error, PathRefusedError):
+        return 403, "PermissionDeniedError"
+    if isinstance(error, TooLargeError):
+        return 413, "BadRequestError"
+    if isinstance(error, AdapterError | ConfigError | FileFormatError):
+        return 400, "BadRequestError"
+    if isinstance(error, ShiraError):  # an engine that cannot now
+        return 503, "ServiceUnavailableError"
+    return 500, "InternalServerError"

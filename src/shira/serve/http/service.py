@@ -22,8 +22,7 @@ from shira.errors import (
     UnknownAdapterError,
     did_you_mean,
 )
-from shira.serve.http.errors import NameTakenError
-from shira.serve.http.paths import adapter_name, below
+from shira.serve.http.names import NameTakenError, adapter_name, below
 from shira.serve.scheduler import AdapterScheduler
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from shira.errors import AdapterError, ServeError
 from shira.serve.http import routes
-from shira.serve.http.errors import TooLargeError, describe, encoded
+from shira.serve.http.routes import TooLargeError, describe, encoded
 from shira.serve.http.service import AdapterService
 
 T = TypeVar("T")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client may name: paths below one folder, and names that are safe to print."""
+"""Check what clients name: paths below one folder, and names that are safe to print."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 class PathRefusedError(AdapterError):
     """A path of a client's that leads out of the folder of adapters."""
+
+
+class NameTakenError(AdapterError):
+    """A name that another adapter or the base model has already."""
 
 
 def below(folder: Path, path: object) -> Path:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from shira.errors import AdapterError, ConfigError
-from shira.serve.http.paths import PathRefusedError, adapter_name, below, folder_of_adapters
+from shira.serve.http.names import PathRefusedError, adapter_name, below, folder_of_adapters
 
 
 @pytest.fixture

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of each change of a vLLM engine, for both of its clients.
+
+vLLM invalidates nothing when weights change: blocks of its prefix cache that the old weights filled
+answer for the new ones. A switch is therefore: wait until no request runs (new ones queue), switch
+all ranks or none, drop the caches and check that vLLM did, go on. Where the caches cannot be
+dropped the switch is taken back.
+
+`Changes` writes the steps as generators that yield what to ask of the engine and are sent its
+answer; `shira.serve.client.Client` calls, `shira.serve.async_client.AsyncClient` awaits. Imports
+nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+from shira.errors import ConfigError, ServeError
+from shira.serve.journal import Kept, Record
+from shira.serve.messages import Reports, checked
+
+Weights: TypeAlias = "str | Mapping[str, float] | None"
+"""The adapters to make active: a name, ``{name: scale, ...}``, or None for the base."""
+
+Cache: TypeAlias = Literal["reset", "salt"]
+"""The fate of the prefix cache at a switch."""
+
+Steps: TypeAlias = "Generator[tuple[str, Callable[[], Any]], Any, Any]"
+"""Yields the name of a call into the engine and the call, is sent its answer."""
+
+LOOK = 0.25
+"""Seconds between two looks at the health of an engine that has not answered yet.
+
+vLLM 0.32 never answers a call that its engine took before it died, so whoever merely waited for the
+answer would wait for ever.
+"""
+
+
+@dataclass
+class Shared:
+    """The state of one engine, shared by its clients.
+
+    Two switches of one engine must not interleave, and a request salted through one client must not
+    meet a switch made through another.
+
+    Attributes:
+        lock: Held while anything is changed.
+        gate: Of the asynchronous clients: requests share it, a switch is alone.
+        discarded: Whether the engine sleeps without its weights.
+        stale: Whether its caches may hold answers of other weights: no request may run.
+        reports: The workers' last answers.
+        kept: Adapters that were loaded through the clients, by name.
+    """
+
+    lock: Any
+    gate: Any
+    discarded: bool = False
+    stale: bool = False
+    reports: Reports = field(default_factory=lambda: Reports([{"active": {}, "state": "base"}]))
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+
+_ENGINES: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()
+
+
+class EngineGoneError(Exception):
+    """The engine died before it answered."""
+
+    def __init__(self) -> None:
+        super().__init__("it died before it answered")
+
+
+class Changes:
+    """What both clients of an engine are: its state, and the steps that change it.
+
+    Args:
+        engine: The engine.
+        cache: ``"reset"`` or ``"salt"``.
+        lock: Makes the lock for the first client of the engine.
+        gate: Makes its gate.
+
+    Raises:
+        ConfigError: If there is no such cache policy.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        cache: Cache,
+        lock: Callable[[], Any],
+        gate: Callable[[], Any] = lambda: None,
+    ) -> None:
+        if cache not in ("reset", "salt"):
+            raise ConfigError(f"cache is 'reset' or 'salt', not {cache!r}")
+        self.cache = cache
+        if engine not in _ENGINES:
+            _ENGINES[engine] = Shared(lock(), gate())
+        self._engine = engine
+        self._shared = _ENGINES[engine]
+        self._lock = self._shared.lock
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Scale by name of what is active; empty for the base."""
+        return dict(self._shared.reports.active)
+
+    @property
+    def salt(self) -> str:
+        """The ``cache_salt`` of the present state."""
+        return self._shared.reports.salt
+
+    @property
+    def record(self) -> Record:
+        """The adapters that clients of this engine loaded, and the active ones; also of a lost one.
+
+        `shira.serve.journal` writes it to a file and reads it. Values that a `ValueSender` sent are
+        not in it: the adapter's file has those of before.
+        """
+        return Record(dict(self._shared.kept), {}, self.active)
+
+    def _call(self, method: str, *args: Any) -> Steps:
+        answers = yield method, partial(self._engine.collective_rpc, method, args=args)
+        self._shared.reports = checked(answers, method)
+        return self._shared.reports
+
+    def _loading(self, name: str, path: str, compare: bool) -> Steps:
+        said = (yield from self._call("shira_load", name, path, compare)).first
+        self._shared.kept[name] = Kept(path, said["digest"])
+        return said
+
+    def _unloading(self, name: str) -> Steps:
+        yield from self._call("shira_unload", name)
+        self._shared.kept.pop(name, None)
+
+    def _switching(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> Steps:
+        self._shared.stale = False
+        said = yield from self._call("shira_activate", weights)
+        if self.cache == "reset" and not (yield from self._dropping_caches(reset_encoder_cache)):
+            self._shared.stale = True  # until what was active is so again
+            yield from self._call("shira_activate", said.first["previous"])
+            self._shared.stale = False
+            raise ServeError(
+                "vLLM did not drop its prefix cache (blocks are in use), so old weights would have "
+                "answered for new ones; the switch was taken back"
+            )
+
+    def _dropping_caches(self, reset_encoder_cache: Any) -> Steps:
+        yield "reset_encoder_cache", reset_encoder_cache
+        reset = partial(self._engine.reset_prefix_cache, reset_connector=True)
+        return bool((yield "reset_prefix_cache", reset))
+
+    def _sleeping(self, level: int, **mode: str) -> Steps:
+        yield from self._call("shira_sleep", level)
+        self._shared.discarded = level >= 2
+        yield "sleep", partial(self._engine.sleep, level=level, **mode)
+
+    def _waking(self) -> Steps:
+        if self._shared.discarded:
+            yield "wake_up", partial(self._engine.wake_up, tags=["weights"])
+            yield "reload_weights", partial(self._engine.collective_rpc, "reload_weights")
+            yield from self._call("shira_rebase")
+            self._shared.discarded = False
+        yield "wake_up", self._engine.wake_up
+
+
+def unreachable(method: str, error: Exception) -> ServeError:
+    """Return the error for an engine that did not answer a call."""
+    if "has no attribute" in str(error):
+        return ServeError(
+            f"vLLM's workers do not know {method}: start the engine with "
+            "worker_extension_cls='shira.serve.vllm.ShiraWorkerExtension'"
+        )
+    return ServeError(
+        f"{method}: vLLM's engine failed ({type(error).__name__}: {error}). If a worker died the "
+        "engine is lost and must be started again; its checkpoint on disk was never written"
+    )
