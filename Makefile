@@ -96,7 +96,7 @@ $(TRITON_STAMP): $(STAMP) constraints-triton.txt
 	@touch $@
 
 test-triton: $(TRITON_STAMP)
-	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/test_triton_gradient.py
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/gradient/test_triton.py
 
 # vLLM for CPUs pins its own torch, so it has an environment of its own. Where it cannot be
 # installed (it is built for Linux) there is nothing to test.

@@ -215,7 +215,7 @@ def other_backends(device: str, dtype: torch.dtype, density: float) -> list[str]
     """Backends that can compute an unstructured support there, other than the one chosen."""
     from shira.errors import ConfigError
     from shira.ops import choose, use_backend
-    from shira.ops.dispatch import BACKENDS
+    from shira.ops.gradient import BACKENDS
 
     able = []
     chosen = choose(device, dtype, density).name

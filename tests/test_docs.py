@@ -60,7 +60,7 @@ def test_every_block_is_run_by_a_test():
 
 
 def test_the_table_of_backends_is_complete():
-    from shira.ops.dispatch import BACKENDS
+    from shira.ops.gradient import BACKENDS
 
     listed = re.findall(r"^\| `(\w+)` \| .*PU", (DOCS / "training.md").read_text(), re.MULTILINE)
     assert listed == list(BACKENDS)

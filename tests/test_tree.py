@@ -67,7 +67,7 @@ CORE = [
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
-ON_USE = {"ops.triton_kernel": {"triton"}}
+ON_USE = {"ops.gradient.triton_kernel": {"triton"}}
 CIRCLES_LEFT = ("tuner.",)  # to be removed
 
 

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random operands for the tests of ops."""
+"""Operands for the tests of ops, and the kernels for each instruction set."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from shira.ops import native, reference
+from shira.ops.native import build as building
 from shira.support import Support
+
+needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
 
 
 def random_indices(shape: Sequence[int], k: int, seed: int = 0) -> Tensor:
@@ -30,3 +39,47 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     wide_a, wide_b = a.double(), b.double()
     floor = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-30)  # terms that cancel
     return bool((wide_a - wide_b).norm() <= tolerance * wide_b.norm() + floor)
+
+
+def operands(tokens, rows, cols, dtype, strided=False):
+    left = torch.randn(rows, tokens).t() if strided else torch.randn(tokens, rows)
+    return left.to(dtype), torch.randn(tokens, cols).to(dtype)
+
+
+def dense(left, right, indices):
+    flat = (indices[0].long() * right.shape[1] + indices[1].long()).to(left.device)
+    return reference.weight_gradient(left, right, flat)
+
+
+def supported():
+    best = native.load().library.instruction_set
+    order = ["base", "avx2", "avx512"]
+    return order[: order.index(best) + 1]
+
+
+@cache
+def kernels_of(instruction_set):
+    """The kernels for an instruction set; AVX-512's with vectors made of AVX2's if need be."""
+    if instruction_set in supported():
+        return native.kernels_for(instruction_set)
+    if "avx2" not in supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "wide.so"
+        try:
+            building.build(library, {instruction_set: ["-march=x86-64-v3", "-DWIDE"]})
+        except building.BuildError as error:
+            pytest.skip(str(error))
+        return native.Kernels(ctypes.CDLL(str(library)), instruction_set)
+
+
+class torch_threads:
+    def __init__(self, number):
+        self.number = number
+
+    def __enter__(self):
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)

@@ -18,8 +18,7 @@ from shira.base import replacement
 from shira.ops import make_plan, native
 from shira.ops.native import build as building
 
-from .cases import random_indices
-from .test_weight_gradient import needs_kernels, supported
+from .cases import needs_kernels, random_indices, supported
 
 NO_COMPILER = "there is no C compiler (cc, gcc or clang; CC names another)"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

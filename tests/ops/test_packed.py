@@ -15,8 +15,7 @@ from shira.masks import random_support
 from shira.ops import gaps, make_plan, native
 from shira.ops.packed import gaps_of, is_packed, pack, support_of, unpack
 
-from .cases import random_indices
-from .test_weight_gradient import needs_kernels, supported, torch_threads
+from .cases import needs_kernels, random_indices, supported, torch_threads
 
 
 def packed(support: Support) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shira.ops import native
 from shira.ops.patch import ChangedEntryError, Exchange, Exchanges, Overwritten, Patch, base_at
 
-from .test_weight_gradient import supported
+from .cases import supported
 
 
 @pytest.fixture(params=["torch", "base", "avx2", "avx512"], autouse=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from shira.ops.gradient import weight_gradient
 from shira.ops.plan import Plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.util import as_matrix, autocasts, no_view, runs_eagerly, shape_like
-from shira.ops.weight_gradient import weight_gradient
 
 
 def _forward(

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.base import accumulation_dtype
+from shira.ops.gradient import weight_gradient
+from shira.ops.gradient.through_torch import silence_csr_warning
 from shira.ops.memory import keep_over_fork
 from shira.ops.plan import Pattern, Plan, plan_for
-from shira.ops.util import no_autocast, quiet_about_csr
-from shira.ops.weight_gradient import weight_gradient
+from shira.ops.util import no_autocast
 
 
 @torch.library.custom_op(
@@ -200,5 +201,5 @@ def _kept(where: Any, indices: Tensor, plan: Plan, make: Callable[[], Any]) -> A
 
 
 def _csr(pattern: Pattern | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    quiet_about_csr()
+    silence_csr_warning()
     return torch.sparse_csr_tensor(pattern.crow, pattern.col, values, shape, check_invariants=False)

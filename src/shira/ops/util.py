@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -53,11 +51,3 @@ def no_view(result: Tensor) -> Tensor:
 def shape_like(tensor: Tensor, needed: bool) -> Tensor:
     """For fake kernels: an empty tensor of this shape, or of none."""
     return tensor.new_empty(tensor.shape if needed else 0)
-
-
-@cache
-def quiet_about_csr() -> None:
-    """Make torch's one warning that sparse CSR is beta here, where it tells the user nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.eye(1).to_sparse_csr()

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from shira.errors import MissingDependencyError
 from shira.masks import block_support
-from shira.ops import make_plan, reference
-from shira.ops import triton_gradient as module
-from shira.ops.triton_gradient import TILE_FLOAT, TILE_HALF, Tile, available, make_tile_lists
-from shira.ops.triton_gradient import triton_weight_gradient as kernel
+from shira.ops import make_plan
+from shira.ops.gradient.triton import TILE_FLOAT, TILE_HALF, Tile, available, make_tile_lists
+from shira.ops.gradient.triton import triton_weight_gradient as kernel
 
-from .cases import close, random_indices
+from .. import cases
+from ..cases import close, dense, random_indices
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(16, 16, 16, 1)
@@ -34,17 +34,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def operands(rows, cols, tokens, dtype, strided=False):
-    left = torch.randn(rows, tokens).t() if strided else torch.randn(tokens, rows)
-    return left.to(DEVICE, dtype), torch.randn(tokens, cols).to(DEVICE, dtype)
+    left, right = cases.operands(tokens, rows, cols, dtype, strided)
+    return left.to(DEVICE), right.to(DEVICE)
 
 
 def plan_of(indices, rows, cols):
     return make_plan([indices.to(DEVICE)], (rows, cols), (cols, 1))
-
-
-def dense(left, right, indices):
-    flat = (indices[0].long() * right.shape[1] + indices[1].long()).to(left.device)
-    return reference.weight_gradient(left, right, flat)
 
 
 @needs_triton
@@ -127,15 +122,6 @@ def test_only_the_tiles_of_chosen_blocks_are_computed():
     assert make_tile_lists(plan, TILE_FLOAT).row.numel() == 5
 
 
-def test_lists_live_as_long_as_their_plan():
-    plan = make_plan([random_indices((20, 30), 50)], (20, 30), (30, 1))
-    before = len(module._KEPT)
-    assert module.tile_lists(plan, SMALL) is module.tile_lists(plan, SMALL)
-    assert len(module._KEPT) == before + 1
-    del plan
-    assert len(module._KEPT) == before
-
-
 def test_it_says_why_not(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -162,8 +148,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from shira.ops.triton_gradient import TILE_FLOAT, TILE_HALF
-from shira.ops.triton_kernel import sampled_tile
+from shira.ops.gradient.triton import TILE_FLOAT, TILE_HALF
+from shira.ops.gradient.triton_kernel import sampled_tile
 
 names = [parameter.name for parameter in sampled_tile.params]
 for dtype, tile, mma in (("bf16", TILE_HALF, True), ("fp32", TILE_FLOAT, False)):

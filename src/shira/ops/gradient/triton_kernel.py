@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel of `triton_gradient`, in a file of its own because importing it needs Triton.
+"""The kernel of ``triton.py``, not measured on a GPU; a file of its own, as importing needs Triton.
 
 One program makes one tile of ``left^T right`` in registers and writes the chosen positions of it,
 and nothing else, to memory.
@@ -35,7 +35,7 @@ def sampled_tile(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # no annotation but constexpr: Triton reads them
-    """out[dest[e]] = the tile's product at local[e], for the entries e of one tile."""
+    """Set out[dest[e]] to the tile's product at local[e], for the entries e of one tile."""
     tile = tl.program_id(0)
     # Said, or loads would be entry by entry: what comes from memory is not known to be aligned.
     row = tl.multiple_of(tl.load(tile_row + tile), TILE_ROWS) + tl.arange(0, TILE_ROWS)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``(left^T right)[S]`` on a GPU through a Triton kernel: no dense gradient reaches memory.
+"""``(left^T right)[S]`` through a Triton kernel, which has not been measured on a GPU.
 
-The product is made tile by tile, as any matrix product is. Where that would write a tile to
-memory, this writes its chosen positions only::
+No dense gradient reaches memory. The product is made tile by tile, as any matrix product is. Where
+that would write a tile to memory, this writes its chosen positions only::
 
     plan:    entries sorted by tile;  start[t] : start[t + 1]  are those of tile t,
              local = place within the tile,  dest = place in the result
@@ -22,14 +22,13 @@ How to take scattered positions out of a tile that lives in registers, and what 
 
 Triton is optional and loaded on first use. Without a GPU, Triton's interpreter
 (``TRITON_INTERPRET=1``, set before Triton is imported) runs the same kernel slowly; the tests do.
-Tile sizes have been chosen by counting bytes, not by measurement: none was made on a GPU yet.
+Tile sizes have been chosen by counting bytes, not by measurement.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tile(NamedTuple):
-    """What one program computes: powers of two, at least 16."""
+    """Rows, columns and tokens of one program: powers of two, at least 16."""
 
     rows: int
     cols: int
@@ -78,7 +77,7 @@ class TileLists(NamedTuple):
 def available(
     device: torch.device | str = "cuda", dtype: torch.dtype = torch.float32
 ) -> tuple[bool, str]:
-    """Whether `triton_weight_gradient` can run here, and why or why not; imports nothing.
+    """Return whether `triton_weight_gradient` can run here, and why or why not; imports nothing.
 
     Args:
         device: Where the operands are.
@@ -97,14 +96,14 @@ def available(
 
 
 def interpreted() -> bool:
-    """Whether Triton would run kernels in its interpreter."""
+    """Return whether Triton would run kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def triton_weight_gradient(
     left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype, tile: Tile | None = None
 ) -> Tensor:
-    """``(left^T right)`` at the plan's support, without a dense gradient in memory.
+    """Compute ``(left^T right)`` at the plan's support, without a dense gradient in memory.
 
     Float32 operands are multiplied in float32; TF32 is used where
     ``torch.backends.cuda.matmul.allow_tf32`` says that it may. The result is the same at each call.
@@ -127,7 +126,7 @@ def triton_weight_gradient(
     if not fits:
         missing = importlib.util.find_spec("triton") is None
         raise (MissingDependencyError if missing else ValueError)(why)
-    from shira.ops.triton_kernel import sampled_tile
+    from shira.ops.gradient.triton_kernel import sampled_tile
 
     # Positions without tokens are zero; all others are written by exactly one program.
     tokens = left.shape[0]
@@ -135,7 +134,7 @@ def triton_weight_gradient(
     if not plan.nnz or not tokens:
         return out.to(wide)
     tile = tile or (TILE_FLOAT if left.dtype == torch.float32 else TILE_HALF)
-    tiles = tile_lists(plan, tile)
+    tiles = plan.memo(tile, lambda: make_tile_lists(plan, tile))
     tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     sampled_tile[(tiles.row.numel(),)](
         left,
@@ -159,17 +158,6 @@ def triton_weight_gradient(
         num_warps=tile.warps,
     )
     return out.to(wide)
-
-
-_KEPT: weakref.WeakKeyDictionary[Plan, dict[Tile, TileLists]] = weakref.WeakKeyDictionary()
-
-
-def tile_lists(plan: Plan, tile: Tile) -> TileLists:
-    """The lists for a plan, made once and kept as long as the plan. O(k log k) the first time."""
-    kept = _KEPT.setdefault(plan, {})
-    if tile not in kept:
-        kept[tile] = make_tile_lists(plan, tile)
-    return kept[tile]
 
 
 def make_tile_lists(plan: Plan, tile: Tile) -> TileLists:

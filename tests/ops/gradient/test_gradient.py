@@ -3,37 +3,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import allocator_peak
 from shira.blocks import support_of_blocks
 from shira.errors import ConfigError
 from shira.ops import (
     choose,
     make_plan,
     native,
-    reference,
     set_scratch_bytes,
     use_backend,
     weight_gradient,
 )
-from shira.ops.chunked import chunked, scratch_bytes
-from shira.ops.native import build as building
-from shira.ops.sampled import sampled
-from shira.ops.tiles import batched, tiled
+from shira.ops.gradient import BACKENDS
+from shira.ops.gradient.through_torch import batched, chunked, sampled, scratch_bytes
 
-from .cases import close, random_indices
+from ..cases import close, dense, kernels_of, needs_kernels, operands, random_indices, torch_threads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
 
 
 @pytest.fixture
@@ -41,16 +34,6 @@ def scratch():
     before = scratch_bytes()
     yield set_scratch_bytes
     set_scratch_bytes(before)
-
-
-def operands(tokens, rows, cols, dtype, strided=False):
-    left = torch.randn(rows, tokens).t() if strided else torch.randn(tokens, rows)
-    return left.to(dtype), torch.randn(tokens, cols).to(dtype)
-
-
-def dense(left, right, indices, cols):
-    flat = indices[0].long() * cols + indices[1].long()
-    return reference.weight_gradient(left, right, flat)
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +51,7 @@ def test_every_way_equals_the_dense_product(rows, cols, tokens, share, dtype, st
     indices = random_indices((rows, cols), k)
     plan = make_plan([indices], (rows, cols), (cols, 1))
     left, right = operands(tokens, rows, cols, dtype, strided)
-    want = dense(left, right, indices, cols)
+    want = dense(left, right, indices)
     wide, kept = want.dtype, scratch_bytes()
     set_scratch_bytes(size)
     try:
@@ -87,7 +70,7 @@ def test_sampled_adds_up_pieces_of_the_tokens():
     plan = make_plan([indices], (6, 7), (7, 1))
     left, right = operands(600, 6, 7, torch.float64)
     assert close(
-        sampled(left, right, plan, torch.float64), dense(left, right, indices, 7), torch.float64
+        sampled(left, right, plan, torch.float64), dense(left, right, indices), torch.float64
     )
 
 
@@ -115,7 +98,7 @@ def test_compiled_entries_equal_the_dense_product(
         got = kernels.entries(left, right, *plan.compressed())
         again = kernels.entries(left, right, *plan.compressed())
     assert torch.equal(got, again)  # the same bits for the same number of threads
-    assert close(got, dense(left, right, indices, cols), torch.float32)
+    assert close(got, dense(left, right, indices), torch.float32)
 
 
 @needs_kernels
@@ -139,8 +122,8 @@ def test_tiles_equal_the_dense_product(instruction_set, data):
     if plan.tiles is None:  # a cut block alone may have no structure
         return
     left, right = operands(tokens, rows, cols, dtype)
-    want = dense(left, right, support.coordinates(), cols)
-    assert close(tiled(left, right, plan, want.dtype), want, want.dtype)
+    want = dense(left, right, support.coordinates())
+    assert close(BACKENDS["tiles"].compute(left, right, plan, want.dtype), want, want.dtype)
     assert close(batched(left, right, plan, plan.tiles, want.dtype), want, want.dtype)
     if dtype != torch.float64:
         at = plan.tiles
@@ -149,13 +132,29 @@ def test_tiles_equal_the_dense_product(instruction_set, data):
         assert close(got, want, torch.float32)
 
 
+def test_the_bound_on_scratch_memory_holds():
+    rows, cols, k = 512, 256, 2000  # a dense gradient of 512 KiB
+    plan = make_plan([random_indices((rows, cols), k)], (rows, cols), (cols, 1))
+    left, right = torch.randn(16, rows), torch.randn(16, cols)
+    kept = scratch_bytes()
+    try:
+        set_scratch_bytes(2**15)
+        peak = allocator_peak(lambda: chunked(left, right, plan, torch.float32))
+        # one piece beside its successor, the result, and places and values of a piece's entries
+        assert peak < 3 * 2**15 + 6 * 4 * k
+        set_scratch_bytes(2**20)
+        assert allocator_peak(lambda: chunked(left, right, plan, torch.float32)) > rows * cols * 4
+    finally:
+        set_scratch_bytes(kept)
+
+
 def test_batched_tiles_some_at_a_time(scratch):
     support = support_of_blocks((40, 24), 8, torch.tensor([0, 5, 7, 14]))
     plan = make_plan([support.coordinates()], (40, 24), (24, 1))
     left, right = operands(5, 40, 24, torch.float32)
     scratch(1)
     got = batched(left, right, plan, plan.tiles, torch.float32)
-    assert close(got, dense(left, right, support.coordinates(), 24), torch.float32)
+    assert close(got, dense(left, right, support.coordinates()), torch.float32)
 
 
 def test_no_tokens_no_gradient():
@@ -215,37 +214,3 @@ def test_scratch_memory_is_a_positive_number(monkeypatch, bad):
     monkeypatch.setitem(os.environ, "SHIRA_SCRATCH_BYTES", bad)
     with pytest.raises(ConfigError, match=bad):
         scratch_bytes()
-
-
-def supported():
-    best = native.load().library.instruction_set
-    order = ["base", "avx2", "avx512"]
-    return order[: order.index(best) + 1]
-
-
-@cache
-def kernels_of(instruction_set):
-    """The kernels for an instruction set; AVX-512's with vectors made of AVX2's if need be."""
-    if instruction_set in supported():
-        return native.kernels_for(instruction_set)
-    if "avx2" not in supported():
-        pytest.skip(f"this CPU has no {instruction_set}")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "wide.so"
-        try:
-            building.build(library, {instruction_set: ["-march=x86-64-v3", "-DWIDE"]})
-        except building.BuildError as error:
-            pytest.skip(str(error))
-        return native.Kernels(ctypes.CDLL(str(library)), instruction_set)
-
-
-class torch_threads:
-    def __init__(self, number):
-        self.number = number
-
-    def __enter__(self):
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.number)
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.before)
