@@ -24,7 +24,7 @@ from shira.base import (
     replacement,
 )
 from shira.checkpoints import open_checkpoint
-from shira.cli._inspect.summary import summarize
+from shira.cli.summary import summarize
 from shira.convert import merge, to_patches
 from shira.delta import SparseDelta
 from shira.errors import WrongBaseError

@@ -16,7 +16,7 @@ from shira.base import fingerprint_fields
 from shira.checkpoints import open_checkpoint, shapes_of
 from shira.checkpoints.sources import source_of
 from shira.cli import main
-from shira.cli._inspect.summary import summarize
+from shira.cli.summary import summarize
 from shira.convert import extract, merge, to_patches
 from shira.errors import FileFormatError, MergeError, WrongBaseError
 from tests.convert.conftest import SHAPES, SHARDS, write_checkpoint

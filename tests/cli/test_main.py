@@ -92,7 +92,7 @@ def test_without_a_command_there_is_help(shira):
 def test_the_status_of_a_command_is_that_of_the_process(shira, monkeypatch):
     import typer
 
-    import shira.cli._inspect.summary as summary
+    import shira.cli.summary as summary
 
     def done(path, base):
         raise typer.Exit(1)
@@ -121,7 +121,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_an_error_of_our_own_making_is_not_swallowed(monkeypatch):
-    import shira.cli._inspect.summary as summary
+    import shira.cli.summary as summary
     from shira.cli import main
 
     def broken(path, base):
@@ -133,7 +133,7 @@ def test_an_error_of_our_own_making_is_not_swallowed(monkeypatch):
 
 
 def test_an_error_of_several_lines_becomes_one(shira, monkeypatch):
-    import shira.cli._inspect.summary as summary
+    import shira.cli.summary as summary
     from shira.errors import ShiraError
 
     def refuse(path, base):

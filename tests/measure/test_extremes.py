@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira import Adapter, overlap
-from shira.cli._inspect.figures import Figures
+from shira.cli.figures import Figures
 from shira.errors import AdapterError
 from shira.measure import compare, numerical_rank
 from shira.measure.wide import ZERO, Wide, dot, near_one, ratio, times_power, total

@@ -121,7 +121,7 @@ def command(
     if made is not None:
         lines["energy kept"] = f"{made.energy_share:.2%} of the squared update"
     lines |= {f"whole {name}": kind for name, kind in whole_tensors(adapter.tensors).items()}
-    facts("Converted" if made is None else "From LoRA", lines)
+    facts("Converted" if made is None else "From LoRA", lines.items())
     if made is not None:
         _print_weights(made)
 
@@ -136,9 +136,9 @@ def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> dict[s
 
 def written(path: Path, format: str) -> dict[str, Any]:
     """Return what JSON says of a file, or of a folder of files."""
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
-    return {"output": str(path), "format": format, "bytes": size}
+    from shira.cli.output import file_bytes
+
+    return {"output": str(path), "format": format, "bytes": file_bytes(path)}
 
 
 def _print_weights(made: FromLora) -> None:

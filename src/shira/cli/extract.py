@@ -121,7 +121,7 @@ def _show(told: Extraction, saved: Mapping[str, Any], exact: bool) -> None:
     ):
         if names:
             lines[title] = some(names)
-    facts("Extracted", lines)
+    facts("Extracted", lines.items())
     rows = [
         (c.name, f"{c.differing:,}", f"{c.kept:,}", percent(c.energy_kept, c.energy, 2))
         for c in told.changes

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shira inspect`: what is in an adapter."""
+"""`shira inspect`: what is in an adapter, and a picture of it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from shira.cli import options
+
+if TYPE_CHECKING:
+    from shira.cli.summary import Target
 
 EXAMPLES = (
     "shira inspect adapter",
@@ -18,22 +22,21 @@ EXAMPLES = (
     "shira inspect adapter.safetensors --plot adapter.png",
 )
 
+_FEW = 12  # targets that are listed one by one even when grouping is asked for
+_WIDE = 150  # columns of a terminal; a narrower one gets fewer figures rather than broken words
+_WIDE_ONLY = ("dtype", "min", "max", "std", "zeros")
+
 
 def command(
-    path: Annotated[Path, typer.Argument(help="The adapter: a folder, or its file.")],
+    path: options.AdapterPath,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Its base model: a safetensors file, a folder with some, or a name on the hub. "
-            "Tells whether it is the right one, and how many deltas bfloat16 loses."
-        ),
+        options.base("Tells whether it is the right one, and how many deltas bfloat16 loses."),
     ] = None,
     each: Annotated[
         bool, typer.Option("--all", help="List each weight, not like ones together.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything, weight by weight, as JSON.")
-    ] = False,
+    as_json: options.Json = False,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -49,25 +52,42 @@ def command(
     that count needs the base.
     """
     from shira.checkpoints import open_checkpoint
-    from shira.cli._inspect.summary import summarize
+    from shira.cli import summary as summaries
+    from shira.cli.output import facts, print_json, write
     from shira.store.outputs import check_outputs
 
     check_outputs({"--plot": plot}, [path], [base])
-    checkpoint = None if base is None else open_checkpoint(base)
-    summary = summarize(path, checkpoint)
+    summary = summaries.summarize(path, None if base is None else open_checkpoint(base))
     if plot is not None:
-        from shira.cli._inspect.plot import plot_adapter
+        from shira.cli.pictures import plot_adapter
 
         plot_adapter(summary, plot, each=each)
     if as_json:
-        print(json.dumps(summary.as_json(), indent=2))
+        print_json(summary.as_json())
         return
-
-    from shira.cli._inspect import tables
-    from shira.cli.output import console, write
-
-    out = console()
-    out.print(tables.whole(summary))
-    out.print(tables.targets(summary, each=each, width=out.width))
+    facts(str(path), summary.lines())
+    _show_targets(summary.targets, each=each)
     if plot is not None:
         write(f"{plot}: where the entries are, and a histogram of the values")
+
+
+def _show_targets(targets: tuple[Target, ...], *, each: bool) -> None:
+    """Print the adapted weights; like ones of different layers share a row unless ``each``."""
+    from shira.cli.output import console, table
+    from shira.cli.summary import TEXT_COLUMNS, together, without_number
+
+    title = "Targets"
+    if not each and len(targets) > _FEW:
+        title = "Targets (* is a layer's number; --all lists each weight)"
+        groups: dict[tuple[object, ...], list[Target]] = {}
+        for target in targets:
+            key = (without_number(target.name), target.shape, target.dtype)
+            groups.setdefault(key, []).append(target)
+        targets = tuple(together(str(key[0]), tuple(part)) for key, part in groups.items())
+    out = console()
+    rows = [target.cells() for target in targets]
+    columns = [c for c in (rows or [{}])[0] if out.width >= _WIDE or c not in _WIDE_ONLY]
+    result = table(title, *columns, right=[c for c in columns if c not in TEXT_COLUMNS])
+    for row in rows:
+        result.add_row(*(row[column] for column in columns))
+    out.print(result)

@@ -103,7 +103,7 @@ def _show(told: Merged) -> None:
         "names": told.naming,
         "base": ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)) or "-",
     }
-    facts("Merged", lines)
+    facts("Merged", lines.items())
     rows = [
         (t.key, t.dtype, f"{t.nnz:,}", f"{t.lost:,}", percent(t.lost, t.nonzero), t.base)
         for t in told.targets

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -107,10 +108,10 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def facts(title: str, lines: Mapping[str, str]) -> None:
-    """Print a line for each thing to know."""
+def facts(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Print a name and a text for each thing to know."""
     result = table(title, "what", "", show_header=False)
-    for name, value in lines.items():
+    for name, value in lines:
         result.add_row(name, value)
     console().print(result)
 
@@ -165,6 +166,12 @@ def megabytes(size: int) -> str:
     if size < 1_000_000:
         return f"{size / 1000:.0f} kB"
     return f"{size / 1_000_000:.1f} MB"
+
+
+def file_bytes(path: Path) -> int:
+    """Return the size of a file, or of the files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def plain_messages() -> None:

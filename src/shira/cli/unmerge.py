@@ -49,4 +49,4 @@ def command(
         print_json(told.as_json())
     else:
         back = f"{told.entries:,} entries in {told.tensors} weights"
-        facts("Unmerged", {**written_files(told), "put back": back})
+        facts("Unmerged", [*written_files(told).items(), ("put back", back)])

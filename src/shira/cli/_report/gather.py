@@ -10,11 +10,11 @@ from pathlib import Path
 
 from shira.adapter import Adapter
 from shira.checkpoints import Checkpoint
-from shira.cli._inspect.summary import Summary, known_shapes, summarize
 from shira.cli._report.curve import Curve, log_folder, training_curve
 from shira.cli._report.maps import Map, mask_map, side
 from shira.cli.progress import track
 from shira.cli.several import all_pairs, ranks, short_names
+from shira.cli.summary import Summary, known_shapes, summarize
 from shira.measure import Overlap, Rank
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shira.cli._inspect.pictures import heat_map
+from shira.cli.pictures import heat_map
 from shira.support import Support, matrix_shape
 
 _BYTES = 2**21  # of all maps of a page together, before they become text

@@ -6,14 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from shira.cli._inspect.pictures import histogram
-from shira.cli._inspect.summary import Target
-from shira.cli._inspect.tables import lines
 from shira.cli._report.charts import by_weight, curves, value_histogram
 from shira.cli._report.curve import Curve
 from shira.cli._report.gather import Described, Report
 from shira.cli._report.html import Child, Html, joined, tag
+from shira.cli.pictures import histogram
 from shira.cli.several import FIGURES
+from shira.cli.summary import Target
 from shira.measure import Overlap, Rank
 from shira.measure.figures import FIGURE_NAMES, cells
 
@@ -62,14 +61,14 @@ def pairs_section(report: Report) -> Html | None:
 
 def _summary(described: Described) -> Html:
     rows = (
-        tag("tr", tag("th", name), tag("td", value)) for name, value in lines(described.summary)
+        tag("tr", tag("th", name), tag("td", value)) for name, value in described.summary.lines()
     )
     return tag("table", tag("tbody", rows), class_="facts")
 
 
 def _charts(described: Described) -> Iterator[Html]:
     summary = described.summary
-    every = summary.figures
+    every = summary.all.figures
     names = [target.name for target in summary.targets]
     yield _figure(
         "Values",
@@ -95,11 +94,11 @@ def _charts(described: Described) -> Iterator[Html]:
                 stable_rank=[rank.stable_rank for rank in found],
             ),
         )
-    if summary.vanishing is not None:
+    if summary.all.vanishing is not None:
         shares = [_lost_share(target) for target in summary.targets]
         yield _figure(
             "Lost to rounding",
-            f"{summary.vanishing:,} of {every.count - every.zeros:,} deltas other than zero change "
+            f"{summary.all.vanishing:,} of {every.count - every.zeros:,} deltas other than zero change "
             "nothing in a bfloat16 copy of the base.",
             by_weight("Share of deltas lost in bfloat16", "% lost in bf16", names, all=shares),
         )
@@ -167,7 +166,7 @@ def _targets(described: Described) -> Html:
             ("rank", lambda target: str(ranks[target.name])),
             ("stable rank", lambda target: f"{ranks[target.name].stable_rank:.1f}"),
         ]
-    if described.summary.vanishing is not None:
+    if described.summary.all.vanishing is not None:
         columns.append(("lost in bf16", lambda target: f"{target.vanishing:,}"))
     rows = (
         [tag("th", number), tag("th", target.name), _cells([show(target) for _, show in columns])]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira.adapter import Adapter
-from shira.cli._inspect.pictures import CELLS, heat_map, histogram
-from shira.cli._inspect.plot import mean_maps
+from shira.cli.pictures import CELLS, heat_map, histogram, mean_maps
 from shira.delta import SparseDelta
 from shira.masks import random_support
 from shira.support import Support

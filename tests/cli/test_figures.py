@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira.cli._inspect.figures import Figures, vanishing
+from shira.cli.figures import Figures, vanishing
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 
