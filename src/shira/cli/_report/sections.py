@@ -98,8 +98,8 @@ def _charts(described: Described) -> Iterator[Html]:
         shares = [_lost_share(target) for target in summary.targets]
         yield _figure(
             "Lost to rounding",
-            f"{summary.all.vanishing:,} of {every.count - every.zeros:,} deltas other than zero change "
-            "nothing in a bfloat16 copy of the base.",
+            f"{summary.all.vanishing:,} of {every.count - every.zeros:,} deltas other than zero "
+            "change nothing in a bfloat16 copy of the base.",
             by_weight("Share of deltas lost in bfloat16", "% lost in bf16", names, all=shares),
         )
     if described.curve is not None:
