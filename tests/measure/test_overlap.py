@@ -15,8 +15,7 @@ from shira import Adapter, SparseDelta, Support, overlap
 from shira.errors import AdapterError, WrongBaseError
 from shira.fusing.reference import dense
 from shira.measure import numerical_rank
-from shira.measure.sparse import entries_of
-from shira.measure.zeros import zero_share
+from shira.measure.matrix import entries_of, zero_share
 from tests.adapters import SHAPES, adapters, delta, few, random_adapter, random_delta
 
 
@@ -151,7 +150,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch):
     shape = (50, 130)
     a, b = (entries_of(random_delta(shape, 500, seed)) for seed in (1, 2))
     whole = zero_share(a, b, shape)
-    monkeypatch.setattr("shira.measure.zeros._MEMORY", 64 * 3 * 7 + 8 * 3 * 130)
+    monkeypatch.setattr("shira.measure.matrix._MEMORY", 64 * 3 * 7 + 8 * 3 * 130)
     assert zero_share(a, b, shape) == whole
 
 

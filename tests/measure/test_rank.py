@@ -13,7 +13,7 @@ from hypothesis import given
 from shira import SparseDelta, Support
 from shira.fusing.reference import dense
 from shira.measure import numerical_rank
-from shira.measure.spectral import largest_singular_value
+from shira.measure.matrix import largest_singular_value
 from tests.adapters import SHAPES, delta, deltas, few, random_delta
 
 

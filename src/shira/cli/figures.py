@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of an adapter's values, made weight by weight and added up.
+"""Figures of an adapter's values, made weight by weight and brought together.
 
-Sums are kept instead of the values, so that an adapter of any size is described in the memory of
-its largest weight. They are `Wide`, for the squares of values that float64 holds but not theirs.
+Figures are kept instead of the values, so that an adapter of any size is described in the memory of
+its largest weight. No square of a value is made, which float64 may not hold.
 """
 
 from __future__ import annotations
@@ -14,48 +14,62 @@ import torch
 from torch import Tensor
 
 from shira.base import replacement
-from shira.measure.wide import ZERO, Wide, dot, near_one
-from shira.measure.wide import total as added
+from shira.measure.figures import ldexp, near_one
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Count, extremes and sums of some values; adding two gives those of both together."""
+    """Count, extremes, means and (population) standard deviation of some values.
+
+    Adding two gives those of both together.
+    """
 
     count: int = 0
     zeros: int = 0
     minimum: float = math.inf
     maximum: float = -math.inf
-    total: Wide = ZERO
-    total_absolute: Wide = ZERO
-    total_squares: Wide = ZERO
+    mean: float = 0.0
+    mean_abs: float = 0.0
+    std: float = 0.0
 
     @classmethod
     def of(cls, values: Tensor) -> Figures:
-        """The figures of a 1-D tensor of finite values, summed in float64."""
+        """Return the figures of a 1-D tensor of finite values, made in float64."""
         if not values.numel():
             return cls()
         wide = values.detach().double()
         scaled, exponent = near_one(wide)
+        reach = float(wide.abs().max())
         return cls(
             count=wide.numel(),
             zeros=int((wide == 0).sum()),
             minimum=float(wide.min()),
             maximum=float(wide.max()),
-            total=Wide.of(float(scaled.sum()), exponent),
-            total_absolute=Wide.of(float(scaled.abs().sum()), exponent),
-            total_squares=dot(wide, wide),
+            mean=_within(reach, ldexp(float(scaled.mean()), exponent)),
+            mean_abs=_within(reach, ldexp(float(scaled.abs().mean()), exponent)),
+            std=_within(reach, ldexp(float(scaled.std(correction=0)), exponent)),
         )
 
     def __add__(self, other: Figures) -> Figures:
+        if not (self.count and other.count):
+            return self if self.count else other
+        count = self.count + other.count
+        one, two = self.count / count, other.count / count
+        between = math.sqrt(one * two)  # of the means, in the variance of both together
+        reach = max(self.reach, other.reach)
+        std = math.hypot(
+            math.sqrt(one) * self.std,
+            math.sqrt(two) * other.std,
+            between * self.mean - between * other.mean,
+        )
         return Figures(
-            count=self.count + other.count,
+            count=count,
             zeros=self.zeros + other.zeros,
             minimum=min(self.minimum, other.minimum),
             maximum=max(self.maximum, other.maximum),
-            total=added((self.total, other.total)),
-            total_absolute=added((self.total_absolute, other.total_absolute)),
-            total_squares=added((self.total_squares, other.total_squares)),
+            mean=_within(reach, one * self.mean + two * other.mean),
+            mean_abs=_within(reach, one * self.mean_abs + two * other.mean_abs),
+            std=_within(reach, std),
         )
 
     @property
@@ -64,26 +78,25 @@ class Figures:
         return max(abs(self.minimum), abs(self.maximum)) if self.count else 0.0
 
     def summary(self) -> dict[str, float | int | None]:
-        """What is printed: min, max, mean absolute value, (population) standard deviation, zeros.
-
-        ``None`` stands where there is no value to have any.
-        """
+        """Return what is printed; ``None`` stands where there is no value to have any figure."""
         if not self.count:
             return {"min": None, "max": None, "mean_abs": None, "std": None, "zeros": 0}
-        count = Wide.of(float(self.count))
-        mean = self.total / count
-        std = (self.total_squares / count - mean * mean).root()
         return {
             "min": self.minimum,
             "max": self.maximum,
-            "mean_abs": min(float(self.total_absolute / count), self.reach),
-            "std": min(float(std), self.reach),
+            "mean_abs": self.mean_abs,
+            "std": self.std,
             "zeros": self.zeros,
         }
 
 
+def _within(reach: float, figure: float) -> float:
+    """Bound a figure that rounding may put beyond the largest value, and so beyond float64."""
+    return max(-reach, min(figure, reach))
+
+
 def vanishing(base: Tensor, delta: Tensor) -> int:
-    """How many deltas other than zero change nothing in a bfloat16 copy of the base.
+    """Count the deltas other than zero that change nothing in a bfloat16 copy of the base.
 
     The base is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a delta
     vanishes if ``round(base + delta)`` is that same number.

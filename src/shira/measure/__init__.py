@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking at adapters: how two overlap, where they differ, what rank a delta has.
+"""Looking at adapters; knows of no model, file or PEFT.
 
-``overlaps``, ``compare`` and ``rank`` are what to call; ``figures`` holds the results, ``text``
-prints them. ``shared`` finds common positions, ``zeros`` counts the zeros of ``A^T B`` (AWOR),
-``spectral`` finds largest singular values (AWOM), on the ``sparse`` matrix that a delta is. Sits
-above ``fusing``, whose checks it shares; knows of no model, file or PEFT.
+::
+
+    pairs     overlap and compare: two adapters held against each other
+    rank      the numerical rank of a delta
+    matrix    largest singular values (AWOM) and zeros of A^T B (AWOR), from entries alone
+    figures   the results of overlap, and sums that do not overflow
 """
 
 from __future__ import annotations
 
-from shira.measure.compare import Comparison, compare
 from shira.measure.figures import Estimate, Overlap, ParameterOverlap
-from shira.measure.overlaps import overlap
+from shira.measure.pairs import Comparison, compare, overlap
 from shira.measure.rank import Rank, numerical_rank
 
 __all__ = [

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of two adapters, as plain values: `Estimate`, `ParameterOverlap`, `Overlap`.
+"""Results of `overlap` as plain values, and sums that no square overflows.
 
-Sums are kept rather than ratios, so that the total of all parameters is made of the same numbers.
+The square of 1e200 is more than float64 holds, that of 1e-200 less, and values go further than
+either. So values are brought near 1 by a power of two first, which is exact, and a sum is kept as
+`Scaled`: the number and the power.
 """
 
 from __future__ import annotations
@@ -9,13 +11,80 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-from shira.measure.text import text_table
-from shira.measure.wide import Wide, ratio, total
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
-FIGURE_NAMES = ("k a", "k b", "shared", "jaccard", "conflicts", "cosine", "AWOM", "AWOR")
-"""Figures of an overlap in the order of a table."""
+from shira.errors import AdapterError
+
+Floats: TypeAlias = NDArray[np.float64]
+Scaled: TypeAlias = tuple[float, int]
+"""``(value, exponent)``: the number ``value * 2^exponent``."""
+_Values = TypeVar("_Values", torch.Tensor, Floats)
+
+
+def near_one(values: _Values) -> tuple[_Values, int]:
+    """Divide float64 values ``(k,)`` by a power of two: the largest is from 1/2 up to 1.
+
+    Returns:
+        The values, and the exponent of the power.
+    """
+    exponent = math.frexp(float(abs(values).max()))[1] if len(values) else 0
+    half = exponent // 2  # the power itself may be beyond float64
+    scaled = values * 2.0**-half
+    scaled *= 2.0 ** (half - exponent)
+    return scaled, exponent
+
+
+def dot(left: torch.Tensor, right: torch.Tensor) -> Scaled:
+    """Sum the products of finite values ``(k,)`` and ``(k,)``, in float64."""
+    one, exponent = near_one(left.double())
+    other, more = (one, exponent) if right is left else near_one(right.double())
+    return float(one @ other), exponent + more
+
+
+def total(numbers: Iterable[Scaled]) -> Scaled:
+    """Add numbers, rounded once but for what vanishes beside the largest."""
+    known = [(value, exponent) for value, exponent in numbers if value]
+    most = max((exponent for _, exponent in known), default=0)
+    return math.fsum(math.ldexp(value, exponent - most) for value, exponent in known), most
+
+
+def ldexp(value: float, exponent: int) -> float:
+    """Return ``value * 2^exponent``; infinite beyond float64."""
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def cosine_of(common: Scaled, square_a: Scaled, square_b: Scaled) -> float:
+    """Return a dot product over the roots of two sums of squares; 0 if one is 0."""
+    if not square_a[0] or not square_b[0]:
+        return 0.0
+    cosine = common[0] / math.sqrt(square_a[0]) / math.sqrt(square_b[0])
+    return ldexp(cosine, common[1] - (square_a[1] + square_b[1]) // 2)  # both are even
+
+
+def check_finite(values: torch.Tensor, whose: str) -> None:
+    """Refuse values of which no figure can be made.
+
+    Raises:
+        AdapterError: If one is NaN or infinite; it names ``whose`` they are.
+    """
+    odd = int((~torch.isfinite(values)).sum())
+    if odd:
+        raise AdapterError(
+            f"{odd} of the {values.numel()} values of {whose} are NaN or infinite: it cannot be "
+            "measured; an adapter of a training that diverged has to be trained again"
+        )
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number for JSON, which knows no infinite one."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -33,41 +102,36 @@ class Estimate:
         return {"value": finite_or_none(self.value), "error": finite_or_none(self.error)}
 
     def times_power(self, exponent: int) -> Estimate:
-        """Both times ``2^exponent``."""
-        return Estimate(float(Wide.of(self.value, exponent)), float(Wide.of(self.error, exponent)))
+        """Multiply both by ``2^exponent``."""
+        return Estimate(ldexp(self.value, exponent), ldexp(self.error, exponent))
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" +- {self.error:.1g}" if self.error else "")
 
 
-@dataclass(frozen=True)
-class ParameterOverlap:
-    """How two deltas of one weight overlap.
+@dataclass(frozen=True, kw_only=True)
+class OverlapFigures:
+    """The figures of two deltas, or of two adapters.
 
     Attributes:
-        name: The parameter.
-        shape: Of the weight seen as a matrix, as it is stored: rows and columns.
         nnz_a: Entries of the first; 0 if it has no such parameter.
         nnz_b: Entries of the second.
         shared: Positions that both have.
         sign_conflicts: Shared positions at which one value is positive, the other negative.
-        dot: Sum of the products of the values at shared positions, made in float64; a number
-            wider than float64, as may be the next two: ``float()`` gives the nearest.
-        square_a: Sum of the squares of the first's values.
-        square_b: Sum of the squares of the second's.
-        awom: AWOM, the spectral norm of ``A^T B`` (paper sec. 3.3); None if it was not asked for.
-        awor: AWOR, the share of zeros in ``A^T B``, for columns^2 entries; likewise.
+        cosine: Cosine of the angle between the two, as vectors of the weight's size, or of all
+            parameters strung together; 0 if one is 0.
+        awom: AWOM, the spectral norm of ``A^T B`` (paper sec. 3.3); of adapters that of the
+            block-diagonal product of all, which is that of the largest block. None if it was not
+            asked for.
+        awor: AWOR, the share of zeros in ``A^T B``, for columns^2 entries, or in the products of
+            all parameters together; likewise.
     """
 
-    name: str
-    shape: tuple[int, int]
     nnz_a: int
     nnz_b: int
     shared: int
     sign_conflicts: int
-    dot: Wide
-    square_a: Wide
-    square_b: Wide
+    cosine: float
     awom: Estimate | None = None
     awor: Estimate | None = None
 
@@ -77,14 +141,42 @@ class ParameterOverlap:
         return _ratio(self.shared, self.nnz_a + self.nnz_b - self.shared)
 
     @property
-    def cosine(self) -> float:
-        """Cosine of the angle between the two, as vectors of the weight's size; 0 if one is 0."""
-        return _cosine((self,))
-
-    @property
     def conflict_share(self) -> float:
         """Sign conflicts over shared positions; 0 if there are none."""
         return _ratio(self.sign_conflicts, self.shared)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold; figures that were not asked for are null."""
+        return {
+            "nnz_a": self.nnz_a,
+            "nnz_b": self.nnz_b,
+            "shared": self.shared,
+            "jaccard": self.jaccard,
+            "sign_conflicts": self.sign_conflicts,
+            "cosine": self.cosine,
+            "awom": None if self.awom is None else self.awom.as_json(),
+            "awor": None if self.awor is None else self.awor.as_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterOverlap(OverlapFigures):
+    """How two deltas of one weight overlap.
+
+    Attributes:
+        name: The parameter.
+        shape: Of the weight seen as a matrix, as it is stored: rows and columns.
+        dot: Sum of the products of the values at shared positions, made in float64; infinite beyond
+            it, as the next two.
+        square_a: Sum of the squares of the first's values.
+        square_b: Sum of the squares of the second's.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dot: float
+    square_a: float
+    square_b: float
 
     @property
     def awor_of_random(self) -> float:
@@ -95,28 +187,17 @@ class ParameterOverlap:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold; figures that were not asked for are null."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "nnz_a": self.nnz_a,
-            "nnz_b": self.nnz_b,
-            "shared": self.shared,
-            "jaccard": self.jaccard,
-            "sign_conflicts": self.sign_conflicts,
-            "cosine": self.cosine,
-            "awom": None if self.awom is None else self.awom.as_json(),
-            "awor": None if self.awor is None else self.awor.as_json(),
-            "awor_of_random": self.awor_of_random,
-        }
+        head = {"name": self.name, "shape": list(self.shape)}
+        return {**head, **super().as_json(), "awor_of_random": self.awor_of_random}
 
 
-@dataclass(frozen=True)
-class Overlap:
+@dataclass(frozen=True, kw_only=True)
+class Overlap(OverlapFigures):
     """How two adapters overlap: parameter by parameter, and in all.
 
     Attributes:
-        a: What the first is called.
-        b: What the second is called.
+        a: Name of the first.
+        b: Name of the second.
         parameters: Of either adapter.
         whole: Whole tensors of either, by name: ``"only in a"``, ``"only in b"``, ``"equal"`` or
             ``"different"``. They count in no figure.
@@ -127,77 +208,12 @@ class Overlap:
     parameters: tuple[ParameterOverlap, ...]
     whole: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def nnz_a(self) -> int:
-        """Entries of the first."""
-        return sum(p.nnz_a for p in self.parameters)
-
-    @property
-    def nnz_b(self) -> int:
-        """Entries of the second."""
-        return sum(p.nnz_b for p in self.parameters)
-
-    @property
-    def shared(self) -> int:
-        """Positions that both have."""
-        return sum(p.shared for p in self.parameters)
-
-    @property
-    def sign_conflicts(self) -> int:
-        """Shared positions at which the signs differ."""
-        return sum(p.sign_conflicts for p in self.parameters)
-
-    @property
-    def conflict_share(self) -> float:
-        """Sign conflicts over shared positions; 0 if there are none."""
-        return _ratio(self.sign_conflicts, self.shared)
-
-    @property
-    def jaccard(self) -> float:
-        """Shared positions over positions of either; 0 if there are none."""
-        return _ratio(self.shared, self.nnz_a + self.nnz_b - self.shared)
-
-    @property
-    def cosine(self) -> float:
-        """Cosine of the angle between the two, all parameters strung together."""
-        return _cosine(self.parameters)
-
-    @property
-    def awom(self) -> Estimate | None:
-        """The spectral norm of the block-diagonal product of all: that of the largest block."""
-        known = _known(p.awom for p in self.parameters)
-        return (
-            max(known, key=lambda e: e.value, default=Estimate(0.0)) if known is not None else None
-        )
-
-    @property
-    def awor(self) -> Estimate | None:
-        """The share of zeros in the products of all parameters together."""
-        known = _known(p.awor for p in self.parameters)
-        if known is None:
-            return None
-        sizes = [p.shape[1] ** 2 for p in self.parameters]
-        total = sum(sizes)
-        if not total:
-            return Estimate(1.0)
-        # errors of independent samples add up by their squares
-        pairs = list(zip(known, sizes, strict=True))
-        value = math.fsum(e.value * size for e, size in pairs) / total
-        return Estimate(value, math.hypot(*(e.error * size for e, size in pairs)) / total)
-
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold."""
         return {
             "a": self.a,
             "b": self.b,
-            "nnz_a": self.nnz_a,
-            "nnz_b": self.nnz_b,
-            "shared": self.shared,
-            "jaccard": self.jaccard,
-            "sign_conflicts": self.sign_conflicts,
-            "cosine": self.cosine,
-            "awom": None if self.awom is None else self.awom.as_json(),
-            "awor": None if self.awor is None else self.awor.as_json(),
+            **super().as_json(),
             "parameters": [p.as_json() for p in self.parameters],
             "whole_tensors": dict(self.whole),
         }
@@ -207,11 +223,15 @@ class Overlap:
         rows = [("parameter", *FIGURE_NAMES), ("all", *cells(self))]
         rows += [(p.name, *cells(p)) for p in self.parameters]
         whole = "".join(f"\nwhole tensor {name}: {state}" for name, state in self.whole.items())
-        return f"a: {self.a}\nb: {self.b}\n{text_table(rows)}{whole}"
+        return f"a: {self.a}\nb: {self.b}\n{_text_table(rows)}{whole}"
 
 
-def cells(of: ParameterOverlap | Overlap) -> tuple[str, ...]:
-    """Return `FIGURE_NAMES` of two adapters, or of one weight of them, as texts."""
+FIGURE_NAMES = ("k a", "k b", "shared", "jaccard", "conflicts", "cosine", "AWOM", "AWOR")
+"""Heads of the columns of `cells`."""
+
+
+def cells(of: OverlapFigures) -> tuple[str, ...]:
+    """Return a row of a table of overlaps: each of `FIGURE_NAMES` as text."""
     return (
         f"{of.nnz_a:,}",
         f"{of.nnz_b:,}",
@@ -224,24 +244,16 @@ def cells(of: ParameterOverlap | Overlap) -> tuple[str, ...]:
     )
 
 
-def _known(estimates: Iterable[Estimate | None]) -> list[Estimate] | None:
-    """All of them, or None if one was not asked for."""
-    found = list(estimates)
-    known = [estimate for estimate in found if estimate is not None]
-    return known if len(known) == len(found) else None
-
-
-def finite_or_none(value: float) -> float | None:
-    """A number for JSON, which knows no infinite one."""
-    return value if math.isfinite(value) else None
-
-
-def _cosine(parameters: Sequence[ParameterOverlap]) -> float:
-    square_a, square_b = (
-        total(p.square_a for p in parameters),
-        total(p.square_b for p in parameters),
+def _text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align cells; the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     )
-    return ratio(total(p.dot for p in parameters), square_a.root() * square_b.root())
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerical rank of a delta: exact where singular values are cheap, else from a sketch.
+"""The numerical rank of a delta, exact where singular values are cheap, else from a sketch.
 
 A rank can be no larger than the number of rows, or of columns, that have an entry at all. Where
 that bound is large, ``Y = S A W`` with random S and W has the rank of A as long as it is below Y's
@@ -8,17 +8,15 @@ own size; beyond that size all that is known is a lower bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from shira.delta import SparseDelta
-from shira.measure.figures import Estimate
-from shira.measure.sparse import Floats, SparseMatrix, entries_of
-from shira.measure.spectral import generator, largest_singular_value
-from shira.measure.wide import check_finite
+from shira.measure.figures import Estimate, Floats, check_finite
+from shira.measure.matrix import SparseMatrix, entries_of, generator, largest_singular_value
 from shira.support import matrix_shape
 
 LIMIT = 512
@@ -32,8 +30,8 @@ class Rank:
 
     Attributes:
         rank: Singular values above ``tolerance`` times the largest.
-        bound: What it can be at most: rows or columns that have a value other than zero, whichever
-            are fewer.
+        bound: The most that it can be: rows or columns that have a value other than zero,
+            whichever are fewer.
         exact: Whether all singular values were computed. If not, the rank is that of a random
             sketch: singular values within a factor of about 50 of the tolerance may be miscounted.
         at_least: Whether the rank is only known to be no smaller than this.
@@ -52,15 +50,7 @@ class Rank:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in what JSON can hold."""
-        return {
-            "rank": self.rank,
-            "bound": self.bound,
-            "exact": self.exact,
-            "at_least": self.at_least,
-            "tolerance": self.tolerance,
-            "spectral_norm": self.spectral_norm.as_json(),
-            "stable_rank": self.stable_rank,
-        }
+        return {**asdict(self), "spectral_norm": self.spectral_norm.as_json()}
 
     def __str__(self) -> str:
         sign = ">= " if self.at_least else "" if self.exact else "~ "
@@ -70,7 +60,7 @@ class Rank:
 def numerical_rank(
     delta: SparseDelta, *, tolerance: float | None = None, limit: int = LIMIT, seed: int = 0
 ) -> Rank:
-    """How many singular values of a delta are other than zero, the weight seen as a matrix.
+    """Count the singular values of a delta that are other than zero, the weight seen as a matrix.
 
     Args:
         delta: Of one weight.
@@ -83,6 +73,11 @@ def numerical_rank(
 
     Raises:
         AdapterError: If a value is not finite.
+
+    Example:
+        >>> diagonal = Support((3, 3), torch.tensor([0, 4, 8]))
+        >>> print(numerical_rank(SparseDelta(diagonal, torch.tensor([1.0, 2.0, 3.0]))))
+        3 of at most 3
     """
     check_finite(delta.values, "the delta")
     shape = matrix_shape(delta.support.shape)
@@ -97,7 +92,9 @@ def numerical_rank(
     matrix = SparseMatrix(entries)
     bound = min(matrix.shape)
     if bound <= limit and matrix.shape[0] * matrix.shape[1] <= 4 * limit * limit:
-        values = np.linalg.svd(_dense(matrix), compute_uv=False)
+        dense = np.zeros(matrix.shape)
+        dense[matrix.row, matrix.col] = matrix.value
+        values = np.linalg.svd(dense, compute_uv=False)
         norm, exact = Estimate(float(values[0])), True
     else:
         values = np.linalg.svd(_sketch(matrix, min(limit, bound), seed), compute_uv=False)
@@ -114,14 +111,8 @@ def numerical_rank(
     )
 
 
-def _dense(matrix: SparseMatrix) -> Floats:
-    made = np.zeros(matrix.shape)
-    made[matrix.row, matrix.col] = matrix.value
-    return made
-
-
 def _sketch(matrix: SparseMatrix, size: int, seed: int) -> Floats:
-    """``S A W``: of twice as many rows as columns, the latter a few more than ``size``."""
+    """Return ``S A W``, twice as many rows as columns, and these a few more than ``size``."""
     draw = generator(seed)
     row, col, value = matrix.row, matrix.col, matrix.value
     long, short = matrix.shape

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two adapters held against each other: `overlap` and `compare`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shira.adapter import Adapter
+from shira.delta import SparseDelta, same_tensor
+from shira.errors import AdapterError
+from shira.fusing.result import check_together
+from shira.measure.figures import (
+    Estimate,
+    Overlap,
+    ParameterOverlap,
+    Scaled,
+    check_finite,
+    cosine_of,
+    dot,
+    finite_or_none,
+    ldexp,
+    near_one,
+    total,
+)
+from shira.measure.matrix import EFFORT, TOLERANCE, entries_of, product_norm, zero_share
+from shira.support import Support, matrix_shape
+
+Progress = Callable[[int, int], None]
+"""Called with how many parameters are done, and of how many."""
+
+
+def overlap(
+    a: Adapter,
+    b: Adapter,
+    *,
+    interference: bool = True,
+    tolerance: float = TOLERANCE,
+    effort: int = EFFORT,
+    seed: int = 0,
+    check_base: bool = True,
+    names: tuple[str, str] = ("a", "b"),
+    progress: Progress | None = None,
+) -> Overlap:
+    """Measure how two adapters overlap, for each parameter of either and in all.
+
+    Shared positions, Jaccard index, sign conflicts and cosine are exact and cost O(k). The paper's
+    measures of interference (sec. 3.3) look at ``A^T B``, A and B the deltas as matrices, as they
+    are stored: AWOM, its spectral norm, is found by Lanczos iteration to a relative ``tolerance``;
+    AWOR, its share of zeros, is counted exactly as long as that takes no more than ``effort``, else
+    estimated from some of its rows. Both carry their error. That an entry's terms cancel exactly is
+    not looked for, so AWOR depends on positions alone.
+
+    Args:
+        a: An adapter.
+        b: Another, of the same base model.
+        interference: Compute AWOM and AWOR, which take the longer time.
+        tolerance: Relative error of AWOM at which to stop.
+        effort: 64-bit words to go through for the AWOR of one weight: 2^27 take about a second.
+        seed: Of starting vectors and draws; no global generator is used.
+        check_base: Refuse adapters that record different base models.
+        names: What to call the two.
+        progress: Told after each parameter how far it is.
+
+    Raises:
+        AdapterError: If one is no adapter, a parameter has different shapes, or a value is not
+            finite.
+        WrongBaseError: If they were trained on different base models.
+
+    Example:
+        >>> supports = [Support((2, 3), torch.tensor(at)) for at in ([0, 4], [4, 5])]
+        >>> a, b = (Adapter({"w": SparseDelta(at, torch.ones(2))}) for at in supports)
+        >>> found = overlap(a, b)
+        >>> found.shared, round(found.cosine, 3), found.awom.value, found.awor.value
+        (1, 0.5, 1.4142135623730951, 0.7777777777777778)
+    """
+    for adapter in (a, b):
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(
+                f"overlap compares adapters, not {type(adapter).__name__}; Adapter.load reads one, "
+                "Adapter.from_model takes one out of a model"
+            )
+    check_together((a, b), names, check_base=check_base)
+    parameters = list(dict.fromkeys((*a, *b)))
+    found, sums = [], []
+    for done, name in enumerate(parameters, 1):
+        one, other = (adapter.get(name) for adapter in (a, b))
+        for delta, of in zip((one, other), names, strict=True):
+            if delta is not None:
+                check_finite(delta.values, f"{name!r} of adapter {of!r}")
+        interfering: tuple[Estimate | None, Estimate | None] = (None, None)
+        if interference:
+            interfering = _interference(one, other, tolerance, effort, seed)
+        measured, of_parameter = _parameter(name, one, other, *interfering)
+        found.append(measured)
+        sums.append(of_parameter)
+        if progress is not None:
+            progress(done, len(parameters))
+    return Overlap(
+        a=names[0],
+        b=names[1],
+        parameters=tuple(found),
+        whole=_whole_states(a, b),
+        nnz_a=a.nnz,
+        nnz_b=b.nnz,
+        shared=sum(p.shared for p in found),
+        sign_conflicts=sum(p.sign_conflicts for p in found),
+        cosine=cosine_of(*(total(of[i] for of in sums) for i in range(3))),
+        awom=_largest(found) if interference else None,
+        awor=_mean(found) if interference else None,
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two adapters, as numbers.
+
+    Attributes:
+        equal: Whether they are equal bit for bit: parameters, positions, dtypes, values and whole
+            tensors.
+        only_in_a: Parameters of the first alone.
+        only_in_b: Parameters of the second alone.
+        unlike_shape: Parameters whose weights have different shapes; not looked at further.
+        unlike_dtype: Parameters whose values have different dtypes; compared as numbers.
+        positions_only_in_a: Positions of common parameters that only the first has.
+        positions_only_in_b: Likewise of the second.
+        shared: Positions that both have.
+        differing: Shared positions at which the values differ as numbers.
+        largest_difference: Largest absolute difference of values at any position of a common
+            parameter; a position that one lacks counts as 0 there. Infinite beyond float64.
+        relative_difference: Norm of the difference over the norm of the first, for common
+            parameters; infinite if only the first is 0.
+        where: The parameter with the largest difference.
+        unlike_whole: Whole tensors that only one has, or that differ; not looked at further.
+    """
+
+    equal: bool
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    unlike_shape: tuple[str, ...]
+    unlike_dtype: tuple[str, ...]
+    positions_only_in_a: int
+    positions_only_in_b: int
+    shared: int
+    differing: int
+    largest_difference: float
+    relative_difference: float
+    where: str | None
+    unlike_whole: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold."""
+        made = asdict(self)
+        for figure in ("largest_difference", "relative_difference"):
+            made[figure] = finite_or_none(made[figure])
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in made.items()}
+
+    def __str__(self) -> str:
+        if self.equal:
+            return f"equal, bit for bit ({self.shared:,} entries)"
+        lines = [
+            f"{self.shared:,} shared positions, {self.differing:,} with different values; "
+            f"{self.positions_only_in_a:,} only in a, {self.positions_only_in_b:,} only in b",
+            f"largest difference {self.largest_difference:.4g}"
+            + (f" (in {self.where})" if self.where else "")
+            + f", relative {self.relative_difference:.4g}",
+        ]
+        for label in ("only_in_a", "only_in_b", "unlike_shape", "unlike_dtype", "unlike_whole"):
+            names = getattr(self, label)
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                lines.append(f"{label.replace('_', ' ')}: {', '.join(names[:3])}{more}")
+        return "\n".join(lines)
+
+
+def compare(a: Adapter, b: Adapter) -> Comparison:
+    """Tell where and by how much two adapters differ; see `Adapter.compare`.
+
+    Raises:
+        AdapterError: If one is no adapter.
+
+    Example:
+        >>> support = Support((2, 3), torch.tensor([0, 4]))
+        >>> a, b = (Adapter({"w": SparseDelta(support, torch.tensor([1.0, x]))}) for x in (2, 5))
+        >>> compare(a, b).differing, compare(a, b).largest_difference
+        (1, 3.0)
+    """
+    for adapter in (a, b):
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(f"adapters are compared, not {type(adapter).__name__}")
+    common = [name for name in a if name in b]
+    unlike_shape = [name for name in common if a[name].support.shape != b[name].support.shape]
+    shared = differing = only_in_a = only_in_b = 0
+    squares: tuple[list[Scaled], list[Scaled]] = ([], [])  # of the difference, of a
+    largest, where = 0.0, None
+    for name in common:
+        if name in unlike_shape:
+            continue
+        one, other = a[name], b[name]
+        left, right = one.values.detach().double(), other.values.detach().double()
+        in_a, in_b = _shared_entries(one.support, other.support)
+        shared += in_a.numel()
+        only_in_a += one.nnz - in_a.numel()
+        only_in_b += other.nnz - in_b.numel()
+        differing += int((left[in_a] != right[in_b]).sum())
+        squares[1].append(dot(left, left))
+        both, exponent = near_one(torch.cat((left, right)))  # so that no difference overflows
+        left, right = both[: one.nnz], both[one.nnz :]
+        # what is left of a is a - b where both are, and a elsewhere
+        left[in_a] -= right[in_b]
+        right[in_b] = 0.0
+        square, more = dot(both, both)
+        squares[0].append((square, more + 2 * exponent))
+        furthest = ldexp(float(both.abs().max()), exponent) if both.numel() else 0.0
+        if furthest > largest:
+            largest, where = furthest, name
+    (square, exponent), (square_a, exponent_a) = map(total, squares)
+    if square_a:
+        relative = ldexp(math.sqrt(square / square_a), (exponent - exponent_a) // 2)
+    else:
+        relative = math.inf if square else 0.0
+    return Comparison(
+        equal=a == b,
+        only_in_a=tuple(name for name in a if name not in b),
+        only_in_b=tuple(name for name in b if name not in a),
+        unlike_shape=tuple(unlike_shape),
+        unlike_dtype=tuple(
+            name
+            for name in common
+            if name not in unlike_shape and a[name].values.dtype != b[name].values.dtype
+        ),
+        positions_only_in_a=only_in_a,
+        positions_only_in_b=only_in_b,
+        shared=shared,
+        differing=differing,
+        largest_difference=largest,
+        relative_difference=relative,
+        where=where,
+        unlike_whole=tuple(n for n, state in _whole_states(a, b).items() if state != "equal"),
+    )
+
+
+def _parameter(
+    name: str,
+    a: SparseDelta | None,
+    b: SparseDelta | None,
+    awom: Estimate | None,
+    awor: Estimate | None,
+) -> tuple[ParameterOverlap, tuple[Scaled, Scaled, Scaled]]:
+    """Measure two deltas of one weight; and their dot product and squares, to be added up."""
+    present = a if a is not None else b
+    assert present is not None  # a name comes from one of the two
+    shared = conflicts = 0
+    common = (0.0, 0)
+    if a is not None and b is not None:
+        in_a, in_b = _shared_entries(a.support, b.support)
+        left, right = a.values.detach()[in_a], b.values.detach()[in_b]
+        shared = in_a.numel()
+        conflicts = int((left.sign() * right.sign() < 0).sum())
+        common = dot(left, right)
+    squares = [(0.0, 0) if d is None else _square(d) for d in (a, b)]
+    measured = ParameterOverlap(
+        name=name,
+        shape=matrix_shape(present.support.shape),
+        nnz_a=0 if a is None else a.nnz,
+        nnz_b=0 if b is None else b.nnz,
+        shared=shared,
+        sign_conflicts=conflicts,
+        dot=ldexp(*common),
+        square_a=ldexp(*squares[0]),
+        square_b=ldexp(*squares[1]),
+        cosine=cosine_of(common, *squares),
+        awom=awom,
+        awor=awor,
+    )
+    return measured, (common, squares[0], squares[1])
+
+
+def _square(delta: SparseDelta) -> Scaled:
+    values = delta.values.detach()
+    return dot(values, values)
+
+
+def _interference(
+    a: SparseDelta | None, b: SparseDelta | None, tolerance: float, effort: int, seed: int
+) -> tuple[Estimate, Estimate]:
+    """Return AWOM and AWOR of two deltas."""
+    if a is None or b is None:
+        return Estimate(0.0), Estimate(1.0)
+    left, right = entries_of(a), entries_of(b)
+    shape = matrix_shape(a.support.shape)
+    awom = product_norm(left, right, tolerance=tolerance, seed=seed)
+    return awom, zero_share(left, right, shape, effort=effort, seed=seed)
+
+
+def _largest(parameters: Sequence[ParameterOverlap]) -> Estimate:
+    known = [p.awom for p in parameters if p.awom is not None]
+    return max(known, key=lambda estimate: estimate.value, default=Estimate(0.0))
+
+
+def _mean(parameters: Sequence[ParameterOverlap]) -> Estimate:
+    """Average AWOR over the entries of all products."""
+    known = [(p.awor, p.shape[1] ** 2) for p in parameters if p.awor is not None]
+    size = sum(size for _, size in known)
+    if not size:
+        return Estimate(1.0)
+    # errors of independent samples add up by their squares
+    value = math.fsum(e.value * size for e, size in known) / size
+    return Estimate(value, math.hypot(*(e.error * size for e, size in known)) / size)
+
+
+def _shared_entries(a: Support, b: Support) -> tuple[Tensor, Tensor]:
+    """Find the shared positions of two supports: int64 ``(shared,)`` entries of each, in order."""
+    if a is b or a == b:
+        everything = torch.arange(a.nnz, device=a.indices.device)
+        return everything, everything
+    merged, order = torch.sort(torch.cat((a.indices, b.indices)), stable=True)
+    # stable: of two equal indices that of a comes first; twice as fast as positions_of
+    at = (merged[1:] == merged[:-1]).nonzero().squeeze(1)
+    return order[at], order[at + 1] - a.nnz
+
+
+def _whole_states(a: Adapter, b: Adapter) -> dict[str, str]:
+    """Compare the whole tensors of two adapters, for `Overlap.whole`."""
+    states = dict.fromkeys(a.tensors, "only in a")
+    for name, tensor in b.tensors.items():
+        if name not in states:
+            states[name] = "only in b"
+        else:
+            states[name] = "equal" if same_tensor(a.tensors[name], tensor) else "different"
+    return states
