@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from peft import PeftModel, get_peft_model
 
-from shira.tuner.calibration import calibrate
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import check_ranks
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.masking import calibrate
 from shira.tuner.model import ShiraModel
 from shira.tuner.register import register
 

@@ -9,6 +9,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,13 @@ from peft.utils import PeftType
 from torch import nn
 
 from shira.errors import ConfigError, MaskError, did_you_mean
-from shira.masks import MASKS, budget, budget_from_density
+from shira.masks import MASKS, budget, budget_from_density, choose
 from shira.masks.block import check_options
+from shira.store.names import full_shape
 from shira.store.patterns import check_patterns, matching
-from shira.support import matrix_shape
+from shira.support import Support, matrix_shape
+from shira.tuner.base_layer import readable, weight_of
+from shira.tuner.quantized import unpacked
 
 MaskFn = Callable[..., Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -144,8 +148,6 @@ class ShiraConfig(PeftConfig):
             raise ConfigError("layers_pattern needs layers_to_transform")
 
     def _builtin_mask_fn(self) -> MaskFn | None:
-        from shira.tuner.masking import BuiltinMask
-
         if self.mask_type in MASKS:
             self._check_options()
             return BuiltinMask(self)
@@ -186,6 +188,12 @@ class ShiraConfig(PeftConfig):
         if self.random_seed is None:
             self.random_seed = int(torch.randint(2**31 - 1, (), device="cpu"))
         return self.random_seed
+
+    @property
+    def mask_needs(self) -> frozenset[str]:
+        """Return what a built-in mask looks at beside the shape: ``"weight"``, ``"gradient"``."""
+        spec = MASKS.get(self.mask_type)
+        return frozenset() if spec is None else spec.needs_with(self.mask_options)
 
     def rank_of(self, module: str) -> int:
         """Return the r of a module of the base model: that of the first pattern, else ``r``."""
@@ -259,6 +267,42 @@ _OURS: dict[str, Any] = {
     if field.name not in {stock.name for stock in dataclasses.fields(StockConfig)}
 }
 """The fields that PEFT does not know, with their defaults."""
+
+
+class BuiltinMask:
+    """``config.mask_fn`` of the built-in masks: ``mask_fn(base_layer, r, *, name)``."""
+
+    def __init__(self, config: ShiraConfig) -> None:
+        self.config = config
+
+    @property
+    def looks_at_weight(self) -> bool:
+        """Return whether the mask depends on the weight's values."""
+        return "weight" in self.config.mask_needs
+
+    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        """Return the mask of one layer; see `shira.masks.choose` for what can go wrong."""
+        config, shape = self.config, full_shape(weight_of(base_layer))
+        looks = self.looks_at_weight
+        with readable(base_layer) if looks else nullcontext():
+            # a packed weight is dequantized for as long as it is looked at
+            weight = unpacked(base_layer) if looks else None
+            if looks and weight is None:
+                raise MaskError(
+                    f"{name}: the mask is chosen by the weight's values, but they are quantized in "
+                    "a way that cannot be unpacked; choose by position: mask_type 'random', "
+                    "'struct', 'block' or 'block_diagonal'"
+                )
+            return choose(
+                config.mask_type,
+                shape,
+                config.entries(shape, r, name),
+                weight=weight,
+                seed=config.draw_seed(),
+                name=name,
+                slot=config.mask_slot,
+                **(config.mask_options or {}),
+            )
 
 
 def as_ours(config: Any) -> ShiraConfig:

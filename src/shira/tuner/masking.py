@@ -1,60 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration to the support of one layer: `support_of_layer`.
+"""The entries to train in each layer: `support_of_layer`, and `calibrate` where gradients choose.
 
 Built-in masks are rows of ``shira.masks``; masks chosen on data come as a `SupportTable` from
-`shira.calibrate`; a user's own ``mask_fn`` is called as PEFT documents it. All of them are
+`calibrate`; a user's own ``mask_fn`` is called as PEFT documents it. All of them are
 ``config.mask_fn``, called with the base layer and r.
+
+To calibrate, the gradient of each target weight is needed densely, for an instant: it is added to
+one float32 buffer of the weight's size and freed before the next layer's is made. With
+``group_size`` only so many layers have a buffer at a time, for as many passes over the batches as
+that takes.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from shira.errors import MaskError, did_you_mean
+from shira.errors import ConfigError, MaskError, MergeError, TargetError, did_you_mean
 from shira.masks import MASKS, choose, custom_support
-from shira.store.names import full_shape
+from shira.store.names import base_module_name, full_shape, weight_name
 from shira.support import Support
 from shira.tuner.base_layer import base_of, readable, weight_of
-from shira.tuner.quantized import unpacked
+from shira.tuner.config import BuiltinMask, ShiraConfig, as_ours
+from shira.tuner.layers import layer_class_of
+from shira.tuner.quantized import backend_of
+from shira.tuner.targets import (
+    matched_modules,
+    name_all_linear,
+    nothing_matched,
+    refuse_shared_weights,
+)
 from shira.tuner.undo import pristine
 
-if TYPE_CHECKING:
-    from shira.tuner.config import ShiraConfig
-
-
-class BuiltinMask:
-    """``config.mask_fn`` of the built-in masks: ``mask_fn(base_layer, r, *, name)``."""
-
-    def __init__(self, config: ShiraConfig) -> None:
-        self.config = config
-
-    @property
-    def looks_at_weight(self) -> bool:
-        """Return whether the mask depends on the weight's values."""
-        config = self.config
-        return "weight" in MASKS[config.mask_type].needs_with(config.mask_options)
-
-    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
-        """The mask of one layer; see `shira.masks.choose` for what can go wrong."""
-        config, weight = self.config, weight_of(base_layer)
-        shape, looks = full_shape(weight), self.looks_at_weight
-        with readable(base_layer) if looks else nullcontext():
-            return choose(
-                config.mask_type,
-                shape,
-                config.entries(shape, r, name),
-                weight=_values_of(base_layer, name) if looks else None,
-                seed=config.draw_seed(),
-                name=name,
-                slot=config.mask_slot,
-                **(config.mask_options or {}),
-            )
+LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class SupportTable:
@@ -66,7 +54,7 @@ class SupportTable:
         self.supports = dict(supports)
 
     def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
-        """The layer's support, by its parameter name; MaskError if there is none."""
+        """Return the layer's support, by its parameter name; MaskError if there is none."""
         try:
             return self.supports[name]
         except KeyError:
@@ -88,12 +76,17 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
         r: The layer's rank (``rank_pattern`` may give layers their own).
 
     Returns:
-        A support on the CPU.
+        A support on the CPU. For an adapter that is about to be read from a file, whose mask cannot
+        be made again, one of the right size.
 
     Raises:
         MaskError: If there is no mask function, or what it returns does not fit.
     """
     mask_fn = config.mask_fn
+    from_gradients = isinstance(mask_fn, BuiltinMask) and "gradient" in config.mask_needs
+    if config.inference_mode and (mask_fn is None or from_gradients):
+        shape = full_shape(weight_of(base_of(layer)))
+        return Support(shape, torch.arange(config.entries(shape, r, name)))
     if mask_fn is None:
         raise MaskError(
             f"{name}: mask_type={config.mask_type!r} is not built in and config.mask_fn is not "
@@ -113,41 +106,8 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
     return support.to("cpu")
 
 
-def needs_placeholder(config: ShiraConfig) -> bool:
-    """Whether the mask of an adapter that is about to be read cannot be made again."""
-    if not config.inference_mode:
-        return False
-    mask_fn = config.mask_fn
-    if isinstance(mask_fn, BuiltinMask):
-        return "gradient" in MASKS[config.mask_type].needs_with(config.mask_options)
-    return mask_fn is None
-
-
-def placeholder(config: ShiraConfig, base_layer: nn.Module, name: str, r: int) -> Support:
-    """A support of the right size for a layer whose entries are about to be read from a file."""
-    shape = full_shape(weight_of(base_layer))
-    k = config.entries(shape, r, name)
-    return Support(shape, torch.arange(k))
-
-
-def _values_of(base_layer: nn.Module, name: str) -> Tensor:
-    """The weight for a mask that looks at it; a packed one dequantized, for as long as it looks.
-
-    Raises:
-        MaskError: If it is packed in a way that PEFT cannot unpack.
-    """
-    values = unpacked(base_layer)
-    if values is None:
-        raise MaskError(
-            f"{name}: the mask is chosen by the weight's values, but they are quantized in a way "
-            "that cannot be unpacked; choose by position: mask_type 'random', 'struct', 'block' or "
-            "'block_diagonal'"
-        )
-    return values
-
-
 def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the keyword arguments that the function takes."""
+    """Return those of the keyword arguments that the function takes."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature
@@ -156,3 +116,218 @@ def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[st
         return dict(given)
     names = {parameter.name for parameter in parameters}
     return {key: value for key, value in given.items() if key in names}
+
+
+def calibrate(
+    model: nn.Module,
+    config: ShiraConfig,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    group_size: int | None = None,
+    progress: bool = True,
+) -> ShiraConfig:
+    """Choose a configuration's masks from gradients (paper sec. 3.1 and eq. 2).
+
+    The score of an entry is the sum over the batches of the magnitude of its gradient, for
+    ``snip`` times the magnitude of the weight. The model runs in eval mode, so the result depends
+    on model and batches alone; weights, modes and ``requires_grad`` are afterwards as before.
+
+    Args:
+        model: The base model, not yet adapted.
+        config: With ``mask_type`` ``"grad"`` or ``"snip"``, or ``"block"`` with one of them as
+            ``mask_options={"score": ...}``; targets and budget as for training.
+        batches: Mappings (called as ``model(**batch)``), sequences (``model(*batch)``) or tensors.
+        loss_fn: ``loss_fn(model, batch)``, a scalar; default the ``loss`` of the model's output.
+        group_size: How many layers to score at a time; default all of them. Fewer take less memory
+            and more passes, so the batches must then be a list or the like.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        A copy of the configuration, ready for ``get_peft_model`` on this model.
+
+    Raises:
+        ConfigError: If the mask needs no gradients, or there are no batches.
+        TargetError: If a target does not exist or has no weight to differentiate.
+        MaskError: If the budget does not fit a weight, or a gradient is not finite.
+        MergeError: If adapters are merged into the model, or a `shira.Switch` is active on it.
+    """
+    _refuse_merged(model)
+    config = copy.deepcopy(as_ours(config))
+    if "gradient" not in config.mask_needs:
+        known = [name for name, spec in MASKS.items() if "gradient" in spec.needs]
+        options = f" with mask_options={config.mask_options}" if config.mask_options else ""
+        raise ConfigError(
+            f"mask_type={config.mask_type!r}{options} is not chosen from gradients and needs no "
+            f"calibration; those that are: {', '.join(known)}, and 'block' with "
+            f"mask_options={{'score': 'grad'}} or 'snip'"
+        )
+    layers = _target_layers(model, config)
+    group_size = len(layers) if group_size is None else group_size
+    if group_size < 1:
+        raise ConfigError(f"group_size is at least 1, not {group_size}")
+    groups = [layers[at : at + group_size] for at in range(0, len(layers), group_size)]
+    if len(groups) > 1 and iter(batches) is batches:
+        raise ConfigError(
+            f"{len(layers)} layers in groups of {group_size} take {len(groups)} passes over the "
+            "batches, but they are an iterator that can be read once; pass a list"
+        )
+    supports: dict[str, Support] = {}
+    with _frozen_in_eval_mode(model):
+        for number, group in enumerate(groups, start=1):
+            title = f"Calibrating {number}/{len(groups)}" if len(groups) > 1 else "Calibrating"
+            shown = tqdm(batches, desc=title, disable=None if progress else True)
+            scores = _gradient_magnitudes(model, group, shown, loss_fn or _loss_of_output)
+            for name, layer in group:
+                supports[name] = _choose(config, name, layer, scores.pop(name))
+    config.mask_fn = SupportTable(supports)
+    return config
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    """Refuse a model whose gradients are not those of the base."""
+    for name, module in model.named_modules():
+        merged = getattr(module, "merged_adapters", None)
+        if merged:
+            raise MergeError(
+                f"{name}: adapters {list(merged)} are merged into the weight, so its gradient is "
+                "not the base's; call unmerge_adapter() first"
+            )
+        if getattr(module._parameters.get("weight"), "shira_patch", None) is not None:
+            raise MergeError(
+                f"{name}: a shira.Switch has an adapter in the weight, so its gradient is not the "
+                "base's; call its deactivate() first"
+            )
+
+
+def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.Module]]:
+    if config.target_modules is None:
+        model_type = str(BaseTuner.get_model_config(model).get("model_type"))
+        targets = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            raise TargetError(
+                f"there are no default targets for {model_type!r}; set target_modules"
+            )
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
+    name_all_linear(config, model)
+    layers = matched_modules(config, model)
+    if not layers:
+        raise nothing_matched(config, model)
+    for name, layer in layers:
+        weight = getattr(layer, "weight", None)
+        if layer_class_of(layer) is None or not isinstance(weight, Tensor):
+            raise TargetError(f"{name} ({type(layer).__name__}) cannot be adapted")
+        if not weight.is_floating_point() or backend_of(layer) is not None:
+            raise TargetError(
+                f"{name}: a quantized weight ({type(weight).__name__}, {weight.dtype}) has no "
+                "gradient; calibrate on the unquantized model, and use the config on this one"
+            )
+    refuse_shared_weights(layers)
+    return [(weight_name(base_module_name(name)), layer) for name, layer in layers]
+
+
+def _gradient_magnitudes(
+    model: nn.Module,
+    group: Sequence[tuple[str, nn.Module]],
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+) -> dict[str, Tensor]:
+    """Return the sum over the batches of each weight's gradient's magnitude, in float32."""
+    totals: dict[str, Tensor] = {}
+    handles = []
+
+    def collector(name: str) -> Callable[[Tensor], None]:
+        def collect(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is None:
+                return
+            if name not in totals:
+                totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            totals[name] += gradient.abs_()
+
+        return collect
+
+    try:
+        for name, layer in group:
+            layer.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
+            handles.append(layer.weight.register_post_accumulate_grad_hook(collector(name)))  # type: ignore[union-attr,operator]
+        count = 0
+        for batch in batches:
+            loss = loss_fn(model, _to_device(batch, next(model.parameters()).device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for _, layer in group:
+            layer.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+    if not count:
+        raise ConfigError("there are no batches to calibrate on")
+    for name, layer in group:
+        if name not in totals:
+            warnings.warn(
+                f"{name}: no gradient reached it on the calibration batches; its mask falls on the "
+                "first entries",
+                stacklevel=3,
+            )
+            totals[name] = torch.zeros_like(layer.weight, dtype=torch.float32)  # type: ignore[arg-type]
+    return totals
+
+
+def _choose(config: ShiraConfig, name: str, layer: nn.Module, score: Tensor) -> Support:
+    shape = tuple(score.shape)
+    k = config.entries(shape, config.rank_of(name.removesuffix(".weight")), name)
+    if not torch.isfinite(score).all():
+        raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]
+    options = config.mask_options or {}
+    support = choose(
+        config.mask_type, shape, k, weight=weight, gradient=score, name=name, **options
+    )
+    return support.to("cpu")
+
+
+@contextmanager
+def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Freeze every parameter and put every module into eval mode, until the end."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter, _ in required]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.requires_grad_(False).eval()
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, mode in training:
+            module.training = mode
+
+
+def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    elif isinstance(batch, (list, tuple)):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            "the model's output has no loss; put labels into the batches, or pass "
+            "loss_fn=lambda model, batch: ..."
+        )
+    return loss
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_to_device(value, device) for value in batch]
+    return batch

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     onload_layer,
 )
 from peft.utils import (
@@ -22,19 +20,13 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
-from shira.errors import MergeError, TargetError
 from shira.ops.memory import MemoryMap, make_private
 from shira.store.names import base_module_name, weight_name, without_wrappers
-from shira.store.sharded import is_sharded
 from shira.support import Support
 from shira.tuner.base_layer import (
-    Way,
     at_rest,
     base_of,
-    is_computed,
     readable,
-    way_to_call,
-    weight_of,
 )
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import watch_gradients
@@ -42,20 +34,17 @@ from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
-from shira.tuner.masking import (
-    needs_placeholder,
-    placeholder,
-    support_of_layer,
-)
+from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
 from shira.tuner.saving import describe, in_few_bytes, is_elsewhere, watch, whole_state
 from shira.tuner.targets import (
+    check_target,
     matched_modules,
     name_all_linear,
     nothing_matched,
     refuse_held_elsewhere,
-    refuse_other_ways_in,
+    refuse_merging_shared_weights,
     refuse_rescaled_weights,
     refuse_shared_weights,
     refuse_taken_names,
@@ -66,9 +55,6 @@ from shira.tuner.weighted import add_weighted_adapter
 
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ShiraModel(BaseTuner):
@@ -108,7 +94,7 @@ class ShiraModel(BaseTuner):
         """Check everything that can be checked, then let PEFT put the layers in."""
         config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
         self._memory_map: MemoryMap | None = MemoryMap()
-        self._prepared: dict[str, Prepared] = {}
+        self._chosen: dict[str, Support] = {}
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
@@ -116,8 +102,9 @@ class ShiraModel(BaseTuner):
                 targets = self._check_targets(config, model, by_name)
                 incoming = read_incoming(config, model)
                 if by_name:
-                    self._prepared = {
-                        key: prepare(config, key, module, incoming) for key, module in targets
+                    self._chosen = {
+                        key: choose_entries(config, key, module, incoming)
+                        for key, module in targets
                     }
             with as_it_was(self), at_rest(model.modules()):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -127,14 +114,14 @@ class ShiraModel(BaseTuner):
             watch_gradients(model)
             ignore_in_ddp(model)
         finally:
-            self._memory_map, self._prepared = None, {}
+            self._memory_map, self._chosen = None, {}
 
     def _check_targets(
         self, config: ShiraConfig, model: nn.Module, by_name: bool
     ) -> list[tuple[str, nn.Module]]:
         refuse_taken_names(model)
         refuse_rescaled_weights(model)
-        name_all_linear(config, model, lambda module: layer_class_of(module) is not None)
+        name_all_linear(config, model)
         targets = matched_modules(config, model)
         # A further adapter that trains whole modules alone is for PEFT to judge: some versions
         # accept it.
@@ -143,7 +130,7 @@ class ShiraModel(BaseTuner):
             raise nothing_matched(config, model)
         warn_of_idle_names(config, model)
         refuse_held_elsewhere(targets, model)
-        refuse_shared_weights(targets, lambda module: layer_class_of(module) is not None)
+        refuse_shared_weights(targets)
         return targets
 
     def _create_and_replace(
@@ -160,9 +147,12 @@ class ShiraModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         config = as_ours(peft_config)
-        # The mixed model, and an injection by state dict, come here without preparation.
-        prepared = getattr(self, "_prepared", {}).get(current_key)
-        layer_class, name, r, support = prepared or prepare(config, current_key, target, None)
+        # The mixed model, and an injection by state dict, come here without a choice made before.
+        support = getattr(self, "_chosen", {}).get(current_key)
+        if support is None:
+            support = choose_entries(config, current_key, target)
+        name, r = weight_name(base_module_name(current_key)), config.rank_of(current_key)
+        layer_class: Any = layer_class_of(base_of(target))
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
         # PEFT moves what is new to where the weight is: not to the meta device, if it is offloaded
         with readable(base_of(target)):
@@ -332,25 +322,7 @@ class ShiraModel(BaseTuner):
         layers = [layer for layer in self.model.modules() if isinstance(layer, ShiraLayer)]
         for layer in layers:
             layer.check_mergeable(list(layer.shira_weight))
-        owners = {
-            weight.data_ptr(): layer.weight_name.removesuffix(".weight")
-            for layer in layers
-            if not (weight := weight_of(layer.get_base_layer())).is_meta
-        }
-        inside = {id(module) for layer in layers for module in layer.modules()}
-        for name, module in self.model.named_modules():
-            if id(module) in inside:
-                continue
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
-                    continue
-                owner = owners.get(tensor.data_ptr())
-                if owner is not None:
-                    raise MergeError(
-                        f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
-                        "adapted: merging would change both. Untie them first (load the model with "
-                        "tie_word_embeddings=False), or keep the adapter unmerged"
-                    )
+        refuse_merging_shared_weights(self.model)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -455,19 +427,9 @@ def _roll_back(merged: Mapping[ShiraLayer, list[str]]) -> None:
                     layer.merge(adapter_names=before)
 
 
-class Prepared(NamedTuple):
-    """What there is to know of a layer before it is put in."""
-
-    layer_class: type[ShiraLayer]
-    name: str
-    """Of the weight, in the base model."""
-    r: int
-    support: Support
-
-
-def prepare(
-    config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None
-) -> Prepared:
+def choose_entries(
+    config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None = None
+) -> Support:
     """Check that a target can be adapted and choose its entries; changes nothing.
 
     Args:
@@ -480,52 +442,11 @@ def prepare(
         TargetError: If there is no adapted layer for it.
         MaskError: If the mask does not fit.
     """
-    base_layer = base_of(target)
+    check_target(key, target)
     name = weight_name(base_module_name(key))
-    layer_class = layer_class_of(base_layer)
-    if layer_class is None:
-        raise TargetError(
-            f"Target module {key} ({type(base_layer).__name__}) is not supported. SHiRA adapts "
-            "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
-        )
-    if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
-        raise TargetError(
-            f"{key}: SHiRA does not support nested base layers: {type(target).__name__} is itself "
-            "an adapter's layer; apply SHiRA first"
-        )
-    if getattr(base_layer, "max_norm", None) is not None:
-        raise TargetError(
-            f"{key}: an embedding with max_norm rewrites its own rows while it looks them up, so "
-            "its weight cannot be kept as it is; set max_norm=None or leave it out of "
-            "target_modules"
-        )
-    if backend_of(base_layer) is None:
-        refuse_other_ways_in(key, base_layer)
-        _check_weight(key, layer_class, base_layer)
-    r = config.rank_of(key)
     if incoming is not None and name in incoming:
-        support = incoming[name]
-    elif needs_placeholder(config):
-        support = placeholder(config, base_layer, name, r)
-    else:
-        support = support_of_layer(config, target, name, r)
-    return Prepared(layer_class, name, r, support)
-
-
-def _check_weight(key: str, layer_class: type[ShiraLayer], base_layer: nn.Module) -> None:
-    weight = weight_of(base_layer)
-    if weight.dtype not in _DTYPES:
-        raise TargetError(
-            f"{key}: its weight is {weight.dtype}; SHiRA adapts weights in float32, bfloat16, "
-            "float16 and float64, and those packed by a quantization that PEFT knows. Leave it out "
-            "of target_modules"
-        )
-    if is_computed(base_layer) and way_to_call(base_layer, layer_class.known_forwards) is Way.OWN:
-        raise TargetError(
-            f"{key}: its weight is computed (weight_norm, pruning or the like) and its class "
-            f"{type(base_layer).__name__} has a forward of its own, which cannot be given another "
-            "weight; remove the parametrization, or leave it out of target_modules"
-        )
+        return incoming[name]
+    return support_of_layer(config, target, name, config.rank_of(key))
 
 
 def _record(config: ShiraConfig, layer: nn.Module, name: str, support: Support) -> None:

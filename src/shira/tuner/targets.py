@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -17,11 +18,14 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from shira.errors import TargetError, did_you_mean
+from shira.errors import MergeError, TargetError, did_you_mean
 from shira.store.names import full_shape
 from shira.store.sharded import is_sharded
-from shira.tuner.base_layer import base_of, weight_of
+from shira.tuner.base_layer import Way, base_of, is_computed, way_to_call, weight_of
 from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.layers import layer_class_of
+from shira.tuner.quantized import backend_of
 
 
 def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -33,9 +37,7 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn
     ]
 
 
-def name_all_linear(
-    config: ShiraConfig, model: nn.Module, supported: Callable[[nn.Module], bool]
-) -> None:
+def name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
     """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named.
 
     The routed experts of a mixture are parameters, each a stack of matrices.
@@ -43,7 +45,6 @@ def name_all_linear(
     Args:
         config: Whose ``target_modules`` are changed.
         model: To be adapted.
-        supported: Whether a base layer can be adapted.
     """
     targets = config.target_modules
     _maybe_include_all_linear_layers(config, model)
@@ -53,11 +54,11 @@ def name_all_linear(
     adapted = sum(
         math.prod(full_shape(weight_of(base_of(named[name]))))
         for name in config.target_modules or ()
-        if supported(base_of(named[name]))
+        if layer_class_of(base_of(named[name]))
     )
     left_out: dict[str, int] = {}
     for path, module in named.items():
-        if supported(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
+        if layer_class_of(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             if _is_stack(module, name, full_shape(parameter)):
@@ -118,6 +119,52 @@ def _module_names(model: nn.Module) -> list[str]:
 def _tails(names: list[str]) -> set[str]:
     """Last parts of the names that are words rather than numbers."""
     return {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
+
+
+def check_target(name: str, target: nn.Module) -> None:
+    """Check that an adapted layer can be put in the place of a module.
+
+    Args:
+        name: The module's path in the model.
+        target: The base layer, or an adapted one that gets a further adapter.
+
+    Raises:
+        TargetError: If there is no layer type for it, or it would not act as its merged model.
+    """
+    base_layer = base_of(target)
+    layer_class = layer_class_of(base_layer)
+    if layer_class is None:
+        raise TargetError(
+            f"Target module {name} ({type(base_layer).__name__}) is not supported. SHiRA adapts "
+            "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
+        )
+    if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
+        raise TargetError(
+            f"{name}: SHiRA does not support nested base layers: {type(target).__name__} is itself "
+            "an adapter's layer; apply SHiRA first"
+        )
+    if getattr(base_layer, "max_norm", None) is not None:
+        raise TargetError(
+            f"{name}: an embedding with max_norm rewrites its own rows while it looks them up, so "
+            "its weight cannot be kept as it is; set max_norm=None or leave it out of "
+            "target_modules"
+        )
+    if backend_of(base_layer) is not None:
+        return
+    refuse_other_ways_in(name, base_layer)
+    dtype = weight_of(base_layer).dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TargetError(
+            f"{name}: its weight is {dtype}; SHiRA adapts weights in float32, bfloat16, "
+            "float16 and float64, and those packed by a quantization that PEFT knows. Leave it out "
+            "of target_modules"
+        )
+    if is_computed(base_layer) and way_to_call(base_layer, layer_class.known_forwards) is Way.OWN:
+        raise TargetError(
+            f"{name}: its weight is computed (weight_norm, pruning or the like) and its class "
+            f"{type(base_layer).__name__} has a forward of its own, which cannot be given another "
+            "weight; remove the parametrization, or leave it out of target_modules"
+        )
 
 
 def refuse_held_elsewhere(targets: Iterable[tuple[str, nn.Module]], model: nn.Module) -> None:
@@ -217,18 +264,16 @@ def refuse_taken_names(model: nn.Module) -> None:
             )
 
 
-def refuse_shared_weights(
-    modules: Iterable[tuple[str, nn.Module]], supported: Callable[[nn.Module], bool]
-) -> None:
-    """Two targets with one weight between them cannot each have their own entries in it.
+def refuse_shared_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse two targets with one weight between them: each would have its own entries in it.
 
     Raises:
         TargetError: If two of the modules share their weight's memory.
     """
     seen: dict[tuple[int, int], str] = {}
     for name, module in modules:
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not supported(base):
+        base = base_of(module)
+        if layer_class_of(base) is None:
             continue
         weight = weight_of(base)
         if weight.is_meta or is_sharded(weight) or not weight.numel():
@@ -242,3 +287,31 @@ def refuse_shared_weights(
                 f"exclude_modules=[{name!r}]"
             )
         seen[place] = name
+
+
+def refuse_merging_shared_weights(model: nn.Module) -> None:
+    """Refuse to merge into a weight that a module which is not adapted has too.
+
+    Raises:
+        MergeError: If there is one.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, ShiraLayer)]
+    owners = {
+        weight.data_ptr(): layer.weight_name.removesuffix(".weight")
+        for layer in layers
+        if not (weight := weight_of(layer.get_base_layer())).is_meta
+    }
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
+                continue
+            owner = owners.get(tensor.data_ptr())
+            if owner is not None:
+                raise MergeError(
+                    f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
+                    "adapted: merging would change both. Untie them first (load the model with "
+                    "tie_word_embeddings=False), or keep the adapter unmerged"
+                )
