@@ -183,7 +183,7 @@ def test_an_interrupt_after_the_last_layer_is_undone_too(scene, monkeypatch):
         raise Boom
 
     with monkeypatch.context() as patched:
-        patched.setattr(shira.switch.switch, "count_write", faulty)
+        patched.setattr(shira.switch.weights, "count_write", faulty)
         with pytest.raises(Boom):
             scene.switch.activate("b")
     assert scene.switch.active == {"a": 1.0}
@@ -214,7 +214,7 @@ def test_an_interrupt_anywhere_leaves_what_was_active_or_what_was_asked_for(
 
         def check(start=start, end=end):
             torch.set_grad_enabled(True)  # torch's own contexts do not survive every interrupt
-            assert scene.switch._unfinished is None
+            assert scene.switch._weights.unfinished is False
             assert scene.switch.active in (start, end)
             assert scene.holds(scene.switch.active)
             scene.switch.activate(start)
@@ -249,7 +249,7 @@ def test_a_switch_whose_way_back_is_interrupted_too_is_undone_by_the_next_call(s
 
     with monkeypatch.context() as patched:
         patched.setattr(Exchange, "roll_back", interrupted)
-        patched.setattr(scene.switch, "_count_writes", interrupted)
+        patched.setattr(scene.switch._weights, "_count_writes", interrupted)
         with pytest.raises(Boom):
             scene.switch.activate("b")
     assert not scene.holds({"a": 1.0})

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters put into any module's weights, exchanged and taken out: exact, in place, in O(k).
 
-`Switch` is what users hold. Below it, each file one idea::
+`Switch` is what users hold. Below it::
 
-    targets    where an adapter's parameters are in a module, and whether they can be written to
-    plan       from deltas to patches: what is written, made beforehand
-    loaded     an adapter on a module
-    layouts    weights that are cast or moved meanwhile
-    apply      from one plan to another over all weights: everything, or nothing
+    targets     where an adapter's parameters are in a module, and whether they can be written to
+    prepared    from deltas to patches, made beforehand
+    weights     which adapters are in some weights, and the way to others: all weights, or none
 
 `shira.ops.patch` writes. Sits above ``store`` and ``ops``; imports torch, numpy and safetensors,
-never PEFT or transformers.
+never PEFT or transformers. `shira.serve` uses ``prepared`` and ``weights``, too.
 """
 
 from __future__ import annotations

@@ -7,49 +7,28 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from torch import nn
 
 from shira.adapter import Adapter
 from shira.delta import checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
-from shira.ops.memory import WriteCount, count_write, index_of, take_back
-from shira.ops.patch import Patch
-from shira.switch.apply import (
-    ChangedWeightError,
-    Exchanges,
-    Plan,
-    exchange_all,
-    exchanges_between,
-    roll_back,
-)
-from shira.switch.layouts import Layouts
-from shira.switch.loaded import Loaded, check_together, resolve
-from shira.switch.plan import combined
+from shira.switch.prepared import Prepared, check_together, combined
 from shira.switch.targets import (
     Target,
     Targets,
     adapter_layers,
     give_private_memory,
     refuse_merged,
+    resolve,
     shared_memory,
 )
+from shira.switch.weights import ChangedWeightError, Plan, Scales, State, Weights
 
 Which = str | Mapping[str, float]
 """An adapter's name, or names with a scale each; ``{}`` is the base."""
-
-Scales = tuple[tuple[str, float], ...]
-"""Names and scales in the order of the names: what a combination is known by."""
-
-
-class _State(NamedTuple):
-    """What is in the weights; replaced as a whole, so that it is never half changed."""
-
-    active: Scales = ()
-    plan: Plan = {}  # noqa: RUF012  never written to
 
 
 class Switch:
@@ -84,14 +63,12 @@ class Switch:
         self.module = module
         self.lock = threading.RLock()
         self._kept_combinations = kept_combinations
-        self._loaded: dict[str, Loaded] = {}
-        self._layouts = Layouts()
-        self._combinations: OrderedDict[Scales, dict[Target, Patch]] = OrderedDict()
-        self._state = _State()
-        self._counts: dict[Target, WriteCount] = {}
+        self._loaded: dict[str, Prepared] = {}
+        self._targets: dict[str, Target] = {}  # of all that are loaded, by name
+        self._weights: Weights[Target] = Weights()
+        self._combinations: OrderedDict[Scales, Plan[Target]] = OrderedDict()
         self._adapter_layers: list[nn.Module] = []
         self._to_return_to: list[Scales] = []  # by the bodies of `using` that are under way
-        self._unfinished: tuple[Exchanges, _State] | None = None  # and the state to return to
         _switches.add(self)
 
     # ---------------------------------------------------------------- what is there
@@ -99,7 +76,7 @@ class Switch:
     @property
     def active(self) -> dict[str, float]:
         """``{name: scale}`` of what is in the weights now; empty for the base."""
-        return dict(self._state.active)
+        return dict(self._weights.state.active)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -153,13 +130,14 @@ class Switch:
             refuse_merged(layers)
             self._follow_moves()
             index = Targets(self.module)
-            names = resolve(name, adapter, index, self._layouts.targets, allow_tied)
-            loaded = Loaded(name, adapter, names, check_base)
-            loaded.complete(self._state.plan)
+            names = resolve(name, adapter, index, self._targets, allow_tied)
+            prepared = Prepared(name, adapter, names, check_base)
+            prepared.complete(self._weights.state.plan)
             give_private_memory(names, index)
-            self._layouts.add(names)
+            self._weights.remember(names)
+            self._targets.update({target.name: target for target in names})
             self._adapter_layers = layers
-            self._loaded[name] = loaded
+            self._loaded[name] = prepared
 
     def unload(self, name: str) -> None:
         """Forget an adapter.
@@ -170,13 +148,15 @@ class Switch:
         """
         with self.lock:
             self._require(name)
-            for scales in (self._state.active, *self._to_return_to):
+            for scales in (self._weights.state.active, *self._to_return_to):
                 if name in dict(scales):
                     raise AdapterError(f"adapter {name!r} is in use; deactivate it first")
             del self._loaded[name]
             for scales in [s for s in self._combinations if name in dict(s)]:
                 del self._combinations[scales]
-            self._layouts.keep(target for item in self._loaded.values() for target in item.names)
+            kept = {target for prepared in self._loaded.values() for target in prepared.names}
+            self._targets = {name: t for name, t in self._targets.items() if t in kept}
+            self._weights.keep(kept)
 
     # ---------------------------------------------------------------- switching
 
@@ -197,13 +177,13 @@ class Switch:
             SwitchError: If somebody else has changed the weights.
         """
         with self.lock:
-            self._settle()
+            self._weights.settle()
             scales = self._scales(which)
-            if scales == self._state.active:
+            if scales == self._weights.state.active:
                 return
             refuse_merged(self._adapter_layers)
             self._follow_moves()
-            self._go(_State(scales, self._plan(scales)))
+            self._go(State(scales, self._plan(scales)))
 
     def deactivate(self, *, force: bool = False) -> None:
         """Put the originals back, bit for bit.
@@ -215,10 +195,10 @@ class Switch:
             SwitchError: If somebody else has changed the weights; nothing is put back then.
         """
         with self.lock:
-            self._settle()
-            if self._state.active:
+            self._weights.settle()
+            if self._weights.state.active:
                 self._follow_moves()
-                self._go(_State(), check=not force)
+                self._go(State(), check=not force)
 
     @contextmanager
     def using(self, which: Which) -> Iterator[Switch]:
@@ -228,7 +208,7 @@ class Switch:
             which: As for `activate`.
         """
         with self.lock:
-            before, outer = self._state.active, self._to_return_to
+            before, outer = self._weights.state.active, self._to_return_to
             try:
                 self._to_return_to = [*outer, before]
                 self.activate(which)
@@ -253,21 +233,19 @@ class Switch:
             SwitchError: Inside the body of `using`.
         """
         with self.lock:
-            self._settle()
+            self._weights.settle()
             if self._to_return_to:
                 raise SwitchError(
                     "the body of using() is under way, and returns to the base before"
                 )
-            _note(self._state.plan, {})
-            self._state = _State()
-            self._counts.clear()
+            self._weights.forget()
             self._combinations.clear()
-            for loaded in self._loaded.values():
-                loaded.entries.clear()
+            for prepared in self._loaded.values():
+                prepared.entries.clear()
 
     # ---------------------------------------------------------------- inside
 
-    def _require(self, name: object) -> Loaded:
+    def _require(self, name: object) -> Prepared:
         if name not in self._loaded:
             known = ", ".join(map(repr, self._loaded)) or "none"
             raise UnknownAdapterError(
@@ -285,99 +263,60 @@ class Switch:
             self._require(name)
         return tuple(sorted((name, checked_scale(name, scale)) for name, scale in which.items()))
 
-    def _plan(self, scales: Scales) -> Plan:
-        """What the weights hold with these adapters in them."""
+    def _plan(self, scales: Scales) -> Plan[Target]:
+        """Return what the weights hold with these adapters in them."""
         members = [(self._loaded[name], scale) for name, scale in scales]
-        for loaded, _ in members:
-            loaded.complete(self._state.plan)
+        for prepared, _ in members:
+            prepared.complete(self._weights.state.plan)
         if len(members) == 1 and members[0][1] == 1.0:
             return {target: entry.patch for target, entry in members[0][0].entries.items()}
         check_together(members)
         if scales in self._combinations:
             self._combinations.move_to_end(scales)
             return self._combinations[scales]
-        plan = {}
-        for target in dict.fromkeys(t for loaded, _ in members for t in loaded.entries):
-            parts = [(m.entries[target], s) for m, s in members if target in m.entries]
-            try:
-                plan[target] = combined(parts)
-            except AdapterError as error:
-                raise AdapterError(f"{dict(scales)}, parameter {target.name!r}: {error}") from None
+        entries = [(prepared.entries, scale) for prepared, scale in members]
+        plan = combined(str(dict(scales)), entries)
         if scales:
             self._combinations[scales] = plan
             while len(self._combinations) > self._kept_combinations:
                 self._combinations.popitem(last=False)
         return plan
 
-    def _go(self, after: _State, *, check: bool = True) -> None:
-        before = self._state
-        shared = shared_memory({**before.plan, **after.plan})
+    def _go(self, after: State[Target], *, check: bool = True) -> None:
+        shared = shared_memory({**self._weights.state.plan, **after.plan})
         if shared:
             give_private_memory(shared, Targets(self.module))
-        exchanges = exchanges_between(before.plan, after.plan, check=check)
         try:
-            self._unfinished = exchanges, before
-            exchange_all(exchanges)
-            self._state = after
-            self._count_writes(before.plan, after.plan)
-            self._unfinished = None
-        except BaseException as error:
-            self._unfinished = exchanges, before
-            self._settle()
-            if isinstance(error, ChangedWeightError):
-                raise self._explained(error, before) from None
-            raise
+            self._weights.exchange(after, check=check)
+        except ChangedWeightError as error:
+            raise self._explained(error) from None
 
-    def _settle(self) -> None:
-        """Put back what a switch that was interrupted has left, its exception path too."""
-        if self._unfinished is not None:
-            exchanges, before = self._unfinished
-            roll_back(exchanges)
-            self._state = before
-            _note(exchanges, before.plan)
-            self._unfinished = None
-
-    def _count_writes(self, before: Plan, after: Plan) -> None:
-        for target in after:
-            self._counts[target] = count_write(target.weight, self._counts.get(target))
-        for target in before:
-            if target not in after and target in self._counts:
-                take_back(target.weight, self._counts.pop(target))
-        _note(before, after)
-
-    def _explained(self, error: ChangedWeightError, before: _State) -> SwitchError:
-        target, patch = error.target, before.plan.get(error.target)
-        where = f"entry {index_of(target.weight, error.offset)} of {target.name!r}"
-        if patch is not None and (patch.offsets == error.offset).any():
+    def _explained(self, error: ChangedWeightError) -> SwitchError:
+        before = error.before
+        if before is not None and (before.offsets == error.offset).any():
             return SwitchError(
-                f"{where} does not hold what {dict(before.active)} put there: somebody else has "
+                f"{error.entry} does not hold what {self.active} put there: somebody else has "
                 "written to the weight since. Nothing was changed. deactivate(force=True) puts the "
                 "originals back all the same; rebase() takes the weights as they are for the base"
             )
         return SwitchError(
-            f"{where} does not hold what the base did when the adapter was loaded: somebody else "
-            "has written to the weight since. Nothing was changed. rebase() takes the weights as "
-            "they are for the base"
+            f"{error.entry} does not hold what the base did when the adapter was loaded: somebody "
+            "else has written to the weight since. Nothing was changed. rebase() takes the weights "
+            "as they are for the base"
         )
 
     def _follow_moves(self) -> None:
         """Follow weights that were cast or moved to another device since the last call."""
-        self._settle()
-        moved = self._layouts.moved()
+        self._weights.settle()
+        moved = self._weights.moved()
         if not moved:
             return
-        self._state = _State(self._state.active, self._layouts.followed(moved, self._state.plan))
+        self._weights.state = self._weights.followed(moved)
         self._combinations.clear()
-        for loaded in self._loaded.values():
+        for prepared in self._loaded.values():
             for target in moved:
-                loaded.entries.pop(target, None)
-        self._layouts.add(moved)  # last: until then it can all be done again
-
-
-def _note(before: Iterable[Target], after: Plan) -> None:
-    """Leave what is in each weight with the weight, for who needs to know the base's values."""
-    for target in {*before, *after}:
-        target.weight.shira_patch = after.get(target)  # type: ignore[attr-defined]
+                prepared.entries.pop(target, None)
+        self._weights.remember(moved)  # last: until then it can all be done again
 
 
 def _free_locks() -> None:

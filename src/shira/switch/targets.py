@@ -9,32 +9,21 @@ first name found is what it is called here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from shira.adapter import Adapter
+from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, did_you_mean
 from shira.ops.memory import MemoryMap
 from shira.store.names import base_module_name, unwrapped
+from shira.switch.weights import Layout, layout_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Layout(NamedTuple):
-    """What a patch depends on, beside the values."""
-
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def layout_of(weight: Tensor) -> Layout:
-    """The layout that a weight has now."""
-    return Layout(weight.dtype, weight.device, tuple(weight.shape), weight.stride())
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +148,79 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and type(tensor.data) is Tensor
     )
+
+
+def resolve(
+    name: str, adapter: Adapter, index: Targets, known: Mapping[str, Target], allow_tied: bool
+) -> dict[Target, str]:
+    """Find the module's weights that an adapter's parameters are for; each can be written to.
+
+    Args:
+        name: The adapter's name, for messages.
+        adapter: What to look up.
+        index: The module's parameters.
+        known: Weights that adapters are loaded for already, by name.
+        allow_tied: Accept a weight that is known under further names.
+
+    Raises:
+        AdapterError: If a parameter is absent, or two changes are for the same memory.
+        WrongBaseError: If a weight has another shape.
+        TargetError: If a weight cannot be written to, or is tied and ``allow_tied`` is not set.
+    """
+    names: dict[Target, str] = {}
+    changes: dict[str, SparseDelta | Tensor] = {**adapter, **adapter.tensors}
+    for parameter, change in changes.items():
+        same = {parameter}  # names that get the very same tensor
+        try:
+            if isinstance(change, SparseDelta):
+                target = index.find(parameter)
+                check_writable(target, change.support.shape)
+            else:
+                target = index.find(parameter, buffers=True)
+                check_writable(target, tuple(change.shape), change.dtype)
+                tensors = adapter.tensors.items()
+                same = {other for other, tensor in tensors if same_tensor(tensor, change)}
+            target = _of_memory(target, index, same, allow_tied)
+        except (AdapterError, TargetError) as error:
+            raise type(error)(f"adapter {name!r}: {error}") from None
+        there = known.get(target.name, target)
+        if there.weight is not target.weight:
+            raise AdapterError(
+                f"adapter {name!r}: {parameter!r} is in another module than when adapters were "
+                "loaded for it before; make a new Switch"
+            )
+        target = there
+        if target in names and names[target] not in same:
+            raise AdapterError(
+                f"adapter {name!r} has two changes for one weight, which is tied: {parameter!r} "
+                f"and {names[target]!r} are the same memory; remove one of the two"
+            )
+        names[target] = parameter
+    return names
+
+
+def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied: bool) -> Target:
+    """Return the target that stands for a weight's memory: its own, or of tied ones the first.
+
+    Names in ``same`` get the same change, so that it is no matter that they share memory.
+    """
+    sharers = index.sharers(target)
+    if not sharers:
+        return target
+    if not allow_tied and not set(sharers) <= set(same):
+        raise TargetError(
+            f"{target.name!r} shares its memory with {', '.join(map(repr, sharers))} (tied "
+            "weights), which the adapter would change too. To allow it: "
+            "load(..., allow_tied=True)"
+        )
+    tied = index.tied(target)
+    apart = sorted({*sharers} - {other.name for other in tied})
+    if apart:
+        raise TargetError(
+            f"{target.name!r} shares a part of its memory with {', '.join(map(repr, apart))}, of "
+            "another shape or layout; put a copy in the place of one of them"
+        )
+    return tied[0]
 
 
 def check_writable(

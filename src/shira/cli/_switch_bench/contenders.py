@@ -41,7 +41,7 @@ class Ours:
     def patches(self, number: int) -> Mapping[Target, Patch]:
         """What an adapter writes, by weight."""
         with self.switch.using(self.names[number]):
-            return self.switch._state.plan
+            return self.switch._weights.state.plan
 
     def there_and_back(self) -> None:
         """In with the first adapter and out again: what PEFT's merge and unmerge are."""

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Weights`: which adapters are in a set of weights, and the way to others: all weights, or none.
+
+`shira.Switch` has one for a module, each worker of a serving engine one for its part of a model::
+
+    base --exchange--> adapters --exchange--> other adapters --exchange--> base
+               | an error or an interrupt             | forget: what the weights
+               v                                      v hold now is the base
+         the state before                           base
+
+What is in each weight is a `Patch`, which knows what was there before. `shira.ops.patch` writes it,
+and notices where somebody else has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from shira.errors import SwitchError
+from shira.ops.patch import ChangedEntryError, Exchange, Patch
+from shira.ops.write_count import WriteCount, count_write, take_back
+
+Scales = tuple[tuple[str, float], ...]
+"""Names of adapters, each with its scale, in the order in which they are summed."""
+
+
+class Place(Protocol):
+    """Where a weight is, to be hashed by; the tensor there may be cast, moved or replaced."""
+
+    @property
+    def name(self) -> str:
+        """The model's name of the weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that is there now."""
+
+
+P = TypeVar("P", bound=Place)
+
+Plan = Mapping[P, Patch]
+"""What is in each weight; one that is not there holds the base."""
+
+
+class ChangedWeightError(ChangedEntryError):
+    """A `ChangedEntryError` that knows the weight.
+
+    Attributes:
+        entry: The entry's index and the weight's name, for a message.
+        before: What was in the weight.
+    """
+
+    def __init__(self, place: Place, exchange: Exchange, offset: int) -> None:
+        super().__init__(offset)
+        self.entry = f"entry {index_of(place.weight, offset)} of {place.name!r}"
+        self.before = exchange.before
+
+
+def index_of(weight: Tensor, offset: int) -> tuple[int, ...]:
+    """Return the index of the entry at a place in a weight's memory."""
+    index = [0] * weight.dim()
+    for dim in sorted(range(weight.dim()), key=lambda d: -weight.stride()[d]):
+        if weight.shape[dim] > 1:
+            index[dim], offset = divmod(offset, weight.stride()[dim])
+    return tuple(index)
+
+
+@dataclass(frozen=True)
+class State(Generic[P]):
+    """What is in the weights; replaced as a whole, so that it is never half changed."""
+
+    active: Scales = ()
+    plan: Plan[P] = field(default_factory=dict)  # never written to
+
+
+class Layout(NamedTuple):
+    """What a patch depends on, beside the values."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def layout_of(weight: Tensor) -> Layout:
+    """Return the layout that a weight has now."""
+    return Layout(weight.dtype, weight.device, tuple(weight.shape), weight.stride())
+
+
+class Weights(Generic[P]):
+    """Some weights, and the adapters that are in them.
+
+    Attributes:
+        state: What is in them now.
+    """
+
+    def __init__(self) -> None:
+        self.state: State[P] = State()
+        self._layouts: dict[P, Layout] = {}
+        self._counts: dict[P, WriteCount] = {}
+        self._unfinished: tuple[dict[P, Exchange], State[P]] | None = None  # and what was before
+
+    # ---------------------------------------------------------------- from one state to another
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an exchange was interrupted and is not undone yet; `settle` undoes it."""
+        return self._unfinished is not None
+
+    def exchange(
+        self,
+        after: State[P],
+        *,
+        check: bool = True,
+        together: Callable[[Callable[[], None]], object] = lambda write: write(),
+    ) -> None:
+        """Go to another state, in place; after an error or an interrupt all is as it was.
+
+        Args:
+            after: What is to be in the weights.
+            check: Compare each entry before it is overwritten.
+            together: Calls its argument, which writes. What it raises, for other processes that
+                could not write their parts, undoes the exchange too.
+
+        Raises:
+            ChangedWeightError: If somebody else has changed an entry that would be overwritten.
+        """
+        before = self.state
+        exchanges = self._exchanges(after.plan, check)
+
+        def write() -> None:
+            for place, exchange in exchanges.items():
+                try:
+                    exchange.run()
+                except ChangedEntryError as error:
+                    raise ChangedWeightError(place, exchange, error.offset) from None
+            self.state = after
+            self._count_writes(before.plan, after.plan)
+
+        try:
+            self._unfinished = exchanges, before
+            together(write)
+            self._unfinished = None
+        except BaseException:
+            self._unfinished = exchanges, before
+            self.settle()
+            raise
+
+    def settle(self) -> None:
+        """Put back what an exchange that was interrupted has left, its exception path too."""
+        if self._unfinished is not None:
+            exchanges, before = self._unfinished
+            for exchange in reversed(exchanges.values()):
+                exchange.roll_back()
+            self.state = before
+            _note(exchanges, before.plan)
+            self._unfinished = None
+
+    def verify(self, after: Plan[P]) -> None:
+        """Compare each entry that an exchange would overwrite; nothing is written.
+
+        Raises:
+            ChangedWeightError: If somebody else has changed one.
+        """
+        for place, exchange in self._exchanges(after, check=True).items():
+            try:
+                exchange.verify()
+            except ChangedEntryError as error:
+                raise ChangedWeightError(place, exchange, error.offset) from None
+
+    def forget(self) -> None:
+        """Take what the weights hold now for the base; nothing is written."""
+        _note(self.state.plan, {})
+        self.state, self._unfinished = State(), None
+        self._counts.clear()
+
+    def _exchanges(self, after: Plan[P], check: bool) -> dict[P, Exchange]:
+        before = self.state.plan
+        return {
+            place: Exchange(place.weight, before.get(place), after.get(place), check=check)
+            for place in {**before, **after}
+        }
+
+    def _count_writes(self, before: Plan[P], after: Plan[P]) -> None:
+        for place in after:
+            self._counts[place] = count_write(place.weight, self._counts.get(place))
+        for place in before:
+            if place not in after and place in self._counts:
+                take_back(place.weight, self._counts.pop(place))
+        _note(before, after)
+
+    # ---------------------------------------------------------------- casts and moves meanwhile
+
+    def remember(self, places: Iterable[P]) -> None:
+        """Note how weights are laid out now, for `moved`."""
+        self._layouts.update({place: layout_of(place.weight) for place in places})
+
+    def keep(self, places: Iterable[P]) -> None:
+        """Forget the layouts of all others."""
+        kept = set(places)
+        self._layouts = {p: layout for p, layout in self._layouts.items() if p in kept}
+
+    def moved(self) -> list[P]:
+        """Return the weights that have another layout than remembered."""
+        return [p for p, layout in self._layouts.items() if layout_of(p.weight) != layout]
+
+    def followed(self, moved: Iterable[P]) -> State[P]:
+        """Return the state, with patches cast and moved like their weights.
+
+        A cast works on each entry by itself, so the originals and replacement values, cast alike,
+        are what the cast weight needs: taking the adapter out gives the base, cast.
+
+        Raises:
+            SwitchError: If a weight has lost its values or its shape, or was laid out anew in
+                memory with an adapter in it.
+        """
+        plan = dict(self.state.plan)
+        for place in moved:
+            before, now = self._layouts[place], layout_of(place.weight)
+            _check_follows(place, before, now, place in plan)
+            if place in plan:
+                patch = plan[place]
+                plan[place] = Patch(
+                    patch.offsets.to(now.device),
+                    patch.originals.to(now.device, now.dtype),
+                    patch.replacement.to(now.device, now.dtype),
+                )
+        return State(self.state.active, plan)
+
+
+def _check_follows(place: Place, before: Layout, now: Layout, patched: bool) -> None:
+    if place.weight.is_meta or now.dtype.is_floating_point != before.dtype.is_floating_point:
+        raise SwitchError(f"{place.name!r} is {now.dtype} on {now.device} now: no values to switch")
+    if now.shape != before.shape:
+        raise SwitchError(
+            f"{place.name!r} has shape {now.shape} now, not {before.shape} as when it was loaded; "
+            "make a new Switch"
+        )
+    if patched and now.stride != before.stride:
+        raise SwitchError(
+            f"{place.name!r} was laid out anew in memory (strides {now.stride}, before "
+            f"{before.stride}) with an adapter in it; deactivate before, or rebase() to take it as "
+            "it is for the base"
+        )
+
+
+def _note(before: Iterable[Place], after: Mapping[P, Patch]) -> None:
+    """Leave what is in each weight with the weight, for who needs to know the base's values."""
+    for place in {*before, *after}:
+        place.weight.shira_patch = after.get(place)  # type: ignore[attr-defined, call-overload]
