@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shira.errors import PlacementError
-from shira.serve.boxes import boxes_between, locate
-from shira.serve.placement import trace
+from shira.serve.placement import boxes_between, trace
 
 
 class Model(nn.Module):
@@ -37,10 +36,10 @@ def entries_at(model, name, shape, dtype=torch.float32):
     total = torch.Size(shape).numel()
     found = {}
     for placement in trace(model, name, shape, dtype):
-        entries, positions = placement.locate(torch.arange(total))
+        entries, positions = placement.box.locate(torch.arange(total))
         assert len(set(positions.tolist())) == positions.numel()
         for entry, position in zip(entries.tolist(), positions.tolist(), strict=True):
-            found[placement.storage.data_ptr(), position] = entry
+            found[placement.storage.weight.data_ptr(), position] = entry
     return found
 
 
@@ -155,9 +154,9 @@ def test_a_parameter_that_is_a_view_of_a_larger_storage():
     arena = torch.full((40,), -1.0)
     model.w = nn.Parameter(arena[7:19].view(3, 4), requires_grad=False)
     (placement,) = trace(model, "w", (3, 4), torch.float32)
-    _, positions = placement.locate(torch.arange(12))
+    _, positions = placement.box.locate(torch.arange(12))
     assert positions.tolist() == list(range(7, 19))
-    assert placement.storage.data_ptr() == arena.data_ptr()
+    assert placement.storage.weight.data_ptr() == arena.data_ptr()
 
 
 def test_a_weight_that_this_rank_has_no_part_of():
@@ -226,7 +225,7 @@ def test_tracing_makes_nothing_of_the_weights_size():
     model = Model(lambda m, n, w: m.w.data.copy_(w.narrow(0, 9, 1).narrow(1, 5, 4)), w=(1, 4))
     (placement,) = trace(model, "w", shape, torch.float32)
     wanted = 9 * 2**21 + torch.tensor([4, 5, 8, 9])
-    entries, positions = placement.locate(wanted)
+    entries, positions = placement.box.locate(wanted)
     assert entries.tolist() == [1, 2]
     assert positions.tolist() == [0, 3]
 
@@ -285,7 +284,7 @@ def test_boxes_say_what_a_copy_does(data):
     indices = torch.arange(torch.Size(shape).numel(), dtype=torch.int32)
     count = 0
     for box in boxes_between(probe, target):
-        entries, positions = locate(box, indices)
+        entries, positions = box.locate(indices)
         found[positions] = entries.double()
         count += entries.numel()
     assert torch.equal(found.view(room.shape), room)
@@ -295,7 +294,7 @@ def test_boxes_say_what_a_copy_does(data):
 def test_an_empty_view_and_no_indices():
     assert boxes_between(torch.empty(0, 3, device="meta"), torch.empty(0, 3)) == []
     (box,) = boxes_between(torch.empty(4, 3, device="meta"), torch.empty(4, 3))
-    entries, positions = locate(box, torch.empty(0, dtype=torch.int32))
+    entries, positions = box.locate(torch.empty(0, dtype=torch.int32))
     assert entries.numel() == positions.numel() == 0
 
 

@@ -1,54 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an adapter to what this rank changes: read it, place it, check it. Writes no weight.
+"""From an adapter to what this process changes: read it, place it, check it. Writes no weight.
 
-Every rank reads the whole adapter and keeps the entries that live on it; ``checking`` is what the
-ranks find out together before any of them keeps it.
+Every process reads the whole adapter and keeps the entries that live in it. Before any of them does
+so they find out together whether it is this model's adapter, and whether its entries lie where the
+loader's trace says: there must be a place for each entry; some base values there must be the
+checkpoint's, where it is at hand; and all of them together must be those of the adapter's base, as
+`shira.base.judge` finds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import accept, judge
-from shira.errors import AdapterError
-from shira.ops.patch import Patch
-from shira.serve.checking import (
-    Active,
-    Found,
-    Stored,
-    base_of,
-    check_layout,
-    nothing_stored,
-    values_of,
-)
-from shira.serve.exchange import Part, make_part
-from shira.serve.placement import Placement
-from shira.serve.ranks import Ranks, agree, gather
-
-_REMEDY = "save it without base_fingerprint in its metadata"
+from shira.delta import SparseDelta
+from shira.errors import AdapterError, PlacementError
+from shira.ops.patch import base_at, same_bits
+from shira.serve.placement import Placement, Storage
+from shira.serve.processes import Processes, agree, gather
+from shira.support import Support, align_indices
+from shira.switch.prepared import Entry, make_entry
+from shira.switch.weights import Plan
 
 Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
-"""Where this rank keeps the weight of that name and shape."""
+"""Where this process keeps the weight of that name and shape."""
+
+Stored = Callable[[str, Tensor], "Tensor | None"]
+"""Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""
+
+_SOME = 256  # entries of each part of a weight compared with the checkpoint's
+_REMEDY = "save it without base_fingerprint in its metadata"
 
 
-class Loaded(NamedTuple):
-    """An adapter as one rank holds it.
+class LoadedAdapter(NamedTuple):
+    """An adapter as one process holds it.
 
     Attributes:
-        parts: By storage.
+        entries: What it changes in each storage.
         digest: Hash of the whole adapter: names, shapes, positions, values.
         nnz: Entries of the whole adapter.
         parameters: How many weights the whole adapter changes.
         checked: How many of them are known to have the base that the adapter was made on.
     """
 
-    parts: Mapping[int, Part]
+    entries: Mapping[Storage, Entry]
     digest: str
     nnz: int
     parameters: int
@@ -56,68 +57,114 @@ class Loaded(NamedTuple):
 
     @property
     def nnz_here(self) -> int:
-        """Entries on this rank."""
-        return sum(part.nnz for part in self.parts.values())
+        """Entries in this process."""
+        return sum(entry.patch.nnz for entry in self.entries.values())
+
+
+class Piece(NamedTuple):
+    """The entries of a parameter that lie in one place."""
+
+    storage: Storage
+    entries: Tensor
+    """int64 ``(n,)``: which of the parameter's."""
+    positions: Tensor
+    """int64 ``(n,)``: where in the storage."""
+
+    def base(self, active: Plan[Storage], some: slice = slice(None)) -> Tensor:
+        """Return the base's values at some of the positions, whatever is active; on the CPU."""
+        where = self.positions[some].to(self.storage.weight.device)
+        return base_at(self.storage.weight, where, active.get(self.storage)).cpu()
+
+
+def nothing_stored(name: str, indices: Tensor) -> None:
+    """Have no checkpoint to compare with."""
 
 
 def load(
     read: Callable[[], Adapter],
     place: Place,
-    active: Active,
-    ranks: Ranks,
+    active: Plan[Storage],
+    processes: Processes,
     stored: Stored = nothing_stored,
-) -> Loaded:
-    """What this rank keeps of an adapter; every rank calls it for the same one.
+) -> LoadedAdapter:
+    """Return what this process keeps of an adapter; every process calls it for the same one.
 
     Args:
         read: Reads and validates the adapter.
         place: From `shira.serve.placement.trace`.
         active: What is in the weights now.
-        ranks: All that hold a part of the model.
+        processes: All that hold a part of the model.
         stored: What the checkpoint has, of which some entries of each weight are compared.
 
     Raises:
         FileNotFoundError: If there is no adapter.
         FileFormatError: If it is damaged.
         PlacementError: If a weight cannot be placed entry by entry, or an entry has no place.
-        AdapterError: If it has whole tensors, two of its weights are one, or ranks read different
-            adapters.
+        AdapterError: If it has whole tensors, two of its weights are one, or processes read
+            different adapters.
         WrongBaseError: If it was made for another base.
     """
 
-    def place_it() -> tuple[Adapter, str, dict[str, Found], dict[int, Part]]:
+    def place_it() -> tuple[Adapter, str, dict[str, list[Piece]], dict[Storage, Entry]]:
         adapter = read()
         adapter.require_sparse("a served model")
-        found, parts = _placed(adapter, place, active)
-        check_layout(adapter, found, active, stored)
-        return adapter, digest_of(adapter), found, parts
+        pieces = {name: locate(place, name, delta.support) for name, delta in adapter.items()}
+        entries = _entries_of(adapter, pieces, active)
+        _check_layout(adapter, pieces, active, stored)
+        return adapter, digest_of(adapter), pieces, entries
 
-    adapter, digest, found, parts = agree(ranks, place_it)
-    everyone = gather(ranks, (digest, [each.count for each in found.values()]))
-    agree(ranks, lambda: _check_same([other for other, _ in everyone]))
-    values: dict[str, list[Any]] = {}
-    for at, (name, each) in enumerate(found.items()):
-        if all(counts[at] < adapter[name].nnz for _, counts in everyone):  # nobody has all of it
-            values[name] = gather(ranks, values_of(each, active))
-        elif each.count == adapter[name].nnz:
-            values[name] = [values_of(each, active)]
+    adapter, digest, pieces, entries = agree(processes, place_it)
+    counts = {name: _count(each) for name, each in pieces.items()}
+    everyone = gather(processes, (digest, counts))
+    agree(processes, lambda: _check_same([other for other, _ in everyone]))
+    values: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}
+    for name, each in pieces.items():
+        nobody_has_all = all(theirs[name] < adapter[name].nnz for _, theirs in everyone)
+        if nobody_has_all or counts[name] == adapter[name].nnz:
+            here = [(piece.entries.cpu(), piece.base(active)) for piece in each]
+            values[name] = gather(processes, here) if nobody_has_all else [here]
 
-    def check_it() -> list[str]:
-        verdicts = {
-            n: judge(adapter.metadata, n, adapter[n].values, base_of(n, adapter[n], held))
-            for n, held in values.items()
-        }
+    def check_base() -> list[str]:
+        verdicts = {}
+        for name, parts in values.items():
+            base = _base_of(name, adapter[name], [part for each in parts for part in each])
+            verdicts[name] = judge(adapter.metadata, name, adapter[name].values, base)
         # No warning: how many were found to be the base's is in the report.
         accept(adapter.metadata, verdicts, "the served model", _REMEDY, warn=False)
         return [name for name, verdict in verdicts.items() if verdict.startswith("same")]
 
-    checked = agree(ranks, check_it)
-    names = {name for others in gather(ranks, checked) for name in others}
-    return Loaded(parts, digest, adapter.nnz, len(adapter), len(names))
+    checked = agree(processes, check_base)
+    names = {name for others in gather(processes, checked) for name in others}
+    return LoadedAdapter(entries, digest, adapter.nnz, len(adapter), len(names))
+
+
+def locate(place: Place, name: str, support: Support) -> list[Piece]:
+    """Return the entries of a parameter that this process keeps, place by place."""
+    return [
+        Piece(storage, *box.locate(support.indices)) for storage, box in place(name, support.shape)
+    ]
+
+
+def entry_at(storage: Storage, positions: Tensor, values: Tensor, active: Plan[Storage]) -> Entry:
+    """Return deltas at positions of a storage.
+
+    Args:
+        storage: The storage.
+        positions: ``(k,)`` integers, increasing.
+        values: ``(k,)`` deltas.
+        active: What is in the weights now.
+
+    Raises:
+        AdapterError: If a finite value becomes infinite or NaN.
+    """
+    weight = storage.weight
+    support = Support._trusted((weight.numel(),), positions.to(weight.device))
+    delta = SparseDelta(support, values.to(weight.device))
+    return make_entry(delta, weight, active.get(storage))[0]
 
 
 def digest_of(adapter: Adapter) -> str:
-    """A hash of all that an adapter does: ``blake2b`` in 32 hex digits."""
+    """Return a hash of all that an adapter does: ``blake2b`` in 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(adapter):
         support, values = adapter[name].support, adapter[name].values
@@ -127,33 +174,75 @@ def digest_of(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _placed(
-    adapter: Adapter, place: Place, active: Active
-) -> tuple[dict[str, Found], dict[int, Part]]:
-    found: dict[str, Found] = {}
-    by_storage: dict[int, list[tuple[str, Tensor, Tensor, Tensor]]] = {}
-    for name, delta in adapter.items():
-        pieces = []
-        for placement in place(name, delta.support.shape):
-            entries, positions = placement.locate(delta.support.indices)
-            pieces.append((placement, entries, positions))
-            piece = (name, placement.storage, positions, delta.values[entries])
-            by_storage.setdefault(placement.key, []).append(piece)
-        found[name] = Found(pieces)
-    return found, {key: _part(pieces, active.get(key)) for key, pieces in by_storage.items()}
+def _entries_of(
+    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage]
+) -> dict[Storage, Entry]:
+    """Join what lies in one storage; two entries at one position are refused."""
+    by_storage: dict[Storage, list[tuple[str, Piece]]] = {}
+    for name, each in pieces.items():
+        for piece in each:
+            by_storage.setdefault(piece.storage, []).append((name, piece))
+    joined = {}
+    for storage, parts in by_storage.items():
+        positions, order = torch.cat([piece.positions for _, piece in parts]).sort()
+        values = torch.cat([adapter[name].values[piece.entries] for name, piece in parts])[order]
+        if bool((positions[1:] == positions[:-1]).any()):
+            names = " and ".join(dict.fromkeys(repr(name) for name, _ in parts))
+            raise AdapterError(
+                f"two entries of the adapter are one entry of the served model: {names} are kept "
+                "as one weight (tied?). Adapt one of them"
+            )
+        joined[storage] = entry_at(storage, positions, values, active)
+    return joined
 
 
-def _part(pieces: list[tuple[str, Tensor, Tensor, Tensor]], active: Patch | None) -> Part:
-    """The pieces of one storage as one; two entries at one position are refused."""
-    positions, order = torch.cat([positions for _, _, positions, _ in pieces]).sort()
-    values = torch.cat([values for _, _, _, values in pieces])[order]
-    if bool((positions[1:] == positions[:-1]).any()):
-        names = " and ".join(dict.fromkeys(repr(name) for name, *_ in pieces))
-        raise AdapterError(
-            f"two entries of the adapter are one entry of the served model: {names} are kept as "
-            "one weight (tied?). Adapt one of them"
+def _check_layout(
+    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage], stored: Stored
+) -> None:
+    """Compare some base values with the checkpoint's.
+
+    An engine may lay weights out anew after loading (packed for its kernels, experts shuffled) in
+    memory of the same shape and dtype; then nothing but the values can tell.
+    """
+    for name, each in pieces.items():
+        for piece in each:
+            some = slice(None, None, max(1, piece.entries.numel() // _SOME))
+            expected = stored(name, adapter[name].support.indices[piece.entries[some]])
+            if expected is None:
+                break
+            found = piece.base(active, some)
+            if not same_bits(found, expected.to(found.dtype)):
+                raise PlacementError(
+                    f"the model does not keep {name!r} as its checkpoint has it: other values "
+                    "stand where its loader puts them (packed or shuffled for the engine's "
+                    "kernels after loading, or not the weights of that checkpoint?)"
+                )
+
+
+def _base_of(name: str, delta: SparseDelta, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return ``(k,)`` base values of a parameter from which entries they are of, and they.
+
+    Raises:
+        PlacementError: If an entry has no place.
+    """
+    found = [(entries, values) for entries, values in parts if entries.numel()]
+    base = torch.zeros(delta.nnz, dtype=found[0][1].dtype if found else torch.float32)
+    placed = torch.zeros(delta.nnz, dtype=torch.bool)
+    for entries, values in found:
+        base[entries] = values
+        placed[entries] = True
+    if not bool(placed.all()):
+        missing = delta.nnz - int(placed.sum())
+        raise PlacementError(
+            f"{missing} of the {delta.nnz} entries of {name!r} have no place in the served model: "
+            f"its loader skips that weight, or keeps less of it than {delta.support.shape}"
         )
-    return make_part(pieces[0][1], positions, values, active)
+    return base
+
+
+def _count(pieces: Sequence[Piece]) -> int:
+    """Return how many different entries of a parameter lie here."""
+    return align_indices([piece.entries for piece in pieces])[0].numel() if pieces else 0
 
 
 def _check_same(digests: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from shira.delta import checked_scale
 from shira.errors import AdapterError, ConfigError, ServeError
-from shira.serve.ranks import Failure
+from shira.serve.processes import Failure
 
 
 class Reports(NamedTuple):

@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where does an entry of a checkpoint's weight live on this rank? Ask the model's own loader.
+"""Find where this process keeps an entry of a checkpoint's weight, by asking the model's loader.
 
 `trace` runs the model's ``load_weights`` for one parameter on a ``meta`` tensor, which has a shape
 and strides but no memory, under a dispatch mode that records every ``copy_`` of a view of it into
 the model, and lets none of them happen. Fused, sharded, tied and expert weights need no table: the
 loader itself says where it would put them. It costs no memory and no time of the weight's size.
 
+A recorded copy is of a *view* of the checkpoint's weight, perhaps transposed, to a view of what the
+process keeps, perhaps inside a fused tensor. Two such views of equal shape are a `Box`: the sizes,
+and for each side an offset and strides, which alone map one to the other::
+
+    checkpoint q_proj [8, 4]            storage of qkv_proj [8, 4] on rank 1 of 2
+      rows 4..7   --- copy_ --->          rows 0..3
+    sizes (4, 4)   source (4, 1) + 16   target (4, 1) + 0
+
 A loader that does not place the weight verbatim (quantizes, casts, derives another tensor, changes
-the model in another way) is refused by name, with the model as it was. Sits above ``boxes``; knows
-``nn.Module`` and nothing of any engine.
+the model in another way) is refused by name, with the model as it was. Knows ``nn.Module`` and
+nothing of any engine; locating k entries costs O(k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,48 +32,133 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shira.errors import PlacementError
-from shira.serve.boxes import Box, boxes_between, locate
 
 _aten = torch.ops.aten
 _CONSTANT = {_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default}
 _SAME_VALUES = {_aten._to_copy.default, _aten.clone.default}
 
 
-class Loads(Protocol):
+class Model(Protocol):
     """A model with the loader of its checkpoint, as every model of vLLM is."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Put each named weight of a checkpoint where the model keeps it."""
 
-    def modules(self) -> Iterable[nn.Module]:
-        """As `nn.Module.modules`."""
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """As `nn.Module.named_modules`."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage of the model as one 1-D weight, whatever parameters are views of it."""
+
+    key: int
+    """One number for each storage; by it alone two of these are equal."""
+    name: str = field(compare=False)
+    """The model's name of the first parameter or buffer in it."""
+    weight: Tensor = field(compare=False)
+    """``(n,)`` all of it."""
+
+
+class Dim(NamedTuple):
+    """One dimension of a box: its size, and the steps of both sides, in entries."""
+
+    size: int
+    source: int
+    target: int
+
+
+class Box(NamedTuple):
+    """A view of the checkpoint's weight and the view of the storage that it is copied to.
+
+    Attributes:
+        dims: Steepest source stride first; no dimension of size one.
+        source_offset: Where the view begins in the flat weight.
+        target_offset: Where it begins in the storage.
+    """
+
+    dims: tuple[Dim, ...]
+    source_offset: int
+    target_offset: int
+
+    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices that lie in the box, and their positions in the storage.
+
+        Args:
+            indices: ``(k,)`` flat indices into the checkpoint's weight, any integer dtype.
+
+        Returns:
+            ``entries`` int64 ``(n,)``, which of the indices lie in the box, in their order, and
+            ``positions`` int64 ``(n,)``, where each of them stands in the storage.
+        """
+        rest = indices.to(torch.int64) - self.source_offset
+        inside = rest >= 0
+        positions = torch.full_like(rest, self.target_offset)
+        for size, source, target in self.dims:
+            at = torch.div(rest, source, rounding_mode="floor")
+            inside &= at < size
+            rest -= at * source
+            positions += at * target
+        inside &= rest == 0
+        entries = inside.nonzero().squeeze(1)
+        return entries, positions[entries]
 
 
 class Placement(NamedTuple):
-    """A part of a checkpoint's weight and where this rank keeps it.
+    """A part of a checkpoint's weight and where this process keeps it."""
 
-    Attributes:
-        storage: 1-D view of the whole storage that the part lies in.
-        box: Which entries, and at which positions of the storage.
-    """
-
-    storage: Tensor
+    storage: Storage
     box: Box
 
-    @property
-    def key(self) -> int:
-        """One number for each storage."""
-        return storage_key(self.storage)
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the flat indices lie here, and their positions; see `shira.serve.boxes`."""
-        return locate(self.box, indices)
+def boxes_between(source: Tensor, target: Tensor) -> list[Box]:
+    """Return the boxes that a copy between two views fills.
+
+    Args:
+        source: View of the checkpoint's weight (which begins its storage); any device, ``meta``
+            included.
+        target: View of equal shape of what a process keeps.
+
+    Returns:
+        One box; several where the source is expanded (one entry goes to several places); none if
+        the views are empty.
+
+    Raises:
+        ValueError: If different entries of the source view are one entry of the weight other than
+            by expansion (overlapping strides), or those of the target are.
+    """
+    if not source.numel():
+        return []
+    dims = [
+        Dim(size, step, into)
+        for size, step, into in zip(source.shape, source.stride(), target.stride(), strict=True)
+        if size > 1
+    ]
+    if any(dim.target == 0 for dim in dims) or _overlap([(d.size, d.target) for d in dims]):
+        raise ValueError(f"the target's strides {target.stride()} overlap for {target.shape}")
+    repeated = [dim for dim in dims if dim.source == 0]
+    kept = sorted((dim for dim in dims if dim.source), key=lambda dim: -dim.source)
+    if _overlap([(d.size, d.source) for d in kept]):
+        raise ValueError(f"the source's strides {source.stride()} overlap for {source.shape}")
+    begin, into = int(source.storage_offset()), int(target.storage_offset())
+    shifts = itertools.product(*(range(0, d.size * d.target, d.target) for d in repeated))
+    return [Box(tuple(kept), begin, into + sum(shift)) for shift in shifts]
+
+
+def _overlap(dims: Sequence[tuple[int, int]]) -> bool:
+    """Return whether a step fails to clear all that lies below it, so that entries may coincide."""
+    reach = 0
+    for size, step in sorted(dims, key=lambda dim: dim[1]):
+        if step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
 
 
 def trace(
-    model: Loads, name: str, shape: Sequence[int], dtype: torch.dtype
+    model: Model, name: str, shape: Sequence[int], dtype: torch.dtype
 ) -> tuple[Placement, ...]:
-    """Where a model keeps the weight that its checkpoint calls ``name``.
+    """Return the places where a model keeps the weight that its checkpoint calls ``name``.
 
     Args:
         model: Has ``load_weights``; none of its weights is written.
@@ -72,7 +167,7 @@ def trace(
         dtype: The dtype in which the model keeps it.
 
     Returns:
-        A placement for each part; none if this rank keeps no part of it (another stage of a
+        A placement for each part; none if this process keeps no part of it (another stage of a
         pipeline does, or the loader skips the name).
 
     Raises:
@@ -80,8 +175,8 @@ def trace(
             the weight verbatim.
     """
     probe = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    before = held_by(model)
-    recorder = _Recorder(name, probe, {storage_key(held.data) for held in before})
+    before = list(_tensors_of(model))
+    recorder = _Recorder(name, probe, {storage_key(each.data) for each in before})
     try:
         with torch.no_grad(), recorder:
             model.load_weights([(name, probe)])
@@ -96,25 +191,47 @@ def trace(
         replaced = _put_back(before)
     if replaced:
         raise PlacementError(f"the loader of {name!r} replaces parameter {replaced!r}")
-    found: dict[tuple[int, Box], Placement] = {}
+    names = {storage_key(each.data): each.path for each in reversed(before)}
+    found: dict[Placement, None] = {}  # a loader may copy the same part twice
     for target, source in recorder.copies:
         try:
             boxes = boxes_between(source, target)
         except ValueError as error:
             raise PlacementError(f"the loader of {name!r} does not place it: {error}") from error
-        for box in boxes:  # a loader may copy the same part twice
-            found.setdefault((storage_key(target), box), Placement(whole_storage(target), box))
-    return tuple(found.values())
+        storage = _storage_of(target, names[storage_key(target)])
+        found.update({Placement(storage, box): None for box in boxes})
+    return tuple(found)
 
 
-def whole_storage(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage as a 1-D view of its dtype, whatever part the tensor shows."""
+def storages_of(model: Model) -> dict[int, Storage]:
+    """Return every storage of a model once, by its key, in the order of its modules."""
+    found: dict[int, Storage] = {}
+    for each in _tensors_of(model):
+        if storage_key(each.tensor) not in found:
+            found[storage_key(each.tensor)] = _storage_of(each.tensor, each.path)
+    return found
+
+
+def _storage_of(tensor: Tensor, name: str) -> Storage:
     entries = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.detach().as_strided((entries,), (1,), 0)
+    return Storage(storage_key(tensor), name, tensor.detach().as_strided((entries,), (1,), 0))
+
+
+def storage_keys(model: Model) -> set[int]:
+    """Return the keys of a model's storages."""
+    return {storage_key(each.tensor) for each in _tensors_of(model)}
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return one number for each storage; a wrapper around other tensors has its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
 
 
 class _Recorder(TorchDispatchMode):
-    """Records copies of views of the probe into the model; no write to the model happens."""
+    """Record copies of views of the probe into the model; no write to the model happens."""
 
     def __init__(self, name: str, probe: Tensor, model: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -161,7 +278,7 @@ class _Recorder(TorchDispatchMode):
         return target
 
     def _any_probe(self, values: Iterable[object]) -> bool:
-        """Whether one of the values, or of those in a list among them, is a view of the weight."""
+        """Return whether one of the values, or of those in a list, is a view of the weight."""
         flat = (
             v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])
         )
@@ -177,16 +294,8 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-def storage_key(tensor: Tensor) -> int:
-    """One number for each storage; a wrapper around other tensors has its own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
-
-
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
-    """The tensor arguments that an operator writes to."""
+    """Yield the tensor arguments that an operator writes to."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -195,30 +304,29 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterab
                     yield tensor
 
 
-class InPlace(NamedTuple):
-    """A parameter or buffer as it was: the dict that holds it, its name there, its memory."""
+class _InPlace(NamedTuple):
+    """A parameter or buffer as it was: its path, the dict that holds it, and its memory."""
 
+    path: str
     where: dict[str, Any]
     name: str
     tensor: Tensor
     data: Tensor
 
 
-def held_by(model: Loads) -> list[InPlace]:
-    """Every parameter and buffer of a model that has memory, tied ones as often as they occur."""
-    return [
-        InPlace(where, name, tensor, tensor.data)
-        for module in model.modules()
-        for where in (module._parameters, module._buffers)
-        for name, tensor in where.items()
-        if tensor is not None and not is_lazy(tensor)
-    ]
+def _tensors_of(model: Model) -> Iterator[_InPlace]:
+    """Yield every parameter and buffer that has memory, tied ones as often as they occur."""
+    for path, module in model.named_modules():
+        for where in (module._parameters, module._buffers):
+            for name, tensor in where.items():
+                if tensor is not None and not is_lazy(tensor):
+                    yield _InPlace(f"{path}.{name}".lstrip("."), where, name, tensor, tensor.data)
 
 
-def _put_back(before: list[InPlace]) -> str:
-    """Undo the replacement of whole parameters; the name of one, if any was replaced."""
+def _put_back(before: list[_InPlace]) -> str:
+    """Undo the replacement of whole parameters; return the name of one, if any was replaced."""
     replaced = ""
-    for where, name, tensor, data in before:
+    for _, where, name, tensor, data in before:
         if where.get(name) is not tensor or storage_key(tensor) != storage_key(data):
             where[name] = tensor
             tensor.data = data

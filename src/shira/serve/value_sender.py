@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's side of weight transfer: `ValueSender` sends an update as k values.
+"""New values for an adapter whose positions stay, from a trainer to the workers of an engine.
 
-::
+In an RL loop the mask stays and the values change at each update: k values are all there is to
+send. Both sides order them alike and know the positions by one hash (`FixedSupport`), so that
+values can never land elsewhere; they travel over a process group of their own (`Wire`)::
 
     sender = ValueSender(client, adapter, name="policy", path="policy", port=29510, workers=2)
     for step in range(steps):
@@ -10,23 +12,204 @@
 
 ``client`` has the four methods of vLLM's ``VLLMWeightSyncClient``; for ``vllm.LLM`` in this process
 there is `LLMClient`. The engine is started with ``worker_extension_cls`` of `shira.serve.vllm` and
-``weight_transfer_config={"backend": "shira"}``, and holds the adapter already. Imports no engine.
+``weight_transfer_config={"backend": "shira"}``, and holds the adapter already. The worker's side is
+`shira.serve.worker.Route`. Imports no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from shira.adapter import Adapter
 from shira.delta import SparseDelta
-from shira.errors import ServeError
-from shira.serve.fixed_support import FixedSupport
+from shira.errors import AdapterError, ConfigError, ServeError
+from shira.serve.processes import Failure
 from shira.serve.messages import located, named
-from shira.serve.ranks import Failure
-from shira.serve.values_wire import Wire, check_ends
+from shira.support import Support
+
+_c10d: Any = dist  # torch has no types for what is used here
+
+_ANSWER = 1024  # bytes: a status, and the text of an error
+
+
+class FixedSupport:
+    """The positions that a trainer and an engine agree on: parameters by name, entries by position.
+
+    Attributes:
+        supports: ``{parameter name: Support}``, by name.
+        nnz: Entries in all, k.
+        digest: Of names, shapes and positions: 32 hex digits. Equal exactly if the positions are.
+    """
+
+    def __init__(self, supports: Mapping[str, Support]) -> None:
+        self.supports = {name: supports[name].to("cpu") for name in sorted(supports)}
+        self.nnz = sum(support.nnz for support in self.supports.values())
+        digest = hashlib.blake2b(digest_size=16)
+        for name, support in self.supports.items():
+            digest.update(f"{name}\0{support.shape}\0{support.nnz}\0".encode())
+            raw = support.indices.to(torch.int64).contiguous()
+            digest.update(raw.view(torch.uint8).numpy().data)
+        self.digest = digest.hexdigest()
+
+    @classmethod
+    def of(cls, adapter: Mapping[str, SparseDelta]) -> FixedSupport:
+        """Return the support of an adapter.
+
+        Raises:
+            AdapterError: If it has whole tensors, which have no support.
+        """
+        if isinstance(adapter, Adapter):
+            adapter.require_sparse("values that travel alone")
+        return cls({name: delta.support for name, delta in adapter.items()})
+
+    def flat(self, adapter: Mapping[str, SparseDelta], dtype: torch.dtype | None = None) -> Tensor:
+        """Return the values of an adapter with this support: ``(k,)`` on the CPU.
+
+        Args:
+            adapter: Its deltas.
+            dtype: Of the result; None: the widest of its values'.
+
+        Raises:
+            AdapterError: If its support is another, or a value is not finite (in that dtype).
+        """
+        if adapter.keys() != self.supports.keys():
+            odd = sorted(adapter.keys() ^ self.supports.keys())[0]
+            raise AdapterError(f"the support was fixed, but {odd!r} is in one of both alone")
+        parts = []
+        for name, support in self.supports.items():
+            delta = adapter[name]
+            if delta.support.to("cpu") != support:
+                raise AdapterError(f"the support was fixed, but {name!r} has other positions now")
+            parts.append(delta.values.detach().cpu())
+        joined = torch.cat(parts) if parts else torch.empty(0)
+        joined = joined if dtype is None else joined.to(dtype)
+        check_finite(joined, "the adapter")
+        return joined
+
+    def adapter(self, values: Tensor) -> Adapter:
+        """Return an adapter of this support from ``(k,)`` values, the reverse of `flat`.
+
+        Raises:
+            AdapterError: If there are not k of them.
+        """
+        if values.shape != (self.nnz,):
+            raise AdapterError(f"the support has {self.nnz} entries, not {tuple(values.shape)}")
+        each = torch.split(values, [support.nnz for support in self.supports.values()])
+        return Adapter(
+            {
+                name: SparseDelta(support, part)
+                for (name, support), part in zip(self.supports.items(), each, strict=True)
+            }
+        )
+
+
+def check_finite(values: Tensor, of: str) -> None:
+    """Check that values are numbers.
+
+    Args:
+        values: ``(k,)`` floating point.
+        of: What they belong to, for the message.
+
+    Raises:
+        AdapterError: If one is infinite or NaN.
+    """
+    if not bool(torch.isfinite(values).all()):
+        odd = int((~torch.isfinite(values)).sum())
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{odd} of the {values.numel()} values of {of} are not finite in {dtype}"
+        )
+
+
+def check_ends(port: int, size: int, timeout: float) -> None:
+    """Check where and how long the two sides are to meet.
+
+    Raises:
+        ConfigError: If one of them is out of range; the timeout is finite.
+    """
+    if not (0 < port < 2**16 and 1 < size <= 2**16 and 0 < timeout < 2**31):
+        raise ConfigError(
+            "port and workers are 1 to 65535, the timeout is a number of seconds above 0, not "
+            f"{port!r}, {size - 1!r} and {timeout!r}"
+        )
+
+
+class Wire:
+    """One end of the wire between a trainer and workers: k values out, one short answer back.
+
+    A gloo process group beside whatever groups either side has. A message is the values and nothing
+    else; what they are was agreed before. Every worker answers with a status and a text, because
+    the engines' own calls lose a worker's error.
+
+    Args:
+        address: Host of the trainer.
+        port: Free there.
+        rank: 0 for the trainer, 1, 2, ... for the workers.
+        size: Workers and the trainer.
+        timeout: Seconds after which a missing partner is an error.
+
+    Raises:
+        ConfigError: If port, size or timeout is out of range.
+        ServeError: If not everybody came in time.
+    """
+
+    def __init__(
+        self, address: str, port: int, rank: int, size: int, timeout: float = 120.0
+    ) -> None:
+        check_ends(port, size, timeout)
+        self.rank, self.size = rank, size
+        limit = timedelta(seconds=timeout)
+        try:
+            self._store = _c10d.TCPStore(
+                address, port, size, is_master=rank == 0, timeout=limit, wait_for_workers=False
+            )
+            prefixed = _c10d.PrefixStore("shira", self._store)
+            self._group = _c10d.ProcessGroupGloo(prefixed, rank, size, limit)
+            self._do(self._group.barrier())
+        except Exception as error:
+            raise ServeError(f"no wire between trainer and workers: {error}") from error
+
+    def send(self, values: Tensor) -> None:
+        """Send the trainer's values to every worker."""
+        self._do(self._group.broadcast(values.contiguous(), 0))
+
+    def receive(self, nnz: int, dtype: torch.dtype) -> Tensor:
+        """Return the trainer's ``(nnz,)`` values, on a worker."""
+        values = torch.empty(nnz, dtype=dtype)
+        self._do(self._group.broadcast(values, 0))
+        return values
+
+    def answer(self, error: Exception | None) -> None:
+        """Tell the trainer how it went, on a worker."""
+        text = f"{type(error).__name__}: {error}".encode()[: _ANSWER - 1] if error else b""
+        padded = torch.zeros(_ANSWER, dtype=torch.uint8)
+        padded[0] = 1 if error else 0
+        padded[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        self._do(self._group.send([padded], 0, self.rank))
+
+    def answers(self) -> Sequence[str | None]:
+        """Return for each worker None, or the text of its error, on the trainer."""
+        found: list[str | None] = []
+        for worker in range(1, self.size):
+            padded = torch.empty(_ANSWER, dtype=torch.uint8)
+            self._do(self._group.recv([padded], worker, worker))
+            text = bytes(padded[1:].tolist()).rstrip(b"\0").decode(errors="replace")
+            found.append(text if int(padded[0]) else None)
+        return found
+
+    def _do(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise ServeError(f"the wire between trainer and workers broke: {error}") from error
 
 
 class SyncClient(Protocol):
@@ -172,4 +355,4 @@ def _check(wire: Wire) -> None:
     for worker, text in enumerate(wire.answers()):
         if text is not None:
             kind, _, message = text.partition(": ")
-            raise Failure(kind, message, worker).error(several=False)
+            raise Failure(kind, message, worker).error()

@@ -13,7 +13,7 @@ answers of the others for those of the next call. It returns a plain dict, ``{"o
 
 On a CPU vLLM packs linear weights for its kernels and drops or bypasses the plain ones. Importing
 this module there, which a worker does before it loads its model, keeps them plain. Runs inside
-vLLM (made and tested for 0.32); sits above ``held``.
+vLLM (made and tested for 0.32); sits above ``worker``.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from shira.checkpoints.naming import locate
 from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
-from shira.serve.held import Held
-from shira.serve.messages import located, named, slept, wanted
+from shira.serve.loading import LoadedAdapter
 from shira.serve.placement import Placement, storage_key
-from shira.serve.ranks import Failure
+from shira.serve.processes import Failure
+from shira.serve.messages import located
+from shira.serve.worker import Selection, WorkerAdapters
 
 __all__ = ["ShiraWorkerExtension"]
 
-HELD: WeakKeyDictionary[nn.Module, Held] = WeakKeyDictionary()
-"""What is held for each model of this worker, for `shira.serve.vllm_transfer`."""
+ADAPTERS: WeakKeyDictionary[nn.Module, WorkerAdapters] = WeakKeyDictionary()
+"""The adapters of each model of this worker, for `shira.serve.vllm_transfer`."""
 
 _logger = init_logger(f"vllm.{__name__}")
 _linear: Any = nn.functional.linear
 
 
 class ShiraWorkerExtension:
-    """What a vLLM worker gains; every method is called on all workers of an engine alike."""
+    """The methods that a vLLM worker gains; each is called on all workers of an engine alike."""
 
     def shira_load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
         """Hold the adapter at a path under a name. Nothing that is served changes.
@@ -65,12 +66,10 @@ class ShiraWorkerExtension:
             ``checked`` (how many of them are known to be those of the adapter's base).
         """
         return self._shira_do(
-            "shira_load", lambda held: self._shira_load(held, named(name), located(path), compare)
+            "shira_load", lambda adapters: self._shira_load(adapters, name, path, compare)
         )
 
-    def shira_activate(
-        self, weights: str | Mapping[str, float] | None, scale: float = 1.0
-    ) -> dict[str, Any]:
+    def shira_activate(self, weights: Selection, scale: float = 1.0) -> dict[str, Any]:
         """Make adapters active in place of those that are.
 
         Args:
@@ -82,79 +81,74 @@ class ShiraWorkerExtension:
             active, ``"base"`` if nothing is.
         """
         return self._shira_do(
-            "shira_activate", lambda held: self._shira_switch(held, wanted(weights, scale))
+            "shira_activate", lambda adapters: self._shira_switch(adapters, weights, scale)
         )
 
-    def shira_check(
-        self, weights: str | Mapping[str, float] | None, scale: float = 1.0
-    ) -> dict[str, Any]:
+    def shira_check(self, weights: Selection, scale: float = 1.0) -> dict[str, Any]:
         """Fail as `shira_activate` would with the same arguments; nothing changes."""
-        return self._shira_do("shira_check", lambda held: held.check(wanted(weights, scale)))
+        return self._shira_do("shira_check", lambda adapters: adapters.check(weights, scale))
 
     def shira_deactivate(self) -> dict[str, Any]:
-        """The base again, bit for bit; returns as `shira_activate`."""
-        return self._shira_do("shira_deactivate", lambda held: self._shira_switch(held, {}))
+        """Put the base back, bit for bit; returns as `shira_activate`."""
+        return self._shira_do(
+            "shira_deactivate", lambda adapters: self._shira_switch(adapters, None)
+        )
 
     def shira_unload(self, name: str) -> dict[str, Any]:
         """Forget an adapter that is not active."""
-        return self._shira_do("shira_unload", lambda held: held.unload(named(name)))
+        return self._shira_do("shira_unload", lambda adapters: adapters.unload(name))
 
     def shira_list(self) -> dict[str, Any]:
-        """What is held: ``adapters`` as ``{name: what shira_load said}``; and ``discarded``."""
-        return self._shira_do(
-            "shira_list",
-            lambda held: {
-                "adapters": {name: _described(each) for name, each in held.adapters.items()},
-                "discarded": held.discarded,
-            },
-        )
+        """Return ``adapters`` as ``{name: what shira_load said}``, and ``discarded``."""
+        return self._shira_do("shira_list", _listed)
 
     def shira_fingerprint(self) -> dict[str, Any]:
-        """Hashes of all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
-        return self._shira_do("shira_fingerprint", lambda held: held.fingerprint())
+        """Hash all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
+        return self._shira_do("shira_fingerprint", lambda adapters: adapters.fingerprint())
 
     def shira_sleep(self, level: int) -> dict[str, Any]:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
-        return self._shira_do(
-            "shira_sleep", lambda held: held.discard() if slept(level) >= 2 else None
-        )
+        return self._shira_do("shira_sleep", lambda adapters: adapters.sleep(level))
 
     def shira_rebase(self, check: bool = True) -> dict[str, Any]:
-        """Apply what was active to weights that were loaded anew; see `Held.rebase`."""
-        return self._shira_do("shira_rebase", lambda held: held.rebase(check=check))
+        """Apply what was active to weights that were loaded anew; see `WorkerAdapters.rebase`."""
+        return self._shira_do("shira_rebase", lambda adapters: adapters.rebase(check=check))
 
     def _shira_do(
-        self: Any, method: str, step: Callable[[Held], dict[str, Any] | None]
+        self: Any, method: str, step: Callable[[WorkerAdapters], Mapping[str, Any] | None]
     ) -> dict[str, Any]:
         which = {"method": method, "rank": self.rank}
         try:
-            held = self._shira_held()
+            adapters = self._shira_adapters()
             with torch.no_grad():
-                said = step(held) or {}
+                said = step(adapters) or {}
             self.synchronize_device()
-            return {"ok": True, **which, **_state(held), **said}
+            state = {"active": adapters.active, "state": adapters.state}
+            return {"ok": True, **which, **state, **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))
             _logger.debug("%s", shown(traceback.format_exc(), lines=True))
             kind, message, _ = Failure.of(error, self.rank)
             return {"ok": False, **which, "error": kind, "message": message}
 
-    def _shira_held(self: Any) -> Held:
-        if not hasattr(self, "_shira_state"):
-            model, config = self.get_model(), self.model_config
+    def _shira_adapters(self: Any) -> WorkerAdapters:
+        model = self.get_model()
+        if model not in ADAPTERS:
             self._shira_source = source = _source(self)
             compare = source is not None and self.load_config.load_format != "dummy"
-            self._shira_state = Held(
+            ADAPTERS[model] = WorkerAdapters(
                 model,
-                config.dtype,
-                _EngineRanks(self.rank),
+                self.model_config.dtype,
+                _EngineProcesses(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
                 lambda name, indices: _stored(source if compare else None, name, indices),
             )
-            HELD[model] = self._shira_state
-        return self._shira_state  # type: ignore[no-any-return]
+        return ADAPTERS[model]
 
-    def _shira_load(self: Any, held: Held, name: str, path: str, compare: bool) -> dict[str, Any]:
+    def _shira_load(
+        self: Any, adapters: WorkerAdapters, name: str, path: str, compare: bool
+    ) -> dict[str, Any]:
+        path = located(path)
         source: OnDisk | None = self._shira_source
         base = source.checkpoint if source is not None else None
 
@@ -169,7 +163,7 @@ class ShiraWorkerExtension:
                 raise PlacementError(str(error)) from None
 
         try:
-            loaded = held.load(name, read, compare=compare)
+            return _described(adapters.load(name, read, compare=compare))
         except PlacementError as error:
             if self.model_config.quantization:
                 raise PlacementError(
@@ -177,16 +171,17 @@ class ShiraWorkerExtension:
                     f"{self.model_config.quantization!r}; adapters need it unquantized"
                 ) from error
             raise
-        return _described(loaded)
 
-    def _shira_switch(self: Any, held: Held, wanted: Mapping[str, float]) -> dict[str, Any]:
+    def _shira_switch(
+        self: Any, adapters: WorkerAdapters, weights: Selection, scale: float = 1.0
+    ) -> dict[str, Any]:
         self.synchronize_device()  # steps in flight still read the weights
-        previous = dict(held.active)
-        held.activate(wanted)
+        previous = adapters.active
+        adapters.activate(weights, scale)
         return {"previous": previous}
 
 
-class _EngineRanks:
+class _EngineProcesses:
     """The workers of one engine: tensor and pipeline parallel, through their CPU groups."""
 
     def __init__(self, rank: int) -> None:
@@ -196,7 +191,7 @@ class _EngineRanks:
         self.rank = self.gather(rank).index(rank)
 
     def gather(self, value: Any) -> list[Any]:
-        """Everyone's value, in one order for all."""
+        """Return everyone's value, in one order for all."""
         values = [value]
         for group in self._groups:
             everyone: list[Any] = [None] * group.world_size
@@ -206,23 +201,24 @@ class _EngineRanks:
 
 
 def _stored(source: OnDisk | None, name: str, indices: torch.Tensor) -> torch.Tensor | None:
-    """What a checkpoint on disk has at flat indices; None if there is no such weight."""
+    """Return a checkpoint's entries at flat indices; None if there is no such weight."""
     if source is None or name not in source.shapes:
         return None
     return source.entries(name, indices.cpu())
 
 
-def _described(loaded: Any) -> dict[str, Any]:
+def _described(loaded: LoadedAdapter) -> dict[str, Any]:
     names = ("digest", "nnz", "nnz_here", "parameters", "checked")
     return {name: getattr(loaded, name) for name in names}
 
 
-def _state(held: Held) -> dict[str, Any]:
-    return {"active": dict(held.active), "state": held.state}
+def _listed(adapters: WorkerAdapters) -> dict[str, Any]:
+    described = {name: _described(each) for name, each in adapters.adapters.items()}
+    return {"adapters": described, "discarded": adapters.discarded}
 
 
 def _source(worker: Any) -> OnDisk | None:
-    """The checkpoint that the worker's model came from, if it is safetensors on this machine."""
+    """Open the checkpoint of the worker's model, if it is safetensors on this machine."""
     folder = worker.model_config.model
     if not Path(folder).is_dir():
         try:
@@ -244,7 +240,7 @@ def _source(worker: Any) -> OnDisk | None:
 
 def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> None:
     """Refuse weights that are there but that vLLM computes with a copy of, made after loading."""
-    keys = {placement.key for placement in placements}
+    keys = {placement.storage.key for placement in placements}
     for module in model.modules():
         weight = module._parameters.get("weight")
         packed = getattr(module, "cpu_linear", _linear) is not _linear

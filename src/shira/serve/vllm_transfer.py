@@ -23,8 +23,8 @@ from vllm.distributed.weight_transfer.base import (
 
 from shira.adapter import Adapter
 from shira.errors import ServeError
-from shira.serve.updating import Route
-from shira.serve.values_wire import Wire
+from shira.serve.value_sender import Wire
+from shira.serve.worker import Route
 
 BACKEND = "shira"
 _DTYPES = {"float32", "bfloat16", "float16", "float64"}
@@ -101,15 +101,15 @@ class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         self._wire = self._route = None
 
     def _find_route(self, info: InitInfo) -> None:
-        from shira.serve.vllm import HELD
+        from shira.serve.vllm import ADAPTERS
 
-        held = HELD.get(self.model)
-        if held is None:
+        adapters = ADAPTERS.get(self.model)
+        if adapters is None:
             raise ServeError(
                 "this worker holds no adapters: start the engine with worker_extension_cls="
                 "'shira.serve.vllm.ShiraWorkerExtension' and load the adapter first"
             )
-        self._route = Route(held, info.adapter, lambda: Adapter.load(info.path), info.support)
+        self._route = Route(adapters, info.adapter, lambda: Adapter.load(info.path), info.support)
 
     @torch.no_grad()
     def _update(self, values: torch.Tensor) -> None:

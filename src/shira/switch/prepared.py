@@ -17,8 +17,8 @@ from shira.adapter import Adapter
 from shira.base import Verdict, accept, accumulation_dtype, judge, replacement
 from shira.delta import SparseDelta
 from shira.errors import AdapterError
-from shira.ops.memory import memory_of, settle
-from shira.ops.patch import Patch, memory_offsets
+from shira.ops.memory import memory_of, offsets_of
+from shira.ops.patch import Patch, base_at, same_bits
 from shira.support import align_indices, index_dtype
 from shira.switch.targets import Target
 from shira.switch.weights import P
@@ -126,7 +126,7 @@ def make_entry(
     else:
         flat = torch.arange(weight.numel(), dtype=index_dtype(weight.numel()), device=weight.device)
         values = change.detach().to(weight.device, weight.dtype, copy=True).reshape(-1).contiguous()
-    offsets = memory_offsets(flat, weight.shape, weight.stride())
+    offsets = offsets_of(flat, weight.shape, weight.stride())
     order = None
     if offsets is not flat:
         offsets, order = offsets.sort()
@@ -139,17 +139,6 @@ def make_entry(
     if isinstance(change, SparseDelta):
         return Entry(values, make_patch(offsets, originals, values)), flat_originals
     return Entry(None, _finite(Patch(offsets, originals, values))), flat_originals
-
-
-def base_at(weight: Tensor, offsets: Tensor, active: Patch | None) -> Tensor:
-    """``(k,)`` values of the base at places in a weight's memory, whatever is in it now."""
-    settle(weight)
-    values = memory_of(weight.data).index_select(0, offsets)
-    if active is not None and active.nnz and offsets.numel():
-        at = torch.searchsorted(active.offsets, offsets).clamp_(max=active.nnz - 1)
-        covered = active.offsets[at] == offsets
-        values[covered] = active.originals[at[covered]]
-    return values
 
 
 def combined(label: str, members: Sequence[tuple[Mapping[P, Entry], float]]) -> dict[P, Patch]:
@@ -187,8 +176,8 @@ def _summed(entries: Sequence[tuple[Entry, float]]) -> Patch:
     originals = originals.new_empty(offsets.numel())
     total = torch.zeros(offsets.numel(), dtype=wide, device=originals.device)
     for (values, patch, scale), at in zip(deltas, places, strict=True):
-        originals[at] = patch.originals
-        total[at] += values.to(wide) * scale
+        originals.index_copy_(0, at, patch.originals)
+        total.index_add_(0, at, values.to(wide) * scale)
     return make_patch(offsets, originals, total)
 
 
@@ -215,7 +204,3 @@ def _finite(patch: Patch) -> Patch:
             f"{str(new.dtype).removeprefix('torch.')}, the first of them {new[bad][0].item()}"
         )
     return patch
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

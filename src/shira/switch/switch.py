@@ -292,7 +292,7 @@ class Switch:
             raise self._explained(error) from None
 
     def _explained(self, error: ChangedWeightError) -> SwitchError:
-        before = error.before
+        before = error.exchange.before
         if before is not None and (before.offsets == error.offset).any():
             return SwitchError(
                 f"{error.entry} does not hold what {self.active} put there: somebody else has "

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from shira.errors import SwitchError
-from shira.ops.patch import ChangedEntryError, Exchange, Patch
-from shira.ops.write_count import WriteCount, count_write, take_back
+from shira.ops.memory import WriteCount, count_write, index_of, take_back
+from shira.ops.patch import ChangedEntryError, Exchange, Exchanges, Patch
 
 Scales = tuple[tuple[str, float], ...]
 """Names of adapters, each with its scale, in the order in which they are summed."""
@@ -48,26 +48,17 @@ Plan = Mapping[P, Patch]
 
 
 class ChangedWeightError(ChangedEntryError):
-    """A `ChangedEntryError` that knows the weight.
+    """A `ChangedEntryError` that names the entry.
 
     Attributes:
-        entry: The entry's index and the weight's name, for a message.
-        before: What was in the weight.
+        entry: Its index and the model's name of the weight, for a message.
     """
 
-    def __init__(self, place: Place, exchange: Exchange, offset: int) -> None:
-        super().__init__(offset)
-        self.entry = f"entry {index_of(place.weight, offset)} of {place.name!r}"
-        self.before = exchange.before
-
-
-def index_of(weight: Tensor, offset: int) -> tuple[int, ...]:
-    """Return the index of the entry at a place in a weight's memory."""
-    index = [0] * weight.dim()
-    for dim in sorted(range(weight.dim()), key=lambda d: -weight.stride()[d]):
-        if weight.shape[dim] > 1:
-            index[dim], offset = divmod(offset, weight.stride()[dim])
-    return tuple(index)
+    def __init__(self, error: ChangedEntryError, places: Iterable[Place]) -> None:
+        super().__init__(error.exchange, error.offset)
+        weight = error.exchange.weight
+        name = next(place.name for place in places if place.weight is weight)
+        self.entry = f"entry {index_of(weight, error.offset)} of {name!r}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class Weights(Generic[P]):
         self.state: State[P] = State()
         self._layouts: dict[P, Layout] = {}
         self._counts: dict[P, WriteCount] = {}
-        self._unfinished: tuple[dict[P, Exchange], State[P]] | None = None  # and what was before
+        self._unfinished: tuple[Exchanges, State[P], State[P]] | None = None  # before, after
 
     # ---------------------------------------------------------------- from one state to another
 
@@ -134,44 +125,40 @@ class Weights(Generic[P]):
         exchanges = self._exchanges(after.plan, check)
 
         def write() -> None:
-            for place, exchange in exchanges.items():
-                try:
-                    exchange.run()
-                except ChangedEntryError as error:
-                    raise ChangedWeightError(place, exchange, error.offset) from None
+            exchanges.run()
             self.state = after
             self._count_writes(before.plan, after.plan)
 
         try:
-            self._unfinished = exchanges, before
+            self._unfinished = exchanges, before, after
             together(write)
             self._unfinished = None
-        except BaseException:
-            self._unfinished = exchanges, before
+        except BaseException as error:
+            self._unfinished = exchanges, before, after
             self.settle()
+            if isinstance(error, ChangedEntryError):
+                raise ChangedWeightError(error, {**before.plan, **after.plan}) from None
             raise
 
     def settle(self) -> None:
         """Put back what an exchange that was interrupted has left, its exception path too."""
         if self._unfinished is not None:
-            exchanges, before = self._unfinished
-            for exchange in reversed(exchanges.values()):
-                exchange.roll_back()
+            exchanges, before, after = self._unfinished
+            exchanges.roll_back()
             self.state = before
-            _note(exchanges, before.plan)
+            _note(after.plan, before.plan)
             self._unfinished = None
 
-    def verify(self, after: Plan[P]) -> None:
+    def compare(self, after: Plan[P]) -> None:
         """Compare each entry that an exchange would overwrite; nothing is written.
 
         Raises:
             ChangedWeightError: If somebody else has changed one.
         """
-        for place, exchange in self._exchanges(after, check=True).items():
-            try:
-                exchange.verify()
-            except ChangedEntryError as error:
-                raise ChangedWeightError(place, exchange, error.offset) from None
+        try:
+            self._exchanges(after, check=True).compare()
+        except ChangedEntryError as error:
+            raise ChangedWeightError(error, {**self.state.plan, **after}) from None
 
     def forget(self) -> None:
         """Take what the weights hold now for the base; nothing is written."""
@@ -179,12 +166,12 @@ class Weights(Generic[P]):
         self.state, self._unfinished = State(), None
         self._counts.clear()
 
-    def _exchanges(self, after: Plan[P], check: bool) -> dict[P, Exchange]:
+    def _exchanges(self, after: Plan[P], check: bool) -> Exchanges:
         before = self.state.plan
-        return {
-            place: Exchange(place.weight, before.get(place), after.get(place), check=check)
+        return Exchanges(
+            Exchange(place.weight, before.get(place), after.get(place), check=check)
             for place in {**before, **after}
-        }
+        )
 
     def _count_writes(self, before: Plan[P], after: Plan[P]) -> None:
         for place in after:

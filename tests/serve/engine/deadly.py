@@ -6,18 +6,18 @@ from __future__ import annotations
 import os
 import signal
 
-from shira.serve import exchange
+from shira.ops.patch import Exchange
 from shira.serve.vllm import ShiraWorkerExtension
 
 
 class DiesInSwitching(ShiraWorkerExtension):
     def shira_test_die_next(self, rank: int) -> None:
-        write, count = exchange.Change.apply, []
+        write, count = Exchange.run, []
 
-        def apply(change):
-            write(change)
-            count.append(change)
+        def run(exchange):
+            write(exchange)
+            count.append(exchange)
             if self.rank == rank and len(count) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        exchange.Change.apply = apply
+        Exchange.run = run

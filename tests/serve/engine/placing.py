@@ -12,7 +12,7 @@ from shira.adapter import Adapter
 from shira.checkpoints.sources import source_of
 from shira.delta import SparseDelta
 from shira.errors import PlacementError
-from shira.serve.held import Held
+from shira.serve.worker import WorkerAdapters
 from shira.support import Support
 from tests.serve.engine.zoo import ENGINE
 from tests.workers import leave
@@ -52,13 +52,13 @@ def build(folder, ranks: int):
 
 def check(rank: int, ranks: int, base, merged, adapters: dict[str, Adapter]) -> None:
     """On this rank: what is active equals the merged checkpoint as vLLM loads it, and back."""
-    from shira.serve.vllm import _EngineRanks, _refuse
+    from shira.serve.vllm import _EngineProcesses, _refuse
 
     model, expected, original = build(base, ranks), build(merged, ranks), build(base, ranks)
-    held = Held(
+    held = WorkerAdapters(
         model,
         torch.bfloat16,
-        _EngineRanks(rank),
+        _EngineProcesses(rank),
         lambda name, placements: _refuse(model, name, placements),
         source_of(base).entries,
     )
@@ -81,7 +81,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
         assert torch.equal(parameter, theirs[name]), name
 
 
-def refuses_what_is_tied(held: Held, model: torch.nn.Module) -> None:
+def refuses_what_is_tied(held: WorkerAdapters, model: torch.nn.Module) -> None:
     delta = SparseDelta(Support((250, 128), torch.arange(9)), torch.ones(9))
     with pytest.raises(PlacementError, match="tied"):  # the loader itself says what it is tied to
         held.load("head", lambda: Adapter({"lm_head.weight": delta}))

@@ -13,8 +13,8 @@ from shira.checkpoints.sources import source_of
 from shira.delta import SparseDelta
 from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
-from shira.serve.held import Held
 from shira.serve.placement import trace
+from shira.serve.worker import WorkerAdapters
 from tests.serve.engine import placing
 from tests.serve.engine.zoo import make_adapter, merged, save_merged, save_model, weights_of
 
@@ -97,7 +97,7 @@ def test_patches_in_vllms_own_form(cases, alone):
             for p in patches
         ],
     )
-    held = Held(expected, torch.bfloat16)
+    held = WorkerAdapters(expected, torch.bfloat16)
     held.load("a", lambda: adapters["a"])
     held.activate({"a": 0.5})
     placing.same(model, expected)
@@ -134,7 +134,7 @@ def test_experts_that_are_packed_after_loading_are_refused(cases, alone):
     }
     weight = model.get_parameter(experts)
     weight.data.copy_(weight.data.reshape(4, -1, 2).transpose(1, 2).reshape(weight.shape))
-    held = Held(model, torch.bfloat16, stored=source_of(base).entries)
+    held = WorkerAdapters(model, torch.bfloat16, stored=source_of(base).entries)
     name = next(
         n for n in adapters["a"] if "layers.0" in n and "down_proj" in n and "experts.1" in n
     )

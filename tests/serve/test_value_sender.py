@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
-from shira.serve import exchange
-from shira.serve.fixed_support import FixedSupport
-from shira.serve.updating import Route
-from shira.serve.value_sender import ValueSender
-from shira.serve.values_wire import Wire
+from shira.ops.patch import Exchange
+from shira.serve.value_sender import FixedSupport, ValueSender, Wire
+from shira.serve.worker import Route
 from shira.support import Support
 
-from .test_held import SHAPES, Cluster, adapter_for, merge
+from .test_worker import SHAPES, Cluster, adapter_for, merge
 
 
 def with_values(adapter, seed):
@@ -41,7 +39,7 @@ def routes(cluster, name, adapter, digest=None):
 
 
 def update(cluster, routes, values):
-    by_held = {id(route.held): route for route in routes}
+    by_held = {id(route.worker): route for route in routes}
     cluster.call(lambda held: by_held[id(held)].update(values))
 
 
@@ -199,14 +197,14 @@ def test_a_rank_that_fails_in_writing_leaves_the_values_of_before(monkeypatch):
     route = routes(cluster, "a", adapter)
     cluster.activate({"a": 1.0})
     broken = cluster.held[1].model.qk.untyped_storage()._cdata
-    apply = exchange.Change.apply
+    run = Exchange.run
 
-    def fail(change):
-        if change.storage.untyped_storage()._cdata == broken:
+    def fail(exchange):
+        if exchange.weight.untyped_storage()._cdata == broken:
             raise RuntimeError("no")
-        apply(change)
+        run(exchange)
 
-    monkeypatch.setattr(exchange.Change, "apply", fail)
+    monkeypatch.setattr(Exchange, "run", fail)
     new = FixedSupport.of(adapter).flat(with_values(adapter, 5))
     with pytest.raises(ServeError):
         update(cluster, route, new)
@@ -249,7 +247,7 @@ class Workers:
 
     def init_weight_transfer_engine(self, info):
         def meet(held):
-            wire = Wire(info["address"], info["port"], held.ranks.rank + 1, info["size"], 20)
+            wire = Wire(info["address"], info["port"], held.processes.rank + 1, info["size"], 20)
             self.wires[id(held)] = wire
             self._answer(held, lambda: self._agree(held, info))
 

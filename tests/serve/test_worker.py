@@ -26,10 +26,10 @@ from shira.errors import (
     WrongBaseError,
 )
 from shira.masks import random_support
-from shira.ops.patch import same_bits
-from shira.serve import exchange
-from shira.serve.held import Held
-from shira.serve.ranks import Alone
+from shira.ops.patch import Exchange, same_bits
+from shira.serve.processes import OneProcess
+from shira.serve.value_sender import FixedSupport
+from shira.serve.worker import Route, WorkerAdapters
 from tests.interrupts import at_every_point
 
 # The checkpoint: q and k fused and split by rows over the ranks, down by columns, an embedding
@@ -109,7 +109,9 @@ class Cluster:
         for rank in range(ranks):
             model = Shard(rank, ranks, dtype)
             model.load_weights(self.base.items())
-            self.held.append(Held(model, dtype, Threads(rank, self.shared), stored=self.stored))
+            self.held.append(
+                WorkerAdapters(model, dtype, Threads(rank, self.shared), stored=self.stored)
+            )
         self.pool = ThreadPoolExecutor(ranks)
 
     def stored(self, name, indices):
@@ -132,7 +134,7 @@ class Cluster:
 
     def tensors(self):
         return [
-            (held.ranks.rank, name, parameter.clone())
+            (held.processes.rank, name, parameter.clone())
             for held in self.held
             for name, parameter in held.model.named_parameters()
         ]
@@ -140,12 +142,12 @@ class Cluster:
     def expect(self, weights):
         """Every rank holds exactly the shards of these checkpoint weights."""
         for held in self.held:
-            other = Shard(held.ranks.rank, len(self.held), self.dtype)
+            other = Shard(held.processes.rank, len(self.held), self.dtype)
             other.load_weights(weights.items())
             for (name, ours), theirs in zip(
                 held.model.named_parameters(), other.parameters(), strict=True
             ):
-                assert same_bits(ours, theirs), (held.ranks.rank, name)
+                assert same_bits(ours, theirs), (held.processes.rank, name)
 
 
 def adapter_for(base, seed, names=SHAPES, dtype=torch.float32, metadata=None, k=9):
@@ -204,7 +206,7 @@ def test_any_sequence_of_states_is_exact_and_the_base_comes_back(ranks, dtype, d
 def test_an_interrupt_anywhere_leaves_what_was_active_or_what_was_asked_for():
     cluster = Cluster(1)
     (held,) = cluster.held
-    held.ranks = Alone()
+    held.processes = OneProcess()
     adapters = {name: adapter_for(cluster.base, seed) for seed, name in enumerate("ab")}
     for name, adapter in adapters.items():
         held.load(name, lambda adapter=adapter: adapter)
@@ -344,7 +346,7 @@ def test_a_file_that_one_rank_cannot_read(cluster):
     good = adapter_for(cluster.base, 2)
 
     def read(held):
-        if held.ranks.rank == 1:
+        if held.processes.rank == 1:
             raise FileFormatError("damaged")
         return good
 
@@ -360,7 +362,7 @@ def test_ranks_that_read_different_files(cluster):
         cluster,
         AdapterError,
         "different adapters",
-        lambda held: held.load("b", lambda: files[held.ranks.rank]),
+        lambda held: held.load("b", lambda: files[held.processes.rank]),
     )
 
 
@@ -378,7 +380,7 @@ def test_a_loader_that_refuses_on_one_rank(cluster):
 
 def test_check_says_what_activate_would_and_changes_nothing(cluster):
     for scale in (1e300, float("nan"), 10**400, True, "1"):
-        for ask in (Held.check, Held.activate):
+        for ask in (WorkerAdapters.check, WorkerAdapters.activate):
             refused(cluster, AdapterError, "scale|finite", lambda h, a=ask, s=scale: a(h, {"a": s}))
     active = cluster.held[0].active
     before = cluster.tensors()
@@ -417,20 +419,19 @@ def test_two_names_for_one_weight():
 
 
 def failing_write(monkeypatch, cluster, rank, after=1):
-    """The write of one rank fails in the middle, having written a part of what it was to write."""
-    write, count = exchange.Change.apply, [0]
-    storages = {held.model.qk.data_ptr(): held.ranks.rank for held in cluster.held}
-    storages |= {held.model.down.data_ptr(): held.ranks.rank for held in cluster.held}
+    """The write of one rank fails after it has written, in the middle of what it was to write."""
+    write, count = Exchange.put_in, [0]
+    storages = {held.model.qk.data_ptr(): held.processes.rank for held in cluster.held}
+    storages |= {held.model.down.data_ptr(): held.processes.rank for held in cluster.held}
 
-    def apply(change):
-        if storages.get(change.storage.data_ptr()) == rank:
+    def put_in(exchange):
+        write(exchange)
+        if storages.get(exchange.weight.data_ptr()) == rank:
             count[0] += 1
             if count[0] > after:
-                change.storage[change.after.offsets[:2].long()] = change.after.replacement[:2]
                 raise RuntimeError("device lost")
-        write(change)
 
-    monkeypatch.setattr(exchange.Change, "apply", apply)
+    monkeypatch.setattr(Exchange, "put_in", put_in)
     return count
 
 
@@ -481,8 +482,8 @@ def test_weights_that_cannot_be_put_back_are_served_no_more(cluster, monkeypatch
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(exchange.Change, "apply", fail)
-        patch.setattr(exchange.Change, "roll_back", fail)
+        patch.setattr(Exchange, "run", fail)
+        patch.setattr(Exchange, "roll_back", fail)
         with pytest.raises(RuntimeError, match="device lost"):
             cluster.activate({})
     with pytest.raises(ServeError, match="restart"):
@@ -506,7 +507,7 @@ def test_weights_that_something_else_wrote(cluster):
 
 def test_discarded_weights_are_loaded_anew_and_what_was_active_applied(cluster):
     active = [t for _, _, t in cluster.tensors()]
-    cluster.call(lambda held: held.discard())
+    cluster.call(lambda held: held.sleep(2))
     for held in cluster.held:
         for parameter in held.model.parameters():
             parameter.data.fill_(float("nan"))  # what sleep level 2 leaves
@@ -529,7 +530,7 @@ def test_discarded_weights_are_loaded_anew_and_what_was_active_applied(cluster):
 
 def test_a_base_that_was_trained_on(cluster):
     adapter = {"a": adapter_for(cluster.base, 1)}
-    cluster.call(lambda held: held.discard())
+    cluster.call(lambda held: held.sleep(2))
     new = {name: weight * 2 for name, weight in cluster.base.items()}
     for held in cluster.held:
         held.model.load_weights(new.items())
@@ -542,7 +543,7 @@ def test_a_base_that_was_trained_on(cluster):
 
 
 def test_weights_in_other_memory_need_loading_again(cluster):
-    cluster.call(lambda held: held.discard())
+    cluster.call(lambda held: held.sleep(2))
     held = cluster.held[1]
     held.model.qk = nn.Parameter(held.model.qk.clone(), requires_grad=False)
     with pytest.raises(ServeError, match="other memory"):
@@ -553,7 +554,7 @@ def test_weights_in_other_memory_need_loading_again(cluster):
 
 
 def test_the_fingerprint_of_the_base_does_not_depend_on_what_is_active(cluster, monkeypatch):
-    monkeypatch.setattr("shira.serve.held._CHUNK", 7)  # several chunks of each storage
+    monkeypatch.setattr("shira.serve.worker._CHUNK", 7)  # several chunks of each storage
     active = cluster.call(lambda held: held.fingerprint())
     cluster.activate({})
     pristine = cluster.call(lambda held: held.fingerprint())
@@ -565,15 +566,18 @@ def test_the_fingerprint_of_the_base_does_not_depend_on_what_is_active(cluster, 
 # --- other values at the same positions ----------------------------------------------------------
 
 
-def test_a_part_with_other_values_is_that_of_an_adapter_with_them(cluster):
-    (part, *_) = cluster.held[0].adapters["a"].parts.values()
-    values = torch.randn(part.nnz, generator=torch.Generator().manual_seed(9))
-    other = part.with_values(values)
-    positions = part.entry.patch.offsets
+def test_updated_entries_are_those_of_an_adapter_with_the_values(cluster):
+    (held, *_) = cluster.held
+    (storage, *_), loaded = held.adapters["a"].entries, held.adapters["a"]
+    adapter = adapter_for(cluster.base, 1)
+    new = Adapter({n: SparseDelta(d.support, torch.randn(d.nnz)) for n, d in adapter.items()})
+    fixed = FixedSupport.of(new)
+    routes = cluster.call(lambda held: Route(held, "a", lambda: adapter, fixed.digest))
+    values = fixed.flat(new)
+    cluster.call(lambda held: next(r for r in routes if r.worker is held).update(values))
     cluster.activate({})
-    expected = exchange.make_part(part.storage, positions, values, None)
-    assert other.entry.patch.offsets is positions
-    assert torch.equal(other.entry.patch.originals, expected.entry.patch.originals)
-    assert torch.equal(other.entry.patch.replacement, expected.entry.patch.replacement)
-    with pytest.raises(AdapterError, match="not be finite"):
-        part.with_values(torch.full((part.nnz,), float("inf")))
+    cluster.load("b", new)
+    updated, expected = (held.adapters[name].entries[storage].patch for name in "ab")
+    assert updated.offsets is loaded.entries[storage].patch.offsets
+    assert torch.equal(updated.originals, expected.originals)
+    assert torch.equal(updated.replacement, expected.replacement)

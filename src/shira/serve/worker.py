@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters of one worker: loaded, active, given new values, taken out. Knows no engine.
+
+The life of the weights::
+
+    base --activate--> active --activate--> active --activate none--> base
+                         | sleep (at level 2 the engine drops the weights)
+                         v
+                     discarded --rebase (the base was loaded anew)--> active
+
+Each method is called in every process of the model in the same order, and changes all of them or
+none: prepare and check everywhere, then write; if a process fails then, all put back what they had
+(`shira.serve.processes.agree`). `shira.switch.weights` has the states, as for `shira.Switch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
+from shira.errors import (
+    AdapterError,
+    ServeError,
+    SwitchError,
+    UnknownAdapterError,
+    WrongBaseError,
+    did_you_mean,
+)
+from shira.ops.patch import same_bits
+from shira.serve.loading import (
+    LoadedAdapter,
+    Stored,
+    entry_at,
+    load,
+    locate,
+    nothing_stored,
+)
+from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
+from shira.serve.processes import OneProcess, Processes, agree
+from shira.serve.messages import named, slept, wanted
+from shira.serve.value_sender import FixedSupport, check_finite
+from shira.switch.prepared import Entry, combined, make_patch
+from shira.switch.weights import ChangedWeightError, State, Weights
+
+Selection: TypeAlias = "str | Mapping[str, float] | None"
+"""The adapters that shall be active: a name, ``{name: scale, ...}``, or None for the base."""
+
+_CHUNK = 2**24  # entries hashed at a time
+
+
+class WorkerAdapters:
+    """The adapters of one worker process.
+
+    Args:
+        model: The process's part of the model, with the loader of its checkpoint.
+        dtype: The dtype in which it is served.
+        processes: All that hold a part of the model.
+        refuse: Called with a name and its placements before they are used; raises if the engine
+            computes with something else than these weights.
+        stored: Values of the checkpoint's weights, of which some are compared in loading.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        processes: Processes | None = None,
+        refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
+        stored: Stored = nothing_stored,
+    ) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.processes: Processes = processes or OneProcess()
+        self.refuse = refuse
+        self.stored = stored
+        self.adapters: dict[str, LoadedAdapter] = {}
+        self.discarded = False
+        self._weights: Weights[Storage] = Weights()
+        self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Scale by name of what is in the weights; empty for the base."""
+        return dict(self._weights.state.active)
+
+    @property
+    def state(self) -> str:
+        """A hash of what is active, by content: equal states compute equal answers."""
+        if not self.active:
+            return "base"
+        terms = [(self.adapters[name].digest, scale.hex()) for name, scale in self.active.items()]
+        return hashlib.blake2b(repr(terms).encode(), digest_size=16).hexdigest()
+
+    def load(
+        self, name: str, read: Callable[[], Adapter], *, compare: bool = True
+    ) -> LoadedAdapter:
+        """Hold an adapter under a name; nothing served changes. Errors: see `loading.load`.
+
+        Args:
+            name: A name that is free.
+            read: Reads and validates the adapter.
+            compare: Whether to compare some base values with the checkpoint's; False if the
+                weights have been trained on since.
+
+        Raises:
+            AdapterError: If the name is taken.
+            ServeError: If the weights are discarded.
+        """
+        agree(self.processes, lambda: self._check_new(name))
+        here = storage_keys(self.model)
+        self._placements = {
+            asked: found
+            for asked, found in self._placements.items()
+            if all(placement.storage.key in here for placement in found)
+        }
+        stored = self.stored if compare else nothing_stored
+        active = self._weights.state.plan
+        self.adapters[name] = load(read, self.place, active, self.processes, stored)
+        return self.adapters[name]
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            UnknownAdapterError: If there is none of this name.
+            AdapterError: If it is active.
+        """
+        agree(self.processes, lambda: self._check_unused(name))
+        del self.adapters[name]
+
+    def activate(self, weights: Selection, scale: float = 1.0) -> None:
+        """Make these adapters active, each times its scale, and no others.
+
+        Args:
+            weights: A name, ``{name: scale, ...}``, or None for the base.
+            scale: With a single name, its factor.
+
+        Raises:
+            UnknownAdapterError: If one is not loaded.
+            AdapterError: If a scale is not finite, or an entry would not be.
+            SwitchError: If something else has written to the weights.
+            ServeError: If the weights are discarded, or a process failed to write; nothing has
+                changed then.
+        """
+        self._write(agree(self.processes, lambda: self._checked(weights, scale)))
+
+    def check(self, weights: Selection, scale: float = 1.0) -> None:
+        """Raise what `activate` would raise, and change nothing."""
+        agree(self.processes, lambda: self._checked(weights, scale))
+
+    def update(self, name: str, loaded: LoadedAdapter) -> None:
+        """Exchange an adapter for one of the same positions, in the weights too if it is active.
+
+        Raises:
+            ServeError: As `activate`; the adapter is the one of before.
+        """
+        before = self.adapters[name]
+        self.adapters[name] = loaded
+        if name in self.active:
+            try:
+                self.activate(self.active)
+            except Exception:
+                self.adapters[name] = before
+                raise
+
+    def sleep(self, level: int) -> None:
+        """Note that the engine is going to sleep; at level 2 it drops the weights."""
+        if slept(level) >= 2:
+            self.discarded = True
+
+    def rebase(self, *, check: bool = True) -> None:
+        """Apply what was active to the base's weights, loaded anew into the same memory.
+
+        Args:
+            check: Whether the new base must have the values of the old one at the entries of the
+                loaded adapters. False for a base that was trained on.
+
+        Raises:
+            WrongBaseError: If it has not.
+            ServeError: If the weights lie in other memory, so that adapters must be loaded again.
+        """
+        self.adapters, after = agree(self.processes, lambda: self._anew(check))
+        self._weights.forget()
+        self.discarded = False
+        self._write(after)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return hashes of all weights of this process: ``base``, whatever is active, and as is.
+
+        Reads every weight, some at a time: it is the identity of the whole.
+        """
+        base, now = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        for storage in storages_of(self.model).values():
+            patch = self._weights.state.plan.get(storage)
+            for start in range(0, storage.weight.numel(), _CHUNK):
+                chunk = storage.weight[start : start + _CHUNK].cpu()
+                now.update(chunk.view(torch.uint8).numpy().data)
+                if patch is not None:
+                    here = (patch.offsets >= start) & (patch.offsets < start + chunk.numel())
+                    chunk = chunk.clone()  # of a storage on the CPU it is a view
+                    at = patch.offsets[here].long().cpu() - start
+                    chunk[at] = patch.originals[here].cpu()
+                base.update(chunk.view(torch.uint8).numpy().data)
+        return {"base": base.hexdigest(), "weights": now.hexdigest()}
+
+    def place(self, name: str, shape: tuple[int, ...]) -> tuple[Placement, ...]:
+        """Return the places where this process keeps the weight of a name and shape."""
+        if (name, shape) not in self._placements:
+            placements = trace(self.model, name, shape, self.dtype)
+            self.refuse(name, placements)
+            self._placements[name, shape] = placements
+        return self._placements[name, shape]
+
+    def require(self, name: str) -> LoadedAdapter:
+        """Return the adapter of a name.
+
+        Raises:
+            UnknownAdapterError: If there is none.
+            AdapterError: If it cannot be a name.
+        """
+        if named(name) not in self.adapters:
+            raise UnknownAdapterError(
+                f"no adapter {name!r} is loaded.{did_you_mean(name, self.adapters)}"
+            )
+        return self.adapters[name]
+
+    def _checked(self, weights: Selection, scale: float) -> State[Storage]:
+        self._check_awake()
+        scales = wanted(weights, scale)
+        for name in scales:
+            self.require(name)
+        self._check_in_place(scales)
+        after = _state_of(self.adapters, scales)
+        try:
+            self._weights.compare(after.plan)
+        except ChangedWeightError as error:
+            raise SwitchError(
+                f"{error.entry} was changed by something else since adapters were loaded (reloaded "
+                "or trained on?), so that originals are not known. If the weights are a whole base "
+                "again, rebase: adapters then count from it, and what was active is applied anew"
+            ) from None
+        return after
+
+    def _anew(self, check: bool) -> tuple[dict[str, LoadedAdapter], State[Storage]]:
+        self._check_in_place(self.adapters)
+        adapters = {}
+        for name, loaded in self.adapters.items():
+            entries = {}
+            for storage, (values, patch) in loaded.entries.items():
+                assert values is not None  # whole tensors are not served
+                entries[storage] = entry_at(storage, patch.offsets, values, {})
+                if check and not same_bits(entries[storage].patch.originals, patch.originals):
+                    raise WrongBaseError(
+                        f"the weights that were loaded are not those of before, at the entries of "
+                        f"adapter {name!r}; rebase(check=False) applies it nevertheless"
+                    )
+            adapters[name] = loaded._replace(entries=entries)
+        return adapters, _state_of(adapters, self.active)
+
+    def _write(self, after: State[Storage]) -> None:
+        self._weights.exchange(
+            after, check=False, together=lambda write: agree(self.processes, write)
+        )
+
+    def _check_awake(self) -> None:
+        if self._weights.unfinished:
+            raise ServeError(
+                "the weights could not be put back after a failed switch: restart the engine, or "
+                "reload its weights and rebase"
+            )
+        if self.discarded:
+            raise ServeError(
+                "the engine's weights are discarded (sleep level 2): wake it up, reload the "
+                "weights and rebase"
+            )
+
+    def _check_in_place(self, names: Iterable[str]) -> None:
+        here = storage_keys(self.model)
+        for name in names:
+            if not {storage.key for storage in self.adapters[name].entries} <= here:
+                raise ServeError(
+                    f"the weights of adapter {name!r} lie in other memory than when it was loaded: "
+                    "deactivate, unload and load it again"
+                )
+
+    def _check_new(self, name: str) -> None:
+        self._check_awake()
+        if named(name) in self.adapters:
+            raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
+
+    def _check_unused(self, name: str) -> None:
+        self.require(name)
+        if name in self.active:
+            raise AdapterError(f"adapter {name!r} is active: deactivate it before unloading")
+
+
+def _state_of(adapters: Mapping[str, LoadedAdapter], scales: Mapping[str, float]) -> State[Storage]:
+    members = [(adapters[name].entries, scale) for name, scale in scales.items()]
+    return State(tuple(scales.items()), combined(str(dict(scales)), members))
+
+
+class Route:
+    """The way of new values for an adapter to one worker's storages; the positions stay.
+
+    Made once: for each storage, which of the k values go there, in the order in which the worker
+    keeps them. An update switches the weights as any activation does, from the originals that were
+    kept, so that nothing drifts however many updates there are.
+
+    Args:
+        worker: The worker's adapters.
+        name: Of the one that is updated; it is loaded already.
+        read: Reads an adapter with its positions, as `WorkerAdapters.load`.
+        digest: The hash of the positions that the sender has; see `FixedSupport.digest`.
+
+    Raises:
+        UnknownAdapterError: If no such adapter is loaded.
+        AdapterError: If the positions read, the sender's, and the worker's are not the same.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerAdapters,
+        name: str,
+        read: Callable[[], Mapping[str, SparseDelta]],
+        digest: str,
+    ) -> None:
+        self.worker, self.name = worker, name
+        self.nnz = 0
+        self._key = digest.encode()[:64]
+        self._positions: dict[Storage, Tensor] = {}
+        self._order = agree(worker.processes, lambda: self._ordered(read(), digest))
+
+    def update(self, values: Tensor) -> None:
+        """Exchange the adapter's values, in the weights too if it is active.
+
+        Args:
+            values: ``(k,)`` deltas of the whole adapter, finite, on the CPU.
+
+        Raises:
+            AdapterError: If there are not k of them, or one is not finite; nothing has changed.
+            ServeError: As `WorkerAdapters.activate`; the values are those of before.
+        """
+        self.worker.update(self.name, agree(self.worker.processes, lambda: self._with(values)))
+
+    def _with(self, values: Tensor) -> LoadedAdapter:
+        loaded = self._checked(values)
+        entries = {}
+        for storage, (_, old) in loaded.entries.items():
+            new = values[self._order[storage]].to(storage.weight.device)
+            entries[storage] = Entry(new, make_patch(old.offsets, old.originals, new))
+        raw = values.detach().contiguous().view(torch.uint8).numpy().data
+        digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
+        return loaded._replace(entries=entries, digest=digest)
+
+    def _ordered(self, adapter: Mapping[str, SparseDelta], digest: str) -> dict[Storage, Tensor]:
+        loaded, fixed = self.worker.require(self.name), FixedSupport.of(adapter)
+        if fixed.digest != digest:
+            raise AdapterError(
+                f"the sender's positions of adapter {self.name!r} have the hash {digest}, those "
+                f"at the path {fixed.digest}: save the adapter that is trained"
+            )
+        self.nnz = fixed.nnz
+        found: dict[Storage, list[tuple[Tensor, Tensor]]] = {}
+        offset = 0
+        for name, support in fixed.supports.items():
+            for storage, entries, positions in locate(self.worker.place, name, support):
+                found.setdefault(storage, []).append((entries.cpu() + offset, positions.cpu()))
+            offset += support.nnz
+        self._positions = {s: entry.patch.offsets for s, entry in loaded.entries.items()}
+        order = {}
+        for storage, pieces in found.items():
+            positions, by = torch.cat([where for _, where in pieces]).sort()
+            order[storage] = torch.cat([entries for entries, _ in pieces])[by]
+            here = self._positions.get(storage, positions[:0])
+            if not torch.equal(positions, here.cpu().long()):
+                raise AdapterError(
+                    f"adapter {self.name!r} was loaded with other positions than those at the path"
+                )
+        if not loaded.entries.keys() <= order.keys():
+            raise AdapterError(f"adapter {self.name!r} was loaded with more than is at the path")
+        return order
+
+    def _checked(self, values: Tensor) -> LoadedAdapter:
+        if values.shape != (self.nnz,) or not values.is_floating_point():
+            raise AdapterError(
+                f"adapter {self.name!r} has {self.nnz} values, not "
+                f"{tuple(values.shape)} of {values.dtype}"
+            )
+        check_finite(values, f"adapter {self.name!r} that were sent")
+        loaded = self.worker.require(self.name)
+        if any(
+            entry.patch.offsets is not self._positions.get(storage)
+            for storage, entry in loaded.entries.items()
+        ):
+            raise AdapterError(
+                f"adapter {self.name!r} was loaded anew since the positions were agreed on"
+            )
+        return loaded
