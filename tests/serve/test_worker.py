@@ -457,7 +457,7 @@ def test_a_rank_that_dies_before_all_have_agreed(cluster, monkeypatch):
     cluster.load("b", adapter_for(cluster.base, 2))
     before = [p.clone() for p in cluster.held[0].model.parameters()]
     votes = [0]
-    gather = cluster.held[1].ranks.gather
+    gather = cluster.held[1].processes.gather
 
     def die(value):
         votes[0] += 1
@@ -466,7 +466,7 @@ def test_a_rank_that_dies_before_all_have_agreed(cluster, monkeypatch):
             raise SystemExit
         return gather(value)
 
-    cluster.held[1].ranks.gather = die
+    cluster.held[1].processes.gather = die
     survivor = cluster.pool.submit(cluster.held[0].activate, {"b": 1.0})
     victim = cluster.pool.submit(cluster.held[1].activate, {"b": 1.0})
     assert isinstance(victim.exception(timeout=20), SystemExit)

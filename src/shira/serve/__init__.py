@@ -3,14 +3,13 @@
 
 Nothing here is imported before it is asked for; only the files called ``vllm`` import an engine.
 
-Engine-neutral, on a rank::
+Engine-neutral, in a worker::
 
-    boxes, placement     where an entry of a checkpoint's weight lives
-    exchange             what an adapter changes in a storage, on `shira.ops.patch`
-    ranks                all ranks agree or none changes
-    checking, loading    an adapter, placed and compared with the base
-    held                 a rank's adapters, what is active, what takes it back
-    fixed_support, updating, values_wire, value_sender    new values at the same positions
+    placement       where an entry of a checkpoint's weight lives
+    processes       all processes of a model agree or none changes
+    loading         an adapter, placed and compared with the base
+    worker          a worker's adapters, what is active, new values for them
+    value_sender    new values at the same positions, and their way to the workers
 
 For vLLM: ``vllm`` is the extension of its workers, ``client`` (with ``async_client``) drives it
 through ``LLM`` and ``AsyncLLM``; below them ``reports``, ``watch``, ``shared`` and ``gate``.

@@ -137,7 +137,7 @@ class Weights(Generic[P]):
             self._unfinished = exchanges, before, after
             self.settle()
             if isinstance(error, ChangedEntryError):
-                raise ChangedWeightError(error, {**before.plan, **after.plan}) from None
+                raise ChangedWeightError(error, [*before.plan, *after.plan]) from None
             raise
 
     def settle(self) -> None:
@@ -158,7 +158,7 @@ class Weights(Generic[P]):
         try:
             self._exchanges(after, check=True).compare()
         except ChangedEntryError as error:
-            raise ChangedWeightError(error, {**self.state.plan, **after}) from None
+            raise ChangedWeightError(error, [*self.state.plan, *after]) from None
 
     def forget(self) -> None:
         """Take what the weights hold now for the base; nothing is written."""
