@@ -31,8 +31,8 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError
-from shira.serve.processes import Failure
 from shira.serve.messages import located, named
+from shira.serve.processes import Failure
 from shira.support import Support
 
 _c10d: Any = dist  # torch has no types for what is used here

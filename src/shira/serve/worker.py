@@ -41,9 +41,9 @@ from shira.serve.loading import (
     locate,
     nothing_stored,
 )
+from shira.serve.messages import named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.processes import OneProcess, Processes, agree
-from shira.serve.messages import named, slept, wanted
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.switch.prepared import Entry, combined, make_patch
 from shira.switch.weights import ChangedWeightError, State, Weights
