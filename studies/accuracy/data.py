@@ -104,7 +104,7 @@ def tokenizer() -> Any:
     """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    from shira.cli._demo.settings import model_path
+    from shira.cli.demo.settings import model_path
 
     return AutoTokenizer.from_pretrained(model_path())
 
@@ -116,8 +116,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _split(rows: list[dict[str, Any]], max_tokens: int, frozen_blocks: int, digest: str) -> Split:
-    from shira.cli._demo.predict import encode
-
-    ids = encode(tokenizer(), [row["text"] for row in rows], max_length=max_tokens)
+    texts = [row["text"] for row in rows]
+    ids = tokenizer()(texts, truncation=True, max_length=max_tokens)["input_ids"]
     states = model.states(ids, frozen_blocks, tokenizer().pad_token_id)
     return Split(states, [row["label"] for row in rows], digest)

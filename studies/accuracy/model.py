@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira.cli._demo.predict import pad
-
 _BATCH = 64
 
 
@@ -61,20 +59,23 @@ def states(ids: Sequence[Sequence[int]], frozen_blocks: int, pad_token_id: int) 
     with torch.no_grad():
         for start in range(0, len(order), _BATCH):
             chosen = order[start : start + _BATCH]
-            batch = pad([ids[i] for i in chosen], pad_token_id=pad_token_id)
-            given = lower(**batch).last_hidden_state
+            padded, mask = pad([torch.tensor(ids[i]) for i in chosen], pad_token_id)
+            given = lower(input_ids=padded, attention_mask=mask).last_hidden_state
             found |= {i: row[: len(ids[i])].clone() for i, row in zip(chosen, given, strict=True)}
     return [found[i] for i in range(len(ids))]
 
 
+def pad(rows: Sequence[Tensor], value: float = 0) -> tuple[Tensor, Tensor]:
+    """Rows as a batch as wide as the longest of them, and its mask: int64 (B, T)."""
+    ones = [torch.ones(len(row), dtype=torch.int64) for row in rows]
+    stacked = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return stacked, nn.utils.rnn.pad_sequence(ones, batch_first=True)
+
+
 def batch(rows: Sequence[Tensor], labels: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Rows of states as a batch as wide as the longest of them."""
-    made = {
-        "states": nn.utils.rnn.pad_sequence(list(rows), batch_first=True),
-        "attention_mask": nn.utils.rnn.pad_sequence(
-            [torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True
-        ),
-    }
+    """Rows of states as a batch."""
+    states, mask = pad(rows)
+    made = {"states": states, "attention_mask": mask}
     return made if labels is None else {**made, "labels": torch.tensor(labels)}
 
 
@@ -97,7 +98,7 @@ def _load() -> Any:
     """The base in evaluation mode, without pooler and dropout."""
     from transformers import AutoModel
 
-    from shira.cli._demo.settings import model_path
+    from shira.cli.demo.settings import model_path
 
     return AutoModel.from_pretrained(
         model_path(),

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira import Adapter
-from shira.cli._demo.report import proofs
-from shira.cli._demo.settings import Files
+from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS
 
 pytestmark = pytest.mark.slow
 
@@ -73,31 +72,33 @@ def test_writes_into_its_folder_alone(quick):
 
 def test_what_it_writes_is_what_it_says(quick):
     _, folder = quick
-    files = Files(folder / "out")
-    written = json.loads(files.results.read_text())
+    out = folder / "out"
+    written = json.loads((out / RESULTS).read_text())
     assert all(proof["holds"] for proof in written["proofs"])
     assert len(written["verified"]["switch_seconds"]) == written["settings"]["switches"] == 100
-    library, kind = (Adapter.load(files.adapter(task)) for task in ("library", "kind"))
+    library, kind = (Adapter.load(out / task) for task in ("library", "kind"))
     assert library.density == pytest.approx(0.02, rel=1e-3)
     assert written["runs"]["kind"]["shira"]["trained_in_encoder"] == kind.nnz
     # two mask slots of one seed share no entry
     assert list(library) == list(kind)
     assert not any(library[name].support.overlap(kind[name].support) for name in library)
-    rows = [json.loads(line) for line in files.examples("kind").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (out / EXAMPLES.format(task="kind")).read_text().splitlines()
+    ]
     assert {row["label"] for row in rows} == set(written["labels"]["kind"])
     for seen in written["verified"]["tasks"].values():
         assert seen["weights_changed_while_in"] > 0.9 * library.nnz
 
 
 def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
-    from shira.cli._demo import verify
+    from shira.cli.demo import verify
 
     _, folder = quick
     shutil.copytree(folder / "out", tmp_path / "out")
-    files = Files(tmp_path / "out")
-    saved = load_file(files.predictions)
+    predictions = tmp_path / "out" / PREDICTIONS
+    saved = load_file(predictions)
     saved["kind"] = saved["kind"].roll(1, dims=1)
-    save_file(saved, files.predictions)
+    save_file(saved, predictions)
     plain_switch = verify.switch
 
     def careless_switch(model, task):
@@ -108,8 +109,8 @@ def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(verify, "switch", careless_switch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = verify.verify(files.root)
-    failed = [proof.statement for proof in proofs(found) if not proof.holds]
+    found = verify.verify(predictions.parent)
+    failed = [proof.statement for proof in verify.proofs(found) if not proof.holds]
     assert found["base_changed"] == ["bert.embeddings.word_embeddings.weight"]
     assert len(failed) == 2
     assert failed[0].startswith("kind: ")
@@ -117,22 +118,26 @@ def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
 
 
 def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
-    import shira.cli._demo.run as run
+    import shira.cli.demo.run as run
 
     monkeypatch.setattr(run, "run_demo", lambda output, settings: False)
     assert shira("demo").status == 1
 
 
 def test_a_single_step_has_a_rate(tmp_path):
-    from shira.cli._demo.settings import Settings
-    from shira.cli._demo.training import _arguments
+    from shira.cli.demo.settings import Settings
+    from shira.cli.train.run import set_warmup, training_arguments
 
-    warmups = [_arguments(tmp_path, Settings(steps=n)).warmup_steps for n in (1, 2, 150)]
+    warmups = []
+    for options in (Settings(steps=n).options() for n in (1, 2, 150)):
+        arguments = training_arguments(options, tmp_path)
+        set_warmup(arguments, options, rows=100)
+        warmups.append(arguments.warmup_steps)
     assert warmups == [0, 1, 9]
 
 
 def test_options_reach_the_settings(shira, monkeypatch):
-    import shira.cli._demo.run as run
+    import shira.cli.demo.run as run
 
     seen = []
 
@@ -163,7 +168,7 @@ def test_settings_out_of_range_are_one_line_and_write_nothing(shira, tmp_path, o
 
 
 def test_says_what_to_install_without_the_model(shira, monkeypatch, tmp_path):
-    import shira.cli._demo.settings as settings
+    import shira.cli.demo.settings as settings
 
     monkeypatch.setattr(settings, "MODEL_PACKAGE", "no_such_package_anywhere")
     answer = shira("demo", "--output", tmp_path / "out")

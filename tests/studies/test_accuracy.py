@@ -122,17 +122,16 @@ def test_the_two_parts_are_the_whole_encoder(frozen_blocks: int) -> None:
     import torch
     from transformers import AutoModel
 
-    from shira.cli._demo.predict import pad
-    from shira.cli._demo.settings import model_path
-    from studies.accuracy.model import Classifier, batch, states
+    from shira.cli.demo.settings import model_path
+    from studies.accuracy.model import Classifier, batch, pad, states
 
     ids = [[101, 7592, 102], [101, 2088, 2003, 2307, 102]]
     whole = AutoModel.from_pretrained(model_path()).eval()
     model = Classifier(3, frozen_blocks=frozen_blocks, seed=0).eval()
-    padded = pad(ids, pad_token_id=0)
+    padded, mask = pad([torch.tensor(row) for row in ids])
     with torch.no_grad():
-        last = whole(**padded).last_hidden_state
-        mask = padded["attention_mask"].unsqueeze(-1)
+        last = whole(input_ids=padded, attention_mask=mask).last_hidden_state
+        mask = mask.unsqueeze(-1)
         mean = (last * mask).sum(dim=1) / mask.sum(dim=1)
         pooled = torch.nn.functional.normalize(mean, dim=1) * mean.shape[1] ** 0.5
         logits = model(**batch(states(ids, frozen_blocks, 0))).logits

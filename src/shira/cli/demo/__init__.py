@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from shira.errors import MissingDependencyError
+
 EXAMPLES = (
     "shira demo                            # about three minutes on two cores",
     "shira demo --output /tmp/demo --seed 1",
@@ -41,8 +43,8 @@ def command(
 
     Exits with status 1 if a proof fails.
     """
-    from shira.cli._demo.run import run_demo
-    from shira.cli._demo.settings import QUICK, Settings
+    from shira.cli import libraries
+    from shira.cli.demo.settings import QUICK, Settings
 
     given = {
         "seed": seed,
@@ -53,5 +55,14 @@ def command(
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**(QUICK if quick else {}), **chosen})  # type: ignore[arg-type]
+    libraries.offline()
+    libraries.share_cores()
+    libraries.no_accelerator_note()
+    try:
+        from shira.cli.demo.run import run_demo
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the demo needs {error.name}: pip install 'shira[demo]'"
+        ) from error
     if not run_demo(output, settings):
         raise typer.Exit(1)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's proofs, run in a process of their own: ``python -m shira.cli.demo.verify FOLDER``.
+
+It knows nothing but the files the training wrote. It loads the base once and both adapters from
+disk, predicts, switches between the adapters, takes them out, and compares every base weight with
+a base that was loaded afresh. The findings go to standard output as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shira.cli import libraries
+from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS, Settings
+from shira.cli.demo.training import head_labels, predict_logits
+from shira.cli.progress import Steps
+from shira.cli.train.model import load_base, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A statement, and whether it was found to hold."""
+
+    holds: bool
+    statement: str
+
+
+def verify(root: Path) -> dict[str, Any]:
+    """Run every proof on what the demo wrote to `root`.
+
+    Returns:
+        For each task: how many predictions were compared, how many differ, the largest difference
+        of a logit, the largest one between merged and unmerged answers, and the base weights that
+        differ while the adapter is in. For the base: how much was compared at the end, and the
+        names of what differs. The seconds of each switch.
+    """
+    from shira import PeftModel
+
+    written = json.loads((root / RESULTS).read_text(encoding="utf-8"))
+    settings = Settings(**written["settings"])
+    tasks: list[str] = written["tasks"]
+    labels, options = head_labels(written["outputs"]), settings.options()
+    tokenizer = load_tokenizer(options)
+    base, other = (load_base(options, labels, tokenizer.pad_token_id) for _ in range(2))
+    fresh = dict(base_weights(other))
+    model = PeftModel.from_pretrained(base, root / tasks[0], adapter_name=tasks[0])
+    for task in tasks[1:]:
+        model.load_adapter(root / task, adapter_name=task)
+
+    def predict(task: str, what: str) -> Tensor:
+        lines = (root / EXAMPLES.format(task=task)).read_text(encoding="utf-8").splitlines()
+        texts = [row["text"] for row in map(json.loads, lines) if row["split"] == "test"]
+        return predict_logits(model, tokenizer, texts, settings, f"{task}: predicting {what}")
+
+    predictions = load_file(root / PREDICTIONS)
+    found: dict[str, Any] = {"tasks": {}}
+    for task in tasks:
+        saved = predictions[task]
+        model.set_adapter(task)
+        logits = predict(task, "again")
+        model.merge_adapter()
+        merged = predict(task, "with it merged")
+        found["tasks"][task] = {
+            "predictions": len(saved),
+            "predictions_changed": int((logits.argmax(1) != saved.argmax(1)).sum()),
+            "largest_logit_difference": float((logits - saved).abs().max()),
+            "merged_difference": float((merged - logits).abs().max()),
+            "weights_changed_while_in": sum(
+                int((tensor != fresh[name]).sum())
+                for name, tensor in base_weights(model)
+                if name in fresh
+            ),
+        }
+        model.unmerge_adapter()
+    found["switch_seconds"] = _switch(model, tasks, settings.switches)
+    now = dict(base_weights(model))
+    found["base_tensors"] = len(fresh)
+    found["base_weights"] = sum(tensor.numel() for tensor in fresh.values())
+    found["base_missing"] = sorted(fresh.keys() ^ now.keys())
+    found["base_changed"] = [
+        name for name in fresh.keys() & now.keys() if not torch.equal(fresh[name], now[name])
+    ]
+    return found
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the base's own weights under its own names, without the head and without adapters."""
+    for name, tensor in model.state_dict().items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if "shira_" not in plain and not plain.startswith("classifier."):
+            yield plain, tensor
+
+
+def switch(model: Any, task: str) -> None:
+    """Take out the merged adapter and put in that of `task`: PEFT's calls alone."""
+    model.unmerge_adapter()
+    model.set_adapter(task)
+    model.merge_adapter()
+
+
+def _switch(model: Any, tasks: Sequence[str], times: int) -> list[float]:
+    seconds = []
+    model.set_adapter(tasks[-1])
+    model.merge_adapter()
+    with Steps("switching adapters", times) as steps:
+        for turn in range(times):
+            started = time.perf_counter()
+            switch(model, tasks[turn % len(tasks)])
+            seconds.append(time.perf_counter() - started)
+            steps.update(turn + 1)
+    model.unmerge_adapter()
+    return seconds
+
+
+def proofs(found: Mapping[str, Any]) -> list[Proof]:
+    """Return the findings of `verify` as statements that hold or do not."""
+    result = []
+    for task, seen in found["tasks"].items():
+        result.append(
+            Proof(
+                seen["predictions_changed"] == 0 and seen["largest_logit_difference"] < 1e-4,
+                f"{task}: {seen['predictions'] - seen['predictions_changed']} of "
+                f"{seen['predictions']} predictions equal those of the training process "
+                f"(largest difference of a logit: {seen['largest_logit_difference']:.1e})",
+            )
+        )
+        result.append(
+            Proof(
+                seen["weights_changed_while_in"] > 0 and seen["merged_difference"] < 1e-4,
+                f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are "
+                "overwritten and the logits are those of the unmerged model "
+                f"(largest difference: {seen['merged_difference']:.1e})",
+            )
+        )
+    changed = len(found["base_changed"]) + len(found["base_missing"])
+    result.append(
+        Proof(
+            changed == 0,
+            f"after {len(found['switch_seconds'])} switches, "
+            f"{found['base_tensors'] - changed} of {found['base_tensors']} base tensors "
+            f"({found['base_weights']:,} weights) are bit for bit those of a fresh load",
+        )
+    )
+    return result
+
+
+if __name__ == "__main__":
+    libraries.offline()
+    libraries.no_accelerator_note()
+    libraries.quieten(warnings_too=True)
+    print(json.dumps(verify(Path(sys.argv[1]))))
