@@ -144,6 +144,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
         **{name: getattr(options, name) for name in _NAMED_ALIKE},
     }
     if options.gradient_checkpointing:
+        arguments["gradient_checkpointing"] = True
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         arguments["ddp_backend"] = "gloo"
@@ -152,7 +153,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
 
 _NAMED_ALIKE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
-    *("gradient_checkpointing", "seed", "logging_steps", "eval_steps", "save_total_limit"),
+    *("seed", "logging_steps", "eval_steps", "save_total_limit"),
 )
 
 
