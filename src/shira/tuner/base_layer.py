@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer under an adapted one: finding its weight, wherever that is kept, and calling it.
-
-Accelerate's offloading (``device_map`` with ``cpu`` or ``disk``) leaves parameters on the meta
-device and brings them when the module that holds them is called; ZeRO-3 gathers them then; a
-parametrization computes them at each use.
+"""Calling the layer under an adapted one, with its hooks, and reading what it holds on the way.
 
 An adapted layer multiplies with the base layer's weight itself, or has the base layer's forward do
-so with another weight. Users, Accelerate and FSDP hang hooks on the base layer and expect them to
-fire, with the base layer as the module.
+so with another weight. Users, Accelerate's offloading and FSDP hang hooks on the base layer and
+expect them to fire, with the base layer as the module.
 """
 
 from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -25,7 +20,7 @@ from torch import Tensor, nn
 
 from shira.errors import TargetError
 from shira.ops.memory import keep_over_fork
-from shira.store.sharded import gathered, is_partitioned, is_sharded
+from shira.store.sharded import is_partitioned, is_sharded
 
 _HOOKS = (
     "_forward_hooks",
@@ -38,9 +33,6 @@ _MACHINERY = ("torch.distributed.", "deepspeed.")
 
 _swapping = threading.RLock()
 keep_over_fork(_swapping)
-
-
-# ------------------------------------------------------------------------------------------ reading
 
 
 def members(module: nn.Module, *names: str) -> list[Any]:
@@ -59,66 +51,6 @@ def members(module: nn.Module, *names: str) -> list[Any]:
         else:  # FSDP1 and parametrizations put something else in a parameter's place
             found.append(getattr(module, name))
     return found
-
-
-def base_of(layer: Any) -> Any:
-    """Return the layer that is adapted, under whatever adapts it already."""
-    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-
-
-def weight_of(base_layer: nn.Module) -> Tensor:
-    """Return the layer's weight; of a quantized layer the packed one."""
-    with at_rest([base_layer]):
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
-    return weight
-
-
-def stored_weight(layer: nn.Module) -> Any:
-    """Return the base layer's weight as it is stored: packed, in parts, or None (GPTQ)."""
-    base = base_of(layer)
-    return None if is_computed(base) else getattr(base, "weight", None)
-
-
-def is_computed(base_layer: nn.Module) -> bool:
-    """Return whether the layer's weight is made from other parameters at each use.
-
-    By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
-    the forward (the older weight_norm and spectral_norm, pruning).
-    """
-    parametrizations = base_layer._modules.get("parametrizations")
-    parametrized = parametrizations is not None and "weight" in parametrizations._modules
-    made = parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
-    return made and "weight" not in base_layer._parameters
-
-
-@contextmanager
-def readable(module: nn.Module) -> Iterator[None]:
-    """Make a module's own parameters readable for a while, wherever they are kept."""
-    parameters = list(module.parameters(recurse=False))
-    away = any(parameter.is_meta for parameter in parameters)
-    here = align_module_device(module) if away else nullcontext()
-    with here, gathered(parameters), at_rest([module]):
-        yield
-
-
-@contextmanager
-def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the reading of a computed weight from changing anything.
-
-    spectral_norm improves its estimate, a buffer, at each reading in training mode.
-    """
-    computing = [
-        m._modules["parametrizations"] for m in modules if "parametrizations" in m._modules
-    ]
-    training = [part for some in computing if some is not None for part in some.modules()]
-    training = [part for part in training if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def device_of_work(module: nn.Module) -> torch.device | None:
@@ -170,9 +102,6 @@ def gather_for_call(layer: nn.Module, parameter: Tensor) -> None:
 
         deepspeed.zero.register_external_parameter(layer, parameter)
         parameter.all_gather()  # type: ignore[attr-defined]
-
-
-# ------------------------------------------------------------------------------------------ calling
 
 
 class Way(enum.Enum):

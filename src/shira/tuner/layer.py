@@ -41,13 +41,11 @@ from shira.tuner.base_layer import (
     device_of_work,
     gather_for_call,
     has_hooks_of_users,
-    is_computed,
     members,
     onloaded,
-    stored_weight,
     way_to_call,
-    weight_of,
 )
+from shira.tuner.base_weight import is_computed, stored_weight, weight_of, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import (
     IndexDict,
@@ -57,7 +55,6 @@ from shira.tuner.indices import (
 )
 from shira.tuner.mixed_batch import BASE, group_by_group, samples_by_adapter
 from shira.tuner.quantized import backend_of, cannot_merge
-from shira.tuner.undo import with_originals
 
 
 class ShiraLayer(BaseTunerLayer, nn.Module):

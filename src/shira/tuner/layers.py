@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shira import ops
 from shira.base import replacement
-from shira.tuner.base_layer import Way, members, weight_of
+from shira.tuner.base_layer import Way, members
+from shira.tuner.base_weight import weight_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
 

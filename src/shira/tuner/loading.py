@@ -26,11 +26,11 @@ from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import bare_name, base_module_name, weight_name
 from shira.store.peft_format import INDICES, VALUES
 from shira.support import Support, matrix_shape
+from shira.tuner.base_weight import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.saving import by_own_names, is_elsewhere, layers_of, path_in_state
 from shira.tuner.targets import matched_modules
-from shira.tuner.undo import base_values
 
 Incoming = Mapping[str, Support]
 """Supports in a file, by parameter name."""

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
@@ -23,11 +22,7 @@ from shira.base import fingerprint_fields
 from shira.ops.memory import MemoryMap, make_private
 from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.support import Support
-from shira.tuner.base_layer import (
-    at_rest,
-    base_of,
-    readable,
-)
+from shira.tuner.base_weight import at_rest, base_of, base_values, readable
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
@@ -37,6 +32,7 @@ from shira.tuner.loading import Incoming, check_state_dict, read_incoming, under
 from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
+from shira.tuner.rollback import MergeState, as_it_was
 from shira.tuner.saving import describe, in_few_bytes, is_elsewhere, watch, whole_state
 from shira.tuner.targets import (
     check_target,
@@ -50,7 +46,6 @@ from shira.tuner.targets import (
     refuse_taken_names,
     warn_of_idle_names,
 )
-from shira.tuner.undo import as_it_was, base_values
 from shira.tuner.weighted import add_weighted_adapter
 
 REFERENCE = "ref"
@@ -211,25 +206,22 @@ class ShiraModel(BaseTuner):
                 for field, value in describe(config, self.model, name).items():
                     setattr(config, field, value)
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
-        merged = self._merged()
-        children = [(m._modules, dict(m._modules)) for m in self.model.modules()]
+        before = MergeState(self.model)
         try:
             model = unload(*args, **kwargs)
             ignore_in_ddp(model)
         except BaseException:
-            for modules, before in children:
-                modules.update(before)
-            _roll_back(merged)
+            before.restore()
             raise
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge into all layers, as PEFT's; if that fails or is interrupted, into none."""
-        merged = self._merged()
+        before = MergeState(self.model)
         try:
             super().merge_adapter(*args, **kwargs)
         except BaseException:
-            _roll_back(merged)
+            before.restore()
             raise
 
     def unmerge_adapter(self) -> None:
@@ -237,15 +229,8 @@ class ShiraModel(BaseTuner):
         try:
             super().unmerge_adapter()
         except BaseException:
-            for layer in self._merged():
-                if layer.merged:
-                    with onload_layer(layer):
-                        layer.unmerge()
+            MergeState(self.model).unmerge()
             raise
-
-    def _merged(self) -> dict[ShiraLayer, list[str]]:
-        layers = (layer for layer in self.model.modules() if isinstance(layer, ShiraLayer))
-        return {layer: list(layer.merged_adapters) for layer in layers}
 
     def add_weighted_adapter(
         self,
@@ -415,16 +400,6 @@ class _Configs(dict[str, Any]):
         if name == BASE:
             return ShiraConfig(inference_mode=True)
         raise KeyError(name)
-
-
-def _roll_back(merged: Mapping[ShiraLayer, list[str]]) -> None:
-    """Take out of each layer what was merged since."""
-    for layer, before in merged.items():
-        if layer.merged_adapters != before:
-            with onload_layer(layer):
-                layer.unmerge()
-                if before:
-                    layer.merge(adapter_names=before)
 
 
 def choose_entries(

@@ -36,7 +36,7 @@ from shira.tuner.layers import Linear
 from shira.tuner.loading import check_file, check_loaded, understood, weights_of
 from shira.tuner.mixed_batch import BASE
 from shira.tuner.model import ShiraModel
-from shira.tuner.undo import as_it_was
+from shira.tuner.rollback import as_it_was
 
 LOWEST = "0.21.2"
 """The oldest PEFT that shira works with."""

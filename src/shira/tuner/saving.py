@@ -25,11 +25,10 @@ from shira.store.names import base_module_name, own_names, weight_name
 from shira.store.peft_config import SHAPES_FIELD, common_rank
 from shira.store.peft_format import INDICES, VALUES
 from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
-from shira.tuner.base_layer import stored_weight
+from shira.tuner.base_weight import base_values, stored_weight, values_at, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
-from shira.tuner.undo import base_values, values_at, with_originals
 
 Known = Mapping[str, tuple[str, dict[str, Any]]]
 """``{parameter name: (digest of the positions, what is recorded of the base under them)}``"""

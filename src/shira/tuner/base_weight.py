@@ -1,33 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Undoing: the originals under merged adapters, and a model as it was before a failed operation.
+"""Reading the weight of a base layer, wherever it is kept and whatever adapters are in it.
 
-A merged adapter and an active `shira.Switch` keep the base's values that they overwrote. Unmerging
-puts them back; masks, fingerprints and checks of the base read through them (`base_values`,
-`pristine`), so that they see the base and not an adapter in it.
+Accelerate's offloading leaves it on the meta device, ZeRO-3 and FSDP2 keep it in parts, a
+parametrization computes it at each use. A merged adapter and an active `shira.Switch` have
+overwritten some of its entries and keep the originals: masks, fingerprints and checks of the base
+see those (`base_values`, `pristine`), not an adapter.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from shira.ops.memory import memory_of, offsets_of, settle
 from shira.ops.patch import Overwritten, restored
-from shira.store.sharded import is_sharded, whole
+from shira.store.sharded import gathered, is_sharded, whole
 from shira.support import Support
-from shira.tuner.base_layer import base_of, readable, stored_weight
 from shira.tuner.quantized import backend_of
 
-_CONTAINERS = (dict, OrderedDict, list, set)
+
+def base_of(layer: Any) -> Any:
+    """Return the layer that is adapted, under whatever adapts it already."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-# ------------------------------------------------------------------------------------------ reading
+def weight_of(base_layer: nn.Module) -> Tensor:
+    """Return the layer's weight; of a quantized layer the packed one."""
+    with at_rest([base_layer]):
+        weight: Tensor = base_layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def stored_weight(layer: nn.Module) -> Any:
+    """Return the base layer's weight as it is stored: packed, in parts, or None (GPTQ)."""
+    base = base_of(layer)
+    return None if is_computed(base) else getattr(base, "weight", None)
+
+
+def is_computed(base_layer: nn.Module) -> bool:
+    """Return whether the layer's weight is made from other parameters at each use.
+
+    By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
+    the forward (the older weight_norm and spectral_norm, pruning).
+    """
+    parametrizations = base_layer._modules.get("parametrizations")
+    parametrized = parametrizations is not None and "weight" in parametrizations._modules
+    made = parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
+    return made and "weight" not in base_layer._parameters
+
+
+@contextmanager
+def readable(module: nn.Module) -> Iterator[None]:
+    """Make a module's own parameters readable for a while, wherever they are kept."""
+    parameters = list(module.parameters(recurse=False))
+    away = any(parameter.is_meta for parameter in parameters)
+    here = align_module_device(module) if away else nullcontext()
+    with here, gathered(parameters), at_rest([module]):
+        yield
+
+
+@contextmanager
+def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the reading of a computed weight from changing anything.
+
+    spectral_norm improves its estimate, a buffer, at each reading in training mode.
+    """
+    computing = [
+        m._modules["parametrizations"] for m in modules if "parametrizations" in m._modules
+    ]
+    training = [part for some in computing if some is not None for part in some.modules()]
+    training = [part for part in training if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Tensor | None:
@@ -127,44 +182,3 @@ def _overwritten(layer: nn.Module, weight: Tensor) -> list[Overwritten]:
         offsets, originals = patch.offsets.to(weight.device), patch.originals
         records.append(Overwritten(offsets, originals.to(weight.device, weight.dtype)))
     return [record for record in records if record.nnz]
-
-
-# ------------------------------------------------------------------------------------- rolling back
-
-
-@contextmanager
-def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[None]:
-    """Put a model's modules, parameters and settings back if the body raises.
-
-    What modules hold is put back: submodules, parameters and their ``requires_grad``, modes,
-    configurations, hooks. The values of tensors are not: who writes to them checks before.
-
-    Args:
-        model: Whose modules the body may replace.
-        kind: Put back only if the model has a module of this class then.
-    """
-    modules = [(module, _contents(module.__dict__)) for module in model.modules()]
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        if not any(isinstance(module, kind) for module in model.modules()):
-            raise
-        for module, (attributes, containers) in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for container, before in containers:
-                container.clear()
-                if isinstance(container, list):
-                    container.extend(before)
-                else:
-                    container.update(before)
-        for parameter, requires_grad in required:
-            parameter.requires_grad_(requires_grad)
-        raise
-
-
-def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """Attributes, and copies of the containers among them, which are to stay the same objects."""
-    containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
-    return dict(attributes), [(value, copy.copy(value)) for value in containers]

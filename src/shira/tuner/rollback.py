@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's operations on a model happen as a whole, or, if they fail or are interrupted, not at all.
+
+A layer undoes what it was itself in the middle of (`shira.ops.merge`); this is for the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import onload_layer
+from torch import nn
+
+from shira.tuner.layer import ShiraLayer
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[None]:
+    """Put a model's modules, parameters and settings back if the body raises.
+
+    What modules hold is put back: submodules, parameters and their ``requires_grad``, modes,
+    configurations, hooks. The values of tensors are not: who writes to them checks before.
+
+    Args:
+        model: Whose modules the body may replace.
+        kind: Put back only if the model has a module of this class then.
+    """
+    modules = [(module, _contents(module.__dict__)) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if not any(isinstance(module, kind) for module in model.modules()):
+            raise
+        for module, (attributes, containers) in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, before in containers:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(before)
+                else:
+                    container.update(before)
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """Attributes, and copies of the containers among them, which are to stay the same objects."""
+    containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    return dict(attributes), [(value, copy.copy(value)) for value in containers]
+
+
+class MergeState:
+    """The layers of a model, and what is merged into each, as they are now.
+
+    Args:
+        model: That PEFT merges into, or unloads.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._children = [(module._modules, dict(module._modules)) for module in model.modules()]
+        self._merged = {
+            module: list(module.merged_adapters)
+            for module in model.modules()
+            if isinstance(module, ShiraLayer)
+        }
+
+    def restore(self) -> None:
+        """Put the layers back, and take out of each what was merged since."""
+        for modules, before in self._children:
+            modules.update(before)
+        for layer, names in self._merged.items():
+            if layer.merged_adapters != names:
+                with onload_layer(layer):
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+
+    def unmerge(self) -> None:
+        """Unmerge all layers that are still merged."""
+        for layer in self._merged:
+            if layer.merged:
+                with onload_layer(layer):
+                    layer.unmerge()
