@@ -17,7 +17,7 @@ from shira.cli._report.curve import training_curve
 from shira.cli._report.html import Html, escape, joined, json_block, tag, verbatim
 from shira.cli._report.maps import mask_map, side
 from shira.masks import random_support
-from shira.store.compact_read import COMPACT_NAME
+from shira.store.compact import COMPACT_NAME
 from tests.cli.browser import look, need_browser
 from tests.cli.page_checks import FAULTS, WAYS_TO_ZOOM
 

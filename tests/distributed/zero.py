@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shira.store.sharded import is_sharded
+from shira.store.names import is_sharded
 from tests.distributed import task
 from tests.distributed.worker import folder, main, mean, share, spare_deepspeed_a_compiler
 from tests.tuner.models import llama

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shira.checkpoints.opening import FLOATS, Stored
 from shira.errors import FileFormatError
-from shira.store.entries import WHOLE_DTYPES
+from shira.store.header import WHOLE_DTYPES
 
 WINDOW = 2**22
 """Bytes that are read at once, at most."""

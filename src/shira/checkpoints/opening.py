@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from shira.errors import FileFormatError
-from shira.store.json_text import parse_object
-from shira.store.safetensors_header import header_of, open_regular
+from shira.store.header import header_of
+from shira.store.json_text import open_regular, parse_object
 
 FLOATS: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

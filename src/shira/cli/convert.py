@@ -71,7 +71,7 @@ def command(
     from shira.cli.progress import in_millions
     from shira.convert import from_lora, is_lora, save_patches, to_patches
     from shira.store import FORMATS
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_outputs
 
     check_outputs({"--output": output}, [source], [base])
     options.one_of("--format", to, (*FORMATS, "patch"))

@@ -64,7 +64,7 @@ def command(
     from shira.cli.progress import in_millions
     from shira.convert import extract
     from shira.store import FORMATS
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_outputs
 
     check_outputs({"--output": output}, checkpoints=[base, tuned])
     options.one_of("--format", to, FORMATS)

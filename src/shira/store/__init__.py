@@ -25,19 +25,17 @@ import torch
 
 from shira.adapter import Adapter
 from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
-from shira.store.compact_read import COMPACT_NAME, CompactFile, is_compact, read_compact
-from shira.store.compact_write import write_compact
-from shira.store.peft_config import CONFIG_NAME
-from shira.store.peft_format import (
-    WEIGHTS_NAME,
+from shira.store.compact import COMPACT_NAME, CompactFile, is_compact, read_compact, write_compact
+from shira.store.names import CONFIG_NAME, WEIGHTS_NAME
+from shira.store.peft import (
     PeftFile,
     RawDelta,
     check_whole_shapes,
     read_peft,
     to_adapter,
     validate_against,
+    write_peft,
 )
-from shira.store.peft_write import write_peft
 
 __all__ = [
     "FORMATS",

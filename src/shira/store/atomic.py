@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replacing a file or a folder so that whoever looks finds the old one or the new one, never half.
+"""Writing: what may take the place of what, and doing it in one step.
+
+An output never takes the place of an input (`check_outputs`), nor of something that is no file.
+Whoever looks at it finds the old one or the new one, never half of it.
 
 The new one is made under a temporary name in the same folder, flushed to the disk, and takes the
 place of the old one in a single step of the file system; at last the folder is flushed, so that the
@@ -7,7 +10,7 @@ step itself survives a power cut. Everything that shira writes goes through `rep
 
 A killed process leaves its temporary file behind, and the next one that writes to the same place
 removes it. A file that another process is writing is never removed: whoever writes holds a lock
-(``flock``) on it, which ends with the process. Uses the standard library only.
+(``flock``) on it, which ends with the process.
 """
 
 from __future__ import annotations
@@ -17,16 +20,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from shira.errors import ConfigError
+from shira.store.names import WEIGHTS_NAME
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+AnyPath = str | os.PathLike[str]
+
+_MADE_ANEW = (".png", ".html")  # pictures and pages, which are no input of any command
 
 
 def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
@@ -42,7 +50,7 @@ def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) ->
         ConfigError: If there is something else than a regular file at ``path``.
         OSError: If it cannot be written; the old file is still there.
     """
-    with replacing(os.path.realpath(path)) as temporary, open(temporary, "wb") as file:
+    with replacing(os.path.realpath(path)) as temporary, open(temporary, "wb", 2**20) as file:
         file.writelines(data)
 
 
@@ -110,6 +118,38 @@ def check_special(path: str | os.PathLike[str]) -> None:
         )
 
 
+def check_outputs(
+    outputs: Mapping[str, AnyPath | None],
+    inputs: Iterable[AnyPath | None] = (),
+    checkpoints: Iterable[AnyPath | None] = (),
+) -> None:
+    """Refuse outputs that would overwrite an input, whatever links lead there.
+
+    An output is refused if it is an input or holds one, if it is a file of an input folder (but for
+    a picture or a page) or anything in the folder of a checkpoint, where loaders could take it for
+    a part; and if it is another output or lies in one, or is a pipe, a device or a socket.
+
+    Args:
+        outputs: Files or folders about to be written, by what they are called in messages, such as
+            ``"--output"``. None is left out, here and below.
+        inputs: Files and folders that are read: adapters, undo files, data.
+        checkpoints: Folders and files of base models; names that are no path are left out.
+
+    Raises:
+        ConfigError: If one is refused; nothing is written or read.
+    """
+    given = {name: Path(path) for name, path in outputs.items() if path is not None}
+    read = [_whole(Path(path)) for path in inputs if path is not None]
+    models = [Path(path) for path in checkpoints if path is not None]
+    for number, (name, output) in enumerate(given.items()):
+        check_special(output)
+        for source in (*read, *models):
+            _check_input(f"{name} {output}", output, source, anything=source in models)
+        for other, second in list(given.items())[:number]:
+            if _same(output, second) or _inside(output, second) or _inside(second, output):
+                raise ConfigError(f"{name} {output} and {other} {second} overlap; name another")
+
+
 def _make(target: Path, folder: bool) -> tuple[Path, int]:
     """Make a temporary file or folder beside ``target``, and a descriptor that holds its lock."""
     while True:
@@ -169,7 +209,7 @@ def _take_place(new: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Linux's ``renameat2`` with ``RENAME_EXCHANGE``: swap two paths in one step."""
+    """Swap two paths in one step, by Linux's ``renameat2``; return whether that was done."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -193,3 +233,37 @@ def _flush_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _check_input(what: str, output: Path, source: Path, *, anything: bool) -> None:
+    if not source.exists():
+        return
+    if _same(output, source):
+        raise ConfigError(f"{what}: is read here and would be overwritten; name another")
+    if _inside(source, output):
+        raise ConfigError(f"{what}: holds {source}, which is read here; name another")
+    if not source.is_dir():
+        return
+    if _inside(output, source) and anything:
+        raise ConfigError(f"{what}: lies in the checkpoint {source}; put it beside")
+    taken = output.exists() and output.suffix.lower() not in _MADE_ANEW
+    if taken and (_inside(output, source) or any(_same(output, file) for file in source.iterdir())):
+        raise ConfigError(
+            f"{what}: belongs to {source}, which is read here, and would be overwritten; name "
+            "another"
+        )
+
+
+def _whole(path: Path) -> Path:
+    """Return the folder of an adapter named by its weights file, as its config is read too."""
+    return path.parent if path.name == WEIGHTS_NAME and not path.is_dir() else path
+
+
+def _same(one: Path, other: Path) -> bool:
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return one.exists() and other.exists() and os.path.samefile(one, other)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents

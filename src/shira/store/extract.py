@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
-from shira.store.entries import EntryError, check_coordinates, sort_entries
-from shira.store.names import base_module_name, full_shape, unwrapped, weight_name
-from shira.store.peft_config import SHAPES_FIELD
-from shira.store.sharded import gathered, whole
+from shira.store.config import SHAPES_FIELD
+from shira.store.header import EntryError, check_coordinates, sort_entries
+from shira.store.names import base_module_name, full_shape, gathered, unwrapped, weight_name, whole
 from shira.support import Support
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON that came from a file one does not trust; used by every reader in ``shira.store``.
+"""JSON that came from a file one does not trust; used by every reader of shira's.
 
-Stricter than ``json.loads``: the text is UTF-8, the outermost value is an object, no key occurs
-twice in one object (which one would win?), and NaN and infinity, which JSON does not have, are
-refused. So are numbers that float64 has not, integers of more than 40 digits, whose arithmetic
-takes a minute, half of a surrogate pair, which no UTF-8 can hold, and a text that would take far
-more memory than the file it stands in: two bytes of it can make a Python object of sixty.
+A file is opened only if it is a regular one. Parsing is stricter than ``json.loads``: the text is
+UTF-8, the outermost value is an object, no key occurs twice in one object (which one would win?),
+and NaN and infinity, which JSON does not have, are refused. So are numbers that float64 has not,
+integers of more than 40 digits, whose arithmetic takes a minute, half of a surrogate pair, which no
+UTF-8 can hold, and a text that would take far more memory than the file it stands in: two bytes of
+it can make a Python object of sixty.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import math
 import os
 import re
 import reprlib
-from typing import Any
+import stat
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 from shira.errors import ConfigError, FileFormatError
 
@@ -26,13 +29,47 @@ _NUMBER = 400  # characters of another number
 _NUMEL = 2**62  # entries of a weight
 _DIMENSIONS = 32  # of a weight
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG = re.compile(rf"\d{{{_DIGITS + 1}}}")
 _TIMES = 8  # the size of the file is what a larger one may
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; a pipe or a device would block or never end.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        FileFormatError: If it is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileFormatError(f"{os.fspath(path)}: not a regular file")
+    return open(path, "rb")
+
+
+def read_object(path: str | os.PathLike[str], what: str, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        path: The file.
+        what: What it is, for messages: ``"config"``.
+        limit: Bytes that it may have.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        FileFormatError: If it is larger, no regular file, or as for `parse_object`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise FileFormatError(
+                f"{os.fspath(path)}: {size} bytes are too large for a {what} (limit {limit})"
+            )
+        return parse_object(file.read(size), path, what)
 
 
 def parse_object(
     raw: bytes | str, path: str | os.PathLike[str], what: str, size: int | None = None
 ) -> dict[str, Any]:
-    """The JSON object in ``raw``.
+    """Return the JSON object in ``raw``.
 
     Args:
         raw: The text, or its UTF-8.
@@ -57,7 +94,7 @@ def parse_object(
             text,
             object_pairs_hook=_no_repeated_keys,
             parse_constant=_no_constant,
-            parse_int=_integer,
+            parse_int=_integer if _LONG.search(text) else int,
             parse_float=_number,
         )
         if not text.isascii() or _SURROGATE.search(text):
@@ -76,16 +113,30 @@ def parse_object(
     return parsed
 
 
-def check_readable(text: str) -> None:
-    """Check that JSON which is about to be written will be read again.
+def write_object(value: Mapping[str, Any], metadata: Mapping[str, Any], **style: Any) -> str:
+    """Return an object as JSON text that `parse_object` reads again.
+
+    Args:
+        value: The object.
+        metadata: The adapter's, that is in it, or is it.
+        **style: What else ``json.dumps`` is given.
 
     Raises:
-        ConfigError: If `parse_object` refuses it: a number or a text in it cannot be written.
+        ConfigError: If a field of the metadata, or a name in the object, cannot be written so.
     """
+    for field, content in metadata.items():
+        try:
+            json.dumps(content, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
+            ) from error
+    text = json.dumps(value, allow_nan=False, **style)
     try:
         parse_object(text, "the adapter", "metadata")
     except FileFormatError as error:
         raise ConfigError(f"{error}; a file with it could not be read again") from error
+    return text
 
 
 def shape_in(value: Any) -> tuple[int, ...]:
@@ -94,19 +145,19 @@ def shape_in(value: Any) -> tuple[int, ...]:
     Raises:
         ValueError: If it is none, has more than 32 dimensions, or 2^62 entries or more.
     """
-    if not isinstance(value, list) or not all(type(size) is int for size in value):
+    if not isinstance(value, list) or not {int}.issuperset(map(type, value)):
         raise ValueError(f"the shape is a list of sizes (integers), not {reprlib.repr(value)}")
-    if any(size < 0 for size in value):
+    if min(value, default=0) < 0:
         raise ValueError(f"negative size in shape {reprlib.repr(value)}")
     if len(value) > _DIMENSIONS:
         raise ValueError(f"a shape of {len(value)} dimensions (limit {_DIMENSIONS})")
-    if math.prod(max(size, 1) for size in value) >= _NUMEL:
+    if math.prod(filter(None, value)) >= _NUMEL:
         raise ValueError(f"the sizes {reprlib.repr(value)} are too large (limit 2^62 entries)")
     return tuple(value)
 
 
 def _memory(raw: bytes | str) -> int:
-    """About what the parsed text takes, a little too much rather than too little."""
+    """Return about how many bytes the parsed text takes, a little too many rather than too few."""
     if isinstance(raw, str):
         return raw.count("{") * _OBJECT + (raw.count("[") + raw.count(",")) * _ITEM
     return raw.count(b"{") * _OBJECT + (raw.count(b"[") + raw.count(b",")) * _ITEM

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the paths of a wrapped, adapted model to the base model's own parameter names.
+"""From a live, wrapped, adapted model to the base's own parameter names and whole tensors.
 
 PEFT puts ``base_model.model.`` in front and ``.base_layer`` behind, compilation, FSDP and
 checkpointing put names of their own in between, data parallelism puts ``module.`` in front. An
 adapter knows parameters by the names that the base has without any of these.
+
+FSDP2 (``DTensor``) and DeepSpeed ZeRO-3 leave each process a part of a tensor. To make one whole is
+a collective call: every process has to make it. DeepSpeed is imported only if a parameter is its.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -16,6 +20,14 @@ from shira.errors import AdapterError
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own module names, in a `PeftModel` and in its files."""
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+"""The files of an adapter in PEFT's format."""
+
+VALUES = "shira_weight"
+INDICES = "shira_indices"
+"""What a layer calls its values and positions, and a file the tensors with them."""
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})
@@ -98,12 +110,12 @@ def _inside(path: str, modules: Container[str]) -> str | None:
 
 
 def weight_name(module: str) -> str:
-    """The parameter name of a module's weight."""
+    """Return the parameter name of a module's weight."""
     return f"{module}.weight" if module else "weight"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that stand around a whole model (compile, DDP, DeepSpeed)."""
+    """Return the model inside what wraps a whole model (compile, DDP, DeepSpeed)."""
     while True:
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
@@ -119,8 +131,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def full_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape a weight has when it is neither packed (4-bit) nor partitioned (ZeRO-3)."""
+    """Return the shape a weight has when it is neither packed (4-bit) nor partitioned (ZeRO-3)."""
     packed = getattr(getattr(weight, "quant_state", None), "shape", None)
     partitioned = getattr(weight, "ds_shape", None)
     shape: Sequence[int] = packed or partitioned or weight.shape
     return tuple(int(size) for size in shape)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Return whether ZeRO-3 keeps this parameter, be it gathered just now or not."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this process holds a part of the tensor only."""
+    if is_partitioned(tensor):
+        return str(tensor.ds_status.name) != "AVAILABLE"  # type: ignore[attr-defined]
+    return hasattr(tensor, "full_tensor")
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Make ZeRO-3's parameters whole, to be read, while the context lasts."""
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor) and is_sharded(tensor)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor, detached; inside `gathered` if ZeRO-3 keeps it."""
+    tensor = tensor.detach()
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full

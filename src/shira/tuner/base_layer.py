@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shira.errors import TargetError
 from shira.ops.memory import keep_over_fork
-from shira.store.sharded import is_partitioned, is_sharded
+from shira.store.names import is_partitioned, is_sharded
 
 _HOOKS = (
     "_forward_hooks",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shira.ops.memory import memory_of, offsets_of, settle
 from shira.ops.patch import Overwritten, restored
-from shira.store.sharded import gathered, is_sharded, whole
+from shira.store.names import gathered, is_sharded, whole
 from shira.support import Support
 from shira.tuner.quantized import backend_of
 

@@ -23,8 +23,7 @@ from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
-from shira.store.names import bare_name, base_module_name, weight_name
-from shira.store.peft_format import INDICES, VALUES
+from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
 from shira.support import Support, matrix_shape
 from shira.tuner.base_weight import base_values
 from shira.tuner.config import ShiraConfig

@@ -21,10 +21,18 @@ from torch import Tensor, nn
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, fingerprint_fields
 from shira.errors import AdapterError, MaskError
 from shira.ops.packed import unpack
-from shira.store.names import base_module_name, own_names, weight_name
-from shira.store.peft_config import SHAPES_FIELD, common_rank
-from shira.store.peft_format import INDICES, VALUES
-from shira.store.sharded import gathered, is_partitioned, is_sharded, whole
+from shira.store.config import SHAPES_FIELD, common_rank
+from shira.store.names import (
+    INDICES,
+    VALUES,
+    base_module_name,
+    gathered,
+    is_partitioned,
+    is_sharded,
+    own_names,
+    weight_name,
+    whole,
+)
 from shira.tuner.base_weight import base_values, stored_weight, values_at, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of

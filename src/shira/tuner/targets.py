@@ -19,8 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import MergeError, TargetError, did_you_mean
-from shira.store.names import full_shape
-from shira.store.sharded import is_sharded
+from shira.store.names import full_shape, is_sharded
 from shira.tuner.base_layer import Way, way_to_call
 from shira.tuner.base_weight import base_of, is_computed, weight_of
 from shira.tuner.config import ShiraConfig

@@ -11,8 +11,7 @@ from shira.cli._report.curve import LOGS, log_folder
 from shira.cli._report.gather import gather
 from shira.cli._report.page import page
 from shira.errors import ConfigError
-from shira.store.atomic import write_atomically
-from shira.store.outputs import check_outputs
+from shira.store.atomic import check_outputs, write_atomically
 
 
 def write_report(

@@ -38,8 +38,7 @@ from shira.cli.progress import say
 from shira.cli.train.model import load_tokenizer
 from shira.cli.train.outputs import versions
 from shira.errors import ConfigError, ShiraError
-from shira.store.atomic import check_kind, write_atomically
-from shira.store.outputs import check_outputs
+from shira.store.atomic import check_kind, check_outputs, write_atomically
 
 
 def run_demo(root: Path, settings: Settings) -> bool:

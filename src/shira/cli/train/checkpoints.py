@@ -20,8 +20,7 @@ from typing import Any
 from shira.cli.progress import say
 from shira.cli.train.options import DEFAULT_DENSITY, TrainOptions
 from shira.errors import ConfigError, ShiraError
-from shira.store.atomic import check_kind, write_atomically
-from shira.store.outputs import check_outputs
+from shira.store.atomic import check_kind, check_outputs, write_atomically
 
 CHECKPOINTS = "checkpoints"
 RECORD = "shira_train.json"

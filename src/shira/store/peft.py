@@ -7,62 +7,72 @@ of more than two dimensions count as matrices of ``shape[0]`` rows. The prefix i
 ``base_model.model.`` or nothing. All other tensors are whole tensors of the base model, by its own
 names: modules that were trained whole (``modules_to_save``), saved embeddings.
 
-Here it is read, in two steps, since stock PEFT does not record the shapes of the weights:
-`read_peft` checks all that can be known without them, `validate_against` and `to_adapter` the rest.
-``peft_write`` writes it.
+It is read in two steps, since stock PEFT does not record the shapes of the weights: `read_peft`
+checks all that can be known without them, `validate_against` and `to_adapter` the rest.
+
+Stock PEFT casts what it loads to float32 values and int32 indices, so what is written may hold
+bfloat16 and int16 and be half as large. It makes room for r (m + n) values in each weight before it
+looks at the file, so it can load an adapter only if each weight has that many for the config's one
+r.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import judge
 from shira.delta import SparseDelta
-from shira.errors import FileFormatError, WrongBaseError, did_you_mean
-from shira.store.entries import (
-    WHOLE_DTYPES,
-    EntryError,
-    check_coordinates,
-    check_values,
-    check_whole,
-    sort_entries,
-)
-from shira.store.names import base_module_name, weight_name
-from shira.store.peft_config import (
-    CONFIG_NAME,
+from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError, did_you_mean
+from shira.store.atomic import check_kind, write_atomically
+from shira.store.config import (
     SHAPES_FIELD,
+    compose_config,
     read_config,
     recorded_shapes,
 )
-from shira.store.safetensors_header import (
+from shira.store.header import (
+    FLOATS,
+    WHOLE_DTYPES,
     Header,
-    TensorInfo,
-    open_regular,
+    check_coordinates,
+    check_values,
+    check_whole,
     read_header,
     read_tensor,
+    refusing,
+    sort_entries,
+    stored,
+)
+from shira.store.json_text import open_regular
+from shira.store.names import (
+    CONFIG_NAME,
+    INDICES,
+    PEFT_PREFIX,
+    VALUES,
+    WEIGHTS_NAME,
+    base_module_name,
+    weight_name,
 )
 from shira.support import Support, matrix_shape
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-VALUES = "shira_weight"
-INDICES = "shira_indices"
-
-_VALUE_DTYPES = ("F64", "F32", "F16", "BF16")
 # How names of tensors begin that PEFT's tuners and wrappers add to a model.
 _FOREIGN = (
     *("shira_", "lora_", "trainable_tokens", "token_adapter", "modules_to_save"),
     *("original_module", "ia3_", "hada_", "lokr_", "oft_", "boft_", "vera_", "adalora_"),
 )
-_INDEX_DTYPES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F32")
+_READ_INDICES = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "F32")
+_WRITTEN_INDICES = (torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class RawDelta:
 
     @property
     def nnz(self) -> int:
-        """How many entries (k)."""
+        """Entries (k)."""
         return self.values.numel()
 
 
@@ -194,7 +204,7 @@ def check_whole_shapes(
 
 
 def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None) -> Adapter:
-    """The adapter in a file; what its config says becomes metadata.
+    """Return the adapter in a file; what its config says becomes metadata.
 
     Args:
         file: From `read_peft`.
@@ -268,10 +278,8 @@ def read_whole(
                 f"{', '.join(WHOLE_DTYPES)} (a whole tensor of the model)",
             )
         found[name] = read_tensor(file, header, key)
-        try:
-            check_whole(key, found[name])
-        except EntryError as error:
-            raise _refuse(header, key, str(error)) from error
+        with refusing(header.path, f"tensor {key!r}"):
+            check_whole(found[name])
     return whole, copies
 
 
@@ -292,7 +300,7 @@ def _is_the_base(file: PeftFile, name: str, flat: Tensor) -> bool:
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
-    """The safetensors file and the config at ``path``."""
+    """Return the safetensors file and the config at ``path``."""
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
     if not path.is_dir():
@@ -333,8 +341,14 @@ def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
 def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
     values_name, indices_name = f"{key}.{VALUES}", f"{key}.{INDICES}"
     of_values, of_indices = header.tensors[values_name], header.tensors[indices_name]
-    _check_info(header, values_name, of_values, _VALUE_DTYPES, "floating point")
-    _check_info(header, indices_name, of_indices, _INDEX_DTYPES, "integers")
+    for name, info, dtypes, what in (
+        (values_name, of_values, FLOATS, "floating point"),
+        (indices_name, of_indices, _READ_INDICES, "integers"),
+    ):
+        if info.dtype not in dtypes:
+            raise _refuse(
+                header, name, f"dtype {info.dtype} is not one of {', '.join(dtypes)} ({what})"
+            )
     if len(of_values.shape) != 1:
         raise _refuse(header, values_name, f"shape {of_values.shape} is not (k,)")
     k = of_values.shape[0]
@@ -343,27 +357,17 @@ def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
             header, indices_name, f"shape {of_indices.shape} is not (2, {k}), as {k} values need"
         )
     values = read_tensor(file, header, values_name)
-    try:
+    with refusing(header.path, f"tensor {values_name!r}"):
         check_values(values)
+    with refusing(header.path, f"tensor {indices_name!r}"):
         coordinates = check_coordinates(read_tensor(file, header, indices_name))
         coordinates, values = sort_entries(coordinates, values)
-    except EntryError as error:
-        raise _refuse(header, f"{key}.{error.tensor}", str(error)) from error
     weight = weight_name(base_module_name(key))
     return RawDelta(values, coordinates, weight, key, of_indices.dtype)
 
 
-def _check_info(
-    header: Header, name: str, info: TensorInfo, dtypes: tuple[str, ...], what: str
-) -> None:
-    if info.dtype not in dtypes:
-        raise _refuse(
-            header, name, f"dtype {info.dtype} is not one of {', '.join(dtypes)} ({what})"
-        )
-
-
 def _check_complete(file: PeftFile) -> None:
-    """The modules are those that the config lists in ``shira_shapes``, if it does."""
+    """Check that the modules are those that the config lists in ``shira_shapes``, if it does."""
     recorded = file.shapes
     if recorded is None:
         return
@@ -384,3 +388,93 @@ def _check_complete(file: PeftFile) -> None:
 
 def _refuse(header: Header, tensor: str, cause: str) -> FileFormatError:
     return FileFormatError(f"{header.path}: tensor {tensor!r}: {cause}")
+
+
+def write_peft(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+    indices_dtype: torch.dtype | None = None,
+) -> None:
+    """Write an adapter in PEFT's format; nothing is written if anything is wrong with it.
+
+    Each of the two files is replaced as a whole, the weights first.
+
+    Args:
+        adapter: What to write. Its metadata are the fields of the config.
+        path: A folder, made if absent.
+        dtype: Dtype of the stored values; ``None`` keeps theirs. Whole tensors keep theirs always.
+        config: Fields that go before the metadata's.
+        indices_dtype: ``torch.int16``, ``int32`` or ``int64``; ``None`` takes int16 for each weight
+            with at most 32768 rows and columns, else int32. PEFT reads any of them.
+
+    Raises:
+        ConfigError: If a dtype is not one of the format's, the path is a file, or a field of the
+            config cannot be written.
+        AdapterError: If a parameter is no module's ``weight``, a value is not finite in ``dtype``,
+            a whole tensor has a dtype that models do not keep, or a row or column does not fit
+            ``indices_dtype``.
+    """
+    folder = Path(path)
+    check_kind(folder, folder=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        check_kind(folder / name)
+    _check_choice("dtype", dtype, tuple(FLOATS.values()))
+    _check_choice("indices_dtype", indices_dtype, _WRITTEN_INDICES)
+    fields = {**adapter.metadata, **(config or {})}
+    text = compose_config(
+        {name: delta.support.shape for name, delta in adapter.items()},
+        {name: delta.nnz for name, delta in adapter.items()},
+        fields,
+        list(adapter.tensors),
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, delta in adapter.items():
+        key = PEFT_PREFIX + _module_of(name)
+        tensors[f"{key}.{VALUES}"] = _stored_values(name, delta, dtype)
+        tensors[f"{key}.{INDICES}"] = _stored_indices(name, delta, indices_dtype)
+    if fields.get("modules_to_save") and not adapter.tensors:
+        warnings.warn(
+            f"{folder}: modules_to_save ({', '.join(map(str, fields['modules_to_save']))}) stand "
+            "in the adapter's metadata, but it holds no whole tensors, and this file neither",
+            stacklevel=2,
+        )
+    for name, tensor in adapter.tensors.items():
+        tensors[PEFT_PREFIX + name] = stored(name, tensor).clone()  # none may share memory
+    raw = to_bytes(tensors, metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_NAME, raw)
+    write_atomically(folder / CONFIG_NAME, text.encode())
+
+
+def _check_choice(what: str, dtype: torch.dtype | None, choices: tuple[torch.dtype, ...]) -> None:
+    if dtype is not None and dtype not in choices:
+        raise ConfigError(f"{what} is one of {', '.join(map(str, choices))}, not {dtype}")
+
+
+def _module_of(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if kind != "weight" or not module:
+        raise AdapterError(f"PEFT's format names modules, and {name!r} is not the 'weight' of one")
+    return module
+
+
+def _stored_values(name: str, delta: SparseDelta, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None and delta.values.dtype not in FLOATS.values():
+        raise AdapterError(
+            f"values of {name!r} are {delta.values.dtype}; give dtype= to store them in one of "
+            f"{', '.join(map(str, FLOATS.values()))}"
+        )
+    return stored(name, delta.values, dtype).clone()  # none may share memory
+
+
+def _stored_indices(name: str, delta: SparseDelta, dtype: torch.dtype | None) -> Tensor:
+    largest = max(matrix_shape(delta.support.shape))
+    if dtype is None:
+        dtype = torch.int16 if largest <= 2**15 else torch.int32
+    if largest - 1 > torch.iinfo(dtype).max:
+        raise AdapterError(
+            f"{name!r} of shape {delta.support.shape} has rows or columns beyond {dtype}"
+        )
+    return delta.support.coordinates().to("cpu", dtype)

@@ -3,26 +3,24 @@
 
 A compact file is a safetensors file whose ``__metadata__`` has two texts: ``shira``, the table as a
 JSON object, and ``shira_crc32``, over the table and all data. ``docs/file-format.md`` specifies
-both. ``compact_write`` composes a table, ``compact_read`` parses one.
+both. ``compact`` composes a table when it writes and parses one when it reads.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shira.errors import ConfigError, FileFormatError, did_you_mean
-from shira.store.entries import WHOLE_DTYPES
-from shira.store.int8 import LARGEST_SCALE
-from shira.store.json_text import check_readable, parse_object, shape_in
-from shira.store.peft_config import check_fingerprints
+from shira.errors import FileFormatError, did_you_mean
+from shira.store.config import check_fingerprints
+from shira.store.header import FLOATS, WHOLE_DTYPES, EntryError, refusing
+from shira.store.json_text import parse_object, shape_in, write_object
 
 TABLE = "shira"
 CHECKSUM = "shira_crc32"
@@ -32,15 +30,17 @@ VERSION = 2
 WHOLE = "whole"
 """Suffix of a whole tensor's name in the file."""
 
-VALUE_DTYPES = ("F64", "F32", "F16", "BF16", "I8")
-CODINGS: Mapping[str, tuple[str, ...]] = {
-    "gaps": ("gaps",),
-    "blocks": ("blocks", "rest"),
-    "seed": (),
-}
-"""The ways to store indices, each with the tensors it uses beside the values."""
+LARGEST_SCALE = float.fromhex("0x1.020406p+121")
+"""127 steps of it are the largest that is still finite in float32."""
 
-_OF_CODING = {"gaps": set(), "blocks": {"block"}, "seed": {"seed", "slot", "check"}}
+CODINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "gaps": ((), ("gaps",)),
+    "blocks": (("block",), ("blocks", "rest")),
+    "seed": (("seed", "slot", "check"), ()),
+}
+"""The ways to store indices: the fields of a record, and the tensors beside the values, of each."""
+
+_VALUES = (*FLOATS, "I8")
 _HEX = re.compile(r"[0-9a-f]{8}")
 
 
@@ -94,18 +94,11 @@ class Table:
 
 
 def compose(table: Table) -> str:
-    """The table as JSON text.
+    """Return the table as JSON text.
 
     Raises:
         ConfigError: If a field of the metadata cannot stand in JSON, or could not be read again.
     """
-    for name, value in table.metadata.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"field {name!r} of the adapter's metadata cannot be written as JSON: {error}"
-            ) from error
     parameters = {
         name: {key: value for key, value in vars(record).items() if value is not None}
         for name, record in table.records.items()
@@ -121,13 +114,11 @@ def compose(table: Table) -> str:
             name: {"dtype": dtype, "shape": list(shape)}
             for name, (dtype, shape) in table.tensors.items()
         }
-    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
-    check_readable(text)
-    return text
+    return write_object(whole, table.metadata, separators=(",", ":"))
 
 
 def parse(text: str, path: Path, size: int) -> Table:
-    """The checked table in a file.
+    """Return the checked table in a file.
 
     Args:
         text: As `compose` wrote it.
@@ -149,115 +140,85 @@ def parse(text: str, path: Path, size: int) -> Table:
     parts = {"version": int, "library": str, "parameters": dict, "metadata": dict}
     if version > 1:
         parts["tensors"] = dict
-    _check_keys(path, "the table", whole, set(parts), set(parts))
+    with refusing(path, "the table"):
+        _check_keys(whole, parts)
     for key, kind in parts.items():
         if not isinstance(whole[key], kind):
             raise FileFormatError(f"{path}: the table's {key} is no {kind.__name__}")
     check_fingerprints(path, whole["metadata"])
-    records = {name: _record(path, name, claim) for name, claim in whole["parameters"].items()}
-    tensors = {
-        name: _whole(path, name, claim, records) for name, claim in whole.get("tensors", {}).items()
-    }
+    records, tensors = {}, {}
+    for name, claim in whole["parameters"].items():
+        with refusing(path, f"parameter {name!r}"):
+            records[name] = _record(claim)
+    for name, claim in whole.get("tensors", {}).items():
+        with refusing(path, f"whole tensor {name!r}"):
+            if name in records:
+                raise EntryError("the table has entries of it as well")
+            tensors[name] = _whole(claim)
     return Table(records, whole["metadata"], whole["library"], tensors)
 
 
-def _whole(
-    path: Path, name: str, claim: Any, records: Mapping[str, Record]
-) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of a whole tensor."""
-    where = f"whole tensor {name!r}"
-    if not isinstance(claim, dict):
-        raise FileFormatError(f"{path}: {where}: the table gives an object for each")
-    _check_keys(path, where, claim, {"dtype", "shape"}, {"dtype", "shape"})
+def _whole(claim: Any) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of a whole tensor."""
+    _check_keys(_object(claim), ("dtype", "shape"))
     dtype = claim["dtype"]
     if not isinstance(dtype, str) or dtype not in WHOLE_DTYPES:
-        raise FileFormatError(
-            f"{path}: {where}: dtype is one of {', '.join(WHOLE_DTYPES)}, not {str(dtype)[:40]!r}"
-        )
-    try:
-        shape = shape_in(claim["shape"])
-    except ValueError as error:
-        raise FileFormatError(f"{path}: {where}: {error}") from error
-    if name in records:
-        raise FileFormatError(f"{path}: {where}: the table has entries of it as well")
-    return dtype, shape
+        raise EntryError(f"dtype is one of {', '.join(WHOLE_DTYPES)}, not {str(dtype)[:40]!r}")
+    return dtype, shape_in(claim["shape"])
 
 
-def _record(path: Path, name: str, claim: Any) -> Record:
-    where = f"parameter {name!r}"
-
-    def refuse(cause: str) -> FileFormatError:
-        return FileFormatError(f"{path}: {where}: {cause}")
-
-    if not isinstance(claim, dict):
-        raise refuse("the table gives an object for each parameter")
-    coding = claim.get("indices")
+def _record(claim: Any) -> Record:
+    coding, dtype = _object(claim).get("indices"), claim.get("values")
     if not isinstance(coding, str) or coding not in CODINGS:
-        raise refuse(
+        raise EntryError(
             f"unknown coding of indices {str(coding)[:40]!r}; there is {', '.join(CODINGS)}."
             f"{did_you_mean(str(coding)[:40], CODINGS)}"
         )
-    needed = {"shape", "k", "values", "indices"} | _OF_CODING[coding]
-    dtype = claim.get("values")
-    if dtype == "I8":
-        needed.add("scale")
-    _check_keys(path, where, claim, needed, needed)
-    if dtype not in VALUE_DTYPES:
-        raise refuse(f"values are one of {', '.join(VALUE_DTYPES)}, not {str(dtype)[:40]!r}")
-    try:
-        shape, k = shape_in(claim["shape"]), claim["k"]
-    except ValueError as error:
-        raise refuse(str(error)) from error
+    scale = ("scale",) if dtype == "I8" else ()
+    _check_keys(claim, ("shape", "k", "values", "indices", *CODINGS[coding][0], *scale))
+    if dtype not in _VALUES:
+        raise EntryError(f"values are one of {', '.join(_VALUES)}, not {str(dtype)[:40]!r}")
+    shape, k, block = shape_in(claim["shape"]), claim["k"], None
     if not _is_count(k) or k > math.prod(shape):
-        raise refuse(f"k is a number of entries of a {list(shape)} weight, not {str(k)[:40]}")
-    if "scale" in claim:
-        _check_scale(claim["scale"], refuse)
-    block = None
+        raise EntryError(f"k is a number of entries of a {list(shape)} weight, not {str(k)[:40]}")
+    if scale:
+        _check_scale(claim["scale"])
     if coding == "blocks":
-        try:
-            block = _block_size(claim["block"])
-        except ValueError as error:
-            raise refuse(str(error)) from error
+        block = claim["block"]
+        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_side, block)):
+            raise EntryError(f"block is [height, width], not {str(block)[:80]}")
+        block = (block[0], block[1])
     if coding == "seed":
         if type(claim["seed"]) is not int or not _is_count(claim["slot"]):
-            raise refuse("seed and slot are whole numbers, the slot not negative")
+            raise EntryError("seed and slot are whole numbers, the slot not negative")
         if not isinstance(claim["check"], str) or not _HEX.fullmatch(claim["check"]):
-            raise refuse(f"check is eight hex digits, not {str(claim['check'])[:40]!r}")
+            raise EntryError(f"check is eight hex digits, not {str(claim['check'])[:40]!r}")
     return Record(**{**claim, "shape": shape, "block": block})
 
 
-def _check_scale(scale: Any, refuse: Any) -> None:
+def _check_scale(scale: Any) -> None:
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not number or not 0 <= scale <= LARGEST_SCALE or float(np.float32(scale)) != scale:
-        raise refuse(f"scale is a float32 from 0 to {LARGEST_SCALE}, not {str(scale)[:40]}")
+        raise EntryError(f"scale is a float32 from 0 to {LARGEST_SCALE}, not {str(scale)[:40]}")
 
 
-def _block_size(size: object) -> tuple[int, int]:
-    """Return the height and width of a block as a file gives them.
-
-    Raises:
-        ValueError: If they are no two positive integers that a weight could have.
-    """
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(type(n) is int and 0 < n < 2**62 for n in size)
-    ):
-        raise ValueError(f"block is [height, width], not {str(size)[:80]}")
-    return size[0], size[1]
+def _object(claim: Any) -> dict[str, Any]:
+    if not isinstance(claim, dict):
+        raise EntryError("the table gives an object for each")
+    return claim
 
 
-def _check_keys(
-    path: Path, where: str, claim: Mapping[str, Any], needed: set[str], known: set[str]
-) -> None:
-    if missing := sorted(needed - set(claim)):
-        raise FileFormatError(f"{path}: {where}: {missing[0]!r} is missing")
-    if unknown := sorted(set(claim) - known):
-        raise FileFormatError(
-            f"{path}: {where}: unknown field {unknown[0][:40]!r}."
-            f"{did_you_mean(unknown[0][:40], known)}"
-        )
+def _check_keys(claim: Mapping[str, Any], known: Collection[str]) -> None:
+    if missing := sorted(set(known) - set(claim)):
+        raise EntryError(f"{missing[0]!r} is missing")
+    if unknown := sorted(set(claim) - set(known)):
+        name = unknown[0][:40]
+        raise EntryError(f"unknown field {name!r}.{did_you_mean(name, known)}")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**62

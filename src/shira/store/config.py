@@ -9,8 +9,6 @@ them.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,34 +16,27 @@ from typing import Any
 
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
-from shira.store.entries import COORDINATE_LIMIT
-from shira.store.json_text import check_readable, parse_object, shape_in
+from shira.store.header import COORDINATE_LIMIT, refusing
+from shira.store.json_text import read_object, shape_in, write_object
 from shira.store.patterns import check_pattern, check_patterns
-from shira.store.safetensors_header import open_regular
 from shira.support import matrix_shape
 
-CONFIG_NAME = "adapter_config.json"
 SHAPES_FIELD = "shira_shapes"
 
-_CONFIG_LIMIT = 50_000_000  # bytes; shapes and fingerprints of 100,000 weights take about 20 MB
+CONFIG_LIMIT = 50_000_000
+"""Bytes of a config, at most; shapes and fingerprints of 100,000 weights take about 20 MB."""
+
 _FINGERPRINT = re.compile(r"[a-z0-9_]+:[0-9a-f]{16}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked config of a SHiRA adapter.
+    """Return the checked config of a SHiRA adapter.
 
     Raises:
         FileFormatError: If it is not JSON, of another PEFT method, or shira's own fields in it are
             malformed.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _CONFIG_LIMIT:
-            raise FileFormatError(
-                f"{path}: {size} bytes are too large for a config (limit {_CONFIG_LIMIT})"
-            )
-        raw = file.read(size)
-    config = parse_object(raw, path, "config")
+    config = read_object(path, "config", CONFIG_LIMIT)
     peft_type = config.get("peft_type")
     if peft_type != "SHIRA":
         hint = "; shira convert makes one of a LoRA" if peft_type == "LORA" else ""
@@ -62,7 +53,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def recorded_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the base weights that the config records, by parameter name."""
+    """Return the shapes of the base weights that the config records, by parameter name."""
     shapes = config.get(SHAPES_FIELD)
     return None if shapes is None else {name: tuple(sizes) for name, sizes in shapes.items()}
 
@@ -73,7 +64,7 @@ def compose_config(
     given: Mapping[str, Any],
     whole: Sequence[str] = (),
 ) -> str:
-    """The text of a config that fits an adapter.
+    """Return the text of a config that fits an adapter.
 
     Args:
         shapes: Of the base weights, by parameter name.
@@ -104,16 +95,7 @@ def compose_config(
             if config.get(field) is not None:
                 config[field] = None
     config[SHAPES_FIELD] = {name: list(shape) for name, shape in shapes.items()}
-    for field, value in config.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
-            ) from error
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    check_readable(text)
-    return text
+    return write_object(config, config, indent=2, sort_keys=True) + "\n"
 
 
 def common_rank(
@@ -150,7 +132,7 @@ def _modules_of(whole: Sequence[str], given: Any) -> list[str] | None:
 
 
 def _matches_all(targets: Any, modules: Sequence[str]) -> bool:
-    """Whether PEFT's way of matching ``target_modules`` finds each of ``modules``."""
+    """Return whether PEFT's way of matching ``target_modules`` finds each of ``modules``."""
     if isinstance(targets, str):
         try:
             check_pattern(targets, "target_modules", modules)
@@ -171,10 +153,8 @@ def _check_shapes(path: Path, shapes: Any) -> None:
     if not isinstance(shapes, dict):
         raise FileFormatError(f"{path}: {SHAPES_FIELD} maps parameter names to shapes")
     for name, sizes in shapes.items():
-        try:
+        with refusing(path, f"{SHAPES_FIELD} of {name!r}"):
             shape_in(sizes)
-        except ValueError as error:
-            raise FileFormatError(f"{path}: {SHAPES_FIELD} of {name!r}: {error}") from error
         if max(matrix_shape(sizes)) > COORDINATE_LIMIT:
             raise FileFormatError(
                 f"{path}: {SHAPES_FIELD} of {name!r} overflows int32 coordinates: {str(sizes)[:80]}"

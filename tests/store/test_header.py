@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
 from shira.errors import FileFormatError
-from shira.store.safetensors_header import header_of, open_regular, read_header, read_tensor
+from shira.store.header import EntryError, check_values, header_of, read_header, read_tensor
+from shira.store.json_text import open_regular
 from tests.hostile.peft_files import entry, raw_file
 
 READABLE = [
@@ -112,3 +114,22 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         path.write_bytes(content[:-4])
         with pytest.raises(FileFormatError, match="'a': truncated"):
             read_tensor(file, header, "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_value_among_many_is_found(dtype: torch.dtype, bad: float) -> None:
+    """Wherever it is: what looks for it works on many values at a time."""
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_values(values)
+    for at in range(200):
+        spoilt = values.clone()
+        spoilt[at] = bad
+        counts = "1 NaN and 0 infinite" if math.isnan(bad) else "0 NaN and 1 infinite"
+        with pytest.raises(EntryError, match=f"{counts} of 200"):
+            check_values(spoilt)
+
+
+def test_no_values() -> None:
+    check_values(torch.empty(0))
+    check_values(torch.tensor([torch.finfo(torch.float32).max]))

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compact format: one safetensors file, specified in ``docs/file-format.md``.
+
+Of each parameter's indices a file keeps what takes least: nothing but the seed where the adapter's
+metadata name a random mask that gives these very indices, the numbers of blocks where the support
+is made of blocks, else gaps. Of the values it keeps their dtype, or a byte each and a scale.
+Everything is worked out, and refused if it cannot be stored, before the first byte is written.
+
+In reading, nothing is believed: names, dtypes and sizes of all tensors are held against the table
+before the first is read, counts are compared before room is made for what they count, and at the
+end a checksum covers the table and all data. What is made on the way is in proportion to the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shira import blocks
+from shira._version import __version__
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
+from shira.errors import AdapterError, ConfigError, FileFormatError, MaskError, did_you_mean
+from shira.masks import random_support
+from shira.ops import gaps
+from shira.store.atomic import check_kind, write_atomically
+from shira.store.header import (
+    FLOATS,
+    WHOLE_DTYPES,
+    WORDS,
+    EntryError,
+    Header,
+    bytes_of,
+    check_values,
+    check_whole,
+    read_bytes,
+    read_header,
+    refusing,
+    stored,
+    tensor_of,
+)
+from shira.store.json_text import open_regular
+from shira.store.names import WEIGHTS_NAME
+from shira.store.table import (
+    CHECKSUM,
+    CODINGS,
+    LARGEST_SCALE,
+    TABLE,
+    WHOLE,
+    Record,
+    Table,
+    compose,
+    parse,
+)
+from shira.support import Support
+
+COMPACT_NAME = "adapter.safetensors"
+"""The compact file in a folder that is given in its place."""
+
+ERROR_BOUND = 0.5 + 2.0**-16
+"""Largest distance of a value from what int8 makes of it, in steps of the scale: half a step, and
+what rounding the product to float32 adds."""
+
+_DTYPES = (*FLOATS.values(), torch.int8)
+_LEAST_SCALE = 2.0**-126  # float32's least normal number: below it a scale would be imprecise
+
+
+def write_compact(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    indices: str | None = None,
+) -> None:
+    """Write an adapter in the compact format; nothing is written if anything is wrong with it.
+
+    Args:
+        adapter: What to write.
+        path: The file; folders above it are made if absent.
+        dtype: Dtype of the stored values: ``torch.float64``, ``float32``, ``float16``,
+            ``bfloat16``, or ``int8`` with a scale for each parameter. ``None`` keeps theirs. Whole
+            tensors keep theirs always.
+        indices: ``"gaps"``, ``"blocks"`` or ``"seed"`` to store all indices in that way; ``None``
+            takes the smallest for each parameter.
+
+    Raises:
+        ConfigError: If the dtype or the way is none of these, the path is a folder, or a field of
+            the metadata cannot stand in JSON.
+        AdapterError: If a value is not finite in ``dtype``, a whole tensor has a dtype that models
+            do not keep, or the indices of a parameter are not made of blocks or by the recorded
+            seed, where that was asked for.
+    """
+    target = Path(path)
+    check_kind(target)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"dtype is one of {', '.join(map(str, _DTYPES))}, not {dtype}")
+    if indices is not None and indices not in CODINGS:
+        raise ConfigError(
+            f"indices are stored as one of {', '.join(CODINGS)}, not {indices!r}."
+            f"{did_you_mean(str(indices), CODINGS)}"
+        )
+    records: dict[str, Record] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, delta in adapter.items():
+        fields, parts = _coded(name, delta.support, adapter.metadata, indices)
+        values, scale = _stored_values(name, delta, dtype)
+        records[name] = Record(
+            delta.support.shape, delta.nnz, WORDS[values.dtype], scale=scale, **fields
+        )
+        tensors[f"{name}.values"] = values
+        for kind, units in parts.items():
+            tensors[f"{name}.{kind}"] = torch.from_numpy(units)
+    whole = {}
+    for name, tensor in adapter.tensors.items():
+        kept = tensors[f"{name}.{WHOLE}"] = stored(name, tensor)
+        whole[name] = WORDS[kept.dtype], tuple(kept.shape)
+    table = compose(Table(records, adapter.metadata, f"shira {__version__}", whole))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, *_file(table, tensors))
+
+
+def _file(table: str, tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Return the parts of a file: header, then data, widest elements first so that all align."""
+    data = {name: bytes_of(tensor) for name, tensor in tensors.items()}
+    checksum = zlib.crc32(table.encode())
+    for raw in data.values():
+        checksum = zlib.crc32(raw, checksum)
+    header: dict[str, Any] = {"__metadata__": {TABLE: table, CHECKSUM: f"{checksum:08x}"}}
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    at = 0
+    for name in order:
+        end = at + len(data[name])
+        header[name] = {
+            "dtype": WORDS[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *(data[name] for name in order)]
+
+
+@dataclass(frozen=True)
+class CompactFile:
+    """A file in the compact format, read and checked.
+
+    Attributes:
+        path: The file.
+        adapter: What it holds.
+        records: How it holds each parameter.
+        library: What wrote it: ``"shira 0.1.0"``.
+    """
+
+    path: Path
+    adapter: Adapter
+    records: Mapping[str, Record]
+    library: str
+
+
+def is_compact(path: Path) -> bool:
+    """Return whether a path is, or as a folder has, a file that says it is in this format."""
+    path = _file_at(path)
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        try:
+            return TABLE in read_header(file, path).metadata
+        except FileFormatError:
+            return False
+
+
+def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> CompactFile:
+    """Read an adapter in the compact format.
+
+    Args:
+        path: The file, or a folder with an ``adapter.safetensors``.
+        mapped: Leave the values in the file, mapped into memory, where they are stored in a
+            floating dtype; writing to such a tensor makes a private copy of the page and does not
+            reach the file. The file must not be shortened or written to in place meanwhile
+            (replacing it, as `write_compact` does, is safe).
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        FileFormatError: If something in it is invalid; names file, parameter and cause.
+    """
+    where = _file_at(Path(path))
+    with open_regular(where) as file:
+        header = read_header(file, where)
+        table = _table(header, os.fstat(file.fileno()).st_size)
+        source = _Source(file, header, mapped)
+        deltas = {name: _delta(source, name, record) for name, record in table.records.items()}
+        whole = {name: source.values(f"{name}.{WHOLE}") for name in table.tensors}
+        for name, tensor in whole.items():
+            with refusing(where, f"whole tensor {name!r}"):
+                check_whole(tensor)
+    if f"{source.checksum:08x}" != header.metadata[CHECKSUM]:
+        raise FileFormatError(
+            f"{where}: damaged: its checksum is {source.checksum:08x}, but "
+            f"{header.metadata[CHECKSUM][:40]!r} is recorded"
+        )
+    return CompactFile(where, Adapter(deltas, table.metadata, whole), table.records, table.library)
+
+
+def _file_at(path: Path) -> Path:
+    """Return the file that a path names; a folder in PEFT's format has none of this format."""
+    folder = path.is_dir() and not (path / WEIGHTS_NAME).exists()
+    return path / COMPACT_NAME if folder else path
+
+
+def _table(header: Header, size: int) -> Table:
+    """Return the table, with every tensor that it needs there, of the right dtype and shape."""
+    for key in (TABLE, CHECKSUM):
+        if key not in header.metadata:
+            raise FileFormatError(
+                f"{header.path}: not in the compact format: its __metadata__ has no {key!r}"
+            )
+    table = parse(header.metadata[TABLE], header.path, size)
+    known = set()
+    for name, record in table.records.items():
+        known.add(key := f"{name}.values")
+        _check_tensor(header, key, (record.values,), (record.k,))
+        for kind in CODINGS[record.indices][1]:
+            key = f"{name}.{kind}"
+            if kind != "rest" or key in header.tensors:
+                known.add(key)
+                _check_tensor(header, key, tuple(gaps.UNITS), None)
+    for name, (dtype, shape) in table.tensors.items():
+        known.add(key := f"{name}.{WHOLE}")
+        _check_tensor(header, key, (dtype,), shape)
+    for key in header.tensors:
+        if key not in known:
+            raise FileFormatError(
+                f"{header.path}: tensor {key!r}: the table does not name it."
+                f"{did_you_mean(key, known)}"
+            )
+    return table
+
+
+def _check_tensor(
+    header: Header, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
+) -> None:
+    """Check that a tensor is there, of one of the dtypes and of the shape (None: any in 1-D)."""
+    info = header.tensors.get(name)
+    if info is None:
+        raise FileFormatError(
+            f"{header.path}: missing tensor {name!r}.{did_you_mean(name, header.tensors)}"
+        )
+    if info.dtype not in dtypes:
+        raise FileFormatError(
+            f"{header.path}: tensor {name!r}: dtype {info.dtype} is not {' or '.join(dtypes)}, "
+            "as the table says"
+        )
+    if info.shape != shape and (shape is not None or len(info.shape) != 1):
+        wanted = "(n,)" if shape is None else f"{shape}, as the table says"
+        raise FileFormatError(f"{header.path}: tensor {name!r}: shape {info.shape} is not {wanted}")
+
+
+class _Source:
+    """The tensors of an open file, and the checksum of what was taken from it."""
+
+    def __init__(self, file: BinaryIO, header: Header, mapped: bool) -> None:
+        self.path, self._file, self._header = header.path, file, header
+        self._map = None
+        if mapped and header.tensors and sys.byteorder == "little":
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.checksum = zlib.crc32(header.metadata[TABLE].encode("utf-8", "surrogatepass"))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._header.tensors
+
+    def values(self, name: str) -> Tensor:
+        """Return a tensor that is kept: mapped if possible."""
+        info = self._header.tensors[name]
+        count = math.prod(info.shape)
+        if self._map is None or info.dtype == "I8" or not count or info.start % 8:
+            return tensor_of(self._raw(name), info)
+        self.checksum = zlib.crc32(memoryview(self._map)[info.start : info.end], self.checksum)
+        dtype = WHOLE_DTYPES[info.dtype]
+        kept = torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.start)
+        return kept.view(info.shape)
+
+    def units(self, name: str) -> gaps.Units:
+        """Return a tensor that is decoded."""
+        units: gaps.Units = self._raw(name).view(gaps.UNITS[self._header.tensors[name].dtype])
+        return units
+
+    def _raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        raw = read_bytes(self._file, self._header, name)
+        self.checksum = zlib.crc32(raw.data, self.checksum)
+        return raw
+
+
+def _delta(source: _Source, name: str, record: Record) -> SparseDelta:
+    values = source.values(f"{name}.values")
+    with refusing(source.path, f"tensor '{name}.values'"):
+        if record.scale is None:
+            check_values(values)
+        elif bool((values == -128).any()):
+            raise EntryError("-128 is no value: they are from -127 to 127")
+    support = _SUPPORTS[record.indices](source, name, record)
+    if record.scale is not None:
+        values = dequantize(values, record.scale)
+    return SparseDelta(support, values)
+
+
+# Indices: as gaps, as blocks, as a seed
+
+
+def _coded(
+    name: str, support: Support, metadata: Mapping[str, Any], way: str | None
+) -> tuple[dict[str, Any], dict[str, gaps.Units]]:
+    """Return fields of the record and the tensors that stand for the indices."""
+    flat = support.indices.cpu().numpy()
+    if way in (None, "seed") and (fields := _seed_of(name, support, metadata)):
+        return fields, {}
+    if way in (None, "blocks") and (found := blocks.find_blocks(support.shape, flat)):
+        parts = {"blocks": gaps.encode(found.numbers)}
+        if len(found.rest):
+            parts["rest"] = gaps.encode(found.rest)
+        return {"indices": "blocks", "block": found.size}, parts
+    if way in (None, "gaps"):
+        return {"indices": "gaps"}, {"gaps": gaps.encode(flat)}
+    why = (
+        "they are not made of whole blocks"
+        if way == "blocks"
+        else "the metadata's mask_type, random_seed and mask_slot do not give these indices"
+    )
+    raise AdapterError(f"{name!r}: the indices cannot be stored as {way}: {why}")
+
+
+def _seed_of(name: str, support: Support, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of a random mask, if the metadata's gives exactly this support."""
+    seed, slot = metadata.get("random_seed"), metadata.get("mask_slot") or 0
+    if metadata.get("mask_type") != "random" or type(seed) is not int or type(slot) is not int:
+        return None
+    try:
+        made = random_support(support.shape, support.nnz, seed=seed, name=name, slot=slot)
+    except MaskError:
+        return None
+    if not torch.equal(made.indices, support.indices.cpu()):
+        return None
+    return {"indices": "seed", "seed": seed, "slot": slot, "check": _crc_of(made.indices)}
+
+
+def _crc_of(indices: Tensor) -> str:
+    """Return the CRC-32 of indices as little-endian int32 or int64: eight hex digits."""
+    return f"{zlib.crc32(bytes_of(indices)):08x}"
+
+
+def _of_gaps(source: _Source, name: str, record: Record) -> Support:
+    with refusing(source.path, f"tensor '{name}.gaps'"):
+        return _trusted(record, gaps.decode(source.units(f"{name}.gaps"), record.numel, record.k))
+
+
+def _of_blocks(source: _Source, name: str, record: Record) -> Support:
+    assert record.block is not None
+    down, across = blocks.grid(record.block, record.shape)
+    with refusing(source.path, f"tensor '{name}.blocks'"):
+        numbers = gaps.decode(source.units(f"{name}.blocks"), down * across).astype(np.int64)
+    inside = int(blocks.entries_of(record.block, numbers, record.shape).sum())
+    rest = np.empty(0, np.int64)
+    with refusing(source.path, f"tensor '{name}.rest'"):
+        if f"{name}.rest" in source:
+            rest = gaps.decode(source.units(f"{name}.rest"), record.numel).astype(np.int64)
+    if inside + len(rest) != record.k:
+        raise FileFormatError(
+            f"{source.path}: tensor '{name}.blocks': stands for {inside + len(rest)} entries, but "
+            f"there are {record.k} values"
+        )
+    flat = blocks.expand(blocks.Blocks(record.block, numbers, rest), record.shape)
+    if len(rest) and bool((flat[1:] <= flat[:-1]).any()):
+        raise FileFormatError(
+            f"{source.path}: tensor '{name}.rest': an entry of the rest is in one of the blocks"
+        )
+    return _trusted(record, flat)
+
+
+def _of_seed(source: _Source, name: str, record: Record) -> Support:
+    assert record.seed is not None
+    assert record.slot is not None
+    with refusing(source.path, f"tensor '{name}.values'"):
+        support = random_support(
+            record.shape, record.k, seed=record.seed, name=name, slot=record.slot
+        )
+        if (found := _crc_of(support.indices)) != record.check:
+            raise EntryError(
+                f"the seed gives indices of checksum {found}, but {record.check} is recorded: the "
+                "file is damaged"
+            )
+    return support
+
+
+_SUPPORTS = {"gaps": _of_gaps, "blocks": _of_blocks, "seed": _of_seed}
+
+
+def _trusted(record: Record, indices: gaps.Ints) -> Support:
+    return Support._trusted(record.shape, torch.from_numpy(indices))
+
+
+# Values: in their dtype, or in one byte each with one scale for each parameter
+
+
+def _stored_values(
+    name: str, delta: SparseDelta, dtype: torch.dtype | None
+) -> tuple[Tensor, float | None]:
+    if dtype is None and delta.values.dtype not in _DTYPES:
+        raise AdapterError(
+            f"values of {name!r} are {delta.values.dtype}; give dtype= to store them in one of "
+            f"{', '.join(map(str, _DTYPES))}"
+        )
+    if dtype != torch.int8:
+        return stored(name, delta.values, dtype), None
+    stored(name, delta.values, torch.float32)  # the dtype that the values will be read in
+    return quantize(delta.values.detach().cpu())
+
+
+def quantize(values: Tensor) -> tuple[Tensor, float]:
+    """Return values as int8 and their scale.
+
+    ``scale = max |v| / 127`` in float32 and ``q = round(v / scale)``, half to even. Every value is
+    within ``ERROR_BOUND * scale`` of what `dequantize` makes of it.
+
+    Args:
+        values: ``(k,)`` floating point, finite in float32 too.
+
+    Returns:
+        int8 ``(k,)``, between -127 and 127, and the scale, a number that float32 can hold. The
+        scale of no values, or of zeros alone, is 0.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if not largest:
+        return torch.zeros(values.numel(), dtype=torch.int8), 0.0
+    step = min(max(largest / 127, _LEAST_SCALE), LARGEST_SCALE)
+    scale = float(torch.tensor(step, dtype=torch.float32))
+    steps = values.to(torch.float64, copy=True)
+    return steps.div_(scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize(steps: Tensor, scale: float) -> Tensor:
+    """Return the values: float32 ``(k,)``, ``steps * scale``."""
+    return steps.to(torch.float32).mul_(scale)

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files that one does not trust: the header first, then tensors, then their values.
+
+A safetensors file is eight bytes of little-endian header length, a JSON header that gives each
+tensor a dtype, a shape and a range of bytes, and then those bytes, without gaps. A hostile header
+may claim anything; here every claim is held against the size of the file, so that whoever reads a
+tensor afterwards allocates no more than the file has. Reading a tensor goes through the same open
+file, so it cannot be swapped in between.
+
+The base of the readers in ``shira.store`` and of ``shira.checkpoints``; imports ``errors`` only.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shira.errors import AdapterError, FileFormatError, did_you_mean
+from shira.store.json_text import open_regular, parse_object, shape_in
+
+HEADER_LIMIT = 100_000_000
+"""Largest header in bytes; the limit of the safetensors library itself."""
+
+COORDINATE_LIMIT = 2**31
+"""Rows and columns are below this: PEFT keeps them as int32."""
+
+_EXACT_FLOAT32 = 2**24  # whole numbers below it are float32's
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes that a delta can have, or be added to, in safetensors' words."""
+
+WHOLE_DTYPES: Mapping[str, torch.dtype] = {
+    **FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""Dtypes of whole tensors; the integers are those of buffers."""
+
+_READABLE = {**WHOLE_DTYPES, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _READABLE.items()}
+"""Safetensors' words for the dtypes that are read and written."""
+
+_BITS = {
+    **{name: 8 * dtype.itemsize for name, dtype in _READABLE.items()},
+    **{"BOOL": 8, "C64": 64, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8},
+    **{"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: In safetensors' words: ``"F32"``, ``"I16"``.
+        shape: Its shape.
+        start: Its first byte, counted from the start of the file.
+        end: The byte behind its last.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header.
+
+    Attributes:
+        path: The file.
+        tensors: By name, in the header's order.
+        metadata: The header's ``__metadata__``.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+class EntryError(ValueError):
+    """Entries that no adapter can have; whoever reads a file says where in it they are."""
+
+
+@contextmanager
+def refusing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn errors of entries, shapes and positions inside into one of the file.
+
+    Args:
+        path: The file.
+        what: What in it is at fault: ``"tensor 'a.values'"``.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except ValueError as error:  # EntryError, SupportError, MaskError among them
+        raise FileFormatError(f"{os.fspath(path)}: {what}: {error}") from error
+
+
+def header_of(path: str | os.PathLike[str]) -> Header:
+    """Return the checked header of the file at ``path``; see `read_header`."""
+    with open_regular(path) as file:
+        return read_header(file, path)
+
+
+def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    Args:
+        file: Open at its start.
+        path: Its path, for messages.
+
+    Raises:
+        FileFormatError: If the file is truncated or another kind of file, or its header is too
+            large, no JSON object, or describes tensors that it cannot hold: dtypes unknown, sizes
+            negative or unlike dtype and shape, byte ranges outside the file, overlapping or with
+            gaps.
+    """
+    path = Path(path)
+    size = os.fstat(file.fileno()).st_size
+    length = _header_length(file.read(9), size, path)
+    file.seek(8)
+    raw = file.read(length)
+    if len(raw) < length:
+        raise FileFormatError(f"{path}: truncated: it ends within its header")
+    claims = parse_object(raw, path, "safetensors header", size)
+    del raw
+    metadata = claims.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
+    tensors = {name: _checked_info(path, name, claims[name], 8 + length) for name in claims}
+    _check_ranges(path, tensors, 8 + length, size)
+    return Header(path, tensors, metadata)
+
+
+def read_tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
+    """Return the named tensor, in its stored dtype, on the CPU, in memory of its own.
+
+    Args:
+        file: The open file that ``header`` was read from.
+        header: Its checked header.
+        name: One of ``header.tensors``, of an integer dtype or F16, BF16, F32, F64.
+
+    Raises:
+        FileFormatError: If its dtype is another, or the file has become shorter meanwhile.
+    """
+    info = header.tensors[name]
+    if info.dtype not in _READABLE:
+        raise FileFormatError(
+            f"{header.path}: tensor {name!r}: dtype {info.dtype} is none that can stand here"
+        )
+    return tensor_of(read_bytes(file, header, name), info)
+
+
+def read_bytes(file: BinaryIO, header: Header, name: str) -> NDArray[np.uint8]:
+    """Return the bytes of the named tensor; arguments and errors are those of `read_tensor`."""
+    info = header.tensors[name]
+    raw = np.empty(info.end - info.start, np.uint8)
+    file.seek(info.start)
+    if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
+        raise FileFormatError(f"{header.path}: tensor {name!r}: truncated while it was read")
+    return raw
+
+
+def tensor_of(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
+    """Return the tensor whose bytes in the file these are; it keeps them.
+
+    Args:
+        raw: The bytes.
+        info: Of an integer dtype or F16, BF16, F32, F64.
+    """
+    dtype = _READABLE[info.dtype]
+    bits = raw.view(f"<i{dtype.itemsize}")
+    native = bits.astype(bits.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(native).view(dtype).view(info.shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in a file: the reverse of `tensor_of`; a copy only if needed."""
+    bits = tensor.detach().cpu().contiguous().view(-1).view(_INTEGERS[tensor.itemsize]).numpy()
+    return bits.astype(bits.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+
+
+def check_values(values: Tensor) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        EntryError: If there are NaN or infinite ones.
+    """
+    # NaN is the least and the largest of values among which it is.
+    if not values.numel() or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+        return
+    nan = int(values.isnan().sum())
+    infinite = int(values.isinf().sum())
+    raise EntryError(
+        f"the values are not finite: {nan} NaN and {infinite} infinite of {values.numel()}"
+    )
+
+
+def check_whole(tensor: Tensor) -> None:
+    """Refuse a whole tensor that no file can hold.
+
+    Raises:
+        EntryError: If its dtype is not one of `WHOLE_DTYPES`, or a value is not finite.
+    """
+    if tensor.dtype not in WHOLE_DTYPES.values():
+        raise EntryError(f"a whole tensor of {tensor.dtype} cannot be stored")
+    if tensor.is_floating_point():
+        check_values(tensor)
+
+
+def check_coordinates(coordinates: Tensor) -> Tensor:
+    """Return the coordinates as int32, where they are whole, not negative and within int32.
+
+    Args:
+        coordinates: ``(2, k)`` of an integer dtype, or float32 with whole numbers, which PEFT
+            writes on Windows.
+
+    Raises:
+        EntryError: If they are not.
+    """
+    if not coordinates.numel():
+        return coordinates.to(torch.int32)
+    if coordinates.is_floating_point():
+        inexact = (coordinates != coordinates.trunc()) | ~(coordinates.abs() < _EXACT_FLOAT32)
+        if bool(inexact.any()):
+            bad = coordinates[inexact][0].item()
+            raise EntryError(f"index {bad} is no whole number below 2^24")
+    if coordinates.dtype == torch.uint64:  # as int64 the largest wrap
+        coordinates = coordinates.view(torch.int64)
+        if (least := int(coordinates.min())) < 0:
+            raise EntryError(f"index {least + 2**64} overflows int32")
+    elif coordinates.dtype in (torch.uint16, torch.uint32):  # torch compares none of these
+        coordinates = coordinates.to(torch.int64)
+    least, most = int(coordinates.min()), int(coordinates.max())
+    if least < 0:
+        raise EntryError(f"index {least} is negative")
+    if most >= COORDINATE_LIMIT:
+        raise EntryError(f"index {most} overflows int32")
+    return coordinates.to(torch.int32)
+
+
+def sort_entries(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coordinates in row-major order, and the values along with them.
+
+    Args:
+        coordinates: int32 ``(2, k)``, none negative.
+        values: ``(k,)``.
+
+    Returns:
+        Coordinates ``(2, k)`` and values ``(k,)``.
+
+    Raises:
+        EntryError: If a coordinate occurs twice.
+    """
+    key = coordinates[0].to(torch.int64).mul_(COORDINATE_LIMIT).add_(coordinates[1])
+    if bool((key[1:] > key[:-1]).all()):
+        return coordinates, values
+    key, order = key.sort()
+    twice = key[1:] == key[:-1]
+    if bool(twice.any()):
+        first = int(key[1:][twice][0])
+        raise EntryError(
+            f"duplicate indices: row {first // COORDINATE_LIMIT}, column "
+            f"{first % COORDINATE_LIMIT} occurs more than once "
+            f"({int(twice.sum())} of {key.numel()} entries are repeats)",
+        )
+    return coordinates[:, order], values[order]
+
+
+def stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor as a file is to hold it: checked, contiguous and on the CPU.
+
+    Args:
+        name: Of the parameter, for messages.
+        tensor: Values of a delta, or a whole tensor.
+        dtype: To store it in; None keeps its own.
+
+    Raises:
+        AdapterError: If the dtype cannot be stored, or a value is not finite in it.
+    """
+    kept = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    try:
+        check_whole(kept)
+    except EntryError as error:
+        hint = "" if dtype is None else f" when stored as {dtype}"
+        raise AdapterError(f"{name!r}: {error}{hint}") from error
+    return kept
+
+
+def _header_length(start: bytes, size: int, path: Path) -> int:
+    """Return the length of the header from the file's first nine bytes."""
+    length = int.from_bytes(start[:8], "little")
+    # A pickle (0x80) or a zip of pickles (PK) may also read as a length, so look for the brace.
+    if start[8:9] != b"{":
+        if start[:1] == b"\x80" or start[:2] == b"PK":
+            raise FileFormatError(
+                f"{path}: a pickle (torch.save), not safetensors. Pickles can run code when they "
+                "are read, so shira does not; convert it with safetensors.torch.save_file"
+            )
+        if start[:7] == b"version":
+            raise FileFormatError(
+                f"{path}: a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
+            )
+    if size < 8:
+        raise FileFormatError(
+            f"{path}: truncated: {size} bytes are fewer than the 8 that start a safetensors file"
+        )
+    if length > HEADER_LIMIT:
+        raise FileFormatError(
+            f"{path}: not safetensors, or hostile: a header of {length} bytes is too large "
+            f"(limit {HEADER_LIMIT})"
+        )
+    if length > size - 8:
+        raise FileFormatError(
+            f"{path}: truncated: its header should have {length} bytes, but only {size - 8} follow"
+        )
+    if start[8:9] != b"{":
+        raise FileFormatError(f"{path}: not safetensors: the header does not start with '{{'")
+    return length
+
+
+def _checked_info(path: Path, name: str, claim: Any, data_start: int) -> TensorInfo:
+    """Return one entry of the header; whether its byte range fits the file comes later."""
+
+    def refuse(cause: str) -> FileFormatError:
+        return FileFormatError(f"{path}: tensor {name!r}: {cause}")
+
+    if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("the header gives dtype, shape and data_offsets, nothing else")
+    dtype, offsets = claim["dtype"], claim["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise refuse(f"unknown dtype {str(dtype)[:40]!r}.{did_you_mean(str(dtype).upper(), _BITS)}")
+    try:
+        shape = shape_in(claim["shape"])
+    except ValueError as error:
+        raise refuse(str(error)) from error
+    if not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
+        raise refuse("data_offsets are two integers")
+    start, end = offsets
+    if not 0 <= start <= end:
+        raise refuse(f"data_offsets {start} to {end} are no range of bytes")
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (end - start):
+        raise refuse(
+            f"shape {list(shape)} of {dtype} takes {-(-bits // 8)} bytes, "
+            f"but data_offsets give it a size of {end - start}"
+        )
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+
+
+def _check_ranges(path: Path, tensors: Mapping[str, TensorInfo], at: int, size: int) -> None:
+    """Check that the tensors' bytes follow one another from ``at`` to the end of the file."""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            what = "overlap those of another tensor" if info.start < at else "leave a gap"
+            raise FileFormatError(
+                f"{path}: tensor {name!r}: its bytes, {info.start} to {info.end}, {what} "
+                f"(expected to start at {at})"
+            )
+        if info.end > size:
+            raise FileFormatError(
+                f"{path}: tensor {name!r}: truncated: it ends at byte {info.end} of a file of "
+                f"{size} bytes"
+            )
+        at = info.end
+    if at != size:
+        raise FileFormatError(f"{path}: {size - at} bytes follow the last tensor")
