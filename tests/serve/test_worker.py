@@ -27,7 +27,7 @@ from shira.errors import (
 )
 from shira.masks import random_support
 from shira.ops.patch import Exchange, same_bits
-from shira.serve.processes import OneProcess
+from shira.serve.messages import OneProcess
 from shira.serve.value_sender import FixedSupport
 from shira.serve.worker import Route, WorkerAdapters
 from tests.interrupts import at_every_point

@@ -3,19 +3,20 @@
 
 Nothing here is imported before it is asked for; only the files called ``vllm`` import an engine.
 
-Engine-neutral, in a worker::
+In a worker::
 
     placement       where an entry of a checkpoint's weight lives
-    processes       all processes of a model agree or none changes
     loading         an adapter, placed and compared with the base
     worker          a worker's adapters, what is active, new values for them
-    value_sender    new values at the same positions, and their way to the workers
+    vllm            the extension of vLLM's workers; ``vllm_transfer`` takes new values in
 
-For vLLM: ``vllm`` is the extension of its workers, ``client`` (with ``async_client``) drives it
-through ``LLM`` and ``AsyncLLM``; below them ``reports``, ``watch``, ``shared`` and ``gate``.
-``journal`` and ``restoring`` give a new engine what a lost one held, ``supervisor`` starts a server
-again.
-``vllm_endpoints`` with ``http`` and ``scheduler`` adds adapters to its server, ``vllm_transfer``
-takes values in, ``export`` gives patches of vLLM's own. For transformers' continuous batching:
-``continuous_batching``.
+In a client or trainer, with ``messages`` between them and the workers::
+
+    client, async_client    drive the adapters of an engine, by the steps of ``changes``
+    journal, supervisor     give a new engine what a lost one held; start a server again
+    value_sender            new values at the same positions
+    export                  patches of vLLM's own
+
+In a server: ``vllm_endpoints``, ``http`` and ``scheduler`` add adapters to vLLM's. For
+transformers' continuous batching: ``continuous_batching``.
 """

@@ -22,10 +22,10 @@ from shira.base import accept, judge
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, PlacementError
 from shira.ops.patch import base_at, same_bits
+from shira.serve.messages import Processes, agree, gather
 from shira.serve.placement import Placement, Storage
-from shira.serve.processes import Processes, agree, gather
 from shira.support import Support, align_indices
-from shira.switch.prepared import Entry, make_entry
+from shira.switch.entries import Entry, make_entry
 from shira.switch.weights import Plan
 
 Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
@@ -146,17 +146,7 @@ def locate(place: Place, name: str, support: Support) -> list[Piece]:
 
 
 def entry_at(storage: Storage, positions: Tensor, values: Tensor, active: Plan[Storage]) -> Entry:
-    """Return deltas at positions of a storage.
-
-    Args:
-        storage: The storage.
-        positions: ``(k,)`` integers, increasing.
-        values: ``(k,)`` deltas.
-        active: What is in the weights now.
-
-    Raises:
-        AdapterError: If a finite value becomes infinite or NaN.
-    """
+    """Return the entry of ``(k,)`` deltas at ascending positions of a storage; as `make_entry`."""
     weight = storage.weight
     support = Support._trusted((weight.numel(),), positions.to(weight.device))
     delta = SparseDelta(support, values.to(weight.device))

@@ -1,24 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between clients and the workers of an engine: plain values, no engine.
+"""Messages of the processes of an engine: what clients ask, what workers answer, how all agree.
 
-`named`, `located`, `wanted` and `slept` check what a client asks before it is sent. Each rank
-answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into the errors they were
-and insists that all ranks are in the same state.
+`named`, `located`, `wanted` and `slept` check what a client asks, before it is sent and where it
+arrives. Each worker answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into
+the errors they were and insists that all workers are in the same state.
+
+`agree` runs a step in every process of a model and lets it count only if it went well in all of
+them; the same error is raised everywhere otherwise. A switch is two of them: prepare and check,
+then write; a process that hears in the second that another failed puts its own weights back. How
+they talk is a `Processes`: one alone, or whatever groups an engine has. Plain values, no engine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from shira import errors
 from shira.delta import checked_scale
-from shira.errors import AdapterError, ConfigError, ServeError
-from shira.serve.processes import Failure
+from shira.errors import AdapterError, ConfigError, ServeError, ShiraError
+
+T = TypeVar("T")
+
+
+class Failure(NamedTuple):
+    """An error on its way between processes."""
+
+    kind: str
+    message: str
+    rank: int
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> Failure:
+        """Return what is sent of an error."""
+        return cls(type(error).__name__, str(error), rank)
+
+    def error(self, *, name_rank: bool = False) -> Exception:
+        """Return the error, of its type if it was ours or about a file, else a `ServeError`."""
+        where = f"rank {self.rank}: " if name_rank else ""
+        kind = _FILE_ERRORS.get(self.kind, getattr(errors, self.kind, None))
+        if isinstance(kind, type) and issubclass(kind, (ShiraError, OSError)):
+            return kind(f"{where}{self.message}")
+        return ServeError(f"{where}{self.kind}: {self.message}")
+
+
+_FILE_ERRORS: dict[str, type[OSError]] = {
+    kind.__name__: kind for kind in (FileNotFoundError, IsADirectoryError, PermissionError)
+}
+
+
+class Processes(Protocol):
+    """The processes that hold parts of one model."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return everyone's value, by rank; each process calls it in the same order."""
+
+
+class OneProcess:
+    """One process with the whole model."""
+
+    rank = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value itself."""
+        return [value]
+
+
+def agree(processes: Processes, step: Callable[[], T]) -> T:
+    """Run a step in every process; return its result if it went well in all of them.
+
+    Raises:
+        Exception: The error of the first process in which it did not, in every process.
+        ServeError: If another process cannot be reached.
+    """
+    result, failure, cause = None, None, None
+    try:
+        result = step()
+    except Exception as error:
+        failure, cause = Failure.of(error, processes.rank), error
+    everyone = gather(processes, failure)
+    failures = [Failure(*each) for each in everyone if each is not None]
+    if failures:
+        raise failures[0].error(name_rank=len(everyone) > 1) from cause
+    return result  # type: ignore[return-value]  # the step went well
+
+
+def gather(processes: Processes, value: Any) -> list[Any]:
+    """Return everyone's value, by rank.
+
+    Raises:
+        ServeError: If another process cannot be reached.
+    """
+    try:
+        return processes.gather(value)
+    except Exception as error:
+        raise ServeError(f"another rank cannot be reached: {error}") from error
 
 
 class Reports(NamedTuple):
-    """The answers of all ranks, each of them well."""
+    """The answers of all workers, each of them well."""
 
     each: Sequence[dict[str, Any]]
 
@@ -39,10 +124,10 @@ class Reports(NamedTuple):
 
 
 def checked(answers: Sequence[Any], method: str) -> Reports:
-    """The answers, if each rank's went well.
+    """Return the answers, if each worker's went well.
 
     Raises:
-        ShiraError: What the ranks refused, as the error it was there.
+        ShiraError: What the workers refused, as the error it was there.
         ServeError: If ranks are not in the same state.
     """
     for answer in answers:
@@ -62,7 +147,7 @@ def checked(answers: Sequence[Any], method: str) -> Reports:
 
 
 def wanted(weights: str | Mapping[str, float] | None, scale: float = 1.0) -> dict[str, float]:
-    """What shall be active, as scale by name.
+    """Return what shall be active, as scale by name.
 
     Raises:
         AdapterError: If it is of another type, a name is none, a scale is not a finite number, or a
@@ -119,7 +204,7 @@ def slept(level: object) -> int:
 
 
 def salted(prompt: Any, salt: str) -> dict[str, Any]:
-    """A prompt of any of vLLM's forms with the salt; a salt of its own is kept beside it."""
+    """Return a prompt of any of vLLM's forms with a salt; one of its own is kept beside it."""
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
     elif not isinstance(prompt, Mapping):

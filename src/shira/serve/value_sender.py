@@ -31,8 +31,7 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError
-from shira.serve.messages import located, named
-from shira.serve.processes import Failure
+from shira.serve.messages import Failure, located, named
 from shira.support import Support
 
 _c10d: Any = dist  # torch has no types for what is used here
@@ -93,22 +92,6 @@ class FixedSupport:
         joined = joined if dtype is None else joined.to(dtype)
         check_finite(joined, "the adapter")
         return joined
-
-    def adapter(self, values: Tensor) -> Adapter:
-        """Return an adapter of this support from ``(k,)`` values, the reverse of `flat`.
-
-        Raises:
-            AdapterError: If there are not k of them.
-        """
-        if values.shape != (self.nnz,):
-            raise AdapterError(f"the support has {self.nnz} entries, not {tuple(values.shape)}")
-        each = torch.split(values, [support.nnz for support in self.supports.values()])
-        return Adapter(
-            {
-                name: SparseDelta(support, part)
-                for (name, support), part in zip(self.supports.items(), each, strict=True)
-            }
-        )
 
 
 def check_finite(values: Tensor, of: str) -> None:

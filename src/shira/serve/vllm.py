@@ -36,9 +36,8 @@ from shira.checkpoints.opening import open_checkpoint
 from shira.checkpoints.sources import OnDisk
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
-from shira.serve.messages import located
+from shira.serve.messages import Failure, located
 from shira.serve.placement import Placement, storage_key
-from shira.serve.processes import Failure
 from shira.serve.worker import Selection, WorkerAdapters
 
 __all__ = ["ShiraWorkerExtension"]

@@ -10,7 +10,7 @@ The life of the weights::
 
 Each method is called in every process of the model in the same order, and changes all of them or
 none: prepare and check everywhere, then write; if a process fails then, all put back what they had
-(`shira.serve.processes.agree`). `shira.switch.weights` has the states, as for `shira.Switch`.
+(`shira.serve.messages.agree`). `shira.switch.weights` has the states, as for `shira.Switch`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ from shira.serve.loading import (
     locate,
     nothing_stored,
 )
-from shira.serve.messages import named, slept, wanted
+from shira.serve.messages import OneProcess, Processes, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
-from shira.serve.processes import OneProcess, Processes, agree
 from shira.serve.value_sender import FixedSupport, check_finite
-from shira.switch.prepared import Entry, combined, make_patch
+from shira.switch.entries import Entry, combined, make_patch
 from shira.switch.weights import ChangedWeightError, State, Weights
 
 Selection: TypeAlias = "str | Mapping[str, float] | None"
@@ -153,21 +152,6 @@ class WorkerAdapters:
     def check(self, weights: Selection, scale: float = 1.0) -> None:
         """Raise what `activate` would raise, and change nothing."""
         agree(self.processes, lambda: self._checked(weights, scale))
-
-    def update(self, name: str, loaded: LoadedAdapter) -> None:
-        """Exchange an adapter for one of the same positions, in the weights too if it is active.
-
-        Raises:
-            ServeError: As `activate`; the adapter is the one of before.
-        """
-        before = self.adapters[name]
-        self.adapters[name] = loaded
-        if name in self.active:
-            try:
-                self.activate(self.active)
-            except Exception:
-                self.adapters[name] = before
-                raise
 
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""
@@ -301,8 +285,8 @@ class WorkerAdapters:
 
 
 def _state_of(adapters: Mapping[str, LoadedAdapter], scales: Mapping[str, float]) -> State[Storage]:
-    members = [(adapters[name].entries, scale) for name, scale in scales.items()]
-    return State(tuple(scales.items()), combined(str(dict(scales)), members))
+    members = [(name, scale, adapters[name].entries) for name, scale in scales.items()]
+    return State(tuple(scales.items()), combined(members))
 
 
 class Route:
@@ -333,7 +317,7 @@ class Route:
         self.worker, self.name = worker, name
         self.nnz = 0
         self._key = digest.encode()[:64]
-        self._positions: dict[Storage, Tensor] = {}
+        self._offsets: dict[Storage, Tensor] = {}
         self._order = agree(worker.processes, lambda: self._ordered(read(), digest))
 
     def update(self, values: Tensor) -> None:
@@ -346,17 +330,15 @@ class Route:
             AdapterError: If there are not k of them, or one is not finite; nothing has changed.
             ServeError: As `WorkerAdapters.activate`; the values are those of before.
         """
-        self.worker.update(self.name, agree(self.worker.processes, lambda: self._with(values)))
-
-    def _with(self, values: Tensor) -> LoadedAdapter:
-        loaded = self._checked(values)
-        entries = {}
-        for storage, (_, old) in loaded.entries.items():
-            new = values[self._order[storage]].to(storage.weight.device)
-            entries[storage] = Entry(new, make_patch(old.offsets, old.originals, new))
-        raw = values.detach().contiguous().view(torch.uint8).numpy().data
-        digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
-        return loaded._replace(entries=entries, digest=digest)
+        worker = self.worker
+        before, after = agree(worker.processes, lambda: self._exchanged(values))
+        worker.adapters[self.name] = after
+        if self.name in worker.active:
+            try:
+                worker.activate(worker.active)
+            except Exception:
+                worker.adapters[self.name] = before
+                raise
 
     def _ordered(self, adapter: Mapping[str, SparseDelta], digest: str) -> dict[Storage, Tensor]:
         loaded, fixed = self.worker.require(self.name), FixedSupport.of(adapter)
@@ -366,18 +348,18 @@ class Route:
                 f"at the path {fixed.digest}: save the adapter that is trained"
             )
         self.nnz = fixed.nnz
+        self._offsets = {storage: entry.patch.offsets for storage, entry in loaded.entries.items()}
         found: dict[Storage, list[tuple[Tensor, Tensor]]] = {}
-        offset = 0
+        first = 0
         for name, support in fixed.supports.items():
             for storage, entries, positions in locate(self.worker.place, name, support):
-                found.setdefault(storage, []).append((entries.cpu() + offset, positions.cpu()))
-            offset += support.nnz
-        self._positions = {s: entry.patch.offsets for s, entry in loaded.entries.items()}
+                found.setdefault(storage, []).append((entries.cpu() + first, positions.cpu()))
+            first += support.nnz
         order = {}
         for storage, pieces in found.items():
             positions, by = torch.cat([where for _, where in pieces]).sort()
             order[storage] = torch.cat([entries for entries, _ in pieces])[by]
-            here = self._positions.get(storage, positions[:0])
+            here = self._offsets.get(storage, positions[:0])
             if not torch.equal(positions, here.cpu().long()):
                 raise AdapterError(
                     f"adapter {self.name!r} was loaded with other positions than those at the path"
@@ -386,7 +368,8 @@ class Route:
             raise AdapterError(f"adapter {self.name!r} was loaded with more than is at the path")
         return order
 
-    def _checked(self, values: Tensor) -> LoadedAdapter:
+    def _exchanged(self, values: Tensor) -> tuple[LoadedAdapter, LoadedAdapter]:
+        """Return the adapter as it is, and with other values; nothing is written."""
         if values.shape != (self.nnz,) or not values.is_floating_point():
             raise AdapterError(
                 f"adapter {self.name!r} has {self.nnz} values, not "
@@ -394,11 +377,14 @@ class Route:
             )
         check_finite(values, f"adapter {self.name!r} that were sent")
         loaded = self.worker.require(self.name)
-        if any(
-            entry.patch.offsets is not self._positions.get(storage)
-            for storage, entry in loaded.entries.items()
-        ):
-            raise AdapterError(
-                f"adapter {self.name!r} was loaded anew since the positions were agreed on"
-            )
-        return loaded
+        entries = {}
+        for storage, (_, old) in loaded.entries.items():
+            if old.offsets is not self._offsets.get(storage):
+                raise AdapterError(
+                    f"adapter {self.name!r} was loaded anew since the positions were agreed on"
+                )
+            new = values[self._order[storage]].to(storage.weight.device)
+            entries[storage] = Entry(new, make_patch(old.offsets, old.originals, new))
+        raw = values.detach().contiguous().view(torch.uint8).numpy().data
+        digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
+        return loaded, loaded._replace(entries=entries, digest=digest)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an adapter's parameters are in a module, and whether they can be written to.
+"""An adapter on a module: where its parameters are, whether they can be written to, its entries.
 
 Names are the base model's own: PEFT's and other wrappers around or inside the module are seen
 through. Tied weights are one memory under several names; a name stands for the memory, and the
@@ -9,7 +9,7 @@ first name found is what it is called here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from shira.adapter import Adapter
+from shira.base import Verdict, accept, judge
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, did_you_mean
 from shira.ops.memory import MemoryMap
+from shira.ops.patch import Patch
 from shira.store.names import base_module_name, unwrapped
+from shira.switch.entries import Entry, make_entry
 from shira.switch.weights import Layout, layout_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,7 +52,7 @@ class Target:
 
 
 class Targets:
-    """All parameters of a module, as they are at this moment.
+    """All parameters and buffers of a module, as they are at this moment.
 
     Args:
         module: Any module; wrappers around it are taken off.
@@ -58,17 +61,23 @@ class Targets:
     def __init__(self, module: nn.Module) -> None:
         self._by_name: dict[str, Target] = {}
         self._buffers: dict[str, Target] = {}
-        self._blocks: dict[int, list[_Block]] = {}
-        for path, tensor, owner, attribute in _tensors(unwrapped(module)):
-            name = base_module_name(f"{path}.{attribute}" if path else attribute)
-            found = self._by_name if attribute in owner._parameters else self._buffers
-            found.setdefault(name, Target(name, owner, attribute))
-            if is_plain(tensor) and not tensor.is_meta:
-                block = _block(name, tensor)
-                self._blocks.setdefault(tensor.untyped_storage().data_ptr(), []).append(block)
+        self._blocks: dict[int, list[_Block]] = {}  # by the address of their storage
+        for path, owner in unwrapped(module).named_modules(remove_duplicate=False):
+            for found, tensors in (
+                (self._by_name, owner._parameters),
+                (self._buffers, owner._buffers),
+            ):
+                for attribute, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    name = base_module_name(f"{path}.{attribute}" if path else attribute)
+                    found.setdefault(name, Target(name, owner, attribute))
+                    if is_plain(tensor) and not tensor.is_meta:
+                        at = tensor.untyped_storage().data_ptr()
+                        self._blocks.setdefault(at, []).append(_block(name, tensor))
 
     def find(self, name: str, *, buffers: bool = False) -> Target:
-        """The parameter of this name.
+        """Return the parameter of a name.
 
         Args:
             name: As the base model calls it.
@@ -91,29 +100,19 @@ class Targets:
             f"the model has no parameter {name!r}.{did_you_mean(name, self._by_name)}"
         )
 
-    def sharers(self, target: Target) -> list[str]:
-        """Other names whose memory overlaps that of a weight (tied weights, views)."""
-        own = _block(target.name, target.weight)
-        return sorted(
-            {
-                block.name
-                for block in self._in_storage_of(target)
-                if block.name != own.name and block.start < own.end and own.start < block.end
-            }
-        )
+    def sharing(self, target: Target) -> tuple[list[str], list[Target]]:
+        """Find what shares memory with a weight (tied weights, views).
 
-    def tied(self, target: Target) -> list[Target]:
-        """All parameters that are exactly this weight, itself included, in the model's order."""
+        Returns:
+            Names whose memory overlaps the weight's, but for its own; and of all parameters those
+            that are exactly this weight, itself included, in the model's order.
+        """
         own = _block(target.name, target.weight)
-        names = [
-            block.name
-            for block in self._in_storage_of(target)
-            if (block.start, block.layout) == (own.start, own.layout)
-        ]
-        return [self._by_name[name] for name in dict.fromkeys(names) if name in self._by_name]
-
-    def _in_storage_of(self, target: Target) -> list[_Block]:
-        return self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
+        blocks = self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
+        overlapping = {b.name for b in blocks if b.start < own.end and own.start < b.end}
+        same = dict.fromkeys(b.name for b in blocks if b[1:] == own[1:])
+        tied = [self._by_name[name] for name in same if name in self._by_name]
+        return sorted(overlapping - {own.name}), tied
 
 
 class _Block(NamedTuple):
@@ -127,27 +126,105 @@ class _Block(NamedTuple):
 
 def _block(name: str, tensor: Tensor) -> _Block:
     layout, start = layout_of(tensor), tensor.data_ptr()
-    if not tensor.numel():
-        return _Block(name, start, start, layout)
     span = sum((n - 1) * step for n, step in zip(layout.shape, layout.stride, strict=True))
-    return _Block(name, start, start + (1 + span) * tensor.element_size(), layout)
-
-
-def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:
-    for path, module in root.named_modules(remove_duplicate=False):
-        for tensors in (module._parameters, module._buffers):
-            for attribute, tensor in tensors.items():
-                if tensor is not None:
-                    yield path, tensor, module, attribute
+    extent = (1 + span) * tensor.element_size() if tensor.numel() else 0
+    return _Block(name, start, start + extent, layout)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is of torch's own dense kind, neither packed nor sharded nor yet to come."""
+    """Return whether a tensor is torch's own dense kind: not packed, sharded or yet to come."""
     return (
         not torch.nn.parameter.is_lazy(tensor)
         and tensor.layout == torch.strided
         and type(tensor.data) is Tensor
     )
+
+
+def check_writable(
+    target: Target, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    """Refuse a weight that an adapter for ``shape`` cannot be put into.
+
+    Args:
+        target: The weight.
+        shape: Of the weight that the adapter was made for.
+        dtype: Of a whole tensor that replaces it; None for deltas. One that is no floating point
+            replaces a buffer of its very dtype.
+
+    Raises:
+        WrongBaseError: If the weight has another shape.
+        TargetError: If it is no plain dense floating point tensor with values: packed by
+            quantization, sharded, sparse, on the meta device, or with entries that share memory.
+    """
+    weight = target.weight
+    counts = dtype is not None and not dtype.is_floating_point and weight.dtype == dtype
+    if not is_plain(weight) or (weight.dtype not in _DTYPES and not counts):
+        raise TargetError(
+            f"{target.name!r} is no plain floating point weight ({type(weight.data).__name__}, "
+            f"{weight.dtype}, {weight.layout}): entries of quantized, sharded, sparse or lazy "
+            "weights cannot be overwritten one by one"
+        )
+    if tuple(weight.shape) != shape:
+        raise WrongBaseError(
+            f"the adapter's {target.name!r} is for a weight of shape {shape}, but the model's has "
+            f"{tuple(weight.shape)}"
+        )
+    if dtype is not None and dtype.is_floating_point != weight.is_floating_point():
+        raise WrongBaseError(f"{target.name!r} is {weight.dtype}, and the adapter's {dtype}")
+    if weight.is_meta:
+        raise TargetError(
+            f"{target.name!r} is on the meta device and has no values yet; load the model first"
+        )
+    if any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        raise TargetError(
+            f"entries of {target.name!r} share memory (an expanded tensor); put a copy in its place"
+        )
+
+
+def shared_memory(targets: Iterable[Target]) -> list[Target]:
+    """Return those whose weight is read-only, mapped from a file or shared with processes."""
+    memory_map = MemoryMap()
+    return [target for target in targets if not memory_map.is_private(target.weight.data)]
+
+
+def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
+    """Give weights that are read-only, mapped from a file or shared with processes their own copy.
+
+    Writing to them would end the process, change the file, or show others the adapter. This is the
+    one time that a weight's memory moves.
+    """
+    moved = shared_memory(targets)
+    for target in moved:
+        own = target.weight.detach().clone()
+        for same in index.sharing(target)[1]:
+            same.weight.data = own
+    if moved:
+        warnings.warn(
+            f"{len(moved)} weights, {moved[0].name!r} first, were mapped from a file or shared "
+            "with other processes, where an adapter must not be written; they have memory of their "
+            "own now",
+            stacklevel=4,
+        )
+
+
+def refuse_merged(layers: Iterable[nn.Module]) -> None:
+    """Refuse layers of PEFT's that have adapters merged into their weights.
+
+    Raises:
+        MergeError: If one has.
+    """
+    for layer in layers:
+        merged = getattr(layer, "merged_adapters", None)
+        if merged:
+            raise MergeError(
+                f"the model has merged adapters ({', '.join(map(str, merged))}), so its weights "
+                "are not the base's; call unmerge_adapter() first"
+            )
+
+
+def adapter_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of PEFT's in a model that can merge adapters into their weights."""
+    return [layer for layer in module.modules() if "merged_adapters" in vars(layer)]
 
 
 def resolve(
@@ -204,7 +281,7 @@ def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied
 
     Names in ``same`` get the same change, so that it is no matter that they share memory.
     """
-    sharers = index.sharers(target)
+    sharers, tied = index.sharing(target)
     if not sharers:
         return target
     if not allow_tied and not set(sharers) <= set(same):
@@ -213,7 +290,6 @@ def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied
             "weights), which the adapter would change too. To allow it: "
             "load(..., allow_tied=True)"
         )
-    tied = index.tied(target)
     apart = sorted({*sharers} - {other.name for other in tied})
     if apart:
         raise TargetError(
@@ -223,90 +299,47 @@ def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied
     return tied[0]
 
 
-def check_writable(
-    target: Target, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> None:
-    """Refuse a weight that an adapter for ``shape`` cannot be put into.
+class Prepared:
+    """An adapter whose parameters have been found in a module.
 
     Args:
-        target: The weight.
-        shape: Of the weight that the adapter was made for.
-        dtype: Of a whole tensor that replaces it; None for deltas. One that is no floating point
-            replaces a buffer of its very dtype.
+        name: What it is called.
+        adapter: The adapter; kept.
+        names: What the adapter calls each weight.
+        check_base: Whether the base's fingerprint must agree.
 
-    Raises:
-        WrongBaseError: If the weight has another shape.
-        TargetError: If it is no plain dense floating point tensor with values: packed by
-            quantization, sharded, sparse, on the meta device, or with entries that share memory.
+    Attributes:
+        entries: By weight, ready to be written; one that is missing is made by `complete`.
     """
-    weight = target.weight
-    counts = dtype is not None and not dtype.is_floating_point and weight.dtype == dtype
-    if not is_plain(weight) or (weight.dtype not in _DTYPES and not counts):
-        raise TargetError(
-            f"{target.name!r} is no plain floating point weight ({type(weight.data).__name__}, "
-            f"{weight.dtype}, {weight.layout}): entries of quantized, sharded, sparse or lazy "
-            "weights cannot be overwritten one by one"
-        )
-    if tuple(weight.shape) != shape:
-        raise WrongBaseError(
-            f"the adapter's {target.name!r} is for a weight of shape {shape}, but the model's has "
-            f"{tuple(weight.shape)}"
-        )
-    if dtype is not None and dtype.is_floating_point != weight.is_floating_point():
-        raise WrongBaseError(f"{target.name!r} is {weight.dtype}, and the adapter's {dtype}")
-    if weight.is_meta:
-        raise TargetError(
-            f"{target.name!r} is on the meta device and has no values yet; load the model first"
-        )
-    if any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
-        raise TargetError(
-            f"entries of {target.name!r} share memory (an expanded tensor); put a copy in its place"
-        )
 
+    def __init__(
+        self, name: str, adapter: Adapter, names: Mapping[Target, str], check_base: bool
+    ) -> None:
+        self.name, self.adapter, self.names, self.check_base = name, adapter, names, check_base
+        self.entries: dict[Target, Entry] = {}
 
-def shared_memory(targets: Iterable[Target]) -> list[Target]:
-    """Return those whose weight is read-only, mapped from a file or shared with processes."""
-    memory_map = MemoryMap()
-    return [target for target in targets if not memory_map.is_private(target.weight.data)]
+    def complete(self, active: Mapping[Target, Patch]) -> None:
+        """Make the entries that are missing.
 
+        Args:
+            active: What is in the weights now.
 
-def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
-    """Weights that are mapped read-only, from a file or shared with processes get their own copy.
-
-    Writing to them would end the process, change the file, or show others the adapter. This is the
-    one time that a weight's memory moves.
-    """
-    moved = []
-    for target in shared_memory(targets):
-        with torch.no_grad():
-            own = target.weight.data.clone()
-            for same in index.tied(target):
-                same.weight.data = own
-        moved.append(target.name)
-    if moved:
-        warnings.warn(
-            f"{len(moved)} weights, {moved[0]!r} first, were mapped from a file or shared with "
-            "other processes, where an adapter must not be written; they have memory of their own "
-            "now",
-            stacklevel=4,
-        )
-
-
-def refuse_merged(layers: Iterable[nn.Module]) -> None:
-    """Refuse layers of PEFT's that have adapters merged into their weights.
-
-    Raises:
-        MergeError: If one has.
-    """
-    for layer in layers:
-        merged = getattr(layer, "merged_adapters", None)
-        if merged:
-            raise MergeError(
-                f"the model has merged adapters ({', '.join(map(str, merged))}), so its weights "
-                "are not the base's; call unmerge_adapter() first"
-            )
-
-
-def adapter_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of PEFT's in a model that can merge adapters into their weights."""
-    return [layer for layer in module.modules() if "merged_adapters" in vars(layer)]
+        Raises:
+            WrongBaseError: If a weight is not the one that the adapter was trained on.
+            AdapterError: If a replacement value would not be finite.
+        """
+        made: dict[Target, Entry] = {}
+        verdicts: dict[str, Verdict] = {}
+        metadata, where = self.adapter.metadata, f"adapter {self.name!r}"
+        for target, name in self.names.items():
+            if target in self.entries:
+                continue
+            change = self.adapter[name] if name in self.adapter else self.adapter.tensors[name]
+            try:
+                made[target], base = make_entry(change, target.weight, active.get(target))
+            except AdapterError as error:
+                raise AdapterError(f"{where}, parameter {target.name!r}: {error}") from None
+            if self.check_base and isinstance(change, SparseDelta):
+                verdicts[name] = judge(metadata, name, change.values, base)
+        accept(metadata, verdicts, where, "load(..., check_base=False)")
+        self.entries.update(made)

@@ -8,8 +8,8 @@
                v                                      v hold now is the base
          the state before                           base
 
-What is in each weight is a `Patch`, which knows what was there before. `shira.ops.patch` writes it,
-and notices where somebody else has written.
+What is in each weight is a `Patch`, which knows what was there before; `shira.switch.entries` makes
+it beforehand, `shira.ops.patch` writes it, and notices where somebody else has written.
 """
 
 from __future__ import annotations
@@ -96,8 +96,6 @@ class Weights(Generic[P]):
         self._counts: dict[P, WriteCount] = {}
         self._unfinished: tuple[Exchanges, State[P], State[P]] | None = None  # before, after
 
-    # ---------------------------------------------------------------- from one state to another
-
     @property
     def unfinished(self) -> bool:
         """Whether an exchange was interrupted and is not undone yet; `settle` undoes it."""
@@ -181,31 +179,26 @@ class Weights(Generic[P]):
                 take_back(place.weight, self._counts.pop(place))
         _note(before, after)
 
-    # ---------------------------------------------------------------- casts and moves meanwhile
-
     def remember(self, places: Iterable[P]) -> None:
-        """Note how weights are laid out now, for `moved`."""
-        self._layouts.update({place: layout_of(place.weight) for place in places})
+        """Note how these weights, and no others, are laid out now, for `follow`."""
+        self._layouts = {place: layout_of(place.weight) for place in places}
 
-    def keep(self, places: Iterable[P]) -> None:
-        """Forget the layouts of all others."""
-        kept = set(places)
-        self._layouts = {p: layout for p, layout in self._layouts.items() if p in kept}
+    def follow(self, forget: Callable[[P], None]) -> None:
+        """Follow weights that were cast or moved to another device since `remember`.
 
-    def moved(self) -> list[P]:
-        """Return the weights that have another layout than remembered."""
-        return [p for p, layout in self._layouts.items() if layout_of(p.weight) != layout]
+        A cast works on each entry by itself, so the originals and replacement values of a patch,
+        cast alike, are what the cast weight needs: taking the adapter out gives the base, cast.
 
-    def followed(self, moved: Iterable[P]) -> State[P]:
-        """Return the state, with patches cast and moved like their weights.
-
-        A cast works on each entry by itself, so the originals and replacement values, cast alike,
-        are what the cast weight needs: taking the adapter out gives the base, cast.
+        Args:
+            forget: Called with each of them; drops what was made for the weight as it was.
 
         Raises:
             SwitchError: If a weight has lost its values or its shape, or was laid out anew in
                 memory with an adapter in it.
         """
+        moved = [p for p, layout in self._layouts.items() if layout_of(p.weight) != layout]
+        if not moved:
+            return
         plan = dict(self.state.plan)
         for place in moved:
             before, now = self._layouts[place], layout_of(place.weight)
@@ -217,7 +210,10 @@ class Weights(Generic[P]):
                     patch.originals.to(now.device, now.dtype),
                     patch.replacement.to(now.device, now.dtype),
                 )
-        return State(self.state.active, plan)
+        self.state = State(self.state.active, plan)
+        for place in moved:
+            forget(place)
+        self.remember(self._layouts)  # last: until then it can all be done again
 
 
 def _check_follows(place: Place, before: Layout, now: Layout, patched: bool) -> None:
