@@ -13,12 +13,14 @@ from peft.tuners.tuners_utils import (
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
     get_quantization_kwargs,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
+from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
 from shira.ops.memory import MemoryMap, make_private
 from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.support import Support
@@ -33,20 +35,16 @@ from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
 from shira.tuner.rollback import MergeState, as_it_was
-from shira.tuner.saving import describe, in_few_bytes, is_elsewhere, watch, whole_state
-from shira.tuner.targets import (
-    check_target,
-    matched_modules,
-    name_all_linear,
-    nothing_matched,
-    refuse_held_elsewhere,
-    refuse_merging_shared_weights,
-    refuse_rescaled_weights,
-    refuse_shared_weights,
-    refuse_taken_names,
-    warn_of_idle_names,
+from shira.tuner.saving import (
+    describe,
+    fused_adapter,
+    in_few_bytes,
+    is_elsewhere,
+    layers_of,
+    watch,
+    whole_state,
 )
-from shira.tuner.weighted import add_weighted_adapter
+from shira.tuner.targets import check_target, checked_targets, refuse_merging_shared_weights
 
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
@@ -94,7 +92,9 @@ class ShiraModel(BaseTuner):
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
                 by_name = kwargs.get("state_dict") is None
-                targets = self._check_targets(config, model, by_name)
+                # A further adapter that trains whole modules alone is for PEFT to judge.
+                some = not (config.modules_to_save and self.targeted_module_names)
+                targets = checked_targets(config, model, some=by_name and some)
                 incoming = read_incoming(config, model)
                 if by_name:
                     self._chosen = {
@@ -110,23 +110,6 @@ class ShiraModel(BaseTuner):
             ignore_in_ddp(model)
         finally:
             self._memory_map, self._chosen = None, {}
-
-    def _check_targets(
-        self, config: ShiraConfig, model: nn.Module, by_name: bool
-    ) -> list[tuple[str, nn.Module]]:
-        refuse_taken_names(model)
-        refuse_rescaled_weights(model)
-        name_all_linear(config, model)
-        targets = matched_modules(config, model)
-        # A further adapter that trains whole modules alone is for PEFT to judge: some versions
-        # accept it.
-        leave_to_peft = bool(config.modules_to_save and self.targeted_module_names)
-        if by_name and not targets and not leave_to_peft:
-            raise nothing_matched(config, model)
-        warn_of_idle_names(config, model)
-        refuse_held_elsewhere(targets, model)
-        refuse_shared_weights(targets)
-        return targets
 
     def _create_and_replace(
         self,
@@ -268,11 +251,24 @@ class ShiraModel(BaseTuner):
             AdapterError: If ``adapter_name`` is taken, or two adapters train one module whole.
             ConfigError: If type, weights or options are not possible.
         """
-        add_weighted_adapter(
-            self,
+        if isinstance(adapters, str):
+            raise ConfigError(f"adapters is a list of names, not {adapters!r}")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise UnknownAdapterError(
+                    f"Adapter {name} does not exist; the model has {', '.join(self.peft_config)}."
+                    f"{did_you_mean(name, self.peft_config)}"
+                )
+        if adapter_name in self.peft_config:
+            raise AdapterError(
+                f"there is an adapter {adapter_name!r} already; delete_adapter({adapter_name!r}) "
+                "makes room for another"
+            )
+        trained_whole = self._trained_whole_by(adapters)
+        fused, config = fused_adapter(
+            self.model,
             adapters,
             weights,
-            adapter_name,
             combination_type,
             density=density,
             majority_sign_method=None if majority_sign_method == "total" else majority_sign_method,
@@ -280,6 +276,38 @@ class ShiraModel(BaseTuner):
             epsilon=epsilon,
             seed=seed,
         )
+        config.modules_to_save = sorted({name for name, _, _ in trained_whole}) or None
+        with as_it_was(self):
+            self.peft_config[adapter_name] = config
+            self.inject_adapter(self.model, adapter_name)
+            for path, layer in layers_of(self.model, adapter_name).items():
+                values = fused[weight_name(base_module_name(path))].values
+                values = values.to(layer.shira_weight[adapter_name].device, copy=True)
+                layer.shira_weight[adapter_name] = nn.Parameter(values, requires_grad=False)
+            for _, wrapper, owner in trained_whole:
+                wrapper.update(adapter_name)
+                copy, original = (wrapper.modules_to_save[name] for name in (adapter_name, owner))
+                copy.load_state_dict(original.state_dict())
+                copy.requires_grad_(False)
+
+    def _trained_whole_by(
+        self, adapters: Sequence[str]
+    ) -> list[tuple[str, ModulesToSaveWrapper, str]]:
+        """Return modules that one of the adapters trains whole: name, wrapper and adapter."""
+        found: list[tuple[str, ModulesToSaveWrapper, str]] = []
+        for name, wrapper in self.model.named_modules():
+            if not isinstance(wrapper, ModulesToSaveWrapper):
+                continue
+            owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+            if len(owners) > 1:
+                raise AdapterError(
+                    "Cannot add weighted adapters if they target the same module with "
+                    f"modules_to_save: {name!r} is trained whole by {owners[0]!r} and "
+                    f"{owners[1]!r}. To fuse the sparse parts alone, use shira.fuse on "
+                    "Adapter.from_model(model, name)"
+                )
+            found.extend((name, wrapper, owner) for owner in owners)
+        return found
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

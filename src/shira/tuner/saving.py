@@ -3,13 +3,15 @@
 
 Positions change after the configuration has chosen them: a state dict of another run is loaded, a
 checkpoint resumed. So nothing that depends on them is remembered: a configuration is described by
-the layers that have its adapter, when it is saved (`describe`).
+the layers that have its adapter, when it is saved (`describe`). Adapters are also taken out to be
+fused into a further one (`fused_adapter`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +20,12 @@ import torch.distributed as dist
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, fingerprint_fields
-from shira.errors import AdapterError, MaskError
+from shira.delta import SparseDelta
+from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
+from shira.fusing import METHODS, fill_to_rank, fuse
+from shira.fusing.result import FUSED
 from shira.ops.packed import unpack
 from shira.store.config import SHAPES_FIELD, common_rank
 from shira.store.names import (
@@ -37,9 +43,18 @@ from shira.tuner.base_weight import base_values, stored_weight, values_at, with_
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.masking import SupportTable
+from shira.tuner.targets import name_exactly
 
 Known = Mapping[str, tuple[str, dict[str, Any]]]
 """``{parameter name: (digest of the positions, what is recorded of the base under them)}``"""
+
+COMBINATIONS = {
+    "linear": "sum",
+    "dare_linear": "dare",
+    **{name: name for name in METHODS},
+}
+"""PEFT's names of combination types, and ours, to methods of `shira.fuse`."""
 
 _OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 
@@ -284,3 +299,63 @@ def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | N
         return config.entries(shape, config.rank_of(module), module)
     except MaskError:
         return None
+
+
+def fused_adapter(
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    **options: Any,
+) -> tuple[Adapter, ShiraConfig]:
+    """Combine adapters of a model, times what `set_scale` has set in each layer.
+
+    Args:
+        model: With the adapters' layers. Modules that they train whole are left out.
+        adapter_names: The adapters to combine.
+        weights: A factor for each.
+        combination_type: One of `COMBINATIONS`.
+        **options: As `shira.fuse` has them.
+
+    Returns:
+        The sparse adapter, and the configuration under which it is put into the model.
+
+    Raises:
+        ConfigError: If type, weights or options are not possible.
+    """
+    if combination_type not in COMBINATIONS:
+        hint = (
+            " Those with factors ('svd', 'cat') are LoRA's; here 'linear' is the exact sum."
+            if combination_type == "cat" or combination_type.endswith("svd")
+            else did_you_mean(combination_type, COMBINATIONS)
+        )
+        raise ConfigError(
+            f"Invalid combination_type: {combination_type!r}; there are {', '.join(COMBINATIONS)}."
+            f"{hint}"
+        )
+    fused = fuse(
+        [_scaled(model, name) for name in adapter_names],
+        weights,
+        COMBINATIONS[combination_type],
+        check_base=False,  # they stand in one model
+        names=[f"adapter {name!r}" for name in adapter_names],
+        **options,
+    )
+    if fused.metadata.get("mask_type") == FUSED or not isinstance(fused.metadata.get("r"), int):
+        _, fused = fill_to_rank(fused)
+    fields = {field.name for field in dataclasses.fields(ShiraConfig)} - {*_OF_THE_BASE}
+    known = {name: value for name, value in fused.metadata.items() if name in fields}
+    config = ShiraConfig(**known | {"inference_mode": True, "modules_to_save": None})
+    config.mask_fn = SupportTable({name: delta.support for name, delta in fused.items()})
+    name_exactly(config, model, {name.removesuffix(".weight") for name in fused})
+    return fused, config
+
+
+def _scaled(model: nn.Module, adapter_name: str) -> Adapter:
+    adapter = Adapter.from_model(model, adapter_name)
+    deltas = dict(adapter)
+    for path, layer in layers_of(model, adapter_name).items():
+        name, scale = weight_name(base_module_name(path)), layer.scaling[adapter_name]
+        if scale != 1.0:
+            deltas[name] = SparseDelta(deltas[name].support, deltas[name].values * scale)
+    return Adapter(deltas, adapter.metadata)

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import MergeError, TargetError, did_you_mean
-from shira.store.names import full_shape, is_sharded
+from shira.fusing.result import TARGET_FIELDS
+from shira.store.names import base_module_name, full_shape, is_sharded
 from shira.tuner.base_layer import Way, way_to_call
 from shira.tuner.base_weight import base_of, is_computed, weight_of
 from shira.tuner.config import ShiraConfig
@@ -35,6 +36,31 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn
         for name, module in model.named_modules()
         if name and check_target_module_exists(config, name)
     ]
+
+
+def checked_targets(
+    config: ShiraConfig, model: nn.Module, *, some: bool
+) -> list[tuple[str, nn.Module]]:
+    """Return the modules that a configuration names, if together they can be adapted.
+
+    Args:
+        config: Its ``target_modules`` are made names, if they are ``"all-linear"``.
+        model: To be adapted.
+        some: Refuse a configuration that matches nothing.
+
+    Raises:
+        TargetError: If the model, or what is matched of it, cannot be adapted.
+    """
+    refuse_taken_names(model)
+    refuse_rescaled_weights(model)
+    name_all_linear(config, model)
+    targets = matched_modules(config, model)
+    if some and not targets:
+        raise nothing_matched(config, model)
+    warn_of_idle_names(config, model)
+    refuse_held_elsewhere(targets, model)
+    refuse_shared_weights(targets)
+    return targets
 
 
 def name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
@@ -94,6 +120,23 @@ def warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
             )
 
 
+def name_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> None:
+    """Make a configuration name exactly these modules: as it does, by name, or by an expression."""
+    if config.target_modules and _names_exactly(config, model, modules):
+        return
+    for field in TARGET_FIELDS:
+        setattr(config, field, None)
+    config.target_modules = set(modules)
+    if not _names_exactly(config, model, modules):  # one name is the end of another
+        config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
+
+
+def _names_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> bool:
+    matched = dict(matched_modules(config, model))
+    inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
+    return {base_module_name(n) for n in matched if not n.startswith(inside)} == modules
+
+
 def nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
     """The error for a configuration that matches nothing at all, naming near modules."""
     targets = config.target_modules
@@ -102,8 +145,8 @@ def nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
     hints = {hint for word in wanted if (hint := did_you_mean(word, _tails(names) | set(names)))}
     narrowed = {
         field: value
-        for field in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-        if (value := getattr(config, field)) is not None
+        for field in (*TARGET_FIELDS, "modules_to_save")
+        if field != "target_modules" and (value := getattr(config, field)) is not None
     }
     besides = "".join(f", with {field}={value!r}" for field, value in narrowed.items())
     return TargetError(
