@@ -199,6 +199,11 @@ def test_mistakes_are_one_line_and_write_nothing(shira, write, tmp_path):
     for more, words in (
         (["--target-modules", "q_proj"], "q_proj"),
         (["--mask-type", "randm"], "Did you mean 'random'"),
+        (
+            ["--modules-to-save", "ln_f,lm_haed"],
+            "error: --modules-to-save lm_haed: the model has no such module. "
+            "Did you mean 'lm_head'?",
+        ),
         (["--scheduler", "cosin"], "Did you mean 'cosine'"),
         (["--scheduler", "warmup_stable_decay"], "--scheduler is one of linear"),  # needs arguments
         (["--scheduler", "reduce_lr_on_plateau"], "give --eval-file or --eval-fraction"),

@@ -13,7 +13,7 @@ from torch import nn
 
 from shira.cli.train.data import Data, collator, largest_token, row_lengths
 from shira.cli.train.options import DEFAULT_DENSITY, TASKS, TrainOptions, check_known
-from shira.errors import ConfigError, TargetError
+from shira.errors import ConfigError, TargetError, did_you_mean
 from shira.masks import MASKS
 
 _PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
@@ -81,6 +81,24 @@ def _check_head(options: TrainOptions, labels: Sequence[str]) -> None:
             f"--model {options.model}: its head has {config.num_labels} labels, the data has "
             f"{len(labels)} ({shown}); take the model without that head, or data of its labels"
         )
+
+
+def check_modules(model: nn.Module, options: TrainOptions) -> None:
+    """Check that the model has each of the modules to save.
+
+    PEFT takes every module whose path ends with the name, and leaves out a name that has none.
+
+    Raises:
+        ConfigError: If there is none of a name.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in _names(options.modules_to_save) or []:
+        if not any(f"base_model.model.{path}".endswith(name) for path in paths):
+            known = {*paths, *(path.rpartition(".")[2] for path in paths)}
+            raise ConfigError(
+                f"--modules-to-save {name}: the model has no such module."
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def check_fits(model: Any, options: TrainOptions, data: Data) -> None:

@@ -48,6 +48,7 @@ def run_training(options: TrainOptions) -> None:
     with arguments.main_process_first(desc="reading the data"):
         data = load_data(options, tokenizer)
     base = models.load_base(options, data.labels, tokenizer.pad_token_id)
+    models.check_modules(base, options)
     models.check_fits(base, options, data)
     total = sum(parameter.numel() for parameter in base.parameters())
     if checkpoint is None:
