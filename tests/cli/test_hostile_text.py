@@ -214,7 +214,7 @@ def test_the_model_card(monkeypatch):
     data = Data(train=[1], evaluation=[1], labels=(evil, "`", "plain"))
     result = Result({}, {"loss": 1.0}, [], 1.0, 1, 1, 2, 1.0, 1, "cpu", None)
     config = SimpleNamespace(density=0.1, r=1, mask_type=evil, random_seed=1)
-    card = model_card(options, data, result, config, versions={"shira": "1"}, plot=False)
+    card = model_card(options, data, result, config, plot=False)
     assert not [c for c in FORBIDDEN if c in card]
     _, head, text = card.split("---\n", 2)
     assert yaml.safe_load(head) == {

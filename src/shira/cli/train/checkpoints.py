@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shira.cli.progress import say
-from shira.cli.train.options import DEFAULT_DENSITY, TrainOptions
+from shira.cli.train.options import TrainOptions
 from shira.errors import ConfigError, ShiraError
 from shira.store.atomic import check_kind, check_outputs, write_atomically
 
@@ -55,7 +55,7 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
             raise ConfigError(f"--resume {resume}: the checkpoint is not whole: {why}")
         return Path(resume)
     found = sorted(
-        (_started(path), int(path.name.rpartition("-")[2]), path)
+        (started(path), int(path.name.rpartition("-")[2]), path)
         for path in (output / CHECKPOINTS).glob("checkpoint-*")
         if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     )
@@ -112,12 +112,8 @@ def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -
 
 def record_of(options: TrainOptions, processes: int) -> dict[str, Any]:
     """Return the settings of a run as its checkpoints keep them, defaults filled in."""
-    record = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    if options.r is None and options.density is None:
-        record["density"] = DEFAULT_DENSITY
-    if options.mask_seed is None:
-        record["mask_seed"] = options.seed
-    record["target_modules"] = options.target_modules or "all-linear"
+    settings = asdict(options.filled())
+    record = {name: value for name, value in settings.items() if name not in _FREE}
     digest = hashlib.blake2b(digest_size=16)
     with Path(options.train_file or "").open("rb") as file:
         while chunk := file.read(2**20):
@@ -139,11 +135,9 @@ def write_record(checkpoint: Path, record: Mapping[str, Any], started: float) ->
 
 
 def started(checkpoint: Path | None) -> float:
-    """When the run was started that goes on from a checkpoint, or from none."""
-    return time.time() if checkpoint is None else _started(checkpoint)
-
-
-def _started(checkpoint: Path) -> float:
+    """Return when the run was started that goes on from a checkpoint, or from none."""
+    if checkpoint is None:
+        return time.time()
     try:
         return float(json.loads((checkpoint / RECORD).read_bytes())["started"])
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -188,9 +182,10 @@ def _flag(name: str) -> str:
 
 
 def _broken(path: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from; None if it is whole."""
+    """Return why a checkpoint cannot be gone on from; None if it is whole."""
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     from shira import Adapter
 
@@ -202,11 +197,9 @@ def _broken(path: Path) -> str | None:
         if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
             return "trainer_state.json has no step"
         Adapter.load(path)
-        with safe_open(str(path / "adapter_model.safetensors"), "pt") as file:
-            for name in file.keys():  # noqa: SIM118  no mapping
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    return f"{name} is not finite"
+        for name, tensor in load_file(path / "adapter_model.safetensors").items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                return f"{name} is not finite"
         for packed in sorted(path.glob("*.pt*")):
             with zipfile.ZipFile(packed) as parts:
                 if parts.testzip() is not None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from shira.cli.options import one_of
 from shira.cli.train.data import Data, collator, largest_token, row_lengths
-from shira.cli.train.options import DEFAULT_DENSITY, TASKS, TrainOptions, check_known
+from shira.cli.train.options import TASKS, TrainOptions
 from shira.errors import ConfigError, TargetError, did_you_mean
 from shira.masks import MASKS
 
@@ -139,14 +140,13 @@ def adapter_config(options: TrainOptions) -> Any:
     """
     from shira import ShiraConfig
 
-    check_known("mask-type", options.mask_type, MASKS)
-    density = DEFAULT_DENSITY if options.density is None else options.density
-    budget: dict[str, Any] = {"density": density} if options.r is None else {"r": options.r}
+    one_of("--mask-type", options.mask_type, MASKS)
+    options = options.filled()
     return ShiraConfig(
-        **budget,
+        **({"density": options.density} if options.r is None else {"r": options.r}),
         mask_type=options.mask_type,
         mask_slot=options.mask_slot,
-        random_seed=options.seed if options.mask_seed is None else options.mask_seed,
+        random_seed=options.mask_seed,
         target_modules=parse_targets(options.target_modules),
         modules_to_save=_names(options.modules_to_save),
         task_type=TASKS[options.task or ""].peft,

@@ -10,11 +10,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
+from shira.cli.options import one_of
 from shira.errors import ConfigError, MissingDependencyError, did_you_mean
 
 
@@ -113,6 +114,16 @@ class TrainOptions:
         None, "Output", "Go on from a checkpoint: last, auto (last, if there is one), or its path."
     )
     overwrite: bool = _option(False, "Output", "Replace an adapter that is in --output already.")
+
+    def filled(self) -> TrainOptions:
+        """Return the options with what is taken for budget, mask seed and targets not given."""
+        no_budget = self.r is None and self.density is None
+        return dataclasses.replace(
+            self,
+            density=DEFAULT_DENSITY if no_budget else self.density,
+            mask_seed=self.seed if self.mask_seed is None else self.mask_seed,
+            target_modules=self.target_modules or "all-linear",
+        )
 
 
 def fields() -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -226,8 +237,8 @@ def _check(options: TrainOptions) -> None:
         if not getattr(options, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} is needed, here or in the file of --config")
-    check_known("task", options.task, TASKS)
-    check_known("dtype", options.dtype, DTYPES)
+    one_of("--task", options.task or "", TASKS)
+    one_of("--dtype", options.dtype, DTYPES)
     if options.r is not None and options.density is not None:
         raise ConfigError("--r and --density are two ways to give one budget: give one of them")
     if options.eval_file is not None and options.eval_fraction is not None:
@@ -281,16 +292,3 @@ def check_value(name: str, value: Any) -> None:
     most = _MOST.get(name, _MOST_OF_ALL if isinstance(value, int) else math.inf)
     if value > most:
         raise ConfigError(f"{flag} is at most {most}, not {value}")
-
-
-def check_known(name: str, value: str | None, known: Collection[str]) -> None:
-    """Check that an option's value is one of those that there are.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if value not in known:
-        raise ConfigError(
-            f"--{name} is one of {', '.join(known)}, not {value!r}."
-            f"{did_you_mean(str(value), known)}"
-        )

@@ -64,14 +64,10 @@ def write_outputs(
     """Write ``metrics.json``, ``train.yaml``, ``labels.json``, ``loss.png`` and ``README.md``."""
     import yaml
 
-    found = versions()
     figures = {
         **asdict(result),
-        "rows": {
-            "train": len(data.train),
-            "evaluation": 0 if data.evaluation is None else len(data.evaluation),
-        },
-        "versions": found,
+        "rows": {"train": len(data.train), "evaluation": len(data.evaluation or ())},
+        "versions": versions(),
         "platform": platform.platform(),
     }
     _write(output / "metrics.json", json.dumps(figures, indent=2))
@@ -81,7 +77,7 @@ def write_outputs(
     if data.labels is not None:
         _write(output / "labels.json", json.dumps(list(data.labels), indent=2))
     plotted = plot_losses(result.history, output / "loss.png")
-    card = model_card(options, data, result, config, versions=found, plot=plotted)
+    card = model_card(options, data, result, config, plot=plotted)
     _write(output / "README.md", card)
 
 
@@ -123,13 +119,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
 
 
 def model_card(
-    options: TrainOptions,
-    data: Data,
-    result: Result,
-    config: Any,
-    *,
-    versions: Mapping[str, str],
-    plot: bool,
+    options: TrainOptions, data: Data, result: Result, config: Any, *, plot: bool
 ) -> str:
     """Return the text of ``README.md``, as the Hugging Face hub reads it.
 
@@ -168,7 +158,7 @@ def model_card(
         f"{fence}bash\n{command}\n{fence}",
         f"{result.steps} steps in {result.seconds:.0f} s on {result.processes} x {result.device}. "
         "All options are in `train.yaml`, all figures in `metrics.json`.",
-        ", ".join(f"{package} {number}" for package, number in versions.items()),
+        ", ".join(f"{package} {number}" for package, number in versions().items()),
     ]
     return "\n\n".join(parts)
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from shira.cli import libraries
+from shira.cli.options import one_of
 from shira.cli.output import console
 from shira.cli.progress import say
 from shira.cli.train import checkpoints
 from shira.cli.train import model as models
 from shira.cli.train.data import collator, load_data
-from shira.cli.train.options import TrainOptions, check_known
+from shira.cli.train.options import TrainOptions
 from shira.cli.train.outputs import Result, write_outputs
 from shira.errors import ConfigError, MissingDependencyError, ShiraError
 
@@ -184,7 +185,7 @@ def _scheduler(name: str, evaluates: bool) -> str:
 
     kinds = {str(kind.value) for kind in SchedulerType}
     known = [each for each in (*_SCHEDULERS, *_OF_THE_EVALUATION) if each in kinds]
-    check_known("scheduler", name, known)
+    one_of("--scheduler", name, known)
     if name in _OF_THE_EVALUATION and not evaluates:
         raise ConfigError(
             f"--scheduler {name} goes by the evaluation: give --eval-file or --eval-fraction"

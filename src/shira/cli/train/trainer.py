@@ -152,33 +152,31 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, what: str) -> None:
         self._what = what
         self._note = ""
-        self._steps: Steps | None = None
-        self._evaluation: Steps | None = None
+        self._training: Steps | None = None
+        self._evaluation: Steps | None = None  # where it is not within a training
         self._evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._steps = Steps(self._what, state.max_steps).__enter__()
+            self._training = Steps(self._what, state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for key in ("loss", "eval_loss"):
-            if key in (logs or {}):
-                self._note = f"{key} {logs[key]:.3f}"
+        for key in {"loss", "eval_loss"} & (logs or {}).keys():
+            self._note = f"{key} {logs[key]:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._steps is not None:
-            self._steps.update(state.global_step, self._note)
+        if self._training is not None:
+            self._training.update(state.global_step, self._note)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """One batch of an evaluation more: beside the training's bar, or as a bar of its own."""
         if not state.is_world_process_zero:
             return
         self._evaluated += 1
         total = len(eval_dataloader)
-        if self._steps is not None:
-            self._steps.update(state.global_step, f"evaluating {self._evaluated}/{total}")
+        if self._training is not None:
+            self._training.update(state.global_step, f"evaluating {self._evaluated}/{total}")
             return
         if self._evaluation is None:
             self._evaluation = Steps("evaluating", total).__enter__()
@@ -186,16 +184,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
-        if self._evaluation is not None:
-            self._evaluation.__exit__(None, None, None)
-            self._evaluation = None
 
     def close(self) -> None:
         """Leave the terminal as it was, also where the training or an evaluation broke off."""
-        self.on_evaluate(None, None, None)
-        if self._steps is not None:
-            self._steps.__exit__(None, None, None)
-            self._steps = None
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
+        self._evaluated = 0
+        for steps in (self._training, self._evaluation):
+            if steps is not None:
+                steps.__exit__(None, None, None)
+        self._training = self._evaluation = None
