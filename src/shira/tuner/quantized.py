@@ -18,7 +18,7 @@ product rounds them away, as merging into the packed weight would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -27,17 +27,15 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shira.base import replacement
 from shira.errors import MergeError, TargetError
 from shira.ops import plan_for, weight_gradient
+from shira.ops.resident import delta_write
 from shira.ops.util import no_autocast
 from shira.store.names import full_shape
 
-Dequantize = Callable[[], Tensor]
-
 
 def backend_of(layer: nn.Module, **kwargs: Any) -> Any:
-    """PEFT's quantization backend of a base layer, or None if the layer is not quantized.
+    """Return PEFT's quantization backend of a base layer, or None if it is not quantized.
 
     Args:
         layer: The base layer.
@@ -49,13 +47,13 @@ def backend_of(layer: nn.Module, **kwargs: Any) -> Any:
 
 
 def can_unpack(backend: Any) -> bool:
-    """Whether the backend can say what a packed weight's values are (GPTQ's and AWQ's cannot)."""
+    """Return whether the backend can unpack a weight (GPTQ's and AWQ's cannot)."""
     # PEFT's contract: who supports merging implements get_base_weight.
     return bool(backend.supports_merge)
 
 
 def unpacked(layer: nn.Module) -> Tensor | None:
-    """The values of a base layer's weight, to look at: dequantized if it is packed.
+    """Return the values of a base layer's weight, to look at: dequantized if it is packed.
 
     Args:
         layer: The base layer, quantized or not.
@@ -82,7 +80,7 @@ def quantized_linear(
     deltas: Sequence[Tensor],
     indices: Sequence[Tensor],
 ) -> Tensor:
-    """``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
+    """Compute ``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
 
     An ``autograd.Function`` that keeps the layer, not a custom op, as an op takes no module: under
     ``torch.compile`` the graph breaks around it.
@@ -104,73 +102,69 @@ def quantized_linear(
     """
     dtype = getattr(layer, "compute_dtype", None) or x.dtype
     bias = cast("Tensor | None", layer.bias)
-    result: Tensor = _Linear.apply(
-        x.to(dtype),
-        None if bias is None else bias.to(dtype),
-        _Unpacked(layer, backend),
-        len(deltas),
-        *deltas,
-        *indices,
-    )
+    bias = None if bias is None else bias.to(dtype)
+    result: Tensor = _Linear.apply(x.to(dtype), bias, layer, backend, *deltas, *indices)
     return result.to(x.dtype)
 
 
-class _Unpacked:
-    """Makes the dense weight anew at each call; holds the layer, not the weight.
-
-    FSDP2 and offloading put other tensors into a module between forward and backward.
-    """
-
-    def __init__(self, layer: nn.Module, backend: Any) -> None:
-        self.layer, self.backend = layer, backend
-
-    def with_deltas(
-        self, deltas: Sequence[Tensor], indices: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        dense = unpack(self.layer, self.backend).to(dtype).contiguous()
-        plan = plan_for(indices, dense.shape, dense.stride())
-        flat, at = dense.view(-1), plan.offsets()
-        flat.index_copy_(0, at, replacement(flat.index_select(0, at), plan.combine(deltas)))
-        return dense
-
-
 class _Linear(torch.autograd.Function):
+    # The layer is kept, not its weight: FSDP2 and offloading put other tensors into a module
+    # between forward and backward.
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: _Unpacked, count: int, *rest: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module, backend: Any, *rest: Tensor
     ) -> Tensor:
-        deltas, indices = rest[:count], rest[count:]
         # x is what the values' gradient needs; without it it is not kept alive
-        keeps_x = any(ctx.needs_input_grad[4 : 4 + count])
+        keeps_x = any(ctx.needs_input_grad[4:])
         ctx.save_for_backward(x if keeps_x else x.new_empty(0), *rest)
-        ctx.weight, ctx.count = weight, count
+        ctx.layer, ctx.backend = layer, backend
         with no_autocast(x):
-            return F.linear(x, weight.with_deltas(deltas, indices, x.dtype), bias)
+            return F.linear(x, _adapted(layer, backend, *_halves(rest), x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
-        deltas, indices = rest[: ctx.count], rest[ctx.count :]
+        deltas, indices = _halves(rest)
         need_x, need_bias, _, _, *need_rest = ctx.needs_input_grad
         left = grad.reshape(-1, grad.shape[-1])
-        dvalues: list[Tensor | None] = [None] * ctx.count
+        dvalues: Sequence[Tensor | None] = [None] * len(deltas)
         dx = dbias = None
         with no_autocast(grad):
             if any(need_rest):
-                shape = full_shape(ctx.weight.layer.weight)
+                shape = full_shape(ctx.layer.weight)
                 plan = plan_for(indices, shape, (shape[1], 1))
                 values = weight_gradient(left, x.reshape(-1, x.shape[-1]), plan)
-                dvalues = list(plan.split(values, deltas))
+                dvalues = plan.split(values, deltas)
             if need_x:  # last: the dense weight is not there while the others need room
-                dx = grad @ ctx.weight.with_deltas(deltas, indices, grad.dtype)
+                dx = grad @ _adapted(ctx.layer, ctx.backend, deltas, indices, grad.dtype)
             if need_bias:
                 dbias = left.sum(0)
         return dx, dbias, None, None, *dvalues, *(None,) * len(indices)
 
 
+def _halves(rest: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return deltas and indices, one of each for an adapter."""
+    return rest[: len(rest) // 2], rest[len(rest) // 2 :]
+
+
+def _adapted(
+    layer: nn.Module,
+    backend: Any,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the dense weight with the deltas inside, made anew at each call."""
+    dense = unpack(layer, backend).to(dtype).contiguous()
+    plan = plan_for(indices, dense.shape, dense.stride())
+    delta_write(dense, plan, plan.combine(deltas)).put_in()
+    return dense
+
+
 def cannot_merge(adapter_names: Sequence[str], backend: Any) -> MergeError:
-    """The error for a merge into a packed weight, which would round most of the deltas away."""
+    """Return the error for a merge into a packed weight, which would round the deltas away."""
     kind = getattr(backend, "backend_name", "") or type(backend).__name__
     return MergeError(
         f"adapters {list(adapter_names)} cannot be merged into a quantized weight ({kind}): "
@@ -195,7 +189,7 @@ def unpack(layer: nn.Module, backend: Any) -> Tensor:
 
 
 def _from_cpu_layout(packed: Tensor, state: Any) -> Tensor:
-    """4-bit values in the layout to which bitsandbytes changes a weight that infers on a CPU.
+    """Unpack 4-bit values from the layout that bitsandbytes gives a weight that infers on a CPU.
 
     On processors with AVX512-BF16 the layer's own forward in eval mode packs the weight anew, 32
     rows side by side, and rounds the scales to bfloat16; ``dequantize_4bit`` takes no notice.
