@@ -28,7 +28,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from shira.errors import RankMismatchError, SupportError
-from shira.ops.packed import pack, unpack
+from shira.ops.packed import pack, support_of, unpack
 from shira.support import Support
 
 SWITCH = "SHIRA_CHECK_RANKS"
@@ -63,7 +63,8 @@ class IndexDict(BufferDict):
     def __setitem__(self, adapter_name: str, indices: Tensor) -> None:
         if indices.is_floating_point() and not torch.equal(indices, indices.float().round()):
             raise SupportError(f"indices of adapter {adapter_name!r} are not whole numbers")
-        super().__setitem__(adapter_name, indices.to(torch.int32))
+        if not (indices.is_meta and adapter_name in self):  # never to the meta device: see _apply
+            super().__setitem__(adapter_name, indices.to(torch.int32))
 
     def __getitem__(self, adapter_name: str) -> Tensor:
         return unpack(super().__getitem__(adapter_name), self._shape)
@@ -75,6 +76,16 @@ class IndexDict(BufferDict):
         if indices.dtype != torch.uint8 and not torch.compiler.is_compiling():
             indices = self._buffers[adapter_name] = pack(indices, self._shape)
         return indices
+
+    def support(self, adapter_name: str) -> Support:
+        """Return the positions as a support.
+
+        Raises:
+            SupportError: If they are out of range, unsorted or repeated.
+        """
+        indices = self._buffers[adapter_name]
+        assert indices is not None
+        return support_of(indices, self._shape)
 
     def values(self) -> Iterator[Tensor]:
         """Yield row and column, adapter by adapter."""

@@ -119,7 +119,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.register_load_state_dict_post_hook(_merge_what_was_merged)
 
     def _stores_input_first(self) -> bool:
-        """Whether the first dimension of the weight is that of the input."""
+        """Return whether the first dimension of the weight is that of the input."""
         return False
 
     def __getattr__(self, name: str) -> Any:
@@ -133,7 +133,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return base.__dict__[name]
 
     def get_base_layer(self) -> nn.Module:
-        """The layer that is adapted, under whatever adapts it already."""
+        """Return the layer that is adapted, under whatever adapts it already."""
         base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base  # type: ignore[no-any-return]
 
@@ -183,20 +183,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """
         if adapter not in self.scaling:
             return
-        scale = checked_scale(adapter, scale)
-        merged = list(self.merged_adapters)
-        if adapter in merged:
-            self.unmerge()
-        self.scaling[adapter] = scale
-        if adapter in merged:
-            self.merge(adapter_names=merged)
+        self.scaling[adapter] = checked_scale(adapter, scale)
+        if adapter in self.merged_adapters:
+            self.merge_only(self.merged_adapters)
 
     def support(self, adapter_name: str) -> Support:
-        """The entries that an adapter trains."""
-        return Support.from_coordinates(self.weight_shape, self.shira_indices[adapter_name])
+        """Return the entries that an adapter trains."""
+        return self.shira_indices.support(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The delta of an adapter, scaled, as a sparse COO tensor of the weight's matrix shape."""
+        """Return an adapter's delta, scaled: a sparse COO tensor of the weight's matrix shape."""
         return torch.sparse_coo_tensor(
             self.shira_indices[adapter],
             self._delta(adapter),
@@ -208,10 +204,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it is merged, the originals come back first."""
         if adapter_name in self.merged_adapters:
-            others = [name for name in self.merged_adapters if name != adapter_name]
-            self.unmerge()
-            if others:
-                self.merge(adapter_names=others)
+            self.merge_only([name for name in self.merged_adapters if name != adapter_name])
         super().delete_adapter(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -223,14 +216,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         if not enabled and not self._disable_adapters:
             trained = {name: value.requires_grad for name, value in self.shira_weight.items()}
             self._trained_when_disabled = list(self.active_adapters), trained
-        before, self._trained_when_disabled = self._trained_when_disabled, None
         super().enable_adapters(enabled)
-        if not enabled:
-            self._trained_when_disabled = before
-        elif before is not None and before[0] == list(self.active_adapters):
-            for name, trained_then in before[1].items():
+        if enabled:
+            active, trained = self._trained_when_disabled or ([], {})
+            self._trained_when_disabled = None
+            for name in trained if active == list(self.active_adapters) else ():
                 if name in self.shira_weight:
-                    self.shira_weight[name].requires_grad_(trained_then)
+                    self.shira_weight[name].requires_grad_(trained[name])
 
     def _delta(self, adapter: str) -> Tensor:
         return self._scaled(adapter, self.shira_weight[adapter])
@@ -249,18 +241,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     ) -> None:
         # Not to the meta device with an offloaded weight: nobody would bring them from there.
         device = device or device_of_work(self.get_base_layer())
-        # Indices follow the values, and never change their dtype; see IndexDict.
-        indices = (
-            self.shira_indices.pop(adapter_name) if adapter_name in self.shira_indices else None
-        )
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if indices is not None:
-            values = self.shira_weight[adapter_name]
-            target = indices.device if values.is_meta else values.device
-            self.shira_indices[adapter_name] = indices.to(target)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; without the positions while the values are sharded on ``meta``.
+        """Return the state dict, without positions while the values are sharded on ``meta``.
 
         Accelerate's ``cpu_ram_efficient_loading`` fills such a state dict from rank 0, and knows
         what to do with sharded parameters only. The positions are there on every rank.
@@ -356,11 +340,23 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             weight = weight_of(self.get_base_layer())
             self._undo.restore(weight, lambda: self._note_merged([], None))
 
+    def merge_only(self, adapter_names: Sequence[str]) -> None:
+        """Have just these adapters merged, from the originals.
+
+        Args:
+            adapter_names: Which; none is to unmerge.
+        """
+        names = list(adapter_names)
+        if self.merged_adapters:
+            self.unmerge()
+        if names:
+            self.merge(adapter_names=names)
+
     # ----------------------------------------------------------------- forward
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with: the base weight with the active adapters inside.
+        """The base weight with the active adapters inside, as the layer computes with it.
 
         The base weight itself while no adapter is in effect; ``get_base_layer().weight`` always is.
         """
@@ -395,7 +391,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's forward with the active adapters inside its weight.
+        """Call the base layer with the active adapters inside its weight.
 
         Args:
             *args: The base layer's.
@@ -459,7 +455,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return call_with_weight(base, weight, *args, **kwargs)
 
     def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Deltas, scale included, and positions of adapters that are about to be computed with."""
+        """Return deltas, scaled, and positions of adapters that are about to be computed with."""
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
         deltas, indices, trains = [], [], False
@@ -484,11 +480,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return deltas, Inside(self.weight_name, base, backend, indices)
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
-        """The layer's product with these deltas in its weight."""
+        """Compute the layer's product with these deltas in its weight."""
         raise NotImplementedError
 
     def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The input in autocast's dtype, or in the weight's, which it must have already.
+        """Return the input in autocast's dtype, or in the weight's, which it must have already.
 
         Raises:
             TargetError: If it has another, which torch's own layers refuse too.
@@ -539,7 +535,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             )
 
     def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
-        """All groups in one go, ``{adapter name: its samples}``; None if one by one is better."""
+        """Compute all groups in one go; None if one by one is better, or the only way."""
         return None
 
     def _warn_once_about_module_hooks(self) -> None:
@@ -551,15 +547,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 stacklevel=2,
             )
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: a sparse delta has no short singular value decomposition."""
-        return False
-
     def __repr__(self) -> str:
         return "shira." + super().__repr__()
 
     def extra_repr(self) -> str:
-        """What PEFT's layers say of a quantized base."""
+        """Describe a quantized base, as PEFT's layers do."""
         return str(quantization_extra_repr(self))
 
 

@@ -80,9 +80,7 @@ class MergeState:
         for layer, names in self._merged.items():
             if layer.merged_adapters != names:
                 with onload_layer(layer):
-                    layer.unmerge()
-                    if names:
-                        layer.merge(adapter_names=names)
+                    layer.merge_only(names)
 
     def unmerge(self) -> None:
         """Unmerge all layers that are still merged."""
