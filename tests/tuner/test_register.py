@@ -37,7 +37,7 @@ def test_every_place():
 def test_registering_again_changes_nothing():
     import peft.tuners.mixed.model as mixed
 
-    from shira.tuner.register import register
+    from shira.tuner import register
 
     before = (mixed.Configs, mixed.Layers, mixed.shira)
     register()
@@ -45,7 +45,7 @@ def test_registering_again_changes_nothing():
 
 
 def test_a_peft_that_no_test_has_seen_warns_and_one_that_is_too_old_is_refused():
-    from shira.tuner.register import _check_version
+    from shira.tuner import _check_version
 
     with pytest.warns(UserWarning, match=r"0\.22\.1 is installed"):
         _check_version("0.22.1")
