@@ -311,7 +311,7 @@ def test_a_sender_and_its_workers(ranks):
 @pytest.mark.parametrize(
     "change", [{"port": 0}, {"workers": 0}, {"timeout": float("nan")}, {"timeout": -1.0}]
 )
-def test_a_sender_that_cannot_be_meant_asks_nobody(change):
+def test_an_invalid_sender_asks_nobody(change):
     options = {"name": "policy", "path": "-", "workers": 1, "port": 29510, "timeout": 1.0}
     with pytest.raises(ConfigError, match="port and workers"):
         ValueSender(None, adapter_for(Cluster(1).base, 0), **{**options, **change})

@@ -60,13 +60,13 @@ class AdapterBatching:
         self._gate = threading.Lock()  # held by a switch, and for each submission
 
     def add_request(self, input_ids: Sequence[int], **options: Any) -> str | None:
-        """As the manager's own; waits while a switch is under way."""
+        """Add a request as the manager does; waits while a switch is under way."""
         with self._gate:
             request: str | None = self.manager.add_request(list(input_ids), **options)
             return request
 
     def add_requests(self, inputs: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """As the manager's own; waits while a switch is under way."""
+        """Add requests as the manager does; waits while a switch is under way."""
         with self._gate:
             requests: list[str] = self.manager.add_requests(
                 [list(ids) for ids in inputs], **options
@@ -145,7 +145,7 @@ def _applier(adapters: Any) -> Callable[[Selection], None]:
 
 
 def _merge(model: Any, selection: Selection) -> None:
-    """One merge at a time in a PEFT model; everything is checked before anything is undone."""
+    """Merge in a PEFT model, one at a time; all is checked before anything is undone."""
     wanted = [] if selection is None else [selection]
     if isinstance(selection, Mapping):
         if any(scale != 1 for scale in selection.values()):

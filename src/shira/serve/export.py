@@ -27,7 +27,7 @@ def to_vllm_patches(
     scale: float = 1.0,
     check_base: bool = True,
 ) -> list[Any]:
-    """An adapter as vLLM's ``SparseWeightPatch`` objects; arguments as `shira.convert.to_patches`.
+    """Return an adapter as vLLM's ``SparseWeightPatch``es, as `shira.convert.to_patches` does.
 
     Returns:
         One ``vllm.distributed.weight_transfer.sparse_nccl_engine.SparseWeightPatch`` for each

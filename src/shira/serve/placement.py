@@ -45,7 +45,7 @@ class Model(Protocol):
         """Put each named weight of a checkpoint where the model keeps it."""
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """As `nn.Module.named_modules`."""
+        """Return all modules with their paths, as `nn.Module.named_modules`."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class _Alone:
 
 
 class AdapterScheduler:
-    """Lets requests through one adapter at a time.
+    """Gate that lets requests through, one adapter at a time.
 
     Args:
         activate: Called with the adapter of the next turn when no request is running. If it
@@ -90,7 +90,7 @@ class AdapterScheduler:
 
     @property
     def waiting(self) -> dict[Hashable, int]:
-        """How many wait for each adapter."""
+        """Number of requests that wait for each adapter."""
         return {
             key: len(queue)
             for key, queue in self._queues.items()
@@ -99,7 +99,7 @@ class AdapterScheduler:
 
     @asynccontextmanager
     async def using(self, adapter: Hashable) -> AsyncIterator[None]:
-        """Inside the context the adapter is active and stays so.
+        """Have an adapter active inside the context.
 
         Raises:
             Exception: What ``activate`` raised, if the adapter could not be switched to.
@@ -112,7 +112,7 @@ class AdapterScheduler:
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Inside the context no request is running and none is let in; its turn comes as others'.
+        """Have no request running inside the context, and none let in; its turn comes as others'.
 
         For what changes the weights otherwise. See `assume` for when it changed what is active.
         """

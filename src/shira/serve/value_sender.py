@@ -196,23 +196,23 @@ class Wire:
 
 
 class SyncClient(Protocol):
-    """What drives the engine; the shape is vLLM's ``VLLMWeightSyncClient``.
+    """The driver of the engine, with the methods of vLLM's ``VLLMWeightSyncClient``.
 
     No request may run between start and finish, and finish must drop the prefix cache: its blocks
     were computed with the old values.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Called once."""
+        """Let the workers meet the trainer; called once."""
 
     def start_weight_update(self) -> None:
-        """Called before each update."""
+        """Stop requests; called before each update."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Runs while the values are on their way."""
+        """Let the workers receive; runs while the values are on their way."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Called after each update."""
+        """Drop the prefix cache and go on; called after each update."""
 
 
 class LLMClient:
@@ -226,11 +226,11 @@ class LLMClient:
         self.llm = llm
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """As the protocol says."""
+        """Let the workers meet the trainer."""
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """As the protocol says.
+        """Begin an update.
 
         Raises:
             ServeError: If requests are unfinished; nothing has changed.
@@ -240,11 +240,11 @@ class LLMClient:
         self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the protocol says."""
+        """Let the workers receive the values."""
         self.llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """As the protocol says.
+        """End an update.
 
         Raises:
             ServeError: If vLLM did not drop its prefix cache.
@@ -257,7 +257,7 @@ class LLMClient:
 
 
 class ValueSender:
-    """Sends new values of one adapter whose positions stay.
+    """Sender of new values for one adapter whose positions stay.
 
     Args:
         client: Drives the engine.

@@ -40,7 +40,7 @@ JOURNAL, READY = "SHIRA_JOURNAL", "SHIRA_READY"
 
 
 class ShiraEndpoints:
-    """What vLLM makes of the entry point: routes first, the engine later."""
+    """The object that vLLM makes of the entry point: routes first, the engine later."""
 
     name = "shira"
     required_tasks = None
@@ -106,7 +106,7 @@ class ShiraEndpoints:
 
 
 async def _service(client: AsyncClient, journal: str | None, **kwargs: Any) -> AdapterService:
-    """The service; with a journal it has again what is written there."""
+    """Make the service; with a journal it has again what is written there."""
     if not journal:
         return AdapterService(client, **kwargs)
     from vllm.logger import init_logger
@@ -119,7 +119,7 @@ async def _service(client: AsyncClient, journal: str | None, **kwargs: Any) -> A
 
 
 def _name_the_adapter(models: Any) -> None:
-    """Responses carry the name of the adapter that answered, as they do for a LoRA."""
+    """Let responses carry the name of the adapter that answered, as they do for a LoRA."""
     name_of = models.model_name
 
     def model_name(lora_request: Any = None) -> Any:
@@ -129,7 +129,7 @@ def _name_the_adapter(models: Any) -> None:
 
 
 def _with_adapters(listed: dict[str, Any], service: AdapterService | None) -> dict[str, Any]:
-    """vLLM's list of models with a card for each adapter, like the base's."""
+    """Add a card for each adapter, like the base's, to vLLM's list of models."""
     if service is not None and listed["data"]:
         base = listed["data"][0]
         listed["data"] += [

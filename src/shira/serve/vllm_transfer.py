@@ -32,7 +32,7 @@ _DTYPES = {"float32", "bfloat16", "float16", "float64"}
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Which adapter, and where the trainer is; see `ValueSender`."""
+    """The adapter, and the trainer's address; see `ValueSender`."""
 
     adapter: str
     path: str
@@ -45,7 +45,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What is on its way."""
+    """The values that are on their way."""
 
     nnz: int
     dtype: str
@@ -90,7 +90,7 @@ class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         self.receive_weights(info)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """As `update_weights`."""
+        """Receive values as `update_weights` does."""
         if self._wire is None:
             raise RuntimeError("no trainer has met this worker: init_weight_transfer_engine first")
         values = self._wire.receive(update_info.nnz, getattr(torch, update_info.dtype))

@@ -62,12 +62,21 @@ class Switch:
     switch that was not finished is undone by its next call.
 
     Args:
-        module: Whose weights are meant; a PEFT model counts as the base inside.
+        module: With the weights; a PEFT model counts as the base inside.
         kept_combinations: How many combinations and scalings are kept ready, the latest used
             first; each takes at most 8 bytes an entry (bf16 weights; fp32: 12).
 
     Raises:
         TargetError: If ``module`` is no module.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2, bias=False)
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([0.5, -1.0]))
+        >>> switch = Switch(layer)
+        >>> switch.load("a", Adapter({"weight": delta}))
+        >>> with switch.using({"a": 2.0}):
+        ...     switch.active
+        {'a': 2.0}
     """
 
     def __init__(self, module: nn.Module, *, kept_combinations: int = 8) -> None:

@@ -223,7 +223,7 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
 
 
 def adapter_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of PEFT's in a model that can merge adapters into their weights."""
+    """Return the layers of PEFT's in a model that can merge adapters into their weights."""
     return [layer for layer in module.modules() if "merged_adapters" in vars(layer)]
 
 

@@ -30,7 +30,7 @@ Scales = tuple[tuple[str, float], ...]
 
 
 class Place(Protocol):
-    """Where a weight is, to be hashed by; the tensor there may be cast, moved or replaced."""
+    """The place of a weight, to be hashed by; its tensor may be cast, moved or replaced."""
 
     @property
     def name(self) -> str:
@@ -63,14 +63,14 @@ class ChangedWeightError(ChangedEntryError):
 
 @dataclass(frozen=True)
 class State(Generic[P]):
-    """What is in the weights; replaced as a whole, so that it is never half changed."""
+    """The adapters in the weights; replaced as a whole, so that it is never half changed."""
 
     active: Scales = ()
     plan: Plan[P] = field(default_factory=dict)  # never written to
 
 
 class Layout(NamedTuple):
-    """What a patch depends on, beside the values."""
+    """The properties of a weight that a patch depends on, beside the values."""
 
     dtype: torch.dtype
     device: torch.device
@@ -98,7 +98,7 @@ class Weights(Generic[P]):
 
     @property
     def unfinished(self) -> bool:
-        """Whether an exchange was interrupted and is not undone yet; `settle` undoes it."""
+        """True if an exchange was interrupted and is not undone yet; `settle` undoes it."""
         return self._unfinished is not None
 
     def exchange(
