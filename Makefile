@@ -3,6 +3,7 @@
 #
 #   make demo            adapt a real model, save, reload, switch and restore it
 #   make test            the test suite
+#   make test-fast       the part of it to run between edits
 #   make check           formatting, lint, types, docs and all tests: what CI runs
 #   make test-lowest     the tuner's tests on the lowest versions that are supported (.venv-lowest)
 #   make test-wheel      the wheel in a fresh environment, as pip install makes it (.venv-wheel)
@@ -35,7 +36,7 @@ VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-wheel test-quantized test-triton test-vllm \
+.PHONY: help install demo test test-fast test-lowest test-wheel test-quantized test-triton test-vllm \
 	test-vllm-engines test-vllm-servers vllm-environment check docs bench study \
 	format format-check lint types clean
 
@@ -59,6 +60,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
+
+# No training runs, engines, servers, browsers or other processes.
+FAST := $(wildcard tests/test_[a-qs-z]*.py) $(addprefix tests/,masks ops fusing measure checkpoints store switch) \
+	$(addprefix tests/tuner/test_,config indices lifecycle loading targets usage)
+
+test-fast: $(STAMP)
+	$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS) $(FAST)
 
 # The lowest versions that are supported.
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt $(NATIVE)

@@ -57,14 +57,16 @@ def test_the_map_has_nothing_but_names_tests_and_benchmarks():
         assert suites or benchmark in ("-", "not measured")
 
 
-def test_every_mask_is_in_the_map():
-    for spec in MASKS.values():
+def test_every_mask_of_the_paper_is_in_the_map():
+    of_the_paper = [spec for spec in MASKS.values() if spec.source[0] != "("]
+    assert len(of_the_paper) >= 5
+    for spec in of_the_paper:
         assert f"`shira.masks.{spec.select.__name__}`" in PAPER
 
 
 def test_pictures_are_those_of_the_script(tmp_path):
     script = runpy.run_path(str(DOCS / "pictures" / "draw.py"))
-    assert list(script["masks"]()) == list(MASKS)
+    assert set(script["masks"]()) <= set(MASKS)
     assert {support.nnz for support in script["masks"]().values()} == {script["ENTRIES"]}
     script["main"](tmp_path)
     for drawn in tmp_path.glob("*.svg"):
