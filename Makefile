@@ -62,8 +62,9 @@ test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
 
 # No training runs, engines, servers, browsers or other processes.
-FAST := $(wildcard tests/test_[a-qs-z]*.py) $(addprefix tests/,masks ops fusing measure checkpoints store switch) \
-	$(addprefix tests/tuner/test_,config indices lifecycle loading targets usage)
+FAST := $(addprefix tests/test_,adapter.py base.py blocks.py delta.py doctests.py errors.py gaps.py support.py tree.py) \
+	$(addprefix tests/,masks ops fusing measure checkpoints store switch) \
+	$(addprefix tests/tuner/test_,config.py indices.py lifecycle.py loading.py targets.py usage.py)
 
 test-fast: $(STAMP)
 	$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS) $(FAST)

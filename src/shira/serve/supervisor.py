@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Restarts:
-    """How long to wait before a restart, and when to give up.
+    """The rule of restarts: how long to wait before one, and when to give up.
 
     Args:
         limit: Restarts within the window; 0: none.
@@ -60,7 +60,7 @@ class Restarts:
         return len(self._past)
 
     def wait_after(self, died: float) -> float | None:
-        """Seconds to wait after a death, which then counts; None: it was one too many.
+        """Return seconds to wait after a death, which then counts; None: it was one too many.
 
         Args:
             died: When, on any clock that does not go back.
@@ -108,7 +108,7 @@ class Supervisor:
         self._asked = 0
 
     def run(self) -> int:
-        """Until SIGTERM, SIGINT or SIGHUP asks for the end, or the server cannot be kept going.
+        """Keep the server going until SIGTERM, SIGINT or SIGHUP, or until it dies too often.
 
         A second signal kills the server rather than wait for it. To be called in the main thread.
 

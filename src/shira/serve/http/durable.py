@@ -49,7 +49,7 @@ class DurableService(AdapterService):
         self._writing = asyncio.Lock()
 
     def record(self) -> Record:
-        """What the journal should say now; what was lost is still in it."""
+        """Return what the journal should say now; what was lost is still in it."""
         adapters = {n: lost.what for n, lost in self.lost.items() if isinstance(lost.what, Kept)}
         combinations = {
             n: lost.what for n, lost in self.lost.items() if not isinstance(lost.what, Kept)

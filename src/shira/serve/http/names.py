@@ -22,7 +22,7 @@ class NameTakenError(AdapterError):
 
 
 def below(folder: Path, path: object) -> Path:
-    """The real place of a client's path, which must lie below the folder.
+    """Return the real place of a client's path, which must lie below the folder.
 
     ``..`` and symbolic links are followed first; what counts is where the path leads.
 
@@ -77,7 +77,7 @@ def _check_links(root: Path, folder: Path, path: str) -> None:
 
 
 def adapter_name(name: object) -> str:
-    """A client's name for an adapter, checked.
+    """Check a client's name for an adapter, and return it.
 
     Raises:
         AdapterError: If it is not 1 to 128 letters, digits, ``. _ : -``, the first a letter or
@@ -93,7 +93,7 @@ def adapter_name(name: object) -> str:
 
 
 def folder_of_adapters(text: str | None, variable: str) -> Path | None:
-    """The folder that the server was told of, or None if it was told of none.
+    """Return the folder that the server was told of, or None if it was told of none.
 
     Raises:
         ConfigError: If it is no folder.

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """What the service asks of an engine; `shira.serve.client.AsyncClient` is one."""
+    """An engine as the service needs it; `shira.serve.client.AsyncClient` is one."""
 
     async def load(self, name: str, path: str) -> dict[str, Any]:
         """Hold the adapter at a path under a name; nothing that is served changes.
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class Served(NamedTuple):
-    """What a name stands for."""
+    """An adapter, or several together, under a name."""
 
     weights: Mapping[str, float]
     """Scale by name of loaded adapters."""
@@ -93,7 +93,7 @@ class AdapterService:
         self._tasks: set[asyncio.Task[Any]] = set()  # the event loop itself keeps them weakly
 
     def resolve(self, model: object) -> str | None:
-        """The adapter that a ``model`` field means; None for the base, or what else is served.
+        """Return the adapter that a ``model`` field names; None: the base, or what else is served.
 
         Raises:
             UnknownAdapterError: If it is nothing that is served.
@@ -210,7 +210,7 @@ class AdapterService:
             }
 
     def list(self) -> dict[str, Any]:
-        """What is served, what is active, who waits."""
+        """Return what is served, what is active, who waits."""
         return {
             "object": "list",
             "data": [self._described(name) for name in self.served],
