@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from shira import Adapter, SparseDelta, Support
-from shira.cli._report.curve import training_curve
-from shira.cli._report.html import Html, escape, joined, json_block, tag, verbatim
-from shira.cli._report.maps import mask_map, side
+from shira.cli.report import template
+from shira.cli.report.gather import mask_map, side, training_curve
 from shira.masks import random_support
 from shira.store.compact import COMPACT_NAME
 from tests.cli.browser import look, need_browser
@@ -177,19 +176,15 @@ def test_nothing_that_comes_from_a_file_becomes_markup(shira, tmp_path):
     assert "Not drawn:" in outline.text
 
 
-def test_text_is_escaped_unless_it_is_markup():
-    assert tag("p", "a<b", tag("i", '"'), 3, None) == "<p>a&lt;b<i>&quot;</i>3</p>"
-    assert tag("p", title='">', class_="x", hidden=True, data_no=None) == (
-        '<p title="&quot;&gt;" class="x" hidden></p>'
+def test_every_text_is_escaped():
+    page = template('<p title="{{ text }}">{{ text }}</p>')
+    assert page.render(text='a<b>"&') == (
+        '<p title="a&lt;b&gt;&#34;&amp;">a&lt;b&gt;&#34;&amp;</p>'
     )
-    bold = tag("b", "x")
-    assert isinstance(bold, Html)
-    assert joined(f"{bold}") == "&lt;b&gt;x&lt;/b&gt;"  # no longer markup once it is formatted
-    assert escape("a\x00\u202eb") == "a\ufffd\ufffdb"
-    assert "</" not in json_block(["</script>", "<!--"])
-    assert json.loads(json_block(["</script>", "\u2028"])) == ["</script>", "\u2028"]
-    with pytest.raises(ValueError, match="cannot hold"):
-        verbatim("x</script>")
+    assert page.render(text="a\x00\u202eb").endswith(">a\ufffd\ufffdb</p>")
+    block = template("{{ value | tojson }}")
+    assert "</" not in block.render(value=["</script>", "<!--"])
+    assert json.loads(block.render(value=["</script>", "\u2028"])) == ["</script>", "\u2028"]
 
 
 @pytest.mark.parametrize(

@@ -33,27 +33,35 @@ _MOST = 24  # heat maps in one picture
 _ACROSS = 4
 
 
+def new_figure(size: tuple[float, float], what: str) -> Any:
+    """Return an empty figure of a width and height in inches.
+
+    Raises:
+        MissingDependencyError: If matplotlib, which ``what`` needs, is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} needs matplotlib: pip install matplotlib") from error
+    return Figure(figsize=size, layout="constrained")
+
+
 def new_drawing(size: tuple[float, float], option: str, path: Path) -> Any:
-    """Return an empty figure to draw on.
+    """Return an empty figure for a PNG.
 
     Args:
         size: Width and height in inches.
-        option: What the path was given as, for messages.
+        option: The option that gave the path, for messages.
         path: Where it will be written.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
         ConfigError: If the folder of ``path`` does not exist.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{option} needs matplotlib: pip install matplotlib"
-        ) from error
+    figure = new_figure(size, option)
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
-    return Figure(figsize=size, layout="constrained")
+    return figure
 
 
 def write_drawing(drawing: Any, path: Path, **options: Any) -> None:

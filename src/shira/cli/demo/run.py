@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 
 from shira.checkpoints import open_checkpoint
 from shira.cli import libraries
-from shira.cli._report.writing import write_report
+from shira.cli.report import write_report
 from shira.cli.demo.settings import (
     EXAMPLES,
     MODEL_NAME,

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shira report`: everything that can be seen of adapters, as one page.
+
+``gather`` reads adapters and measures them, ``charts`` draws, and ``page.html`` is the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shira.cli import options
+from shira.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from shira.checkpoints import Checkpoint
+    from shira.cli.report.gather import Described, Report
+    from shira.measure import Overlap
+
+EXAMPLES = (
+    "shira report adapter",
+    "shira report adapter --base ./my-model -o adapter.html",
+    "shira report poems code law -o three.html",
+    "shira report poems code --fast",
+)
+_MATRICES = {
+    "jaccard": "Shared entries over entries of either: 0 is none in common, 1 the same entries.",
+    "cosine": "Of the angle between the deltas: 0 is unrelated, 1 the same way, -1 the opposite.",
+    "conflicts": "Share of the shared entries whose signs differ, so that one undoes the other.",
+}
+
+
+def command(
+    adapters: Annotated[
+        list[Path], typer.Argument(help="The adapters: folders or files.", metavar="ADAPTER...")
+    ],
+    output: Annotated[Path, options.output("The page to write.")] = Path("report.html"),
+    base: Annotated[
+        str | None,
+        options.base(
+            "Tells how many deltas bfloat16 loses, and the shapes of weights where an adapter does "
+            "not record them."
+        ),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Leave out ranks, AWOM and AWOR, which take the longer time."),
+    ] = False,
+    check_base: options.CheckSameBase = True,
+    seed: options.Seed = 0,
+) -> None:
+    """Write one HTML page that shows adapters.
+
+    In short what each is, how large, what it changes and whether it clashes with the others; then
+    values, ranks, where in each weight the entries are, deltas that bfloat16 loses (with --base),
+    and the training curve if metrics.json of shira train or trainer_state.json lies beside an
+    adapter. The page holds all it needs: it opens without a network, on a phone or a desktop, light
+    or dark.
+
+    Exit status 2: an adapter cannot be read, or the adapters do not belong together.
+    """
+    from shira.checkpoints import open_checkpoint
+    from shira.cli.output import write
+
+    checkpoint = None if base is None else open_checkpoint(base)
+    write_report(adapters, output, checkpoint, fast=fast, seed=seed, check_base=check_base)
+    write(f"{output}: {len(adapters)} adapter{'s' if len(adapters) > 1 else ''}")
+
+
+def write_report(
+    paths: Sequence[Path],
+    output: Path,
+    base: Checkpoint | None = None,
+    *,
+    fast: bool = False,
+    seed: int = 0,
+    check_base: bool = True,
+) -> None:
+    """Write the page of some adapters; whatever goes wrong, an old page stays as it was.
+
+    Args:
+        paths: The adapters: folders or files, in any format that shira reads.
+        output: The file.
+        base: The base model's checkpoint.
+        fast: Leave out what takes the longer time: ranks, AWOM and AWOR.
+        seed: Of estimates that draw.
+        check_base: Refuse adapters of different base models.
+
+    Raises:
+        ConfigError: If the folder of ``output`` does not exist, or ``output`` is an input; or if a
+            file does not record the shapes of the weights, and no base is given.
+        MissingDependencyError: If jinja2 or matplotlib is not installed.
+        FileNotFoundError: If there is nothing at a path.
+        FileFormatError: If an adapter is damaged or none.
+        WrongBaseError: If adapters are of different base models, or ``base`` lacks a weight.
+    """
+    from shira.cli.report.gather import LOGS, gather, log_folder
+    from shira.store.atomic import write_atomically
+    from shira.store.atomic import check_outputs
+
+    logs = [log_folder(path) / name for path in paths for name, _ in LOGS]
+    check_outputs({"--output": output}, [*paths, *logs], [base.path if base else None])
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; name a file in it")
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingDependencyError(f"shira report needs {package}: pip install {package}")
+    text = page(gather(paths, base, fast=fast, seed=seed, check_base=check_base))
+    # a name can hold half of a surrogate pair, which UTF-8 has not
+    write_atomically(output, text.encode("utf-8", "replace"))
+
+
+def page(report: Report) -> str:
+    """Return the HTML document; the same adapters give the same text."""
+    from shira._version import __version__
+    from shira.cli.report.charts import charts
+    from shira.cli.several import matrix
+    from shira.measure.figures import FIGURE_NAMES, cells
+
+    names = [described.name for described in report.adapters]
+    maps: list[dict[str, Any]] = []
+    adapters = []
+    for described in report.adapters:
+        numbered = list(enumerate((made.name for made in described.maps), len(maps)))
+        maps += [made.as_json() for made in described.maps]
+        columns, rows = _weights(described)
+        adapters.append(
+            {
+                "name": described.name,
+                "path": str(described.summary.path),
+                "in_short": list(_in_short(described, report.pairs)),
+                "lines": list(described.summary.lines()),
+                "charts": list(charts(described)),
+                "maps": numbered,
+                "columns": columns,
+                "rows": rows,
+            }
+        )
+    text: str = template().render(
+        adapters=adapters,
+        names=names,
+        pairs=[(pair.a, pair.b, cells(pair)) for pair in report.pairs],
+        figure_names=list(FIGURE_NAMES),
+        matrices=[
+            {"title": figure, "about": about, "rows": _shaded(names, values)}
+            for figure, about in _MATRICES.items()
+            if (values := matrix(names, report.pairs, figure))
+        ],
+        maps=maps,
+        version=__version__,
+    )
+    return text
+
+
+def template(source: str | None = None) -> Any:
+    """Return a template, of the page by default, in which every text is escaped."""
+    import base64
+    import hashlib
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from shira.cli.report.charts import printable
+
+    def finalize(value: object) -> object:
+        plain = isinstance(value, str) and not isinstance(value, Markup)
+        return printable(str(value)) if plain else value
+
+    def sha256(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+    made = Environment(autoescape=True, undefined=StrictUndefined, finalize=finalize)
+    made.filters["sha256"] = sha256
+    if source is None:
+        source = (files("shira.cli.report") / "page.html").read_text(encoding="utf-8")
+    return made.from_string(source)
+
+
+def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[str, str]]:
+    """Yield what a person wants to know first: question and answer."""
+    from shira.cli.output import megabytes, percent
+    from shira.cli.summary import BASE_FIELD
+
+    summary, figures = described.summary, described.summary.all.figures
+    base = summary.metadata.get(BASE_FIELD)
+    kind = f"A sparse adapter of {base}" if base else "A sparse adapter; its base is not recorded"
+    yield "What is it?", f"{kind}. Mask: {summary.mask}."
+    size = f"{summary.nnz:,} entries in {len(summary.targets)} weights"
+    if summary.density is not None:
+        size += f", {summary.density:.2%} of these weights"
+    yield "How large is it?", f"{size}; {megabytes(summary.file_bytes)} on disk."
+    told = figures.summary()
+    change = "Nothing: it has no entries."
+    if told["mean_abs"] is not None:
+        change = f"Its entries by {told['mean_abs']:.3g} on average, at most {figures.reach:.3g}"
+        strongest = max(summary.targets, key=lambda t: t.figures.summary()["mean_abs"] or 0.0)
+        change += f", most in {strongest.name}" if len(summary.targets) > 1 else ""
+        zeros = f"; {figures.zeros:,} entries stay as they are" if figures.zeros else ""
+        change += f"{zeros}. All other entries of the model are the base's."
+    if summary.whole:
+        change += f" It also replaces {len(summary.whole)} tensors as a whole."
+    yield "What does it change?", change
+    for pair in pairs:
+        if described.name in (pair.a, pair.b):
+            other = pair.b if pair.a == described.name else pair.a
+            mine = pair.nnz_a if pair.a == described.name else pair.nnz_b
+            clash = f"Not with {other}: they share no entry."
+            if pair.shared:
+                clash = (
+                    f"With {other} it shares {pair.shared:,} entries, "
+                    f"{percent(pair.shared, mine)} of its own; at {pair.sign_conflicts:,} of them "
+                    "the signs differ."
+                )
+            yield "Does it clash?", clash
+
+
+def _weights(described: Described) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the table of weights, and a row for each weight."""
+    rows = []
+    for target in described.summary.targets:
+        row = target.cells()
+        del row["weights"]
+        if target.vanishing is None:
+            del row["lost in bf16"]
+        if described.ranks:
+            rank = described.ranks[target.name]
+            row |= {"rank": str(rank), "stable rank": f"{rank.stable_rank:.1f}"}
+        rows.append(row)
+    return list(rows[0]) if rows else ["weight"], [list(row.values()) for row in rows]
+
+
+def _shaded(
+    names: Sequence[str], values: Sequence[Sequence[float | None]]
+) -> list[tuple[str, list[tuple[str, str, int]]]]:
+    """Return a matrix as text, colour and its share for each cell, by the name of the row."""
+    reach = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
+    return [
+        (
+            name,
+            [
+                ("-", "", 0)
+                if value is None
+                else (f"{value:.4g}", "s1" if value < 0 else "s0", round(60 * abs(value) / reach))
+                for value in row
+            ],
+        )
+        for name, row in zip(names, values, strict=True)
+    ]
