@@ -20,7 +20,6 @@ from safetensors.torch import save as to_bytes
 
 from shira.checkpoints import open_checkpoint
 from shira.cli import libraries
-from shira.cli.report import write_report
 from shira.cli.demo.settings import (
     EXAMPLES,
     MODEL_NAME,
@@ -35,6 +34,7 @@ from shira.cli.demo.training import Run, train_task
 from shira.cli.demo.verify import proofs
 from shira.cli.output import console, megabytes, table
 from shira.cli.progress import say
+from shira.cli.report import write_report
 from shira.cli.train.model import load_tokenizer
 from shira.cli.train.outputs import versions
 from shira.errors import ConfigError, ShiraError

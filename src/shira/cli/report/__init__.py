@@ -99,8 +99,7 @@ def write_report(
         WrongBaseError: If adapters are of different base models, or ``base`` lacks a weight.
     """
     from shira.cli.report.gather import LOGS, gather, log_folder
-    from shira.store.atomic import write_atomically
-    from shira.store.atomic import check_outputs
+    from shira.store.atomic import check_outputs, write_atomically
 
     logs = [log_folder(path) / name for path in paths for name, _ in LOGS]
     check_outputs({"--output": output}, [*paths, *logs], [base.path if base else None])
