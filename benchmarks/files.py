@@ -10,16 +10,21 @@ random mask (which has to be drawn again). One thread; reading and writing of me
 disks not.
 
 *Whole files*: `Adapter.save` and `Adapter.load` with the page cache warm, checks and checksum
-included, and loading mapped.
+included, and loading mapped. Each round also writes the very bytes to new files and flushes them to
+the disk, and reads them: the least that saving and loading can take, and what they are compared
+with. The default, of masks that have no seed and no blocks, is there in large weights and in the
+210 small ones of SmolLM2-135M.
 
 Checked before timing: what is decoded is what was encoded; what is loaded is what was saved.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks import environment, report
-from benchmarks.timing import Laps, interleave, summary
+from benchmarks.timing import Laps, interleave, ratios, summary
 
 NAME = "files"
 SEED = 42
@@ -81,24 +86,31 @@ FORMATS: dict[str, dict[str, Any]] = {
     "PEFT format, bf16": {"format": "peft", "dtype": torch.bfloat16},
     "PEFT format, fp32": {"format": "peft", "dtype": torch.float32},
 }
+SMALL = [
+    *((576, 576), (192, 576), (192, 576), (576, 576)),
+    *((1536, 576), (1536, 576), (576, 1536)),
+] * 30
+"""The weights of SmolLM2-135M's 30 layers: attention, then MLP."""
 STOCK = 12
 """Bytes that PEFT's own SHiRA writes for an entry: a float32 and two int32."""
 
 
-def _adapter(settings: Settings, mask: str = "random") -> Any:
+def _adapter(
+    settings: Settings, mask: str = "random", shapes: Sequence[tuple[int, int]] = ()
+) -> Any:
     from shira import Adapter, SparseDelta
     from shira.masks import block_support, random_support
 
-    shape = (settings.rows, settings.cols)
-    k = round(settings.density * settings.rows * settings.cols)
     generator = torch.Generator().manual_seed(SEED)
     deltas = {}
-    for number in range(settings.weights):
+    shapes = shapes or [(settings.rows, settings.cols)] * settings.weights
+    for number, shape in enumerate(shapes):
+        k = round(settings.density * shape[0] * shape[1])
         name = f"model.layers.{number}.mlp.up_proj.weight"
         support = (
-            random_support(shape, k, seed=SEED, name=name)
-            if mask == "random"
-            else block_support(shape, k, seed=SEED, name=name, block_size=settings.block_size)
+            block_support(shape, k, seed=SEED, name=name, block_size=settings.block_size)
+            if mask == "block"
+            else random_support(shape, k, seed=SEED, name=name)
         )
         values = torch.randn(k, generator=generator).mul_(1e-3).bfloat16()
         deltas[name] = SparseDelta(support, values)
@@ -219,37 +231,70 @@ def _time_files(
 ) -> dict[str, Any]:
     from shira import Adapter
 
-    adapter = _adapter(settings)
-
-    def timed(label: str, **load: bool) -> Callable[[], Laps]:
-        def run() -> Laps:
-            path = folder / label
-            laps = Laps()
-            adapter.save(path, **FORMATS[label])
-            laps.mark("save")
-            Adapter.load(path, **load)
-            laps.mark("load")
-            return laps
-
-        return run
-
-    runs = {
-        "compact bf16, gaps": timed("compact bf16, gaps"),
-        "compact bf16, gaps, mapped": timed("compact bf16, gaps", mapped=True),
-        "compact bf16, seed": timed("compact bf16, seed"),
-        "PEFT format, bf16": timed("PEFT format, bf16"),
+    seeded, chosen = _adapter(settings), _adapter(settings, "magnitude")
+    default: dict[str, Any] = {"dtype": torch.bfloat16}
+    cases: dict[str, tuple[Any, dict[str, Any], bool]] = {
+        "compact bf16, gaps": (chosen, default, False),
+        "compact bf16, gaps, mapped": (chosen, default, True),
+        "compact bf16, gaps, small weights": (
+            _adapter(settings, "magnitude", SMALL),
+            default,
+            False,
+        ),
+        "compact bf16, seed": (seeded, FORMATS["compact bf16, seed"], False),
+        "PEFT format, bf16": (chosen, FORMATS["PEFT format, bf16"], False),
     }
+    sizes = {}
+
+    def timed(label: str) -> Laps:
+        adapter, options, mapped = cases[label]
+        with tempfile.TemporaryDirectory(dir=folder) as inner:
+            path = Path(inner, "adapter")
+            adapter.save(path, **options)  # what is timed replaces it, as saving mostly does
+            laps = Laps()
+            adapter.save(path, **options)
+            laps.mark("save")
+            Adapter.load(path, mapped=mapped)
+            laps.mark("load")
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            contents = [file.read_bytes() for file in files]
+            laps.mark("read")
+            for number, content in enumerate(contents):
+                with open(Path(inner, str(number)), "xb", buffering=0) as file:
+                    file.write(content)
+                    os.fsync(file.fileno())
+            laps.mark("write")
+        sizes[label] = sum(map(len, contents))
+        return laps
+
     kept = interleave(
-        runs, settings.repeats, progress=lambda text: progress(f"files: whole files, {text}")
+        {label: partial(timed, label) for label in cases},
+        settings.repeats,
+        progress=lambda text: progress(f"files: whole files, {text}"),
     )
     return {
-        label: {f"{phase}_wall_seconds": _phase(laps, phase) for phase in ("save", "load")}
+        label: {
+            "entries": cases[label][0].nnz,
+            "bytes": sizes[label],
+            **{f"{phase}_wall_seconds": _phase(laps, phase) for phase in laps[0].phases},
+            **{
+                f"{phase}_over_{reference}": {
+                    kind: ratios(_seconds(laps, phase, kind), _seconds(laps, reference, kind))
+                    for kind in ("wall", "cpu")
+                }
+                for phase, reference in (("save", "write"), ("load", "write"), ("load", "read"))
+            },
+        }
         for label, laps in kept.items()
     }
 
 
+def _seconds(laps: list[Laps], phase: str, kind: str) -> list[float]:
+    return [getattr(lap.phases[phase], kind) for lap in laps]
+
+
 def _phase(laps: list[Laps], phase: str) -> dict[str, Any]:
-    samples = [lap.phases[phase].wall for lap in laps]
+    samples = _seconds(laps, phase, "wall")
     return {**summary(samples), "samples": samples}
 
 
@@ -277,14 +322,32 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             for figure in ("median", "min"):
                 cells.append(f"{row['indices'] / seconds[figure] / 1e6:.0f}" if seconds else "-")
         coding.rows.append(cells)
-    entries = result["answers"]["entries"]
     whole = report.Table(
-        f"Whole files, one thread: {entries / 1e6:.2f} million entries",
+        f"Whole files, one thread: {result['answers']['entries'] / 1e6:.2f} million entries",
         ["format", "save ms", "load ms", "million entries a second loaded"],
+    )
+    floor = report.Table(
+        "Saving and loading over writing and flushing the very bytes: least seconds, and median of "
+        "the rounds",
+        ["format", "MB/s written", "save", "median", "CPU", "load", "median", "load over reading"],
+        notes=report.busy_note(result),
     )
     for label, row in found["whole"].items():
         save, load = (row[f"{phase}_wall_seconds"]["median"] for phase in ("save", "load"))
+        entries = row.get("entries", result["answers"]["entries"])
         whole.rows.append(
             [label, f"{1e3 * save:.1f}", f"{1e3 * load:.1f}", f"{entries / load / 1e6:.0f}"]
         )
-    return [sizes, coding, whole]
+        if "save_over_write" in row:
+            over, loaded = row["save_over_write"], row["load_over_write"]["wall"]
+            floor.rows.append(
+                [
+                    label,
+                    f"{row['bytes'] / row['write_wall_seconds']['median'] / 1e6:.0f}",
+                    *(f"{over['wall'][figure]:.2f}" for figure in ("of_min", "median")),
+                    f"{over['cpu']['median']:.2f}",
+                    *(f"{loaded[figure]:.2f}" for figure in ("of_min", "median")),
+                    f"{row['load_over_read']['wall']['median']:.1f}",
+                ]
+            )
+    return [sizes, coding, whole, *([floor] if floor.rows else [])]

@@ -24,9 +24,14 @@ def test_files_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert list(coding) == ["gaps, 1 %", "gaps, 2 %", "blocks of 8, 2 %", "seed, 2 %"]
     assert coding["gaps, 2 %"]["indices"] == round(0.02 * 256 * 192)
     assert all(row["decode_wall_seconds"]["min"] > 0 for row in coding.values())
+    for row in written["results"]["whole"].values():
+        assert row["bytes"] > 2 * row["entries"]
+        assert all(row["save_over_write"][kind]["of_min"] > 0 for kind in ("wall", "cpu"))
+        assert row["load_over_read"]["wall"]["median"] > 0
     said = capsys.readouterr().out
     assert "bytes an entry" in said
     assert "million a second" in said
+    assert "writing and flushing the very bytes" in said
 
 
 def test_wrong_indices_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,15 +57,20 @@ def encode(indices: Ints, widest: str = "U32") -> Units:
     Returns:
         Units of one of the dtypes of `UNITS`, little-endian.
     """
-    indices = np.ascontiguousarray(indices)
-    kernels = _kernels()
-    counts = _counts(indices) if kernels is None else kernels.count_gaps(torch.from_numpy(indices))
-    allowed = [dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize]
-    number = min(range(len(allowed)), key=lambda i: counts[i] * allowed[i].itemsize)
-    units: Units = np.empty(counts[number], allowed[number])
-    if kernels is not None:
-        kernels.encode_gaps(torch.from_numpy(indices), torch.from_numpy(units))
-        return units
+    if (kernels := _kernels()) is not None:
+        indices = np.ascontiguousarray(indices)
+        coded = kernels.encode_gaps(torch.from_numpy(indices), UNITS[widest].itemsize)
+        return coded.numpy()  # type: ignore[no-any-return]
+    allowed = (dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize)
+    escapes = dict.fromkeys(allowed, 0)
+    for gaps in _pieces_of_gaps(indices):
+        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
+        for dtype in escapes:
+            if not large.size or int(large.max()) < _largest(dtype):
+                break  # nor any wider one
+            escapes[dtype] += int((large // _largest(dtype)).sum())
+    dtype = min(escapes, key=lambda unit: (len(indices) + escapes[unit]) * unit.itemsize)
+    units: Units = np.empty(len(indices) + escapes[dtype], dtype)
     at = 0
     for gaps in _pieces_of_gaps(indices):
         at += _encode_piece(gaps, units[at:])
@@ -159,18 +164,6 @@ def _decode_in_numpy(units: Units, numel: int, count: int | None) -> Ints:
         np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
         done, last = done + ends, new + left_open
     return indices
-
-
-def _counts(indices: Ints) -> list[int]:
-    """Count the units that the gaps of sorted indices take, for each of `UNITS`."""
-    counts = dict.fromkeys(UNITS.values(), len(indices))
-    for gaps in _pieces_of_gaps(indices):
-        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
-        for dtype in counts:
-            if not large.size or int(large.max()) < _largest(dtype):
-                break  # nor any wider one
-            counts[dtype] += int((large // _largest(dtype)).sum())
-    return list(counts.values())
 
 
 def _largest(dtype: np.dtype[Any]) -> int:

@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 import zlib
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from shira.ops import gaps
 from shira.store.atomic import check_kind, write_atomically
 from shira.store.header import (
     FLOATS,
+    HEADER_LIMIT,
     WHOLE_DTYPES,
     WORDS,
     EntryError,
@@ -74,6 +76,7 @@ ERROR_BOUND = 0.5 + 2.0**-16
 what rounding the product to float32 adds."""
 
 _DTYPES = (*FLOATS.values(), torch.int8)
+_SAYS_SO = re.compile(rf'"{TABLE}"\s*:\s*"'.encode())
 _LEAST_SCALE = 2.0**-126  # float32's least normal number: below it a scale would be imprecise
 
 
@@ -170,15 +173,16 @@ class CompactFile:
 
 
 def is_compact(path: Path) -> bool:
-    """Return whether a path is, or as a folder has, a file that says it is in this format."""
+    """Return whether a path is, or as a folder has, a file that says it is in this format.
+
+    A look at the bytes of its header, which `read_compact` checks.
+    """
     path = _file_at(path)
     if not path.is_file():
         return False
     with open_regular(path) as file:
-        try:
-            return TABLE in read_header(file, path).metadata
-        except FileFormatError:
-            return False
+        length = int.from_bytes(file.read(8), "little")
+        return _SAYS_SO.search(file.read(min(length, HEADER_LIMIT))) is not None
 
 
 def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> CompactFile:
@@ -356,7 +360,7 @@ def _seed_of(name: str, support: Support, metadata: Mapping[str, Any]) -> dict[s
 
 def _crc_of(indices: Tensor) -> str:
     """Return the CRC-32 of indices as little-endian int32 or int64: eight hex digits."""
-    return f"{zlib.crc32(bytes_of(indices)):08x}"
+    return f"{zlib.crc32(bytes_of(indices.cpu())):08x}"
 
 
 def _of_gaps(source: _Source, name: str, record: Record) -> Support:

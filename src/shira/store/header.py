@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,9 +200,11 @@ def tensor_of(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor in a file: the reverse of `tensor_of`; a copy only if needed."""
-    bits = tensor.detach().cpu().contiguous().view(-1).view(_INTEGERS[tensor.itemsize]).numpy()
-    return bits.astype(bits.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    """Return the bytes of a tensor on the CPU as a file has them: the reverse of `tensor_of`."""
+    bits = tensor.reshape(-1).view(_INTEGERS[tensor.itemsize]).numpy()
+    if sys.byteorder == "big":
+        bits = bits.byteswap()
+    return bits.view(np.uint8).data
 
 
 def check_values(values: Tensor) -> None:
@@ -210,8 +213,10 @@ def check_values(values: Tensor) -> None:
     Raises:
         EntryError: If there are NaN or infinite ones.
     """
-    # NaN is the least and the largest of values among which it is.
-    if not values.numel() or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+    if not values.numel():
+        return
+    least, largest = values.aminmax()  # either is NaN if there is one
+    if math.isfinite(least.item()) and math.isfinite(largest.item()):
         return
     nan = int(values.isnan().sum())
     infinite = int(values.isinf().sum())

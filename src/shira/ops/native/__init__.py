@@ -41,6 +41,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
 _SETS = ("base", "avx2", "avx512")  # by the number that shira_instruction_set gives
+_UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 _SHORT = 8192  # entries below which one thread is faster than waking others
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
@@ -184,26 +185,26 @@ class Kernels:
         )  # fmt: skip
         return crow, row, col
 
-    def count_gaps(self, indices: Tensor) -> list[int]:
-        """Count the units of one, two and four bytes that gaps take; see ``shira.ops.gaps``.
+    def encode_gaps(self, indices: Tensor, widest: int) -> Tensor:
+        """Return the gaps of indices, as ``shira.ops.gaps.encode`` says.
 
         Args:
             indices: int32 or int64 ``(k,)``, contiguous, sorted, unique, none negative.
-        """
-        found = (_L * 3)()
-        self._call["count_gaps"](indices.data_ptr(), indices.itemsize, indices.numel(), found)
-        return list(found)
+            widest: Bytes of a unit, at most.
 
-    def encode_gaps(self, indices: Tensor, units: Tensor) -> None:
-        """Write the gaps of indices.
-
-        Args:
-            indices: As for `count_gaps`.
-            units: Where: as many of 1, 2 or 4 bytes as `count_gaps` says, contiguous.
+        Returns:
+            uint8, uint16 or uint32 ``(n,)``.
         """
-        self._call["encode_gaps"](
-            indices.data_ptr(), indices.itemsize, indices.numel(), units.data_ptr(), units.itemsize
+        address, size, k = indices.data_ptr(), indices.itemsize, indices.numel()
+        counts = (_L * 3)()
+        self._call["count_gaps"](address, size, k, counts)
+        width, count = min(
+            ((unit, counts[i]) for i, unit in enumerate((1, 2, 4)) if unit <= widest),
+            key=lambda pair: pair[0] * pair[1],
         )
+        units = torch.empty(count, dtype=_UNITS[width])
+        self._call["encode_gaps"](address, size, k, units.data_ptr(), width)
+        return units
 
     def decode_gaps(self, units: Tensor, numel: int, indices: Tensor) -> bool:
         """Write the indices whose gaps these are, and check them.
