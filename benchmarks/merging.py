@@ -168,12 +168,13 @@ def _timed(name: str, root: Path) -> dict[str, float | None]:
 
 
 def _copy(folder: Path) -> None:
-    from shira.convert.copying import copy_file
+    from shira.checkpoints.entries import copy_file
 
     shutil.rmtree(folder / "copy", ignore_errors=True)
     (folder / "copy").mkdir()
     for path in (folder / "base").iterdir():
-        copy_file(path, folder / "copy" / path.name)
+        for _ in copy_file(path, folder / "copy" / path.name):
+            pass
 
 
 def _merge(folder: Path) -> None:

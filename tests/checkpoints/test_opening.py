@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint_fields
 from shira.checkpoints import open_checkpoint, shapes_of
-from shira.checkpoints.sources import source_of
+from shira.checkpoints.models import source_of
 from shira.cli import main
 from shira.cli.summary import summarize
 from shira.convert import extract, merge, to_patches

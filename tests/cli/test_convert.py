@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_line(shira, base, saved, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shira.convert.rewriting.copy_file", full)
+    monkeypatch.setattr("shira.checkpoints.entries.copy_file", full)
     refused(shira("merge", saved, "--base", base, "--output", tmp_path / "o"), "No space left")
     assert not (tmp_path / "o").exists()
 

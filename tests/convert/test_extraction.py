@@ -15,7 +15,7 @@ from torch import nn
 from shira import Adapter, SparseDelta, Support
 from shira.base import replacement
 from shira.convert import extract, merge
-from shira.convert.exact import exact_delta
+from shira.convert.extraction import exact_delta
 from shira.errors import AdapterError, ConfigError, WrongBaseError
 from tests.convert.conftest import applied, load, make_adapter, write_checkpoint
 
@@ -163,7 +163,7 @@ def test_modules_mappings_and_files_agree(tmp_path):
 
 
 def test_pieces_join(tmp_path, monkeypatch):
-    monkeypatch.setattr("shira.checkpoints.sources.BLOCK", 7)
+    monkeypatch.setattr("shira.checkpoints.models.BLOCK", 7)
     base = {"w": torch.randn(9, 11), "empty": torch.empty(0, 3)}
     adapter = make_adapter(base, ["w"], k=40)
     tuned = applied(base, adapter)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from shira import Adapter, ShiraError, SparseDelta, Support
 from shira.base import fingerprint
-from shira.convert import merge, open_checkpoint, rewriting, unmerge
+from shira.checkpoints import entries, open_checkpoint
+from shira.convert import merge, unmerge
 from shira.errors import AdapterError, ConfigError, FileFormatError, MergeError, WrongBaseError
 from shira.store import atomic
 from tests.convert.conftest import SHARDS, applied, digests, load, make_adapter, write_checkpoint
@@ -318,7 +319,7 @@ def test_a_failure_half_way_leaves_nothing(checkpoint, adapter, tmp_path, monkey
             raise OSError(28, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr("shira.convert.rewriting.write_entries", fails)
+    monkeypatch.setattr("shira.checkpoints.entries.write_entries", fails)
     with pytest.raises(OSError, match="No space"):
         merge(adapter, checkpoint, tmp_path / "out", scale=3.0, overwrite=overwrite)
     assert digests(tmp_path) == before
@@ -452,7 +453,7 @@ def dies_at(step):
         (os, "fsync"),
         (shutil, "rmtree"),
         (atomic, "_exchange"),
-        (rewriting, "write_entries"),
+        (entries, "write_entries"),
     ]:
         setattr(module, name, counted(getattr(module, name)))
 
@@ -513,7 +514,7 @@ def test_an_undo_file_stays_as_long_as_its_checkpoint(checkpoint, adapter, tmp_p
     def fails(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shira.convert.rewriting.write_entries", fails)
+    monkeypatch.setattr("shira.checkpoints.entries.write_entries", fails)
     with pytest.raises(OSError, match="No space"):
         merge(adapter, checkpoint, out, scale=2.0, undo=undo, overwrite=True)
     assert undo.read_bytes() == before

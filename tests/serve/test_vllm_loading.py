@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from shira import Adapter, SparseDelta, Support
-from shira.checkpoints.opening import open_checkpoint
-from shira.checkpoints.sources import OnDisk
+from shira.checkpoints import OnDisk, open_checkpoint
 from shira.errors import PlacementError
 
 

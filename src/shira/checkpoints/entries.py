@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single entries of a tensor on disk, read and overwritten at sorted flat indices.
+"""Single entries of a checkpoint's tensors: read on disk, and overwritten in a copy of it.
 
 Neighbours are read and written together, in windows of at most `WINDOW` bytes, and stretches
 without an entry are passed over; memory is one window and the entries. Nothing is mapped into
 memory, so the pages of a file never count as the process's own.
+
+`rewrite` copies files whole and then patches them at the entries alone, so headers, metadata, index
+and the order of tensors stay as they are, and shards without an entry are plain copies. Everything
+else in the folder comes along, but for other copies of the same weights, which would be the old
+ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -16,73 +26,73 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shira.checkpoints.opening import FLOATS, Stored
-from shira.errors import FileFormatError
+from shira.checkpoints.opening import Checkpoint, Stored
+from shira.errors import ConfigError, FileFormatError
+from shira.store.atomic import replacing
 from shira.store.header import WHOLE_DTYPES
+
+Progress = Callable[[int, int], None]
+"""Told the bytes that are done and those there are in all."""
 
 WINDOW = 2**22
 """Bytes that are read at once, at most."""
 
 _GAP = 2**14  # bytes without an entry that are cheaper read along than sought over
+_CHUNK = 2**25  # bytes that are copied between two reports of progress
 
-# How entries of a number of bytes are handled, as integers: in the file and as a tensor.
-_BITS: Mapping[int, tuple[np.dtype[np.signedinteger], torch.dtype]] = {
-    1: (np.dtype("i1"), torch.int8),
-    2: (np.dtype("<i2"), torch.int16),
-    4: (np.dtype("<i4"), torch.int32),
-    8: (np.dtype("<i8"), torch.int64),
-}
-
-
-def values_at(stored: Stored, flat: Tensor) -> Tensor | None:
-    """Return ``(k,)`` values of a stored tensor at increasing flat indices.
-
-    Returns:
-        None if it holds no floating-point numbers that a delta could be added to.
-    """
-    if stored.dtype not in FLOATS:
-        return None
-    with open(stored.file, "rb", buffering=0) as file:
-        return read_entries(file, stored, flat.cpu())
+# Other files that hold the weights: formats of other libraries anywhere, and beside the checkpoint
+# also what could be loaded in its place. (Below it may stand further parts of a larger model.)
+_ANYWHERE = ("consolidated*.pth", "*.onnx", "*.onnx_data", "*.gguf", "openvino_model*.bin")
+_BESIDE = (
+    "pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model*.h5", "flax_model*.msgpack",
+    "rust_model.ot", "*.safetensors", "*.safetensors.index.json",
+)  # fmt: skip
+_HIDDEN = (".git", ".cache")
 
 
-def read_entries(file: BinaryIO, stored: Stored, flat: Tensor) -> Tensor:
+def read_entries(stored: Stored, flat: Tensor) -> Tensor:
     """Read ``(k,)`` values of a stored tensor.
 
     Args:
-        file: Its file, open for reading without a buffer.
         stored: Of one of the dtypes of `WHOLE_DTYPES`.
-        flat: ``(k,)`` increasing flat indices within its shape.
+        flat: ``(k,)`` increasing flat indices within its shape, on the CPU.
 
     Raises:
         FileFormatError: If the file has become shorter meanwhile.
     """
-    disk, _ = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
+    disk = _bits(stored)
     found = np.empty(flat.numel(), disk)
     where = flat.numpy()
-    for low, high in windows(where, disk.itemsize):
-        first = int(where[low])
-        span = _read(file, stored, first, int(where[high - 1]) + 1 - first, disk)
-        found[low:high] = span[where[low:high] - first]
-    return torch.from_numpy(found.astype(disk.newbyteorder("="), copy=False)).view(
-        WHOLE_DTYPES[stored.dtype]
-    )
+    with open(stored.file, "rb", buffering=0) as file:
+        for low, high in windows(where, disk.itemsize):
+            first = int(where[low])
+            span = _read(file, stored, first, int(where[high - 1]) + 1 - first)
+            found[low:high] = span[where[low:high] - first]
+    return _values(found, stored)
+
+
+def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
+    """Read a stored tensor in flat pieces of at most ``size`` entries."""
+    count = (stored.end - stored.start) // _bits(stored).itemsize
+    with open(stored.file, "rb", buffering=0) as file:
+        for first in range(0, count, size):
+            yield _values(_read(file, stored, first, min(size, count - first)), stored)
 
 
 def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) -> None:
     """Overwrite entries of a stored tensor.
 
     Args:
-        file: Its file, open for reading and writing without a buffer.
+        file: Its file, or a copy, open for reading and writing without a buffer.
         stored: Of one of the dtypes of `WHOLE_DTYPES`.
         flat: ``(k,)`` increasing flat indices within its shape.
         values: ``(k,)`` in the tensor's dtype.
     """
-    disk, bits = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
-    where, new = flat.numpy(), values.view(bits).numpy()
+    disk = _bits(stored)
+    where, new = flat.numpy(), bits(values).numpy()
     for low, high in windows(where, disk.itemsize):
         first = int(where[low])
-        span = _read(file, stored, first, int(where[high - 1]) + 1 - first, disk)
+        span = _read(file, stored, first, int(where[high - 1]) + 1 - first)
         span[where[low:high] - first] = new[low:high]
         file.seek(stored.start + first * disk.itemsize)
         rest = span.data.cast("B")
@@ -90,16 +100,14 @@ def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) 
             rest = rest[file.write(rest) :]
 
 
-def read_span(file: BinaryIO, stored: Stored, first: int, count: int) -> Tensor:
-    """``count`` consecutive entries of a stored tensor, from flat index ``first`` on."""
-    disk, _ = _BITS[WHOLE_DTYPES[stored.dtype].itemsize]
-    span = _read(file, stored, first, count, disk)
-    native = span.astype(disk.newbyteorder("="), copy=False)
-    return torch.from_numpy(native).view(WHOLE_DTYPES[stored.dtype])
+def bits(values: Tensor) -> Tensor:
+    """Return the values as integers of their width, which tell 0.0 from -0.0."""
+    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(widths[values.element_size()])
 
 
 def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Runs ``low:high`` of increasing indices that are read together.
+    """Cut increasing indices into runs ``low:high`` that are read together.
 
     Args:
         where: ``(k,)`` flat indices.
@@ -111,17 +119,188 @@ def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[i
     length = WINDOW // itemsize
     for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), where.size], strict=True):
         while low < high:
-            end = int(where[low]) + length
-            stop = low + int(np.searchsorted(where[low:high], end))
+            stop = low + int(np.searchsorted(where[low:high], int(where[low]) + length))
             yield low, stop
             low = stop
 
 
-def _read(
-    file: BinaryIO, stored: Stored, first: int, count: int, dtype: np.dtype[np.signedinteger]
-) -> NDArray[np.signedinteger]:
-    span = np.empty(count, dtype)
-    file.seek(stored.start + first * dtype.itemsize)
+@dataclass(frozen=True)
+class Edit:
+    """New values for some entries of one tensor.
+
+    Attributes:
+        stored: The tensor, in the checkpoint that is copied.
+        flat: ``(k,)`` increasing flat indices.
+        values: ``(k,)`` in the tensor's dtype.
+    """
+
+    stored: Stored
+    flat: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a rewritten copy.
+
+    Attributes:
+        patched: Files with an entry overwritten.
+        copied: Files that are plain copies.
+        left_out: Files that were not carried along: other copies of the weights, hidden folders.
+        size: Bytes in all.
+    """
+
+    patched: tuple[str, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    size: int
+
+
+def check_output(checkpoint: Checkpoint, output: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the output's path, after making sure that what is there may be replaced.
+
+    Raises:
+        ConfigError: If it is there already and may not be overwritten, or is a folder of something
+            else. (`check_outputs` keeps it apart from what is read.)
+    """
+    target = Path(os.path.abspath(output))
+    if not (target.exists() or target.is_symlink()):
+        return target
+    if not overwrite:
+        raise ConfigError(f"output {target} exists; overwrite it (--overwrite), or name another")
+    if target.is_symlink() or target.is_dir() != checkpoint.path.is_dir():
+        raise ConfigError(f"output {target} exists and is of another kind; name another")
+    if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
+        raise ConfigError(
+            f"output {target} is a folder of something else (it holds no safetensors file), and is "
+            "not overwritten; name another"
+        )
+    return target
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    edits: Sequence[Edit],
+    output: Path,
+    progress: Progress | None = None,
+    last: Callable[[], None] = lambda: None,
+) -> Written:
+    """Write a copy with the edits made, in the place of whatever is at ``output``.
+
+    Args:
+        checkpoint: What to copy.
+        edits: At most one a tensor.
+        output: From `check_output`; a folder if the checkpoint is one, else a file.
+        progress: Told of each piece.
+        last: Called when the copy is complete, right before it takes its place.
+
+    Raises:
+        OSError: If the disk is full and the like; nothing has changed then.
+    """
+    by_file: dict[Path, list[Edit]] = {}
+    for edit in edits:
+        if edit.flat.numel():
+            by_file.setdefault(edit.stored.file, []).append(edit)
+    folder = checkpoint.path.is_dir()
+    files, left_out = _files_of(checkpoint) if folder else ({checkpoint.path: ""}, [])
+    total = sum(source.stat().st_size for source in files)
+    count = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output, folder=folder) as temporary:
+        for source, name in files.items():
+            target = temporary / name if name else temporary
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for size in copy_file(source, target, flush=source not in by_file):
+                count += size
+                if progress is not None:
+                    progress(count, total)
+            if source in by_file:
+                _patch(target, by_file[source])
+        last()
+    patched = [name or source.name for source, name in files.items() if source in by_file]
+    plain = [name or source.name for source, name in files.items() if source not in by_file]
+    return Written(tuple(patched), tuple(plain), tuple(left_out), total)
+
+
+def copy_file(source: Path, target: Path, *, flush: bool = True) -> Iterator[int]:
+    """Copy the bytes and permissions of a file; symbolic links are followed.
+
+    The kernel copies where it can (and shares the bytes where the file system can), so no memory is
+    needed; else they go through a small buffer.
+
+    Args:
+        source: A regular file.
+        target: The file to write.
+        flush: Wait until the bytes are on the disk; a caller that writes on flushes later.
+
+    Yields:
+        The number of bytes of each piece.
+    """
+    with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+        size = left = os.fstat(old.fileno()).st_size
+        copy = getattr(os, "copy_file_range", None)
+        while left and copy is not None:
+            try:
+                count = copy(old.fileno(), new.fileno(), min(left, _CHUNK))
+            except OSError:  # another file system, or one that cannot
+                break
+            if not count:
+                break
+            left -= count
+            yield count
+        old.seek(size - left)
+        new.seek(size - left)
+        while piece := old.read(2**20):
+            new.write(piece)
+            yield len(piece)
+        if flush:
+            os.fsync(new.fileno())
+    shutil.copymode(source, target)
+
+
+def _patch(path: Path, edits: Sequence[Edit]) -> None:
+    mode = path.stat().st_mode
+    path.chmod(mode | 0o600)  # files of a cache may be read-only
+    with open(path, "r+b", buffering=0) as file:
+        for edit in edits:
+            write_entries(file, edit.stored, edit.flat, edit.values)
+        os.fsync(file.fileno())
+    path.chmod(mode)
+
+
+def _files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:
+    """Return each file of the folder that comes along with its path in it, and what stays."""
+    along: dict[Path, str] = {}
+    behind: list[str] = []
+    own = {*checkpoint.files, checkpoint.index}
+    for here, folders, files in os.walk(checkpoint.path):
+        # folders that are not entered: hidden ones and links
+        stay = [n for n in folders if n in _HIDDEN or os.path.islink(os.path.join(here, n))]
+        folders[:] = sorted(set(folders) - set(stay))
+        other = (*_ANYWHERE, *(_BESIDE if Path(here) == checkpoint.path else ()))
+        for path in (Path(here, name) for name in sorted(files) + stay):
+            name = path.relative_to(checkpoint.path).as_posix()
+            weights = any(fnmatch(path.name, pattern) for pattern in other)
+            if path in own or (path.is_file() and not weights):
+                along[path] = name
+            else:
+                behind.append(name)
+    return along, behind
+
+
+def _bits(stored: Stored) -> np.dtype[np.signedinteger]:
+    """Return the integers as which the entries of a tensor are handled in its file."""
+    return np.dtype(f"<i{WHOLE_DTYPES[stored.dtype].itemsize}")
+
+
+def _values(found: NDArray[np.signedinteger], stored: Stored) -> Tensor:
+    native = found.astype(found.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(native).view(WHOLE_DTYPES[stored.dtype])
+
+
+def _read(file: BinaryIO, stored: Stored, first: int, count: int) -> NDArray[np.signedinteger]:
+    span = np.empty(count, _bits(stored))
+    file.seek(stored.start + first * span.itemsize)
     rest = span.data.cast("B")
     while rest:
         got = file.readinto(rest)  # type: ignore[attr-defined]

@@ -24,19 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shira.errors import FileFormatError
-from shira.store.header import header_of
-from shira.store.json_text import open_regular, parse_object
-
-FLOATS: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Dtypes that a delta can be added to, by their safetensors names."""
+from shira.store.header import FLOATS, TensorInfo, header_of
+from shira.store.json_text import open_regular, read_object
 
 _INDEX = ".safetensors.index.json"
 _STANDARD = (  # in the order in which their libraries look for them
@@ -51,24 +41,16 @@ _INDEX_LIMIT = 200_000_000  # bytes; 100 is about one entry
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(TensorInfo):
     """One tensor of a checkpoint.
 
     Attributes:
         key: Its name in the checkpoint.
         file: The file that holds it.
-        dtype: In safetensors' words: ``"BF16"``.
-        shape: Its shape.
-        start: Its first byte in the file.
-        end: The byte behind its last.
     """
 
     key: str
     file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ class Checkpoint:
 
 
 def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
-    """Look at a checkpoint: headers, index and config, no tensors.
+    """Open a checkpoint: headers, index and config, no tensors.
 
     Args:
         base: A folder, one safetensors file, or the name of a model on the Hugging Face hub, whose
@@ -140,7 +122,7 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
                     f"{where}: both {tensors[key].file.name} and {file.name} hold {key!r}; give "
                     "the path of one file"
                 )
-            tensors[key] = Stored(key, file, info.dtype, info.shape, info.start, info.end)
+            tensors[key] = Stored(info.dtype, info.shape, info.start, info.end, key, file)
     if placed is not None:
         _check_index(where, placed, tensors)
     return Checkpoint(where, files, tensors, config, index)
@@ -175,7 +157,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _all_of(folder: Path) -> tuple[Path, ...]:
-    """Every safetensors file of a folder that is no adapter's."""
+    """Return every safetensors file of a folder that is no adapter's."""
     found = sorted(file for file in folder.glob("*.safetensors") if file.name not in _ADAPTERS)
     if not found:
         raise FileFormatError(f"{folder}: the folder has no safetensors checkpoint{_why(folder)}")
@@ -233,12 +215,8 @@ def _index_of(file: Path) -> Path | None:
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    """Name of the file of each tensor."""
-    with open_regular(path) as opened:
-        if os.fstat(opened.fileno()).st_size > _INDEX_LIMIT:
-            raise FileFormatError(f"{path}: too large for an index (limit {_INDEX_LIMIT})")
-        whole = parse_object(opened.read(), path, "index")
-    placed = whole.get("weight_map")
+    """Return the name of the file of each tensor."""
+    placed = read_object(path, "index", _INDEX_LIMIT).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise FileFormatError(f"{path}: weight_map maps the tensors' names to their files")
     for key, name in placed.items():

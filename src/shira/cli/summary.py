@@ -15,9 +15,9 @@ from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge
-from shira.checkpoints import Checkpoint, shapes_of
-from shira.checkpoints.entries import values_at
-from shira.checkpoints.naming import locate_deltas
+from shira.checkpoints import FLOATS, Checkpoint, shapes_of
+from shira.checkpoints.entries import read_entries
+from shira.checkpoints.models import locate_deltas
 from shira.cli.figures import Figures, vanishing
 from shira.cli.options import check_paths
 from shira.cli.output import file_bytes, megabytes, shape_text, share, whole_tensors
@@ -314,7 +314,9 @@ def _targets(
     for name, delta in adapter.items():
         lost = verdict = None
         if name in stored:
-            values = values_at(stored[name], delta.support.indices)
+            values = None
+            if stored[name].dtype in FLOATS:
+                values = read_entries(stored[name], delta.support.indices.cpu())
             lost = None if values is None else vanishing(values, delta.values)
             verdict = judge(metadata, name, delta.values, values)
         yield Target(

@@ -2,9 +2,9 @@
 """From two models to the adapter between them.
 
 Without a budget the adapter is exact: every entry that differs, with the delta that carries the
-base's value to the tuned one bit for bit (``exact``). A model that was tuned in full differs nearly
-everywhere; then a budget keeps the entries that changed most, and the report says how much of the
-change they hold: its energy, the sum of squares.
+base's value to the tuned one bit for bit (`exact_delta`). A model that was tuned in full differs
+nearly everywhere; then a budget keeps the entries that changed most, and the report says how much
+of the change they hold: its energy, the sum of squares.
 
 Tensors pass by in pieces, the two models side by side. What is kept are the chosen positions, whose
 values are looked up afterwards.
@@ -12,7 +12,6 @@ values are looked up afterwards.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,14 +22,11 @@ import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import accumulation_dtype, fingerprint_fields
-from shira.checkpoints.naming import match_names
-from shira.checkpoints.sources import Model, OnDisk, Source, source_of
-from shira.convert.budgets import Budget, budget_or_none
-from shira.convert.exact import exact_delta
+from shira.base import accumulation_dtype, fingerprint_fields, replacement
+from shira.checkpoints.models import Model, OnDisk, Source, match_names, source_of
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
-from shira.masks.topk import top_k
+from shira.masks.budget import budget_or_none, largest_entries
 from shira.support import Support
 
 SPARSE = 0.5
@@ -42,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one tensor.
+    """The change of one tensor.
 
     Attributes:
         name: The parameter.
@@ -126,7 +122,7 @@ def extract(
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Extraction:
-    """The adapter that leads from one model to another.
+    """Make the adapter that leads from one model to another.
 
     Args:
         base: A safetensors checkpoint's path, a module, or a state dict.
@@ -149,6 +145,12 @@ def extract(
             is not finite, or no parameter is left to look at.
         WrongBaseError: If the models share no parameter, or one has another shape in the other.
         ConfigError: If the budget is not possible.
+
+    Example:
+        >>> base, tuned = {"w": torch.zeros(2, 3)}, {"w": torch.tensor([[0.0, 1, 0], [0, 0, 2]])}
+        >>> found = shira.convert.extract(base, tuned)
+        >>> found.exact, found.adapter["w"].support.indices.tolist()
+        (True, [1, 5])
     """
     budget = budget_or_none(density, r, everywhere)
     old, new = source_of(base), source_of(tuned)
@@ -156,11 +158,56 @@ def extract(
     reader = _Reader(old, new, names, progress)
     if budget is None:
         supports = _all_that_differ(reader)
-    elif budget.everywhere:
-        supports = _largest_of_all(reader, budget)
     else:
-        supports = {name: _largest(reader, name, budget) for name in names}
+        shapes = {name: old.shapes[name] for name in names}
+        found = largest_entries(
+            {name: reader.scores(name) for name in names},
+            shapes,
+            {name: budget.entries(shape) for name, shape in shapes.items()},
+            budget.everywhere,
+        )
+        supports = {name: Support._trusted(shapes[name], flat) for name, flat in found.items()}
     return _assemble(reader, supports, excluded)
+
+
+def exact_delta(base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
+    """Return deltas with ``replacement(base, delta) == tuned``, and how many entries have none.
+
+    ``round(base + delta)`` is the tuned value, bit for bit, when ``delta`` lies in a certain
+    interval, for adding and rounding keep order; and the interval holds ``tuned - base`` as a real
+    number. So if any float32 delta will do, one of the two float32 neighbours of ``tuned - base``
+    does, and as a rule it is the nearest. If the tuned value came from a float32 adapter there is
+    one, since that adapter's own delta is one. Where there is none (a large weight that became a
+    very small one) float64 is tried in the same way, and what even that cannot reach is counted.
+    Zeros count as equal whatever their sign: no sum of a nonzero base and a delta is -0.0.
+
+    Args:
+        base: ``(k,)`` finite values in the base's dtype.
+        tuned: ``(k,)`` finite values, of that dtype.
+
+    Returns:
+        ``(k,)`` in float32 if that is enough for all, else in float64; and the count of entries
+        that are not reached (they are met as nearly as float64 can).
+    """
+    delta, missed = _nearest(base, tuned, accumulation_dtype(base.dtype))
+    if missed and delta.dtype == torch.float32:
+        return _nearest(base, tuned, torch.float64)
+    return delta, missed
+
+
+def _nearest(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Return deltas of one dtype, the nearest or neighbours, and the count of those that miss."""
+    delta = tuned.to(dtype) - base.to(dtype)
+    missed = replacement(base, delta) != tuned
+    for direction in (math.inf, -math.inf):
+        if not bool(missed.any()):
+            return delta, 0
+        here = missed.nonzero().squeeze(1)
+        near = torch.nextafter(delta[here], torch.tensor(direction, dtype=dtype))
+        hits = replacement(base[here], near) == tuned[here]
+        delta[here[hits]] = near[hits]
+        missed[here[hits]] = False
+    return delta, int(missed.sum())
 
 
 class _Reader:
@@ -176,7 +223,7 @@ class _Reader:
         self._done, self._progress = 0, progress
 
     def differences(self, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Where a tensor differs and by how much, piece by piece.
+        """Find where a tensor differs and by how much, piece by piece.
 
         Yields:
             The entries of the piece; int64 ``(d,)`` positions in it of those that differ; their
@@ -204,7 +251,7 @@ class _Reader:
             yield numel, here, size
 
     def scores(self, name: str) -> Iterator[Tensor]:
-        """Absolute differences of all entries of a tensor, piece by piece."""
+        """Give the absolute differences of all entries of a tensor, piece by piece."""
         for numel, here, size in self.differences(name):
             if here.numel() == numel:
                 yield size
@@ -215,7 +262,7 @@ class _Reader:
 def _chosen(
     old: Source, new: Source, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Parameters to look at, with what the tuned model calls each, and those left out."""
+    """Return parameters to look at, with what the tuned model calls each, and those left out."""
     shared = {name: name for name in old.shapes if name in new.shapes}
     if not shared:
         prefix = match_names(list(old.shapes), list(new.shapes)) if old.shapes else None
@@ -248,7 +295,7 @@ def _chosen(
 
 
 def _all_that_differ(reader: _Reader) -> dict[str, Support]:
-    """Every entry that differs, if they are few enough for an adapter."""
+    """Return every entry that differs, if they are few enough for an adapter."""
     supports, found = {}, 0
     for name in reader.names:
         pieces, start = [], 0
@@ -271,29 +318,6 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
 def _about_dtypes(reader: _Reader, name: str) -> str:
     old, new = reader.old.dtype(name), reader.new.dtype(reader.names[name])
     return "" if old == new else f", or has other dtypes ({new} where the base has {old})"
-
-
-def _largest(reader: _Reader, name: str, budget: Budget) -> Support:
-    """The entries of one tensor that changed most."""
-    shape = reader.old.shapes[name]
-    k = budget.entries(shape)
-    if not k:
-        return Support._trusted(shape, torch.empty(0, dtype=torch.int64))
-    return Support._trusted(shape, top_k(reader.scores(name), k))
-
-
-def _largest_of_all(reader: _Reader, budget: Budget) -> dict[str, Support]:
-    """The entries of all tensors that changed most, seen as one long tensor."""
-    shapes = {name: reader.old.shapes[name] for name in reader.names}
-    pieces = itertools.chain.from_iterable(reader.scores(name) for name in shapes)
-    flat = top_k(pieces, budget.total(shapes))
-    supports, start = {}, 0
-    for name, shape in shapes.items():
-        end = start + math.prod(shape)
-        low, high = torch.searchsorted(flat, torch.tensor([start, end])).tolist()
-        supports[name] = Support._trusted(shape, flat[low:high] - start)
-        start = end
-    return supports
 
 
 def _assemble(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From LoRA to the k largest entries of its update.
+"""A LoRA, from a PEFT folder or as factors, made into an adapter of its largest entries.
 
 A LoRA adds ``scaling * B A`` (arXiv 2106.09685) to a weight, ``A`` of shape ``(r, in)`` and ``B``
 of shape ``(out, r)``. The product is made by blocks of its rows and never whole: each block is
@@ -10,9 +10,9 @@ matrices.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,74 +20,27 @@ import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import accumulation_dtype
-from shira.convert.budgets import Budget
+from shira.base import fingerprint_fields
+from shira.checkpoints.models import Model, Source, names_in, source_of
+from shira.convert.lora_file import Factors, oriented, read_lora
 from shira.delta import SparseDelta
-from shira.errors import AdapterError, MaskError
-from shira.masks.topk import top_k
+from shira.errors import AdapterError, MaskError, WrongBaseError
+from shira.masks.budget import Budget, budget_or_none, largest_entries
 from shira.support import Support
 
 BLOCK = 2**21
 """Entries of the product that are made at once: 8 MiB of float32."""
 
 _PAIRS = 2**16  # entries whose r products are summed at once
+_UNFOLDED = 2**14  # entries of an update for each value of A and B, at most, without the base
 
 Progress = Callable[[int, int], None]
 """Told the entries that are done and those there are in all."""
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The LoRA of one weight.
-
-    Attributes:
-        name: The base model's own name of the weight.
-        a: ``(r, in)``.
-        b: ``(out, r)``.
-        scaling: Factor on the product: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
-        transposed: Whether the weight is stored as ``[in, out]`` (Conv1D, embeddings), not as
-            ``[out, in]``.
-    """
-
-    name: str
-    a: Tensor
-    b: Tensor
-    scaling: float = 1.0
-    transposed: bool = False
-
-    def __post_init__(self) -> None:
-        shapes = f"A {tuple(self.a.shape)} and B {tuple(self.b.shape)}"
-        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
-            raise AdapterError(f"{self.name!r}: {shapes} are not (r, in) and (out, r)")
-        if not (self.a.is_floating_point() and self.b.is_floating_point()):
-            raise AdapterError(f"{self.name!r}: {self.a.dtype} and {self.b.dtype} are not floats")
-        if not abs(self.scaling) <= torch.finfo(torch.float32).max:
-            raise AdapterError(f"{self.name!r}: a scaling of {self.scaling:.3g} is beyond float32")
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight as it is stored."""
-        out, inner = self.b.shape[0], self.a.shape[1]
-        return (inner, out) if self.transposed else (out, inner)
-
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """``(rows, r)`` and ``(r, cols)``, whose product times ``scaling`` is the update as stored.
-
-        In the dtype in which it is made: float32, or float64 if A or B is.
-        """
-        wide = accumulation_dtype(self.a.dtype, self.b.dtype)
-        a, b = self.a.detach().cpu().to(wide), self.b.detach().cpu().to(wide)
-        return (a.t(), b.t()) if self.transposed else (b, a)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was kept of one weight's update.
+class KeptUpdate:
+    """The part of one weight's update that was kept.
 
     Attributes:
         name: The parameter.
@@ -116,7 +69,7 @@ class FromLora:
     """
 
     adapter: Adapter
-    weights: tuple[Kept, ...]
+    weights: tuple[KeptUpdate, ...]
 
     @property
     def energy_share(self) -> float:
@@ -135,10 +88,83 @@ class FromLora:
         }
 
 
+def from_lora(
+    lora: str | os.PathLike[str] | Iterable[Factors],
+    *,
+    base: Model | None = None,
+    density: float | None = None,
+    r: int | None = None,
+    everywhere: bool = False,
+    progress: Progress | None = None,
+) -> FromLora:
+    """Make an adapter of the largest entries of a LoRA's update.
+
+    Modules that were trained whole beside it (``modules_to_save``) become its whole tensors.
+
+    Without a budget it has as many entries in each weight as the LoRA has parameters.
+
+    Args:
+        lora: A folder in PEFT's format, or `Factors`.
+        base: The base model, where it is at hand: shapes are checked, weights that are stored
+            transposed are recognized, and the adapter gets the base's fingerprint. Needed for a
+            Conv1D whose config does not tell ``fan_in_fan_out``.
+        density: Keep at most this share of each weight's entries.
+        r: Keep at most ``r * (m + n)`` entries of an m x n weight.
+        everywhere: Spend the sum of these budgets on the largest entries of all weights.
+        progress: Told the entries done and those there are in all.
+
+    Raises:
+        FileNotFoundError: If there is nothing at a path.
+        FileFormatError: If a file is damaged, or no LoRA.
+        AdapterError: If the LoRA is a variant or a convolution's, two are of one weight, a value
+            is not finite, a copy of an adapted embedding is in the file that is not known to be
+            the base's, or, without a base, a weight is larger than the LoRA makes likely.
+        WrongBaseError: If the base lacks a weight, or has it in another shape.
+        ConfigError: If the budget is not possible.
+
+    Example:
+        >>> from shira.convert import Factors, from_lora
+        >>> found = from_lora([Factors("w", torch.ones(1, 4), torch.eye(4, 1))], density=0.25)
+        >>> found.adapter["w"].support.indices.tolist(), found.energy_share
+        ([0, 1, 2, 3], 1.0)
+    """
+    budget = budget_or_none(density, r, everywhere)
+    source = None if base is None else source_of(base, shared=True)
+    if isinstance(lora, (str, os.PathLike)):
+        factors, config, whole = read_lora(lora)
+        names = _names(factors, source)
+        if source is not None:
+            shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
+            factors = oriented(factors, shapes, os.fspath(lora))
+        else:
+            _check_sizes(factors, os.fspath(lora))
+        _check_copies(factors, names, whole, source, os.fspath(lora))
+        whole = {name: tensor for name, tensor in whole.items() if name not in names}
+        # what it is of, not how it was trained
+        fields = ("base_model_name_or_path", "revision", "task_type")
+        metadata = {name: config[name] for name in fields if config.get(name) is not None}
+    else:
+        factors, whole, metadata = list(lora), {}, {}
+        names = _names(factors, source)
+        for one in factors:
+            shape = one.shape if source is None else source.shapes[names[one.name]]
+            if shape != one.shape:
+                raise WrongBaseError(
+                    f"{source.label if source else ''}: {names[one.name]!r} has shape {shape}, but "
+                    f"the LoRA is of one of {one.shape}"
+                )
+    deltas, kept = sparsify(factors, budget, progress)
+    if source is not None:
+        metadata |= fingerprint_fields(
+            {name: source.entries(names[name], d.support.indices) for name, d in deltas.items()}
+        )
+    return FromLora(Adapter(deltas, metadata, whole), kept)
+
+
 def sparsify(
-    factors: Iterable[Factors], budget: Budget | None = None, progress: Progress | None = None
-) -> tuple[dict[str, SparseDelta], tuple[Kept, ...]]:
-    """The largest entries of LoRA updates.
+    factors: Sequence[Factors], budget: Budget | None = None, progress: Progress | None = None
+) -> tuple[dict[str, SparseDelta], tuple[KeptUpdate, ...]]:
+    """Keep the largest entries of LoRA updates.
 
     Args:
         factors: One for each weight.
@@ -152,32 +178,52 @@ def sparsify(
     Raises:
         AdapterError: If two are of one weight, or a value is not finite.
     """
-    updates = list(factors)
-    if len({one.name for one in updates}) < len(updates):
+    updates = {one.name: one for one in factors}
+    if len(updates) < len(factors):
         raise AdapterError("two LoRAs of one weight; fuse them first")
-    report = _Progress(sum(math.prod(one.shape) for one in updates), progress)
-    if budget is not None and budget.everywhere:
-        chosen = _largest_of_all(updates, budget, report)
-    else:
-        chosen = [_largest(one, budget, report) for one in updates]
+    shapes = {name: one.shape for name, one in updates.items()}
+    total, done, now = sum(map(math.prod, shapes.values())), 0, ""
+
+    def scores(one: Factors) -> Iterator[Tensor]:
+        nonlocal done, now
+        now = one.name
+        for block in update_blocks(one):
+            done += block.numel()
+            if progress is not None:
+                progress(done, total)
+            yield block.abs_().reshape(-1)
+
+    counts = {
+        name: min(math.prod(one.shape), one.rank * sum(one.shape))
+        if budget is None
+        else budget.entries(one.shape)
+        for name, one in updates.items()
+    }
+    magnitudes = {name: scores(one) for name, one in updates.items()}
+    try:
+        chosen = largest_entries(
+            magnitudes, shapes, counts, budget is not None and budget.everywhere
+        )
+    except MaskError as error:
+        raise AdapterError(f"{now!r}: {error}") from error
     deltas, kept = {}, []
-    for one, flat in zip(updates, chosen, strict=True):
-        values = values_at(one, flat)
+    for name, one in updates.items():
+        flat, values = chosen[name], values_at(one, chosen[name])
         if not bool(values.isfinite().all()):
-            raise AdapterError(f"{one.name!r}: its update holds values that are not finite")
+            raise AdapterError(f"{name!r}: its update holds values that are not finite")
         flat, values = flat[values != 0], values[values != 0]
         if values.numel():
-            deltas[one.name] = SparseDelta(Support._trusted(one.shape, flat), values)
+            deltas[name] = SparseDelta(Support._trusted(one.shape, flat), values)
         held = float(values.double().square().sum())
         energy = max(energy_of(one), held)  # rounding may put a whole below its part
-        kept.append(Kept(one.name, one.shape, one.rank, values.numel(), energy, held))
+        kept.append(KeptUpdate(name, one.shape, one.rank, values.numel(), energy, held))
     return deltas, tuple(kept)
 
 
 def update_blocks(one: Factors) -> Iterator[Tensor]:
-    """The update of a weight as it is stored, in blocks of whole rows of at most `BLOCK` entries.
+    """Make the update of a weight as it is stored, in blocks of whole rows.
 
-    (A single row if that is longer.)
+    A block has at most `BLOCK` entries, or is a single row if that is longer.
     """
     left, right = one.sides()
     rows = max(1, BLOCK // max(1, right.shape[1]))
@@ -186,7 +232,7 @@ def update_blocks(one: Factors) -> Iterator[Tensor]:
 
 
 def values_at(one: Factors, flat: Tensor) -> Tensor:
-    """``(k,)`` entries of the update at flat indices, each a sum of r products."""
+    """Return ``(k,)`` entries of the update at flat indices, each a sum of r products."""
     left, right = one.sides()
     columns = right.t().contiguous()
     found = torch.empty(flat.numel(), dtype=left.dtype)
@@ -198,45 +244,61 @@ def values_at(one: Factors, flat: Tensor) -> Tensor:
 
 
 def energy_of(one: Factors) -> float:
-    """Sum of squares of the update, from two r x r matrices."""
+    """Return the sum of squares of the update, from two r x r matrices."""
     left, right = (side.double() for side in one.sides())
     return float(((left.t() @ left) * (right @ right.t())).sum()) * one.scaling**2
 
 
-class _Progress:
-    def __init__(self, total: int, tell: Progress | None) -> None:
-        self.total, self.tell, self.done = total, tell, 0
-
-    def scores(self, one: Factors) -> Iterator[Tensor]:
-        """Magnitudes of a weight's update, in flat pieces."""
-        for block in update_blocks(one):
-            self.done += block.numel()
-            if self.tell is not None:
-                self.tell(self.done, self.total)
-            yield block.abs_().reshape(-1)
-
-
-def _largest(one: Factors, budget: Budget | None, report: _Progress) -> Tensor:
-    numel = math.prod(one.shape)
-    k = min(numel, one.rank * sum(one.shape)) if budget is None else budget.entries(one.shape)
-    if not k:
-        return torch.empty(0, dtype=torch.int64)
-    try:
-        return top_k(report.scores(one), k)
-    except MaskError as error:
-        raise AdapterError(f"{one.name!r}: {error}") from error
+def _check_sizes(factors: list[Factors], folder: str) -> None:
+    """Refuse weights so large that no base has them: a small file could ask for days of work."""
+    for one in factors:
+        held, entries = one.a.numel() + one.b.numel(), math.prod(one.shape)
+        if entries > _UNFOLDED * held:
+            raise AdapterError(
+                f"{folder}: {one.name!r}: {held} values stand for a weight of {one.shape}, which "
+                f"has {entries} entries, more than {_UNFOLDED} for each. Give the base model, to "
+                "show that it has such a weight"
+            )
 
 
-def _largest_of_all(updates: list[Factors], budget: Budget, report: _Progress) -> list[Tensor]:
-    """Flat indices for each weight, of the largest entries of all seen as one long tensor."""
-    total = sum(budget.entries(one.shape) for one in updates)
-    if not total:
-        return [torch.empty(0, dtype=torch.int64) for _ in updates]
-    flat = top_k(itertools.chain.from_iterable(report.scores(one) for one in updates), total)
-    chosen, start = [], 0
-    for one in updates:
-        end = start + math.prod(one.shape)
-        low, high = torch.searchsorted(flat, torch.tensor([start, end])).tolist()
-        chosen.append(flat[low:high] - start)
-        start = end
-    return chosen
+def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:
+    """Return what the base calls each weight."""
+    wanted = [one.name for one in factors]
+    return (
+        dict(zip(wanted, wanted, strict=True))
+        if source is None
+        else names_in(source, wanted, "LoRA")
+    )
+
+
+def _check_copies(
+    factors: list[Factors],
+    names: dict[str, str],
+    whole: dict[str, Tensor],
+    source: Source | None,
+    folder: str,
+) -> None:
+    """Refuse copies of weights that the LoRA changes, if they are not known to be the base's."""
+    for one in factors:
+        copy = whole.get(one.name)
+        if copy is not None and (source is None or not _is(copy, source, names[one.name])):
+            raise AdapterError(
+                f"{folder}: it holds a copy of {one.name!r}, which the LoRA changes, and "
+                f"{'no base is given to compare it with' if source is None else 'the base another'}"
+                "; save the LoRA of this base again, with save_embedding_layers=False"
+            )
+
+
+def _is(copy: Tensor, source: Source, name: str) -> bool:
+    """Return whether a copy is the base's tensor, rounded to the narrower dtype of the two."""
+    if tuple(copy.shape) != source.shapes[name]:
+        return False
+    flat, at = copy.reshape(-1), 0
+    for block in source.blocks(name):
+        part = flat[at : at + block.numel()]
+        at += block.numel()
+        if not (
+            torch.equal(part.to(block.dtype), block) or torch.equal(part, block.to(part.dtype))
+        ):
+            return False
+    return True

@@ -13,26 +13,24 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
-from shira.convert.lora import Factors
+from shira.base import accumulation_dtype
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
-from shira.store.header import Header, read_header, read_tensor
-from shira.store.json_text import open_regular, parse_object
-from shira.store.names import base_module_name, weight_name
+from shira.store.names import CONFIG_NAME, WEIGHTS_NAME, base_module_name, weight_name
 from shira.store.patterns import check_patterns, matching
+from shira.store.config import CONFIG_LIMIT
+from shira.store.header import FLOATS, Header, read_header, read_tensor
+from shira.store.json_text import open_regular, read_object
 from shira.store.peft import read_whole
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-
-_CONFIG_LIMIT = 50_000_000
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Config fields whose update is not scaling * B A, with what they are called.
 _OTHER_UPDATES = {
@@ -51,11 +49,60 @@ _OTHER_UPDATES = {
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The LoRA of one weight.
+
+    Attributes:
+        name: The base model's own name of the weight.
+        a: ``(r, in)``.
+        b: ``(out, r)``.
+        scaling: Factor on the product: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        transposed: Whether the weight is stored as ``[in, out]`` (Conv1D, embeddings), not as
+            ``[out, in]``.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        shapes = f"A {tuple(self.a.shape)} and B {tuple(self.b.shape)}"
+        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise AdapterError(f"{self.name!r}: {shapes} are not (r, in) and (out, r)")
+        if not (self.a.is_floating_point() and self.b.is_floating_point()):
+            raise AdapterError(f"{self.name!r}: {self.a.dtype} and {self.b.dtype} are not floats")
+        if not abs(self.scaling) <= torch.finfo(torch.float32).max:
+            raise AdapterError(f"{self.name!r}: a scaling of {self.scaling:.3g} is beyond float32")
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight as it is stored."""
+        out, inner = self.b.shape[0], self.a.shape[1]
+        return (inner, out) if self.transposed else (out, inner)
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return ``(rows, r)`` and ``(r, cols)``: their product by ``scaling`` is the update.
+
+        In the dtype in which it is made: float32, or float64 if A or B is.
+        """
+        wide = accumulation_dtype(self.a.dtype, self.b.dtype)
+        a, b = self.a.detach().cpu().to(wide), self.b.detach().cpu().to(wide)
+        return (a.t(), b.t()) if self.transposed else (b, a)
+
+
 def is_lora(path: str | os.PathLike[str]) -> bool:
-    """Whether a path looks like a LoRA in PEFT's format; a look, not a validation."""
+    """Tell whether a path looks like a LoRA in PEFT's format; nothing is validated."""
     try:
         with open_regular(Path(path) / CONFIG_NAME) as file:
-            return re.search(rb'"peft_type"\s*:\s*"LORA"', file.read(_CONFIG_LIMIT)) is not None
+            return re.search(rb'"peft_type"\s*:\s*"LORA"', file.read(CONFIG_LIMIT)) is not None
     except (OSError, FileFormatError):
         return False
 
@@ -98,7 +145,7 @@ def read_lora(
 def oriented(
     factors: Sequence[Factors], shapes: Mapping[str, Sequence[int]], folder: str
 ) -> list[Factors]:
-    """The factors, each the way round its weight is stored.
+    """Turn each of the factors the way round in which its weight is stored.
 
     PEFT goes by the type of the layer, and the config may not tell (it is written as the user gave
     it): a Conv1D stores its weight transposed. A weight that is not square tells by its shape; a
@@ -133,17 +180,12 @@ def oriented(
     for one in factors:
         square = one.shape[0] == one.shape[1]
         flip = flip_squares if square else tuple(shapes[one.name]) != one.shape
-        result.append(
-            Factors(one.name, one.a, one.b, one.scaling, one.transposed != flip) if flip else one
-        )
+        result.append(replace(one, transposed=not one.transposed) if flip else one)
     return result
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > _CONFIG_LIMIT:
-            raise FileFormatError(f"{path}: too large for a config (limit {_CONFIG_LIMIT} bytes)")
-        config = parse_object(file.read(), path, "config")
+    config = read_object(path, "config", CONFIG_LIMIT)
     if config.get("peft_type") != "LORA":
         raise FileFormatError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     for field, called in _OTHER_UPDATES.items():
@@ -180,7 +222,7 @@ def _check_patterns(
 
 
 def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
-    """Keys of the adapted modules, with whether they are embeddings, and what is no LoRA's."""
+    """Return the adapted modules' keys, with whether they are embeddings, and other tensors."""
     modules: dict[str, bool] = {}
     others = []
     for name in header.tensors:
@@ -213,7 +255,7 @@ def _factors(
                 f"{header.path}: {name!r} has shape {info.shape}: LoRA of a convolution is not "
                 "supported; leave such modules out of its target_modules"
             )
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise FileFormatError(f"{header.path}: {name!r} has dtype {info.dtype}, not a float")
     a, b = (_finite(read_tensor(file, header, name), header, name) for name in names)
     module = base_module_name(key)

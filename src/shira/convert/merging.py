@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging an adapter into a checkpoint on disk.
+"""An adapter merged into a checkpoint on disk.
 
 Everything is read and checked first: names, shapes, dtypes, the fingerprint of the base, and the k
 values that are to be written. Then the folder is copied and the entries are overwritten in the
@@ -12,51 +12,63 @@ result has the bits of a model that was loaded, merged in memory and saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import Verdict, accept, fingerprint, judge
-from shira.checkpoints.entries import read_entries
-from shira.checkpoints.naming import check_untied, locate_deltas
-from shira.checkpoints.opening import FLOATS, Checkpoint, Stored, open_checkpoint
-from shira.convert.rewriting import Edit, Progress, Written, check_output, rewrite
+from shira.checkpoints.entries import (
+    Edit,
+    Progress,
+    Written,
+    bits,
+    check_output,
+    read_entries,
+    rewrite,
+)
+from shira.checkpoints.models import check_untied, locate_deltas
+from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.undo import Undone, replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.atomic import check_outputs
-from shira.store.header import WHOLE_DTYPES
+from shira.store.header import FLOATS, WHOLE_DTYPES
 from shira.support import Support, index_dtype
-
-REMEDY = "check_base=False, --no-check-base"
-"""The option that lets a conversion use another base, for error messages."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a merge does to one tensor.
+class MergedTensor:
+    """The report of a merge on one tensor.
 
     Attributes:
-        name: The parameter, as the adapter calls it.
+        name: The parameter or buffer, as the adapter calls it.
         key: The tensor, as the checkpoint calls it.
         file: The file that holds it.
-        dtype: Its dtype, as ``"bfloat16"``.
-        nnz: Entries of the adapter (k).
-        nonzero: Deltas other than zero among them.
-        lost: Those that rounding swallows: the entry stays as it was.
-        base: Whether the base is the adapter's.
+        dtype: Its dtype there, as ``"bfloat16"``.
     """
 
     name: str
     key: str
     file: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class MergedDelta(MergedTensor):
+    """The report on a tensor that a delta was added to.
+
+    Attributes:
+        nnz: Entries of the adapter (k).
+        nonzero: Deltas other than zero among them.
+        lost: Those that rounding swallows: the entry stays as it was.
+        base: Whether the base is the adapter's.
+    """
+
     nnz: int
     nonzero: int
     lost: int
@@ -64,35 +76,27 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The report of a merge on a tensor that the adapter holds as a whole.
+class MergedWhole(MergedTensor):
+    """The report on a tensor that the adapter holds as a whole, rounded to the dtype there.
 
     Attributes:
-        name: The parameter or buffer, as the adapter calls it.
-        key: The tensor, as the checkpoint calls it.
-        file: The file that holds it.
-        dtype: Its dtype there, to which the adapter's is rounded.
         shape: Its shape.
         changed: Entries that are other bits than the base's.
     """
 
-    name: str
-    key: str
-    file: str
-    dtype: str
     shape: tuple[int, ...]
     changed: int
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did.
+    """The report of a merge.
 
     Attributes:
         output: Where the merged checkpoint is.
         undo: Where the undo file is, if one was asked for.
         naming: How the adapter's names became the checkpoint's, in words.
-        targets: Tensor by tensor.
+        targets: Weight by weight.
         written: The files.
         whole: What was written as a whole, such as a trained head.
     """
@@ -100,9 +104,9 @@ class Merged:
     output: Path
     undo: Path | None
     naming: str
-    targets: tuple[Target, ...]
+    targets: tuple[MergedDelta, ...]
     written: Written
-    whole: tuple[Whole, ...] = ()
+    whole: tuple[MergedWhole, ...] = ()
 
     @property
     def nnz(self) -> int:
@@ -173,6 +177,16 @@ def merge(
             added to, is tied to another, a sum overflows its dtype, or too many deltas are lost.
         ConfigError: If the output or the undo file exists, or would overwrite or overlap what is
             read or each other.
+
+    Example:
+        >>> from safetensors.torch import load_file, save_file
+        >>> save_file({"w": torch.ones(2, 3)}, "base.safetensors")
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([4])), torch.tensor([0.5]))
+        >>> told = shira.convert.merge(
+        ...     Adapter({"w": delta}), "base.safetensors", "merged.safetensors", undo="undo"
+        ... )
+        >>> load_file("merged.safetensors")["w"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.5, 1.0]]
     """
     scale = checked_scale("the adapter", scale)
     if not 0 <= max_lost <= 1:
@@ -192,11 +206,13 @@ def merge(
     check_untied(located.values(), checkpoint)
     for name, stored in located.items():
         _check_dtype(stored, adapter.tensors.get(name))
-    changes = list(_changes(adapter, located, scale))
-    targets = tuple(told for told, _, _ in changes if isinstance(told, Target))
+    order = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
+    changes = [_change(name, adapter, located[name], scale) for name in order]
+    targets = tuple(told for told, _, _ in changes if isinstance(told, MergedDelta))
     if check_base:
         verdicts = {told.name: told.base for told in targets}
-        accept(adapter.metadata, verdicts, str(checkpoint.path), REMEDY, warn=False)
+        remedy = "check_base=False, --no-check-base"
+        accept(adapter.metadata, verdicts, str(checkpoint.path), remedy, warn=False)
     _check_lost(targets, max_lost)
     edits = [edit for _, edit, _ in changes]
     if undo_path is None:
@@ -205,7 +221,7 @@ def merge(
         undone = [undone for _, _, undone in changes if undone.originals.numel()]
         with replacing_undo(undo_path, undone) as put:
             written = rewrite(checkpoint, edits, target, progress, put)
-    whole = tuple(told for told, _, _ in changes if isinstance(told, Whole))
+    whole = tuple(told for told, _, _ in changes if isinstance(told, MergedWhole))
     return Merged(target, undo_path, str(prefix), targets, written, whole)
 
 
@@ -239,85 +255,50 @@ def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
         )
 
 
-def _changes(
-    adapter: Adapter, located: dict[str, Stored], scale: float
-) -> Iterator[tuple[Target | Whole, Edit, Undone]]:
-    """What to write into each tensor, and what is to be told of it."""
-    names = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
-    for path, group in groupby(names, key=lambda name: located[name].file):
-        with open(path, "rb", buffering=0) as file:
-            for name in group:
-                stored = located[name]
-                if name not in adapter:
-                    yield _whole_change(name, adapter.tensors[name], stored, file)
-                    continue
-                delta = adapter[name]
-                flat = delta.support.indices.cpu()
-                old = read_entries(file, stored, flat)
-                verdict = judge(adapter.metadata, name, delta.values, old)
-                yield _change(name, delta, stored, flat, old, scale, verdict)
-
-
 def _change(
-    name: str,
-    delta: SparseDelta,
-    stored: Stored,
-    flat: Tensor,
-    old: Tensor,
-    scale: float,
-    verdict: Verdict,
-) -> tuple[Target, Edit, Undone]:
-    new = SparseDelta(delta.support, delta.values.cpu()).replacement(old, scale)
-    _check_overflow(name, stored, old, new)
+    name: str, adapter: Adapter, stored: Stored, scale: float
+) -> tuple[MergedDelta | MergedWhole, Edit, Undone]:
+    """Return the report on a tensor, the entries whose bits change, and what undoes that.
+
+    The cost of a whole tensor follows its size, as all of it may change.
+    """
+    values = flat = None
+    if name in adapter:
+        values, flat = adapter[name].values.cpu(), adapter[name].support.indices.cpu()
+        old = read_entries(stored, flat)
+        new = SparseDelta(adapter[name].support, values).replacement(old, scale)
+    else:
+        tensor = adapter.tensors[name]
+        flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()))
+        old = read_entries(stored, flat)
+        new = tensor.reshape(-1).cpu().to(old.dtype)
+    over = int((old.isfinite() & ~new.isfinite()).sum())
+    if over:
+        raise MergeError(
+            f"{stored.file}: {name!r}: {over} of {new.numel()} sums are too large for "
+            f"{stored.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
+        )
     changed = bits(new) != bits(old)
-    nonzero = delta.values.cpu() != 0 if scale else torch.zeros(flat.numel(), dtype=torch.bool)
-    told = Target(
-        name=name,
-        key=stored.key,
-        file=stored.file.name,
-        dtype=str(old.dtype).removeprefix("torch."),
-        nnz=flat.numel(),
-        nonzero=int(nonzero.sum()),
-        lost=int((nonzero & (new == old)).sum()),
-        base=verdict,
-    )
-    return told, *_written(stored, flat[changed], old[changed], new[changed])
-
-
-def _whole_change(
-    name: str, tensor: Tensor, stored: Stored, file: BinaryIO
-) -> tuple[Whole, Edit, Undone]:
-    """Do as `_change` for a whole tensor; the cost follows its size, as all of it may change."""
-    flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()))
-    old = read_entries(file, stored, flat)
-    new = tensor.detach().reshape(-1).cpu().to(old.dtype)
-    _check_overflow(name, stored, old, new)
-    changed = bits(new) != bits(old)
-    told = Whole(
-        name=name,
-        key=stored.key,
-        file=stored.file.name,
-        dtype=str(old.dtype).removeprefix("torch."),
-        shape=stored.shape,
-        changed=int(changed.sum()),
-    )
-    return told, *_written(stored, flat[changed], old[changed], new[changed])
-
-
-def _written(stored: Stored, flat: Tensor, old: Tensor, new: Tensor) -> tuple[Edit, Undone]:
-    """Return the entries whose bits change, to be written and to be put back."""
+    place = (name, stored.key, stored.file.name, str(old.dtype).removeprefix("torch."))
+    told: MergedDelta | MergedWhole
+    if values is None:
+        told = MergedWhole(*place, shape=stored.shape, changed=int(changed.sum()))
+    else:
+        nonzero = values != 0 if scale else torch.zeros(values.numel(), dtype=torch.bool)
+        told = MergedDelta(
+            *place,
+            nnz=values.numel(),
+            nonzero=int(nonzero.sum()),
+            lost=int((nonzero & (new == old)).sum()),
+            base=judge(adapter.metadata, name, values, old),
+        )
+    flat, old, new = flat[changed], old[changed], new[changed]
     support = Support._trusted(stored.shape, flat)
     undone = Undone(stored.key, stored.file.name, support, old, fingerprint(new))
-    return Edit(stored, flat, new), undone
+    return told, Edit(stored, flat, new), undone
 
 
-def bits(values: Tensor) -> Tensor:
-    """The values as integers of their width, to tell 0.0 from -0.0."""
-    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.view(widths[values.element_size()])
-
-
-def _check_lost(targets: Sequence[Target], most: float) -> None:
+def _check_lost(targets: Sequence[MergedDelta], most: float) -> None:
     lost, nonzero = sum(t.lost for t in targets), sum(t.nonzero for t in targets)
     if lost > most * nonzero:
         worst = max(targets, key=lambda t: t.lost / max(t.nonzero, 1))
@@ -325,13 +306,4 @@ def _check_lost(targets: Sequence[Target], most: float) -> None:
             f"rounding swallows {lost} of {nonzero} deltas ({lost / nonzero:.1%}), more than the "
             f"{most:.1%} allowed; most in {worst.key!r} ({worst.dtype}). Merge into a checkpoint "
             "of a wider dtype, or allow more"
-        )
-
-
-def _check_overflow(name: str, stored: Stored, old: Tensor, new: Tensor) -> None:
-    over = int((old.isfinite() & ~new.isfinite()).sum())
-    if over:
-        raise MergeError(
-            f"{stored.file}: {name!r}: {over} of {new.numel()} sums are too large for "
-            f"{stored.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
         )

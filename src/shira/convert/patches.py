@@ -7,31 +7,33 @@ whole shape. A patch needs no base to be applied, and so knows neither scale nor
 
 A patch file is a safetensors file with ``<name>.indices`` ``(k,)`` I32 and ``<name>.values``
 ``(k,)`` for each weight, in the weight's dtype. Its ``__metadata__``: ``format`` is
-``"shira-sparse-patch"``, ``version`` is ``"1"``, ``shapes`` is JSON, ``{name: [sizes]}``.
+``"shira-sparse-patch"``, ``version`` is ``"1"``, ``shapes`` is JSON, ``{name: [sizes]}``. An undo
+file is written and read by the same functions.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import accept, judge
-from shira.checkpoints.naming import match_names
-from shira.checkpoints.opening import FLOATS
-from shira.checkpoints.sources import Model, source_of
-from shira.convert.entry_file import Entries, Kind, read, sizes, write
+from shira.checkpoints.models import Model, names_in, source_of
 from shira.delta import SparseDelta, checked_scale
-from shira.errors import AdapterError, FileFormatError, WrongBaseError, did_you_mean
+from shira.errors import AdapterError, FileFormatError, ShiraError, WrongBaseError
+from shira.store.atomic import write_atomically
+from shira.store.header import FLOATS, read_header, read_tensor
+from shira.store.json_text import open_regular, parse_object, shape_in
 from shira.support import Support
 
-_LIMIT = 2**31
-_FILE = Kind(
-    "shira-sparse-patch", "1", "a file of sparse weight patches", ".values", "shapes", FLOATS, sizes
-)
+_INDICES = ".indices"
+_LIMIT = 2**31  # entries that int32 indices can count
 
 
 class SparsePatch(NamedTuple):
@@ -53,7 +55,7 @@ class SparsePatch(NamedTuple):
 def to_patches(
     adapter: Adapter, base: Model, *, scale: float = 1.0, check_base: bool = True
 ) -> list[SparsePatch]:
-    """An adapter as patches of a base.
+    """Make patches of a base from an adapter.
 
     Args:
         adapter: The adapter.
@@ -69,24 +71,21 @@ def to_patches(
         MergeError: If a weight is tied to another, which a patch would change too.
         AdapterError: If the scale is not a finite number, int32 cannot count the entries of a
             weight, or the adapter has whole tensors, which are no patches.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([1.0, 2.0]))
+        >>> (patch,) = shira.convert.to_patches(Adapter({"w": delta}), {"w": torch.ones(2, 3)})
+        >>> patch.indices.tolist(), patch.values.tolist()
+        ([0, 4], [2.0, 3.0])
     """
     adapter.require_sparse("sparse weight patches")
     scale = checked_scale("the adapter", scale)
     source = source_of(base, shared=True)
-    if not len(adapter):
-        return []
-    prefix = match_names(list(adapter), source.shapes)
-    if prefix is None:
-        odd = next(name for name in adapter if name not in source.shapes)
-        packed = f" (it has one of {source.others[odd]})" if odd in source.others else ""
-        raise WrongBaseError(
-            f"{source.label}: there is no {odd!r} of floating point{packed}, which the adapter "
-            f"changes; is this its base?{did_you_mean(odd, source.shapes)}"
-        )
-    source.check_untied(prefix.apply(name) or name for name in adapter)
+    keys = names_in(source, list(adapter), "adapter")
+    source.check_untied(keys.values())
     patches, verdicts = [], {}
     for name, delta in adapter.items():
-        key = prefix.apply(name) or name
+        key = keys[name]
         support = delta.support.to("cpu")
         if source.shapes[key] != support.shape:
             raise WrongBaseError(
@@ -112,7 +111,7 @@ def save_patches(patches: Iterable[SparsePatch], path: str | os.PathLike[str]) -
         Entries(p.name, list(p.full_shape), Support(p.full_shape, p.indices), p.values)
         for p in patches
     )
-    write(path, _FILE, entries)
+    write_file(path, _PATCHES, entries)
 
 
 def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
@@ -123,8 +122,102 @@ def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
         FileFormatError: If it is damaged, or no patch file.
     """
     patches = []
-    for name, _, support, values in read(path, _FILE):
+    for name, _, support, values in read_file(path, _PATCHES):
         if support.numel >= _LIMIT:
             raise FileFormatError(f"{path}: {name!r}: more entries than int32 indices can count")
         patches.append(SparsePatch(name, support.indices, values, support.shape))
     return patches
+
+
+class Kind(NamedTuple):
+    """One kind of file with some entries of each of several weights.
+
+    Attributes:
+        name: Its ``format``.
+        what: The name of such files in messages.
+        values: The end of the name of a weight's values: ``".values"``.
+        about: The entry of the metadata that tells of each weight.
+        dtypes: Dtypes of the values.
+        shape_of: The weight's shape, of what is told of it; `FileFormatError` if there is none.
+    """
+
+    name: str
+    what: str
+    values: str
+    about: str
+    dtypes: Collection[str]
+    shape_of: Callable[[Any], tuple[int, ...]]
+
+
+class Entries(NamedTuple):
+    """Some entries of one weight, with what is told of it, and ``(k,)`` values."""
+
+    name: str
+    told: Any
+    support: Support
+    values: Tensor
+
+
+def write_file(path: str | os.PathLike[str], kind: Kind, all_entries: Iterable[Entries]) -> None:
+    """Write a file of entries, atomically; its folder is made if absent."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, told, support, values in all_entries:
+        tensors[name + _INDICES] = support.indices.contiguous()
+        tensors[name + kind.values] = values.contiguous()
+        about[name] = told
+    metadata = {"format": kind.name, "version": "1", kind.about: json.dumps(about)}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, to_bytes(tensors, metadata=metadata))
+
+
+def read_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
+    """Read and check a file of entries.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        FileFormatError: If it is damaged, or of another kind.
+    """
+    with open_regular(path) as file:
+        header = read_header(file, path)
+        told = header.metadata
+        if told.get("format") != kind.name:
+            raise FileFormatError(f"{header.path}: not {kind.what}")
+        if told.get("version") != "1":
+            raise FileFormatError(
+                f"{header.path}: version {told.get('version')!r} of such files ({kind.name}) is "
+                "not known, only '1'; update shira"
+            )
+        about = parse_object(told.get(kind.about, ""), header.path, kind.about)
+        wanted = {name + part for name in about for part in (_INDICES, kind.values)}
+        if wanted != set(header.tensors):
+            odd = sorted(wanted ^ set(header.tensors))[0]
+            raise FileFormatError(f"{header.path}: tensor {odd!r} is missing or not listed")
+        found = []
+        for name, of_weight in about.items():
+            try:
+                shape = kind.shape_of(of_weight)
+                if header.tensors[name + kind.values].dtype not in kind.dtypes:
+                    raise FileFormatError(f"{kind.values[1:]} are {', '.join(kind.dtypes)}")
+                indices = read_tensor(file, header, name + _INDICES)
+                support = Support(shape, indices)
+                if indices.dtype != support.indices.dtype:
+                    wanted_dtype = str(support.indices.dtype).removeprefix("torch.")
+                    raise FileFormatError(f"indices are {wanted_dtype}")
+                values = read_tensor(file, header, name + kind.values)
+                if values.shape != (support.nnz,):
+                    raise FileFormatError(
+                        f"{support.nnz} indices need {kind.values[1:]} of shape ({support.nnz},), "
+                        f"not {tuple(values.shape)}"
+                    )
+            except (ShiraError, ValueError) as error:
+                raise FileFormatError(f"{header.path}: {name!r}: {error}") from error
+            found.append(Entries(name, of_weight, support, values))
+    return found
+
+
+_PATCHES = Kind(
+    *("shira-sparse-patch", "a file of sparse weight patches", ".values", "shapes"),
+    FLOATS,
+    shape_in,
+)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The undo file of a merge: what stood at the entries that it changed.
+"""Undoing a merge: the file of what stood at the entries that it changed, and the base's bytes.
 
-A safetensors file. For each tensor of the checkpoint with an entry changed:
+An undo file is safetensors. For each tensor of the checkpoint with an entry changed:
 
 - ``<key>.indices`` ``(k,)`` I32 (I64 from 2^31 entries on): increasing flat indices of the entries
   whose bits changed;
@@ -24,21 +24,80 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from shira.convert.entry_file import Entries, Kind, read, sizes, write
-from shira.errors import FileFormatError
+from shira.base import fingerprint
+from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
+from shira.convert.patches import Entries, Kind, read_file, write_file
+from shira.errors import FileFormatError, WrongBaseError
 from shira.store.atomic import write_atomically
 from shira.store.header import WHOLE_DTYPES
+from shira.store.json_text import shape_in
+from shira.store.atomic import check_outputs
 from shira.support import Support
 
 
 @dataclass(frozen=True)
+class Unmerged:
+    """The report of an undoing.
+
+    Attributes:
+        output: Where the restored checkpoint is.
+        tensors: How many tensors had entries put back.
+        entries: How many entries.
+        written: The files.
+    """
+
+    output: Path
+    tensors: int
+    entries: int
+    written: Written
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in what JSON can hold."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def unmerge(
+    merged: str | os.PathLike[str],
+    undo: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Unmerged:
+    """Write a copy of a merged checkpoint with the originals put back: the base's own bytes.
+
+    Args:
+        merged: What `merge` wrote, in the files that it wrote.
+        undo: The undo file that it wrote.
+        output: Where the restored one goes. It appears as a whole.
+        overwrite: Replace an output that is there already.
+        progress: Told the bytes done and those there are in all.
+
+    Raises:
+        FileNotFoundError: If one of the two is not there.
+        FileFormatError: If one of the two is damaged.
+        WrongBaseError: If the undo file belongs to another checkpoint, or this one has changed
+            since the merge.
+        ConfigError: If the output exists, or would overwrite or overlap what is read.
+    """
+    checkpoint = open_checkpoint(merged)
+    check_outputs({"output": output}, undo_files(undo), [checkpoint.path])
+    target = check_output(checkpoint, output, overwrite)
+    edits = _edits_back(undo, checkpoint)
+    written = rewrite(checkpoint, edits, target, progress)
+    return Unmerged(target, len(edits), sum(edit.flat.numel() for edit in edits), written)
+
+
+@dataclass(frozen=True)
 class Undone:
-    """What to put back into one tensor.
+    """The entries to put back into one tensor.
 
     Attributes:
         key: Its name in the checkpoint.
@@ -66,7 +125,7 @@ def write_undo(path: str | os.PathLike[str], undone: Sequence[Undone]) -> None:
         )
         for one in undone
     )
-    write(path, _FILE, entries)
+    write_file(path, _UNDO, entries)
 
 
 def read_undo(path: str | os.PathLike[str]) -> list[Undone]:
@@ -78,7 +137,7 @@ def read_undo(path: str | os.PathLike[str]) -> list[Undone]:
     """
     return [
         Undone(key, told["file"], support, originals, told["merged"])
-        for key, told, support, originals in read(path, _FILE)
+        for key, told, support, originals in read_file(path, _UNDO)
     ]
 
 
@@ -110,21 +169,52 @@ def undo_files(path: str | os.PathLike[str]) -> list[Path]:
     return [path, *(file for file in beside if before.fullmatch(file.name))]
 
 
-def _shape(told: object) -> list[int]:
-    """The shape, if file and fingerprint are told too."""
+def _edits_back(undo: str | os.PathLike[str], checkpoint: Checkpoint) -> list[Edit]:
+    """Read the originals from the undo file, or from an older one that fits this checkpoint."""
+    errors = []
+    for file in undo_files(undo):
+        try:
+            return [_edit_back(one, checkpoint, file) for one in read_undo(file)]
+        except WrongBaseError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _edit_back(one: Undone, checkpoint: Checkpoint, undo: Path) -> Edit:
+    """Put back into one tensor, after making sure that it holds what the merge wrote."""
+    stored = checkpoint.tensors.get(one.key)
+    # A checkpoint of a single file may have been renamed; a shard of several may not.
+    single = len(checkpoint.files) == 1
+    if (
+        stored is None
+        or not (single or stored.file.name == one.file)
+        or stored.shape != one.support.shape
+        or WHOLE_DTYPES.get(stored.dtype) != one.originals.dtype
+    ):
+        raise WrongBaseError(
+            f"{undo}: it undoes a merge into {one.key!r} of shape {one.support.shape} in "
+            f"{one.file}, which {checkpoint.path} does not have; is it of this merge?"
+        )
+    flat = one.support.indices
+    if fingerprint(read_entries(stored, flat)) != one.merged:
+        raise WrongBaseError(
+            f"{checkpoint.path}: {one.key!r} does not hold what the merge of {undo} wrote: it is "
+            "not merged, changed since, or of another merge"
+        )
+    return Edit(stored, flat, one.originals)
+
+
+def _undo_shape(told: object) -> tuple[int, ...]:
+    """Return the shape, if file and fingerprint are told too."""
     if not isinstance(told, dict) or not all(
         isinstance(told.get(n), str) for n in ("file", "merged")
     ):
         raise FileFormatError("file, shape and merged are told")
-    return sizes(told.get("shape"))
+    return shape_in(told.get("shape"))
 
 
-_FILE = Kind(
-    "shira-undo",
-    "1",
-    "an undo file of shira merge --undo",
-    ".originals",
-    "tensors",
+_UNDO = Kind(
+    *("shira-undo", "an undo file of shira merge --undo", ".originals", "tensors"),
     WHOLE_DTYPES,
-    _shape,
+    _undo_shape,
 )

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many entries of a weight to train: k, from a rank as LoRA counts or from a density."""
+"""How many entries of a weight to train or keep: k, from a rank as LoRA counts or a density."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from shira.errors import MaskError
+from torch import Tensor
+
+from shira.errors import ConfigError, MaskError
+from shira.masks.topk import top_k_of_all
+from shira.support import matrix_shape
 
 
 def budget(m: int, n: int, r: int, *, name: str = "") -> int:
@@ -67,6 +72,84 @@ def check_fits(shape: Sequence[int], k: int) -> int:
             f"which has {numel}"
         )
     return numel
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many entries a conversion keeps, by density or as LoRA counts.
+
+    Attributes:
+        density: Share of each tensor's entries.
+        r: ``r * (m + n)`` entries of an m x n tensor; one of a single dimension is kept whole.
+        everywhere: Spend the sum of the tensors' budgets on the largest entries of all tensors,
+            not on the largest of each.
+
+    Raises:
+        ConfigError: If both or neither of ``density`` and ``r`` are given, or one is out of range.
+    """
+
+    density: float | None = None
+    r: int | None = None
+    everywhere: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.r is None):
+            raise ConfigError("a budget is either a density or an r, as LoRA's")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ConfigError(f"density is a share above 0 and up to 1, not {self.density}")
+        if self.r is not None and self.r < 1:
+            raise ConfigError(f"r is at least 1, not {self.r}")
+
+    def entries(self, shape: tuple[int, ...]) -> int:
+        """Return how many entries of a tensor of this shape, at most all of them."""
+        numel = math.prod(shape)
+        if self.r is None:
+            return budget_from_density(numel, self.density or 0.0)
+        if len(shape) < 2:
+            return numel
+        return min(numel, self.r * sum(matrix_shape(shape)))
+
+
+def budget_or_none(density: float | None, r: int | None, everywhere: bool) -> Budget | None:
+    """Return the budget that a caller gave; None if that is nothing.
+
+    Raises:
+        ConfigError: As `Budget`, and if ``everywhere`` stands alone.
+    """
+    if density is None and r is None:
+        if everywhere:
+            raise ConfigError("a budget everywhere needs a density or an r")
+        return None
+    return Budget(density, r, everywhere)
+
+
+def largest_entries(
+    scores: Mapping[str, Iterable[Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, int],
+    everywhere: bool,
+) -> dict[str, Tensor]:
+    """Find the entries of highest score.
+
+    Args:
+        scores: Of each tensor, in flat pieces, as `top_k` takes them.
+        shapes: Of the tensors.
+        counts: How many entries of each.
+        everywhere: Take as many in all from wherever they are highest.
+
+    Returns:
+        Increasing flat indices into each tensor, int64.
+
+    Raises:
+        MaskError: If a score is NaN.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if everywhere:
+        return top_k_of_all(scores, sizes, sum(counts.values()))
+    return {
+        name: top_k_of_all({name: blocks}, sizes, counts[name])[name]
+        for name, blocks in scores.items()
+    }
 
 
 def _of(name: str) -> str:

@@ -31,9 +31,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from shira.adapter import Adapter
-from shira.checkpoints.naming import locate
-from shira.checkpoints.opening import open_checkpoint
-from shira.checkpoints.sources import OnDisk
+from shira.checkpoints import OnDisk, locate, open_checkpoint
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import Failure, located

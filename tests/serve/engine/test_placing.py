@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shira.adapter import Adapter
-from shira.checkpoints.sources import source_of
+from shira.checkpoints.models import source_of
 from shira.delta import SparseDelta
 from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
