@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from shira import Adapter, SparseDelta, Support, fuse
 from shira.errors import AdapterError, ConfigError, WrongBaseError
-from shira.fusing import METHODS, fill_to_rank, reference
+from shira.fusing import METHODS, fill_to_rank
 from tests.adapters import adapters, delta, few, finite, random_adapter
+from tests.fusing import reference
 
 methods = st.sampled_from(sorted(METHODS))
 

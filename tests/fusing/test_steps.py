@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shira.fusing import reference
 from shira.fusing.steps import (
     digest,
     drop,
@@ -23,6 +22,7 @@ from shira.fusing.steps import (
 )
 from shira.support import align
 from tests.adapters import SHAPES, delta, deltas, dtypes, few, finite, random_delta
+from tests.fusing import reference
 
 SHAPE = SHAPES["one.weight"]
 several = st.integers(1, 5).flatmap(

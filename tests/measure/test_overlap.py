@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from shira import Adapter, SparseDelta, Support, overlap
 from shira.errors import AdapterError, WrongBaseError
-from shira.fusing.reference import dense
 from shira.measure import numerical_rank
 from shira.measure.matrix import entries_of, zero_share
 from tests.adapters import SHAPES, adapters, delta, few, random_adapter, random_delta
+from tests.fusing.reference import dense
 
 
 def matrix(part: SparseDelta) -> torch.Tensor:

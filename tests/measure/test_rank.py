@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 
 from shira import SparseDelta, Support
-from shira.fusing.reference import dense
 from shira.measure import numerical_rank
 from shira.measure.matrix import largest_singular_value
 from tests.adapters import SHAPES, delta, deltas, few, random_delta
+from tests.fusing.reference import dense
 
 
 def of_matrix(matrix: torch.Tensor) -> SparseDelta:

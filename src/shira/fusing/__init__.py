@@ -6,7 +6,6 @@
     adapters    fuse, restrict, cast, fill_to_rank: what the operators of `Adapter` call
     methods     the table of fusing methods
     steps       the pure functions that methods are made of
-    reference   the same functions on dense tensors
     result      what goes together, and what is true of the result
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fusing means, on dense tensors of the weight's shape: slow, and what the tests go by.
+"""Fusing on dense tensors of the weight's shape: slow, and what the tests go by.
 
 Each deterministic method of `METHODS` in a few lines of plain torch, with a zero wherever a delta
 has no entry. For the random ones it is enough to have what they make of each delta: their
