@@ -181,7 +181,7 @@ def by_tuner(adapter, base, tmp_path):
 
 
 def by_server(adapter, base, tmp_path):
-    from tests.serve.test_held import Cluster
+    from tests.serve.test_worker import Cluster
 
     cluster = Cluster(1, base.dtype)
     cluster.base["q"] = base
