@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shira.errors import FileFormatError
-from shira.store.header import FLOATS, TensorInfo, header_of
+from shira.store.header import TensorInfo, header_of
 from shira.store.json_text import open_regular, read_object
 
 _INDEX = ".safetensors.index.json"

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
-from shira.store.names import CONFIG_NAME, WEIGHTS_NAME, base_module_name, weight_name
-from shira.store.patterns import check_patterns, matching
 from shira.store.config import CONFIG_LIMIT
 from shira.store.header import FLOATS, Header, read_header, read_tensor
 from shira.store.json_text import open_regular, read_object
+from shira.store.names import CONFIG_NAME, WEIGHTS_NAME, base_module_name, weight_name
+from shira.store.patterns import check_patterns, matching
 from shira.store.peft import read_whole
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")

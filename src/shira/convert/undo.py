@@ -35,10 +35,9 @@ from shira.checkpoints.entries import Edit, Progress, Written, check_output, rea
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries, Kind, read_file, write_file
 from shira.errors import FileFormatError, WrongBaseError
-from shira.store.atomic import write_atomically
+from shira.store.atomic import check_outputs, write_atomically
 from shira.store.header import WHOLE_DTYPES
 from shira.store.json_text import shape_in
-from shira.store.atomic import check_outputs
 from shira.support import Support
 
 
