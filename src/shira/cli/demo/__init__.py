@@ -20,15 +20,18 @@ EXAMPLES = (
 
 def command(
     output: Annotated[
-        Path, typer.Option(help="Folder for adapters, texts, figures; nothing goes elsewhere.")
+        Path,
+        typer.Option(help="Folder for adapters, texts, figures; nothing is written elsewhere."),
     ] = Path("shira-demo"),
-    seed: Annotated[int | None, typer.Option(help="Decides texts, masks, heads, batches.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of texts, masks, heads, batches.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the entries of each linear layer to train.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the adapter.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the adapter.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: shows that it works, learns nothing.")
     ] = False,

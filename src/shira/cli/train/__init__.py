@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shira.cli.train.options import fields, resolve
+from shira.cli.train.options import GROUPS, fields, resolve
 
 EXAMPLES = (
     "shira train --model bert-base-uncased --task text-classification --train-file train.csv"
@@ -44,10 +44,12 @@ def _signature() -> inspect.Signature:
     """Return one parameter for each option, None unless given, so that a file can be heard."""
     about = "YAML file of options; the command line wins over it."
     hints = {"config": Annotated[Path | None, typer.Option(help=about)]}
+    group = ""
     for field, hint in fields():
+        group = GROUPS.get(field.name, group)
         plain = field.default is None or field.default is False
         text = field.metadata["help"] + ("" if plain else f" (default {field.default})")
-        option = typer.Option(help=text, rich_help_panel=field.metadata["group"])
+        option = typer.Option(help=text, rich_help_panel=group)
         hints[field.name] = Annotated[hint | None, option]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(

@@ -41,79 +41,83 @@ TASKS = {
 }
 DEFAULT_DENSITY = 0.02
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GROUPS = {
+    "model": "Model",
+    "train_file": "Data",
+    "target_modules": "Adapter",
+    "learning_rate": "Training",
+    "output": "Output",
+}
+"""The groups of options in the help, by the first option of each."""
 _LARGEST = 2**16  # bytes of a file of options
 
 
-def _option(default: Any, group: str, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Everything that decides a training run. An option that is None was not given."""
 
-    model: str | None = _option(None, "Model", "Base model: a folder, or a name on the hub.")
-    task: str | None = _option(None, "Model", f"One of: {', '.join(TASKS)}.")
-    dtype: str = _option("auto", "Model", f"Of the base weights: {', '.join(DTYPES)}.")
+    model: str | None = _option(None, "Base model: a folder, or a name on the hub.")
+    task: str | None = _option(None, f"One of: {', '.join(TASKS)}.")
+    dtype: str = _option("auto", f"Dtype of the base weights: {', '.join(DTYPES)}.")
 
-    train_file: str | None = _option(None, "Data", "csv, tsv, json, jsonl, txt or parquet.")
-    eval_file: str | None = _option(None, "Data", "Likewise, to evaluate on.")
+    train_file: str | None = _option(None, "Data to train on: csv, tsv, json, jsonl, txt, parquet.")
+    eval_file: str | None = _option(None, "Data to evaluate on, in one of the same formats.")
     eval_fraction: float | None = _option(
-        None, "Data", "Evaluate on this share of the training file, which is then not trained on."
+        None, "Evaluate on this share of the training file, which is then not trained on."
     )
-    text_column: str | None = _option(None, "Data", "Column of the text; found if unambiguous.")
-    label_column: str | None = _option(None, "Data", "Column of the label; found if unambiguous.")
-    max_length: int = _option(256, "Data", "Tokens of a text, or of a block of running text.")
+    text_column: str | None = _option(None, "Column of the text; found if unambiguous.")
+    label_column: str | None = _option(None, "Column of the label; found if unambiguous.")
+    max_length: int = _option(256, "Tokens of a text, or of a block of running text.")
 
     target_modules: str | None = _option(
-        None, "Adapter", "Module names with commas, a regular expression, or all-linear (default)."
+        None, "Module names with commas, a regular expression, or all-linear (default)."
     )
     modules_to_save: str | None = _option(
-        None, "Adapter", "Modules to train whole, with commas; a classifier's head always is."
+        None, "Modules to train whole, with commas; a classifier's head always is."
     )
-    r: int | None = _option(None, "Adapter", "Budget as LoRA counts it: r * (m + n) a weight.")
+    r: int | None = _option(None, "Budget as LoRA counts it: r * (m + n) per weight.")
     density: float | None = _option(
-        None, "Adapter", "Budget as a share of each weight; 0.02 if neither is given."
+        None, "Budget as a share of each weight; 0.02 if neither is given."
     )
     mask_type: str = _option(
-        "random",
-        "Adapter",
-        "random, struct, magnitude, grad, snip, block or block_diagonal.",
+        "random", "random, struct, magnitude, grad, snip, block or block_diagonal."
     )
-    mask_seed: int | None = _option(
-        None, "Adapter", "Seed of the mask; that of --seed if not given."
-    )
-    mask_slot: int = _option(0, "Adapter", "Random masks of one seed in two slots never overlap.")
-    calibration_samples: int = _option(64, "Adapter", "Training rows that choose grad and snip.")
+    mask_seed: int | None = _option(None, "Seed of the mask; that of --seed if not given.")
+    mask_slot: int = _option(0, "Random masks of one seed in two slots never overlap.")
+    calibration_samples: int = _option(64, "Rows used to calibrate grad and snip masks.")
 
-    learning_rate: float = _option(1e-3, "Training", "About five times what LoRA would take.")
-    epochs: float = _option(3.0, "Training", "Passes over the training file.")
-    max_steps: int | None = _option(None, "Training", "Optimizer steps, whatever the epochs.")
-    batch_size: int = _option(8, "Training", "Rows a device and a forward pass.")
-    eval_batch_size: int | None = _option(None, "Training", "Likewise in evaluation.")
-    gradient_accumulation_steps: int = _option(1, "Training", "Forward passes an optimizer step.")
-    warmup: float = _option(0.05, "Training", "Steps, or the share of all steps if below 1.")
-    weight_decay: float = _option(0.0, "Training", "Pulls the deltas towards zero.")
-    max_grad_norm: float = _option(1.0, "Training", "Gradients are clipped to this norm.")
-    scheduler: str = _option("linear", "Training", "linear, cosine, constant_with_warmup, ...")
-    seed: int = _option(42, "Training", "Of head, batches, dropout and the mask.")
-    bf16: bool = _option(False, "Training", "Compute in bfloat16 where that is safe (autocast).")
-    gradient_checkpointing: bool = _option(False, "Training", "Less memory, one more forward pass.")
-    logging_steps: int = _option(10, "Training", "Optimizer steps between two losses.")
+    learning_rate: float = _option(1e-3, "About five times the rate of a LoRA.")
+    epochs: float = _option(3.0, "Passes over the training data.")
+    max_steps: int | None = _option(None, "Optimizer steps, whatever the epochs.")
+    batch_size: int = _option(8, "Batch size per device.")
+    eval_batch_size: int | None = _option(None, "Batch size per device in evaluation.")
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimizer step.")
+    warmup: float = _option(0.05, "Steps of warm-up, or a share of all steps if below 1.")
+    weight_decay: float = _option(0.0, "Pulls the deltas towards zero.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    scheduler: str = _option("linear", "linear, cosine, constant_with_warmup, ...")
+    seed: int = _option(42, "Seed of head, batches, dropout and mask.")
+    bf16: bool = _option(False, "Compute in bfloat16 where that is safe (autocast).")
+    gradient_checkpointing: bool = _option(False, "Less memory, one more forward pass.")
+    logging_steps: int = _option(10, "Optimizer steps between logged losses.")
     eval_steps: int | None = _option(
-        None, "Training", "Between evaluations; each epoch if not given."
+        None, "Optimizer steps between evaluations; every epoch if not given."
     )
     save_steps: int | None = _option(
-        None, "Training", "Between checkpoints; each epoch if not given."
+        None, "Optimizer steps between checkpoints; every epoch if not given."
     )
-    save_total_limit: int = _option(2, "Training", "Checkpoints that are kept.")
-    cpu: bool = _option(False, "Training", "Use no GPU.")
+    save_total_limit: int = _option(2, "Checkpoints to keep.")
+    cpu: bool = _option(False, "Train on the CPU even if there is a GPU.")
 
-    output: str | None = _option(None, "Output", "Folder to write; made if absent.")
+    output: str | None = _option(None, "Folder to write; made if absent.")
     resume: str | None = _option(
-        None, "Output", "Go on from a checkpoint: last, auto (last, if there is one), or its path."
+        None, "Go on from a checkpoint: last, auto (last, if there is one), or its path."
     )
-    overwrite: bool = _option(False, "Output", "Replace an adapter that is in --output already.")
+    overwrite: bool = _option(False, "Replace an adapter that is in --output already.")
 
     def filled(self) -> TrainOptions:
         """Return the options with what is taken for budget, mask seed and targets not given."""
