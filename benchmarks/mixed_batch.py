@@ -166,22 +166,22 @@ def _forward(
 
 
 def _threshold() -> int:
-    from shira.tuner import layers
+    from shira.tuner.layers import Linear
 
-    return layers.WHOLE_PRODUCT_FROM
+    return Linear.whole_product_from
 
 
 @contextmanager
 def _whole_product_from(tokens: int | None) -> Iterator[None]:
     """Tokens of a group from which it gets a product of its own; None: as it is."""
-    from shira.tuner import layers
+    from shira.tuner.layers import Linear
 
-    before = layers.WHOLE_PRODUCT_FROM
-    layers.WHOLE_PRODUCT_FROM = before if tokens is None else tokens
+    before = Linear.whole_product_from
+    Linear.whole_product_from = before if tokens is None else tokens
     try:
         yield
     finally:
-        layers.WHOLE_PRODUCT_FROM = before
+        Linear.whole_product_from = before
 
 
 @contextmanager

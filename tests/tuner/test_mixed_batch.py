@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from shira import ShiraConfig, get_peft_model
-from shira.tuner import layers
+from shira.tuner.layers import Linear
 
 from .models import everything, gpt2, llama, mlp, randomize
 
@@ -100,7 +100,7 @@ def test_long_groups_take_the_whole_product(monkeypatch):
     x = torch.randn(6, 10, 8)  # the longest adapted group has two samples of ten tokens
     with torch.no_grad():
         together = model(x, adapter_names=NAMES)
-        monkeypatch.setattr(layers, "WHOLE_PRODUCT_FROM", 20)
+        monkeypatch.setattr(Linear, "whole_product_from", 20)
         calls = count_products(monkeypatch)
         apart = model(x, adapter_names=NAMES)
     assert len(calls) == 2 + 4

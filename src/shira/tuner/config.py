@@ -26,7 +26,7 @@ from shira.masks.block import check_options
 from shira.store.names import full_shape
 from shira.store.patterns import check_patterns, matching
 from shira.support import Support, matrix_shape
-from shira.tuner.base_weight import readable, weight_of
+from shira.tuner.base_layer import readable, weight_of
 from shira.tuner.quantized import unpacked
 
 MaskFn = Callable[..., Any]

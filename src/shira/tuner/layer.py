@@ -39,11 +39,14 @@ from shira.tuner.base_layer import (
     device_of_work,
     gather_for_call,
     has_hooks_of_users,
+    is_computed,
     members,
     onloaded,
+    stored_weight,
     way_to_call,
+    weight_of,
+    with_originals,
 )
-from shira.tuner.base_weight import is_computed, stored_weight, weight_of, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import (
     IndexDict,
@@ -51,7 +54,7 @@ from shira.tuner.indices import (
     check_while_compiling,
     digest_of,
 )
-from shira.tuner.mixed_batch import BASE, group_by_group, samples_by_adapter
+from shira.tuner.mixed_batch import BASE, group_by_group, on_top_of_base, samples_by_adapter
 from shira.tuner.quantized import backend_of, cannot_merge
 
 
@@ -78,6 +81,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """The base layers that the type adapts."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
     """Forwards of base layers that `_product` stands in for; others are given another weight."""
+
+    whole_product_from: ClassVar[float] = 0
+    """Tokens of a group of samples from which a product with the whole weight beats `_on_top`."""
 
     def __init__(
         self,
@@ -504,8 +510,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     ) -> Any:
         """Send each sample through its own adapter: all together, or group by group."""
         base: Any = self._modules["base_layer"]
-        known = self._way(base) is not Way.OWN
-        arguments = [_the_input(base, args, kwargs)] if known else [*args, *kwargs.values()]
+        way = self._way(base)
+        own = way is Way.OWN
+        arguments = [*args, *kwargs.values()] if own else [_the_input(base, args, kwargs)]
         groups = samples_by_adapter(adapter_names, set(self.shira_weight), len(arguments[0]))
         self.refuse_samples_if_merged()
 
@@ -516,11 +523,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
         if len(groups) <= 1:
             return forward(*(groups or (BASE,)), *args, **kwargs)
-        result = self._grouped_forward(arguments[0], groups) if known else None
-        if result is None:
-            what = f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__}"
-            result = group_by_group(groups, arguments, forward, what)
-        return result
+        x = arguments[0]
+        longest = max(len(samples) for name, samples in groups.items() if name != BASE)
+        tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
+        if way is Way.DIRECT and tokens < self.whole_product_from:
+            return on_top_of_base(groups, x, self._base_forward, self._on_top)
+        what = f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__}"
+        return group_by_group(groups, arguments, forward, what)
 
     def refuse_samples_if_merged(self) -> None:
         """Refuse adapters for single samples while the weight holds one for all.
@@ -534,9 +543,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
             )
 
-    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
-        """Compute all groups in one go; None if one by one is better, or the only way."""
-        return None
+    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """Put an adapter on top of what the base layer returned for some samples."""
+        raise NotImplementedError
 
     def _warn_once_about_module_hooks(self) -> None:
         if not self._warned_about_hooks and has_hooks_of_users(self.base_layer):

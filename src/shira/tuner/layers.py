@@ -4,9 +4,8 @@
 A type says which base layers it adapts, and computes their product with the deltas inside the
 weight. To add one, write its class, here or in a file of its own, and put it into `LAYERS`.
 
-For a mixed batch (``adapter_names=``) a type may go through the base once for all samples and put
-each adapter's k entries on top for the samples that want it, instead of one product with the whole
-weight for each adapter:
+In a mixed batch (``adapter_names=``) the base is computed once for all samples, where that is
+cheaper, and a type puts each adapter's k entries on top for the samples that want it:
 
 - linear layers: ``y_g += x_g dW_g^T``, O(tokens of the group * k); see `shira.ops.sparse_product`
   for how its rounding differs from the merged weight's;
@@ -16,6 +15,7 @@ weight for each adapter:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,17 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from shira import ops
 from shira.base import replacement
-from shira.tuner.base_layer import Way, members
-from shira.tuner.base_weight import weight_of
+from shira.tuner.base_layer import Way, members, weight_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
-
-WHOLE_PRODUCT_FROM = 256
-"""Tokens of a group from which one product with the whole weight beats base and delta apart.
-
-A product with the adapter inside the weight costs its scatter and restore, O(k), once; base and
-delta apart cost O(tokens * k) more. Measured on two CPU cores (``python -m benchmarks
-mixed_batch``)."""
 
 
 class Linear(ShiraLayer):
@@ -43,6 +35,10 @@ class Linear(ShiraLayer):
 
     base_types = (nn.Linear, Conv1D)
     known_forwards = frozenset({nn.Linear.forward, Conv1D.forward})
+    whole_product_from = 256
+    """A product with the adapter inside the weight costs its scatter and restore, O(k), once; base
+    and delta apart cost O(tokens * k) more. Measured on two CPU cores (``python -m benchmarks
+    mixed_batch``)."""
 
     def _stores_input_first(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)
@@ -63,30 +59,16 @@ class Linear(ShiraLayer):
             return delta + self._base_forward(x)  # type: ignore[no-any-return]
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
-    def _grouped_forward(self, x: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
-        # Long groups are cheaper one by one, with the adapter inside the weight.
-        adapted = {name: samples for name, samples in groups.items() if name in self.shira_weight}
-        tokens = x[0, ..., 0].numel() if len(x) else 0
-        longest = tokens * max(map(len, adapted.values()), default=0)
-        if self._way(self.base_layer) is not Way.DIRECT or longest >= WHOLE_PRODUCT_FROM:
-            return None
-        x = self._cast_input(x, weight_of(self.get_base_layer()))
-        result = _writable(self._base_forward(x))
-        for name, samples in adapted.items():
-            at = torch.tensor(samples, device=x.device)
-            inputs = x.index_select(0, at)  # (samples of the group, ..., in)
-            added = ops.sparse_product(
-                inputs.reshape(-1, inputs.shape[-1]),
-                self._delta(name),
-                self.shira_indices.kept(name),
-                self.weight_shape,
-                transposed=self.fan_in_fan_out,
-            )
-            outputs = result.index_select(0, at)
-            # in the wide dtype of `added`, rounded once
-            outputs = (outputs + added.view(outputs.shape)).to(result.dtype)
-            result = result.index_copy_(0, at, outputs)
-        return result
+    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        added = ops.sparse_product(
+            self._cast_input(x, weight_of(self.get_base_layer())).reshape(-1, x.shape[-1]),
+            self._delta(adapter),
+            self.shira_indices.kept(adapter),
+            self.weight_shape,
+            transposed=self.fan_in_fan_out,
+        )
+        # in the wide dtype of `added`, rounded once
+        return (result + added.view(result.shape)).to(result.dtype)
 
 
 class Conv2d(ShiraLayer):
@@ -131,6 +113,7 @@ class Embedding(ShiraLayer):
 
     base_types = (nn.Embedding,)
     known_forwards = frozenset({nn.Embedding.forward})
+    whole_product_from = math.inf
 
     def _stores_input_first(self) -> bool:
         return True  # rows are looked up by the input
@@ -143,27 +126,17 @@ class Embedding(ShiraLayer):
         base: Any = self.get_base_layer()
         return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
 
-    def _grouped_forward(self, ids: Tensor, groups: dict[str, list[int]]) -> Tensor | None:
-        if self._way(self.base_layer) is not Way.DIRECT:
-            return None
-        base: Any = self.get_base_layer()
-        result = _writable(F.embedding(ids, base.weight, base.padding_idx))  # (samples, ..., dim)
-        for name, samples in groups.items():
-            if name not in self.shira_weight:
-                continue
-            at = torch.tensor(samples, device=ids.device)
-            wanted = ids.index_select(0, at).reshape(-1)
-            place, entry = ops.looked_up(wanted, self.shira_indices.kept(name), self.weight_shape)
-            delta = self._delta(name).index_select(0, entry)
-            if base.padding_idx is not None and delta.requires_grad:  # that row gets no gradient
-                row = self.shira_indices[name][0].index_select(0, entry)
-                delta = torch.where(row == base.padding_idx, delta.detach(), delta)
-            rows = result.index_select(0, at)  # (samples of the group, ..., dim)
-            flat = rows.view(-1)
-            new = replacement(flat.index_select(0, place), delta)
-            rows = flat.index_copy(0, place, new).view(rows.shape)
-            result = result.index_copy_(0, at, rows)
-        return result
+    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        padding_idx: int | None = self.get_base_layer().padding_idx  # type: ignore[assignment]
+        indices = self.shira_indices.kept(adapter)
+        place, entry = ops.looked_up(x.reshape(-1), indices, self.weight_shape)
+        delta = self._delta(adapter).index_select(0, entry)
+        if padding_idx is not None and delta.requires_grad:  # that row gets no gradient
+            row = self.shira_indices[adapter][0].index_select(0, entry)
+            delta = torch.where(row == padding_idx, delta.detach(), delta)
+        flat = result.view(-1)
+        new = replacement(flat.index_select(0, place), delta)
+        return flat.index_copy(0, place, new).view(result.shape)
 
 
 LAYERS: tuple[type[ShiraLayer], ...] = (Linear, Conv2d, Embedding)
@@ -177,8 +150,3 @@ def layer_class_of(module: nn.Module) -> type[ShiraLayer] | None:
             return layer_class
     backend = backend_of(module)
     return Linear if backend is not None and backend.layer_type == "linear" else None
-
-
-def _writable(result: Tensor) -> Tensor:
-    """Return memory that may be written to: what autograd has seen is copied."""
-    return result.clone() if result.requires_grad else result

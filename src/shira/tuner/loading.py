@@ -25,7 +25,7 @@ from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
 from shira.support import Support, matrix_shape
-from shira.tuner.base_weight import base_values
+from shira.tuner.base_layer import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.saving import by_own_names, is_elsewhere, layers_of, path_in_state

@@ -30,7 +30,7 @@ from shira.errors import ConfigError, MaskError, MergeError, TargetError, did_yo
 from shira.masks import MASKS, choose, custom_support
 from shira.store.names import base_module_name, full_shape, weight_name
 from shira.support import Support
-from shira.tuner.base_weight import base_of, pristine, readable, weight_of
+from shira.tuner.base_layer import base_of, pristine, readable, weight_of
 from shira.tuner.config import BuiltinMask, ShiraConfig, as_ours
 from shira.tuner.layers import layer_class_of
 from shira.tuner.quantized import backend_of

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -103,6 +104,32 @@ def samples_by_adapter(
     for sample, name in enumerate(adapter_names):
         groups.setdefault(name if name in known else BASE, []).append(sample)
     return groups
+
+
+def on_top_of_base(
+    groups: dict[str, list[int]],
+    x: Tensor,
+    base_forward: Callable[[Tensor], Tensor],
+    on_top: Callable[[str, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Call the base once for all samples, and put each adapter on top for its own.
+
+    Args:
+        groups: From `samples_by_adapter`.
+        x: ``(samples, ...)``.
+        base_forward: Of the layer.
+        on_top: Given an adapter's name, its samples of ``x`` and the base's results for them.
+
+    Returns:
+        ``(samples, ...)``.
+    """
+    result = base_forward(x)
+    result = result.clone() if result.requires_grad else result  # autograd has seen it
+    for name in [name for name in groups if name != BASE]:
+        at = torch.tensor(groups[name], device=x.device)
+        part = on_top(name, x.index_select(0, at), result.index_select(0, at))
+        result = result.index_copy_(0, at, part)
+    return result
 
 
 def group_by_group(

@@ -24,7 +24,7 @@ from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you
 from shira.ops.memory import MemoryMap, make_private
 from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.support import Support
-from shira.tuner.base_weight import at_rest, base_of, base_values, readable
+from shira.tuner.base_layer import at_rest, base_of, base_values, readable
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model

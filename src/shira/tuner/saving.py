@@ -39,7 +39,7 @@ from shira.store.names import (
     weight_name,
     whole,
 )
-from shira.tuner.base_weight import base_values, stored_weight, values_at, with_originals
+from shira.tuner.base_layer import base_values, stored_weight, values_at, with_originals
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer

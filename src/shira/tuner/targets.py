@@ -21,8 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from shira.errors import MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
 from shira.store.names import base_module_name, full_shape, is_sharded
-from shira.tuner.base_layer import Way, way_to_call
-from shira.tuner.base_weight import base_of, is_computed, weight_of
+from shira.tuner.base_layer import Way, base_of, is_computed, way_to_call, weight_of
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
