@@ -30,7 +30,6 @@ from shira.switch.targets import (
     Prepared,
     Target,
     Targets,
-    adapter_layers,
     give_private_memory,
     refuse_merged,
     resolve,
@@ -144,7 +143,7 @@ class Switch:
         with self.lock:
             if name in self._loaded:
                 raise AdapterError(f"an adapter {name!r} is loaded already; unload it first")
-            layers = adapter_layers(self.module)
+            layers = [m for m in self.module.modules() if "merged_adapters" in vars(m)]
             refuse_merged(layers)
             self._follow_moves()
             index = Targets(self.module)
@@ -303,16 +302,14 @@ class Switch:
 
     def _explained(self, error: ChangedWeightError) -> SwitchError:
         before = error.exchange.before
+        expected, remedy = "the base did when the adapter was loaded", ""
         if before is not None and (before.offsets == error.offset).any():
-            return SwitchError(
-                f"{error.entry} does not hold what {self.active} put there: somebody else has "
-                "written to the weight since. Nothing was changed. deactivate(force=True) puts the "
-                "originals back all the same; rebase() takes the weights as they are for the base"
-            )
+            expected = f"{self.active} put there"
+            remedy = "deactivate(force=True) puts the originals back all the same; "
         return SwitchError(
-            f"{error.entry} does not hold what the base did when the adapter was loaded: somebody "
-            "else has written to the weight since. Nothing was changed. rebase() takes the weights "
-            "as they are for the base"
+            f"{error.entry} does not hold what {expected}: somebody else has written to the weight "
+            f"since. Nothing was changed. {remedy}rebase() takes the weights as they are for the "
+            "base"
         )
 
     def _keep(self, targets: Sequence[Target]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from shira.adapter import Adapter
 from shira.base import Verdict, accept, judge
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, did_you_mean
-from shira.ops.memory import MemoryMap
+from shira.ops.memory import MemoryMap, overlaps_itself
 from shira.ops.patch import Patch
 from shira.store.names import base_module_name, unwrapped
 from shira.switch.entries import Entry, make_entry
@@ -77,15 +77,7 @@ class Targets:
                         self._blocks.setdefault(at, []).append(_block(name, tensor))
 
     def find(self, name: str, *, buffers: bool = False) -> Target:
-        """Return the parameter of a name.
-
-        Args:
-            name: As the base model calls it.
-            buffers: Look among buffers too.
-
-        Raises:
-            AdapterError: If there is none.
-        """
+        """Return the parameter, or buffer, that the base model calls so; else an `AdapterError`."""
         if name in self._by_name:
             return self._by_name[name]
         if buffers and name in self._buffers:
@@ -175,7 +167,7 @@ def check_writable(
         raise TargetError(
             f"{target.name!r} is on the meta device and has no values yet; load the model first"
         )
-    if any(step == 0 and n > 1 for n, step in zip(weight.shape, weight.stride(), strict=True)):
+    if overlaps_itself(weight):
         raise TargetError(
             f"entries of {target.name!r} share memory (an expanded tensor); put a copy in its place"
         )
@@ -222,11 +214,6 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
             )
 
 
-def adapter_layers(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of PEFT's in a model that can merge adapters into their weights."""
-    return [layer for layer in module.modules() if "merged_adapters" in vars(layer)]
-
-
 def resolve(
     name: str, adapter: Adapter, index: Targets, known: Mapping[str, Target], allow_tied: bool
 ) -> dict[Target, str]:
@@ -234,7 +221,7 @@ def resolve(
 
     Args:
         name: The adapter's name, for messages.
-        adapter: What to look up.
+        adapter: The adapter.
         index: The module's parameters.
         known: Weights that adapters are loaded for already, by name.
         allow_tied: Accept a weight that is known under further names.
@@ -299,30 +286,21 @@ def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied
     return tied[0]
 
 
+@dataclass
 class Prepared:
-    """An adapter whose parameters have been found in a module.
+    """An adapter whose parameters have been found in a module."""
 
-    Args:
-        name: What it is called.
-        adapter: The adapter; kept.
-        names: What the adapter calls each weight.
-        check_base: Whether the base's fingerprint must agree.
-
-    Attributes:
-        entries: By weight, ready to be written; one that is missing is made by `complete`.
-    """
-
-    def __init__(
-        self, name: str, adapter: Adapter, names: Mapping[Target, str], check_base: bool
-    ) -> None:
-        self.name, self.adapter, self.names, self.check_base = name, adapter, names, check_base
-        self.entries: dict[Target, Entry] = {}
+    name: str
+    adapter: Adapter
+    names: Mapping[Target, str]
+    """The adapter's name of each weight."""
+    check_base: bool
+    """Whether the base's fingerprint must agree."""
+    entries: dict[Target, Entry] = field(default_factory=dict)
+    """By weight, ready to be written; one that is missing is made by `complete`."""
 
     def complete(self, active: Mapping[Target, Patch]) -> None:
-        """Make the entries that are missing.
-
-        Args:
-            active: What is in the weights now.
+        """Make the entries that are missing; ``active`` is what is in the weights now.
 
         Raises:
             WrongBaseError: If a weight is not the one that the adapter was trained on.
