@@ -83,4 +83,4 @@ def test_embedding_gradcheck_and_opcheck():
     ids = torch.tensor([[0, 3, 3], [4, 2, 0]])
     v, i = values(9, torch.float64), random_indices((5, 4), 9)
     assert torch.autograd.gradcheck(lambda v: ops.embedding(ids, weight, [v], [i]), (v,))
-    torch.library.opcheck(torch.ops.shira.embedding.default, (ids, weight, [v], [i], -1))
+    torch.library.opcheck(torch.ops.shira.embedding.default, (ids, weight, None, [v], [i], -1))

@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-from shira.ops.adapted_weight import adapted_weight, value_gradients
-from shira.ops.conv2d import conv2d
-from shira.ops.embedding import embedding
+from shira.ops.functional import adapted_weight, conv2d, embedding, linear, value_gradients
 from shira.ops.gradient import Choice, choose, use_backend, weight_gradient
 from shira.ops.gradient.through_torch import set_scratch_bytes
-from shira.ops.linear import linear
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.sparse_product import looked_up, sparse_product

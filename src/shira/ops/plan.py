@@ -78,11 +78,11 @@ class Plan:
     """If the support fills square tiles, as those of block masks do."""
     _memo: dict[Any, Any] = field(default_factory=dict)
 
-    def memo(self, key: Any, make: Callable[[], T]) -> T:
+    def memo(self, key: Any, make: Callable[..., T], *arguments: Any) -> T:
         """Return what was made of this plan under a key, making it if it was not yet."""
         made: T | None = self._memo.get(key)
         if made is None:
-            made = self._memo[key] = make()
+            made = self._memo[key] = make(*arguments)
         return made
 
     def pattern(self) -> Pattern:

@@ -27,7 +27,7 @@ from shira.ops.gradient import weight_gradient
 from shira.ops.gradient.through_torch import silence_csr_warning
 from shira.ops.memory import keep_over_fork
 from shira.ops.plan import Pattern, Plan, plan_for
-from shira.ops.util import no_autocast
+from shira.ops.product import no_autocast
 
 
 @torch.library.custom_op(
@@ -43,7 +43,7 @@ def _sparse_product(
     tokens, out = x.shape[0], cols if transposed else rows
     if not tokens or not delta.numel():
         return x.new_zeros((tokens, out), dtype=wide)
-    plan = plan_for([indices], shape, (cols, 1))
+    plan = plan_for([indices], (rows, cols), (cols, 1))
     with no_autocast(x):
         if transposed:
             by_column = _columns(indices, plan)
@@ -64,7 +64,7 @@ def _sampled_product(
 ) -> Tensor:
     with no_autocast(left):
         dtype = torch.promote_types(left.dtype, right.dtype)
-        plan = plan_for([indices], shape, (shape[1], 1))
+        plan = plan_for([indices], tuple(shape), (shape[1], 1))
         return weight_gradient(left.to(dtype), right.to(dtype), plan)
 
 
@@ -111,7 +111,7 @@ def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
     """
-    plan = plan_for([indices], shape, (shape[1], 1))
+    plan = plan_for([indices], tuple(shape), (shape[1], 1))
     crow, _, col = _rows(indices, plan)
     first = crow.index_select(0, ids).long()
     count = crow.index_select(0, ids + 1).long() - first  # (tokens,)

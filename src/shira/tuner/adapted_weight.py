@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from shira import ops
 from shira.errors import AdapterError, TargetError
-from shira.ops.util import runs_eagerly
+from shira.ops.product import runs_eagerly
 from shira.store.names import is_sharded
 from shira.tuner.quantized import can_unpack, unpack
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira.ops.util import runs_eagerly
+from shira.ops.product import runs_eagerly
 from shira.tuner.layer import ShiraLayer
 
 _NAMED = 8

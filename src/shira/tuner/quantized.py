@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from shira.errors import MergeError, TargetError
 from shira.ops import plan_for, weight_gradient
+from shira.ops.product import no_autocast
 from shira.ops.resident import delta_write
-from shira.ops.util import no_autocast
 from shira.store.names import full_shape
 
 

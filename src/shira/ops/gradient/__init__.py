@@ -88,7 +88,7 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
     wide = accumulation_dtype(left.dtype, right.dtype)
     if not plan.nnz or not left.shape[0]:
         return torch.zeros(plan.nnz, dtype=wide, device=left.device)
-    backend = plan.memo((_told(), left.dtype), lambda: _backend_for(left, plan))
+    backend = plan.memo((_told(), left.dtype), _backend_for, left, plan)
     return backend.compute(left, right, plan, wide)
 
 

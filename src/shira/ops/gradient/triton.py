@@ -134,7 +134,7 @@ def triton_weight_gradient(
     if not plan.nnz or not tokens:
         return out.to(wide)
     tile = tile or (TILE_FLOAT if left.dtype == torch.float32 else TILE_HALF)
-    tiles = plan.memo(tile, lambda: make_tile_lists(plan, tile))
+    tiles = plan.memo(tile, make_tile_lists, plan, tile)
     tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     sampled_tile[(tiles.row.numel(),)](
         left,

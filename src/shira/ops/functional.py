@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`linear`, `conv2d`, `embedding` with the adapters inside the weight; `adapted_weight`, a copy.
+
+The first three as `shira.ops.product` makes them: the weight holds the adapter only inside the
+product, and its gradient reaches the entries of the support alone. Whoever computes with a weight
+in a way of its own takes the copy, at the cost that the others avoid: autograd keeps it for as long
+as it needs it, and in the backward pass there is the weight's dense gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shira.base import accumulation_dtype
+from shira.ops.gradient import weight_gradient
+from shira.ops.plan import Plan, plan_for
+from shira.ops.product import Needs, Product
+from shira.ops.resident import resident
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""``dx, dweight, dvalues``."""
+
+
+class _Linear(Product):
+    """Options: ``transposed``."""
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
+        *options: Any,
+    ) -> Tensor:  # fmt: skip
+        (transposed,) = options
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        # A result of more than two dimensions is a view in torch, and autograd lets nobody write to
+        # a view that was made inside an op: the product is one of matrices, the same bits.
+        rows = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
+        result = resident(
+            weight,
+            plan,
+            deltas,
+            x.dtype,
+            lambda adapted: F.linear(rows, adapted.t() if transposed else adapted, bias),
+        )
+        if rows is not x:
+            return result.resize_(*x.shape[:-1], result.shape[-1])
+        if x.dim() != 2 and result._is_view():
+            result = result.new_empty(0).set_(result)  # type: ignore[call-overload]
+        return result
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
+        needs: Needs, *options: Any,
+    ) -> Gradients:  # fmt: skip
+        (transposed,) = options
+        dx = dweight = dvalues = None
+        # dx last: it is not yet there while the others need room to work in
+        if needs.weight or needs.values:  # else x was not kept
+            left, right = _as_matrix(grad), _as_matrix(x)
+            if transposed:
+                left, right = right, left
+            if needs.weight:
+                dweight = (left.t() @ right).to(weight.dtype)
+            if needs.values:
+                dvalues = weight_gradient(left, right, plan)
+        if needs.x:
+            dx = resident(
+                weight,
+                plan,
+                deltas,
+                grad.dtype,
+                lambda adapted: grad @ (adapted.t() if transposed else adapted),
+            )
+        return dx, dweight, dvalues
+
+    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        (transposed,) = options
+        return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
+
+    def fake_dx(self, grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        (transposed,) = options
+        return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
+
+
+class _Conv2d(Product):
+    """Options: ``stride, padding, dilation, groups``.
+
+    The dense gradient of the small convolution weight is made by torch's own kernel, gathered at
+    the support, and let go within the op.
+    """
+
+    keeps_x = True
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
+        *options: Any,
+    ) -> Tensor:  # fmt: skip
+        bias = None if bias is None else bias.to(x.dtype)
+        return resident(
+            weight, plan, deltas, x.dtype, lambda adapted: F.conv2d(x, adapted, bias, *options)
+        )
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
+        needs: Needs, *options: Any,
+    ) -> Gradients:  # fmt: skip
+        *window, groups = options
+        wanted = [needs.x, needs.weight or needs.values, False]
+
+        def product(adapted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+                grad, x, adapted, None, *window, False, [0, 0], groups, wanted
+            )
+
+        dx, dense, _ = resident(weight, plan, deltas, grad.dtype, product)
+        return (
+            dx if needs.x else None,
+            dense.to(weight.dtype) if needs.weight else None,
+            _gathered(dense, plan) if needs.values else None,
+        )
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
+    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        return F.conv2d(x, weight.to(x.dtype), None, *options)
+
+    def fake_dx(self, grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        return torch.empty_like(x)
+
+
+class _Embedding(Product):
+    """Options: ``padding_idx``, -1 for none.
+
+    The gradient of the values needs only the rows that were looked up: they are summed in a buffer
+    of (distinct ids) x dim, never in one of the table's size.
+    """
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
+        *options: Any,
+    ) -> Tensor:  # fmt: skip
+        def rows(adapted: Tensor) -> Tensor:
+            # as F.embedding, which returns a view: see `_Linear`
+            return adapted.index_select(0, x.reshape(-1)).resize_(*x.shape, adapted.shape[1])
+
+        return resident(weight, plan, deltas, weight.dtype, rows)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
+        needs: Needs, *options: Any,
+    ) -> Gradients:  # fmt: skip
+        (padding_idx,) = options
+        dweight = None
+        if needs.weight:
+            dweight = torch.ops.aten.embedding_dense_backward(
+                grad, x, weight.shape[0], padding_idx, False
+            ).to(weight.dtype)
+        return None, dweight, _row_sums(grad, x, plan, padding_idx) if needs.values else None
+
+    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        return weight.new_empty((*x.shape, weight.shape[1]))
+
+
+_linear = _Linear("linear", "bool transposed")
+_conv2d = _Conv2d("conv2d", "int[] stride, int[] padding, int[] dilation, int groups")
+_embedding = _Embedding("embedding", "int padding_idx")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Compute ``x W'^T + bias``, W' the weight with every delta at its positions.
+
+    Args:
+        x: ``(..., in)``.
+        weight: ``(out, in)``, or ``(in, out)`` if ``transposed``. Between calls it is untouched.
+            Of another dtype than ``x`` it is cast, as autocast does.
+        bias: ``(out,)`` or None.
+        deltas: ``(k_i,)`` for each active adapter, scale included; any floating dtype.
+        indices: int32 ``(2, k_i)`` for each: rows and columns of ``weight``, sorted;
+            or `packed`.
+        transposed: The weight is stored ``(in, out)``, as transformers' Conv1D does.
+
+    Returns:
+        ``(..., out)`` in the dtype of ``x``.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+
+    Example:
+        >>> weight, delta = torch.zeros(2, 3), torch.tensor([5.0])
+        >>> shira.ops.linear(torch.ones(1, 3), weight, None, [delta], [torch.tensor([[1], [2]])])
+        tensor([[0., 5.]])
+    """
+    return _linear(x, weight, bias, deltas, indices, transposed)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Compute ``torch.nn.functional.conv2d`` with every delta at its positions in the weight.
+
+    Args:
+        x: ``(batch, in, height, width)``, or ``(in, height, width)``.
+        weight: ``(out, in / groups, kh, kw)``; untouched between calls.
+        bias: ``(out,)`` or None.
+        deltas: ``(k_i,)`` for each active adapter, scale included.
+        indices: int32 ``(2, k_i)`` for each: output channel, and place in the rest of the weight;
+            or `packed`.
+        stride: Of the window, two numbers.
+        padding: Zeros around the input, two numbers.
+        dilation: Of the window, two numbers.
+        groups: Of channels.
+
+    Returns:
+        ``(batch, out, height', width')`` in the dtype of ``x``, or without the batch as ``x`` is.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+
+    Example:
+        >>> weight, delta = torch.zeros(1, 2, 1, 1), torch.tensor([3.0])
+        >>> indices = torch.tensor([[0], [1]])
+        >>> shira.ops.conv2d(torch.ones(1, 2, 1, 1), weight, None, [delta], [indices]).item()
+        3.0
+    """
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    result = _conv2d(
+        batch, weight, bias, deltas, indices, [*stride], [*padding], [*dilation], groups
+    )
+    return result.squeeze(0) if x.dim() == 3 else result
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Compute ``torch.nn.functional.embedding`` with every delta at its positions in the table.
+
+    Args:
+        ids: Integers of any shape.
+        weight: ``(rows, dim)``; untouched between calls.
+        deltas: ``(k_i,)`` for each active adapter, scale included.
+        indices: int32 ``(2, k_i)`` for each: rows and columns, sorted;
+            or `packed`.
+        padding_idx: A row that gets no gradient.
+
+    Returns:
+        ``(*ids.shape, dim)`` in the dtype of ``weight``.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+
+    Example:
+        >>> table, delta = torch.zeros(4, 2), torch.tensor([7.0])
+        >>> shira.ops.embedding(torch.tensor([3, 0]), table, [delta], [torch.tensor([[3], [1]])])
+        tensor([[0., 7.],
+                [0., 0.]])
+    """
+    skipped = -1 if padding_idx is None else padding_idx
+    return _embedding(ids, weight, None, deltas, indices, skipped)
+
+
+def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """Return a copy of ``weight`` with every delta at its positions, differentiable.
+
+    Args:
+        weight: Of any shape; untouched between calls.
+        deltas: ``(k_i,)`` for each active adapter, scale included.
+        indices: int32 ``(2, k_i)`` for each: rows and columns of the weight's matrix, sorted; or
+            `packed`.
+
+    Returns:
+        A tensor of the shape and dtype of ``weight``.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+    """
+    result: Tensor = torch.ops.shira.adapted_weight(weight, list(deltas), list(indices))
+    return result
+
+
+def value_gradients(
+    grad: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradients of deltas, given that of the weight they are in.
+
+    Args:
+        grad: Of the weight's shape, dense or (of an embedding) sparse.
+        deltas: ``(k_i,)`` for each active adapter.
+        indices: As in `adapted_weight`.
+
+    Returns:
+        ``(k_i,)`` for each, in its delta's dtype.
+    """
+    grad = (grad.to_dense() if grad.is_sparse else grad).contiguous()
+    plan = plan_for(indices, grad.shape, grad.stride())
+    return plan.split(_gathered(grad, plan), deltas)
+
+
+@torch.library.custom_op(
+    "shira::adapted_weight",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor[] deltas, Tensor[] indices) -> Tensor",
+)
+def _adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    plan = plan_for(indices, weight.shape, weight.stride())
+    return resident(weight, plan, deltas, weight.dtype, Tensor.clone)
+
+
+_adapted_weight_backward = torch.library.custom_op(
+    "shira::adapted_weight_backward",
+    value_gradients,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] deltas, Tensor[] indices) -> Tensor[]",
+)
+_adapted_weight.register_fake(lambda weight, deltas, indices: torch.empty_like(weight))
+_adapted_weight_backward.register_fake(lambda grad, deltas, _: [*map(torch.empty_like, deltas)])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, deltas, indices = inputs
+    ctx.save_for_backward(*deltas, *indices)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    saved, need_weight = ctx.saved_tensors, ctx.needs_input_grad[0]
+    deltas, indices = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    nothing: list[Tensor | None] = [None] * len(deltas)
+    dvalues = nothing
+    if any(ctx.needs_input_grad[1]):
+        dvalues = torch.ops.shira.adapted_weight_backward(grad, list(deltas), list(indices))
+    return grad if need_weight else None, dvalues, nothing
+
+
+_adapted_weight.register_autograd(_backward, setup_context=_setup)
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _gathered(dense: Tensor, plan: Plan) -> Tensor:
+    """Return the entries of a dense gradient at a plan's support, ``(k,)``, in float32 or wider."""
+    values = dense.reshape(-1).index_select(0, plan.flat())
+    return values.to(accumulation_dtype(dense.dtype))
+
+
+def _row_sums(grad: Tensor, ids: Tensor, plan: Plan, padding_idx: int) -> Tensor:
+    """Return the sum of the gradients of the look-ups of each entry's row: ``(k,)``."""
+    cols = plan.shape[1]
+    wide = accumulation_dtype(grad.dtype)
+    ids = ids.reshape(-1)
+    if not ids.numel() or not plan.nnz:
+        return torch.zeros(plan.nnz, dtype=wide, device=grad.device)
+    looked_up, place = torch.unique(ids, return_inverse=True)
+    summed = torch.zeros(looked_up.numel(), cols, dtype=wide, device=grad.device)
+    summed.index_add_(0, place, grad.reshape(-1, cols).to(wide))
+    if padding_idx >= 0:
+        summed[looked_up == padding_idx] = 0
+    row, col = (half.long() for half in plan.pattern()[1:])
+    at = torch.searchsorted(looked_up, row).clamp_(max=looked_up.numel() - 1)
+    return torch.where(looked_up[at] == row, summed[at, col], 0)
