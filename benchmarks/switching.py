@@ -34,20 +34,22 @@ from torch import nn
 from benchmarks import environment, report
 from benchmarks.timing import Laps, interleave, quartiles, ratios, summary
 from shira import Adapter, Switch
-from shira.cli._switch_bench import scene
-from shira.cli._switch_bench.contenders import (
+from shira.cli.switch_bench.contenders import (
+    DTYPES,
     Limit,
-    Ours,
+    Switching,
+    digest,
     linear_around,
+    module_of,
     peft_lora,
     peft_shira,
+    random_adapter,
+    shape_of,
     shira_in_peft,
 )
-from shira.cli._switch_bench.measure import digest
 from shira.ops import native
 
 NAME = "switching"
-DTYPES = scene.DTYPES
 
 
 @dataclass
@@ -118,7 +120,7 @@ def _beside(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
     }
 
 
-def _against_the_limit(ours: Ours, repeats: int) -> dict[str, Any]:
+def _against_the_limit(ours: Switching, repeats: int) -> dict[str, Any]:
     limit = Limit(ours)
     there = {"limit": limit.there_and_back, "shira": ours.there_and_back}
     result = {"there_and_back": _beside(_seconds(there, repeats), "limit")}
@@ -133,14 +135,14 @@ def _against_the_limit(ours: Ours, repeats: int) -> dict[str, Any]:
 
 def _layer(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     dtype = DTYPES[settings.dtype]
-    shapes = {"layer.weight": scene.shape_of(settings.shape)}
-    adapters = {name: scene.random_adapter(shapes, settings.r, i) for i, name in enumerate("ab")}
+    shapes = {"layer.weight": shape_of(settings.shape)}
+    adapters = {name: random_adapter(shapes, settings.r, i) for i, name in enumerate("ab")}
     delta = adapters["a"]["layer.weight"]
 
     def linear() -> nn.Linear:
-        return linear_around(next(scene.module_of(shapes, dtype).parameters()))
+        return linear_around(next(module_of(shapes, dtype).parameters()))
 
-    ours = Ours(scene.module_of(shapes, dtype), adapters)
+    ours = Switching(module_of(shapes, dtype), adapters)
     contenders: dict[str, Any] = {
         "shira_in_peft": shira_in_peft(linear(), delta),
         "peft_shira": peft_shira(linear(), delta),
@@ -150,7 +152,7 @@ def _layer(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     answers = _check_layer(ours, contenders, adapters["a"])
     # Like each contender the limit has a weight of its own, which the others have driven out of
     # the caches by its turn.
-    limit = Limit(Ours(scene.module_of(shapes, dtype), adapters))
+    limit = Limit(Switching(module_of(shapes, dtype), adapters))
     runs = {"shira": ours.there_and_back, **contenders, "limit": limit.there_and_back}
     taken = _beside(_seconds(runs, settings.repeats), "shira")
     return answers, {
@@ -160,7 +162,7 @@ def _layer(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-def _check_layer(ours: Ours, contenders: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+def _check_layer(ours: Switching, contenders: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The answers agree, and who gives the base back.
 
     Raises:
@@ -213,10 +215,10 @@ def _shapes(settings: Settings) -> dict[str, tuple[int, int]]:
 
 def _model(settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
     dtype, shapes = DTYPES[settings.dtype], _shapes(settings)
-    module = scene.module_of(shapes, dtype)
+    module = module_of(shapes, dtype)
     before = digest(module)
-    adapters = {name: scene.random_adapter(shapes, settings.r, i) for i, name in enumerate("ab")}
-    ours = Ours(module, adapters)
+    adapters = {name: random_adapter(shapes, settings.r, i) for i, name in enumerate("ab")}
+    ours = Switching(module, adapters)
     against = _against_the_limit(ours, settings.model_repeats)
     if digest(module) != before:
         raise RuntimeError("the base did not come back bit for bit")
@@ -260,8 +262,8 @@ def _peft_on_each(
 def _drift(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     shapes = {"layer.weight": (settings.drift_size, settings.drift_size)}
     r = max(1, settings.drift_size // 16)
-    adapters = {name: scene.random_adapter(shapes, r, i) for i, name in enumerate("abcdefgh")}
-    module = scene.module_of(shapes, dtype)
+    adapters = {name: random_adapter(shapes, r, i) for i, name in enumerate("abcdefgh")}
+    module = module_of(shapes, dtype)
     weight = next(module.parameters())
     before = weight.clone()
     switch = Switch(module)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from shira import Adapter, SparseDelta, Support
+from shira.cli import report
 from shira.cli.report import template
 from shira.cli.report.gather import mask_map, side, training_curve
 from shira.masks import random_support
@@ -85,6 +87,14 @@ def test_the_page_says_what_inspect_and_overlap_say(written, two):
     assert "36 of 288 deltas other than zero (12.5%)" in text
     for words in ("poems", "code", *SHAPES, "Overlap", "AWOM", "From metrics.json."):
         assert words in text
+    for question, answer in (
+        ("What is it?", "Mask: mask_type random, random_seed 5."),
+        ("How large is it?", "288 entries in 6 weights, 5.00% of these weights"),
+        ("What does it change?", "on average, at most 0.1, most in model.layers"),
+        ("Does it clash?", "Not with code: they share no entry."),
+    ):
+        assert re.search(f"{re.escape(question)}\\s+.*{re.escape(answer)}", text)
+    assert text.index("What is it?") < text.index("Overlap") < text.index("Weights")
     assert page.count("<svg") == 4 + 5  # values, sizes, ranks, lost; and one training curve
     maps = json.loads(re.search(r'id="maps">(.*?)</script>', page)[1])
     assert [made["name"] for made in maps] == [name for path in two for name in Adapter.load(path)]
@@ -146,6 +156,15 @@ def test_mistakes_are_named_and_an_old_page_stays(shira, two, tmp_path):
         assert answer.status == 2
         assert words in answer.err
     assert page.read_text() == "old"
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_what_is_missing_is_named(shira, two, tmp_path, monkeypatch, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == package else find(name))
+    answer = shira("report", two[0], "-o", tmp_path / "page.html")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == f"error: shira report needs {package}: pip install {package}\n"
 
 
 def hostile_page(shira, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shira import Adapter
-from shira.cli._switch_bench import measure, scene
+from shira.cli.switch_bench import contenders
 from shira.ops import native
 
 SMALL = ("--shape", "48x32", "--rank", "2", "--repeats", "2")
@@ -42,7 +42,7 @@ def test_what_a_person_reads(shira):
 def test_adapters_on_disk(shira, tmp_path):
     shapes = {"block.0.weight": (16, 8), "head.weight": (4, 4)}
     for seed, name in enumerate(("one", "two")):
-        scene.random_adapter(shapes, 1, seed).save(tmp_path / name)
+        contenders.random_adapter(shapes, 1, seed).save(tmp_path / name)
     paths = [tmp_path / "one", tmp_path / "two"]
     answer = shira("switch-bench", *paths, "--no-compare", "--repeats", "1", "--json")
     result = json.loads(answer.out)
@@ -62,18 +62,18 @@ def test_without_compiled_kernels_there_is_no_limit(shira, monkeypatch):
 
 def test_a_base_that_does_not_come_back_is_status_1(shira, monkeypatch):
     digests = iter("ab")
-    monkeypatch.setattr(measure, "digest", lambda module: next(digests))
+    monkeypatch.setattr(contenders, "digest", lambda module: next(digests))
     answer = shira("switch-bench", *SMALL, "--no-compare")
     assert answer.status == 1
     assert "DID NOT come back" in answer.out
 
 
 def test_the_digest_sees_every_bit():
-    module = scene.module_of({"a.b": (3, 5), "c": (7,)}, torch.bfloat16)
-    before = measure.digest(module)
-    assert measure.digest(module) == before
+    module = contenders.module_of({"a.b": (3, 5), "c": (7,)}, torch.bfloat16)
+    before = contenders.digest(module)
+    assert contenders.digest(module) == before
     module.c.data[6] = -module.c.data[6]
-    assert measure.digest(module) != before
+    assert contenders.digest(module) != before
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_mistakes(shira, arguments, message):
 
 def test_adapters_of_different_bases(shira, tmp_path):
     for name, shape in (("one", (16, 8)), ("two", (8, 16))):
-        adapter: Adapter = scene.random_adapter({"x.weight": shape}, 1, 0)
+        adapter: Adapter = contenders.random_adapter({"x.weight": shape}, 1, 0)
         adapter.save(tmp_path / name)
     answer = shira("switch-bench", tmp_path / "one", tmp_path / "two")
     assert answer.status == 2
@@ -101,7 +101,7 @@ def test_adapters_of_different_bases(shira, tmp_path):
 
 
 def test_whole_tensors_are_refused_by_name(shira, tmp_path):
-    sparse = scene.random_adapter({"x.weight": (16, 8)}, 1, 0)
+    sparse = contenders.random_adapter({"x.weight": (16, 8)}, 1, 0)
     Adapter(sparse, tensors={"head.weight": torch.ones(2, 8)}).save(tmp_path / "one")
     answer = shira("switch-bench", tmp_path / "one")
     assert answer.status == 2
