@@ -40,7 +40,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import check_ranks
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import Linear
-from shira.tuner.loading import check_file, check_loaded, understood, weights_of
+from shira.tuner.loading import check_file, check_loaded, named_for_loading, weights_of
 from shira.tuner.masking import calibrate
 from shira.tuner.mixed_batch import BASE
 from shira.tuner.model import ShiraModel
@@ -104,7 +104,7 @@ def _register_loading() -> None:
         **kwargs: Any,
     ) -> Any:
         if isinstance(model.peft_config.get(adapter_name), ShiraConfig):
-            state_dict = understood(model, adapter_name, state_dict, ignore_mismatched_sizes)
+            state_dict = named_for_loading(model, adapter_name, state_dict, ignore_mismatched_sizes)
         with as_it_was(model, ShiraLayer):
             return load(model, state_dict, adapter_name, ignore_mismatched_sizes, **kwargs)
 
@@ -151,7 +151,9 @@ def _with_its_weights(read: Any) -> Any:
     def reading(cls: Any, model_id: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
         config = read(cls, model_id, subfolder=subfolder, **kwargs)
         if isinstance(config, ShiraConfig):
-            config._source = functools.partial(weights_of, model_id, subfolder, kwargs)
+            config._source = functools.partial(
+                weights_of, model_id, {**kwargs, "subfolder": subfolder}
+            )
         return config
 
     return reading

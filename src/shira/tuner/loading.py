@@ -23,8 +23,9 @@ from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
+from shira.store.header import EntryError, check_coordinates, check_values, sort_entries
 from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
-from shira.support import Support, matrix_shape
+from shira.support import Support
 from shira.tuner.base_layer import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
@@ -34,27 +35,23 @@ from shira.tuner.targets import matched_modules
 Incoming = Mapping[str, Support]
 """Supports in a file, by parameter name."""
 
-ON_THE_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 """Options of loading that say where and how a file is found on the hub."""
 
 
-def weights_of(model_id: str, subfolder: str | None, options: Mapping[str, Any]) -> str | None:
+def weights_of(model_id: str, options: Mapping[str, Any]) -> str | None:
     """Return the safetensors file that PEFT is about to load with a configuration, if it is known.
 
     Args:
         model_id: Path, or name on the hub.
-        subfolder: In it.
-        options: Of loading, among them where on the hub.
+        options: Of loading, among them `WHERE`.
     """
-    path = model_id if subfolder is None else os.path.join(model_id, subfolder)
-    if os.path.isdir(path):
+    if os.path.isdir(path := os.path.join(model_id, options.get("subfolder") or "")):
         local = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
         return local if os.path.exists(local) else None
-    where = {name: options[name] for name in ON_THE_HUB if name in options}
+    where = {name: options[name] for name in WHERE if name in options}
     try:
-        return str(
-            hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where)
-        )
+        return str(hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **where))
     except Exception:  # PEFT will look for other files, and report what it cannot find
         return None
 
@@ -95,13 +92,13 @@ def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> N
     Args:
         model: With the adapter.
         model_id: Path, or name on the hub.
-        options: Of loading, among them where on the hub.
+        options: Of loading, among them `WHERE`.
 
     Raises:
         FileFormatError, WrongBaseError: As `read_incoming`. Nothing is checked if there is no
             configuration beside the file, which PEFT does not need then.
     """
-    where = {name: options[name] for name in ("subfolder", *ON_THE_HUB) if name in options}
+    where = {name: options[name] for name in WHERE if name in options}
     try:
         config = PeftConfig.from_pretrained(model_id, **where)
     except ValueError as error:
@@ -119,12 +116,12 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
         if hasattr(module, "weight")
     }
     present = {raw.weight_name for raw in file.tensors.values()}
-    for name in sorted(wanted - present):
-        raise FileFormatError(
-            f"{file.path}: missing target: the config's target_modules name {name!r}, but the file "
-            "has no tensors for it"
-        )
-    for name in sorted(present - wanted):
+    for name in sorted(wanted - present or present - wanted):
+        if name in wanted:
+            raise FileFormatError(
+                f"{file.path}: missing target: the config's target_modules name {name!r}, but the "
+                "file has no tensors for it"
+            )
         raise FileFormatError(
             f"{file.path}: unknown target: the file has tensors for {name!r}, which the config's "
             "target_modules do not name"
@@ -176,7 +173,7 @@ def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports:
     accept(metadata, verdicts, str(file.path), remedy)
 
 
-def understood(
+def named_for_loading(
     model: nn.Module,
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
@@ -200,10 +197,8 @@ def understood(
     named = by_own_names(model, dict(state_dict))
     if is_elsewhere(named):
         return named
-    own = {
-        name: (*tensor.shape,)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    own = {name: tuple(tensor.shape) for name, tensor in tensors}
     wanted: dict[str, tuple[int, ...]] = {}
     for path, wrapper in () if loaded_whole else model.named_modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -218,7 +213,7 @@ def understood(
     result: dict[str, Tensor] = {}
     for key, tensor in named.items():
         name, shape = key, wanted.get(key)
-        if shape is None and not {VALUES, INDICES} & set(key.split(".")[-2:]):
+        if shape is None and not _is_sparse(key):
             bare = bare_name(key)
             if bare not in names:
                 raise FileFormatError(
@@ -252,32 +247,46 @@ def check_state_dict(
     Raises:
         FileFormatError: If values or positions of a layer are unusable; nothing was loaded.
     """
-    checked = dict(state_dict)
-    pairs: list[tuple[ShiraLayer, Tensor]] = []
     layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
-    others = {
+    known = {
         f"{path_in_state(path)}.{kind}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, ShiraLayer)
-        for name in module.shira_weight
+        for path, layer in layers_of(model).items()
+        for name in layer.shira_weight
         for kind in (VALUES, INDICES)
     }
-    _check_known(layers, adapter_name, others, state_dict)
-    for name, layer in layers.items():
-        value_key = f"{name}.shira_weight.{adapter_name}"
-        index_key = f"{name}.shira_indices.{adapter_name}"
-        present = [key for key in (value_key, index_key) if key in state_dict]
+    for key in filter(_is_sparse, state_dict):
+        if key not in known:
+            path = base_module_name(key.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])
+            raise FileFormatError(
+                f"{key!r} is for no layer that adapter {adapter_name!r} has in this model."
+                f"{did_you_mean(path, map(base_module_name, layers))}"
+            )
+    checked = dict(state_dict)
+    supports: dict[str, Support] = {}
+    for path, layer in layers.items():
+        value_key, index_key = keys = [
+            f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES)
+        ]
+        present = [key for key in keys if key in state_dict]
         if len(present) == 1:
             raise FileFormatError(f"of {value_key} and {index_key} only {present[0]!r} is there")
         if present:
-            values, indices = _sorted_pair(
-                value_key, state_dict[value_key], index_key, state_dict[index_key], layer
-            )
-            checked[value_key], checked[index_key] = values, indices
-            pairs.append((layer, indices))
-    for layer, indices in pairs:
-        if layer.shira_weight[adapter_name].shape[0] != indices.shape[1]:
-            _resize(layer, adapter_name, indices.shape[1])
+            values, indices = state_dict[value_key], state_dict[index_key]
+            checked[value_key], supports[path] = _sorted(layer, value_key, values, indices)
+            checked[index_key] = supports[path].coordinates()
+    if layers and not supports:
+        raise FileFormatError(
+            f"no tensor is for adapter {adapter_name!r}; its layers are like "
+            f"{base_module_name(min(layers))!r}, the {len(state_dict)} names given like "
+            f"{min(state_dict, default=None)!r}"
+        )
+    for path, support in supports.items():
+        layer, k = layers[path], support.nnz
+        old = layer.shira_weight[adapter_name]
+        if len(old) != k:
+            room = nn.Parameter(old.new_zeros(k), requires_grad=old.requires_grad)
+            layer.shira_weight[adapter_name] = room
+            layer.shira_indices[adapter_name] = support.coordinates().to(old.device)
     return checked
 
 
@@ -304,76 +313,36 @@ def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
             f"are none of the model's ({', '.join(sorted(info.unexpected_keys)[:2]) or 'none'})"
         )
     for path, layer in layers_of(model, adapter_name).items():
-        value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES))
         values, indices = layer.shira_weight[adapter_name], layer.shira_indices[adapter_name]
-        ordered = _sorted_pair(value_key, values.detach(), index_key, indices, layer)
-        if not torch.equal(ordered[1], indices):
-            values.data.copy_(ordered[0])
-            layer.shira_indices[adapter_name] = ordered[1]
+        key = f"{path}.{VALUES}.{adapter_name}"
+        ordered, support = _sorted(layer, key, values.detach(), indices)
+        if not torch.equal(support.coordinates(), indices):
+            values.data.copy_(ordered)
+            layer.shira_indices[adapter_name] = support.coordinates()
 
 
-def _check_known(
-    layers: Collection[str], adapter_name: str, others: Collection[str], names: Collection[str]
-) -> None:
-    """Refuse tensors of SHiRA's that are for none of the layers, and a state dict without any.
+def _is_sparse(key: str) -> bool:
+    """Return whether a name is that of values or positions, with or without an adapter's name."""
+    return bool({VALUES, INDICES} & set(key.split(".")[-2:]))
 
-    Args:
-        layers: That have the adapter.
-        adapter_name: Its name.
-        others: Names of the tensors of other adapters.
-        names: In the state dict.
+
+def _sorted(layer: ShiraLayer, key: str, values: Tensor, indices: Tensor) -> tuple[Tensor, Support]:
+    """Return checked values in the order of their positions, and these.
 
     Raises:
-        FileFormatError: If there are.
+        FileFormatError: If they cannot be those of the layer; names the key of the values.
     """
-    wanted = {f"{path}.{kind}.{adapter_name}" for path in layers for kind in (VALUES, INDICES)}
-    known = {base_module_name(path) for path in layers}
-    for name in names:
-        if (
-            name not in wanted
-            and name not in others
-            and {VALUES, INDICES} & set(name.split(".")[-2:])
-        ):
-            path = base_module_name(name.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])
-            raise FileFormatError(
-                f"{name!r} is for no layer that adapter {adapter_name!r} has in this model."
-                f"{did_you_mean(path, known)}"
-            )
-    if wanted and not wanted & set(names):
-        raise FileFormatError(
-            f"no tensor is for adapter {adapter_name!r}; its layers are like {min(known)!r}, the "
-            f"{len(names)} names given like {min(names, default=None)!r}"
-        )
-
-
-def _sorted_pair(
-    value_key: str, values: Tensor, index_key: str, indices: Tensor, layer: ShiraLayer
-) -> tuple[Tensor, Tensor]:
-    if values.dim() != 1 or not values.is_floating_point():
-        raise FileFormatError(
-            f"{value_key}: values are (k,) floating point, not {tuple(values.shape)} {values.dtype}"
-        )
-    if not torch.isfinite(values).all():
-        raise FileFormatError(f"{value_key}: holds NaN or infinity")
-    if indices.shape != (2, values.shape[0]):
-        raise FileFormatError(
-            f"{index_key}: shape {tuple(indices.shape)} does not fit {values.shape[0]} values"
-        )
-    whole = indices.to(torch.int64)
-    if indices.is_floating_point() and not torch.equal(whole.to(indices.dtype), indices):
-        raise FileFormatError(f"{index_key}: indices are not whole numbers")
-    order = torch.argsort(whole[0] * matrix_shape(layer.weight_shape)[1] + whole[1], stable=True)
     try:
-        support = Support.from_coordinates(layer.weight_shape, whole[:, order])
-    except SupportError as error:
-        raise FileFormatError(f"{index_key}: {error}") from error
-    return values[order], support.coordinates()
-
-
-def _resize(layer: ShiraLayer, adapter_name: str, k: int) -> None:
-    """Make room for k entries in the place of those that the config led to."""
-    old = layer.shira_weight[adapter_name]
-    layer.shira_weight[adapter_name] = nn.Parameter(
-        old.new_zeros(k), requires_grad=old.requires_grad
-    )
-    layer.shira_indices[adapter_name] = layer.shira_indices[adapter_name].new_zeros(2, k)
+        if values.dim() != 1 or not values.is_floating_point():
+            raise EntryError(
+                f"values are (k,) floating point, not {tuple(values.shape)} {values.dtype}"
+            )
+        if indices.shape != (2, len(values)):
+            raise EntryError(
+                f"indices of shape {tuple(indices.shape)} do not fit {len(values)} values"
+            )
+        check_values(values)
+        coordinates, values = sort_entries(check_coordinates(indices), values)
+        return values, Support.from_coordinates(layer.weight_shape, coordinates)
+    except (EntryError, SupportError) as error:
+        raise FileFormatError(f"{key}: {error}") from error

@@ -30,7 +30,7 @@ from shira.tuner.gradient_watch import watch_gradients
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
-from shira.tuner.loading import Incoming, check_state_dict, read_incoming, understood
+from shira.tuner.loading import Incoming, check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
@@ -367,7 +367,7 @@ class ShiraModel(BaseTuner):
         if is_elsewhere(state_dict):
             return state_dict
         # Modules trained whole have the model's own names here; their shapes are PEFT's to compare.
-        state_dict = understood(model, adapter_name, state_dict, loaded_whole=True)
+        state_dict = named_for_loading(model, adapter_name, state_dict, loaded_whole=True)
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

@@ -59,12 +59,12 @@ COMBINATIONS = {
 _OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 
 
-def layers_of(model: nn.Module, adapter_name: str) -> dict[str, ShiraLayer]:
-    """Return the layers that have an adapter, by the model's own names."""
+def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, ShiraLayer]:
+    """Return the layers that have an adapter, or any, by the model's own names."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, ShiraLayer) and adapter_name in module.shira_weight
+        if isinstance(module, ShiraLayer) and adapter_name in (None, *module.shira_weight)
     }
 
 
