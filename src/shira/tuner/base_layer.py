@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -354,6 +355,19 @@ def call_with_weight(
         if way_to_call(module, None) is Way.DIRECT:
             return with_weight(*args, **kwargs)
         return call_with_hooks(module, with_weight, *args, **kwargs)
+
+
+def input_of(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the one input of a layer that takes one, however it is passed.
+
+    Raises:
+        TypeError: If there are other arguments, as the layer itself would.
+    """
+    forward = type(base).forward
+    bound = inspect.signature(forward).bind(base, *args, **kwargs).arguments
+    if len(bound) != 2:
+        raise TypeError(f"{forward.__qualname__}() takes one input, {len(bound) - 1} are given")
+    return [*bound.values()][1]
 
 
 def _place_of_forward(module: nn.Module) -> str:

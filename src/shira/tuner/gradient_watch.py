@@ -29,8 +29,7 @@ class GradientWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, ShiraLayer))
-        self._handles: list[Any] = []
-        self._used: set[tuple[int, str]] = set()
+        self._handles: dict[Any, Any] = {}
         self._reached: set[tuple[int, str]] = set()
         self._ending = False
 
@@ -44,22 +43,21 @@ class GradientWatch:
         if not runs_eagerly(*values):
             self.stop()
             return
-        if not self._used:
+        if not self._handles:
             self._watch_what_else_trains()
         for name, value in zip(adapter_names, values, strict=True):
             key = (id(layer), name)
-            if value.requires_grad and key not in self._used:
-                self._used.add(key)
-                self._handles.append(value.register_hook(lambda _, key=key: self._reach(key)))
+            if value.requires_grad and key not in self._handles:
+                self._handles[key] = value.register_hook(lambda _, key=key: self._reach(key))
         # A forward within a backward pass is that of a checkpoint, whose own pass ends earlier.
         if torch._C._current_graph_task_id() != -1:
             self._await_end()
 
     def stop(self) -> None:
         """Take everything off."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
-        self._handles = []
+        self._handles = {}
         for layer in self._layers:
             if layer._watch is self:
                 layer._watch = None
@@ -69,7 +67,7 @@ class GradientWatch:
         model = self._model()
         for name, parameter in () if model is None else model.named_parameters():
             if parameter.requires_grad and "shira_weight." not in name and parameter.is_leaf:
-                self._handles.append(parameter.register_hook(lambda _: self._await_end()))
+                self._handles[name] = parameter.register_hook(lambda _: self._await_end())
 
     def _reach(self, key: tuple[int, str]) -> None:
         self._reached.add(key)

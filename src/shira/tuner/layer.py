@@ -8,7 +8,6 @@ them back.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,6 +38,7 @@ from shira.tuner.base_layer import (
     device_of_work,
     gather_for_call,
     has_hooks_of_users,
+    input_of,
     is_computed,
     members,
     onloaded,
@@ -54,7 +54,7 @@ from shira.tuner.indices import (
     check_while_compiling,
     digest_of,
 )
-from shira.tuner.mixed_batch import BASE, group_by_group, on_top_of_base, samples_by_adapter
+from shira.tuner.mixed_batch import BASE, mixed_batch_forward
 from shira.tuner.quantized import backend_of, cannot_merge
 
 
@@ -413,7 +413,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 self.unmerge()
             return self._base_forward(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch_forward(adapter_names, args, kwargs)
+            return mixed_batch_forward(self, adapter_names, args, kwargs)
         names = self._in_effect()
         if not names:
             return self._base_forward(*args, **kwargs)
@@ -431,7 +431,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         way = self._way(base)
         if way is Way.OWN:
             return self._own_forward(base, adapter_names, args, kwargs)
-        x = args[0] if len(args) == 1 and not kwargs else _the_input(base, args, kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else input_of(base, args, kwargs)
         deltas, indices = self._in_use(adapter_names)
         if way is Way.DIRECT:
             return self._product(x, deltas, indices)
@@ -505,32 +505,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             )
         return x if cast is None else cast
 
-    def _mixed_batch_forward(
-        self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Send each sample through its own adapter: all together, or group by group."""
-        base: Any = self._modules["base_layer"]
-        way = self._way(base)
-        own = way is Way.OWN
-        arguments = [*args, *kwargs.values()] if own else [_the_input(base, args, kwargs)]
-        groups = samples_by_adapter(adapter_names, set(self.shira_weight), len(arguments[0]))
-        self.refuse_samples_if_merged()
-
-        def forward(name: str, *args: Any, **kwargs: Any) -> Any:
-            if name == BASE:
-                return self._base_forward(*args, **kwargs)
-            return self._adapted_forward([name], args, kwargs)
-
-        if len(groups) <= 1:
-            return forward(*(groups or (BASE,)), *args, **kwargs)
-        x = arguments[0]
-        longest = max(len(samples) for name, samples in groups.items() if name != BASE)
-        tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
-        if way is Way.DIRECT and tokens < self.whole_product_from:
-            return on_top_of_base(groups, x, self._base_forward, self._on_top)
-        what = f"{self.weight_name}: the forward of {type(self.get_base_layer()).__name__}"
-        return group_by_group(groups, arguments, forward, what)
-
     def refuse_samples_if_merged(self) -> None:
         """Refuse adapters for single samples while the weight holds one for all.
 
@@ -568,19 +542,6 @@ def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:
     merged, layer._merge_after_loading = layer._merge_after_loading, []
     if merged:
         layer.merge(adapter_names=layer._present(merged))
-
-
-def _the_input(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the one input of a layer that takes one, however it is passed.
-
-    Raises:
-        TypeError: If there are other arguments, as the layer itself would.
-    """
-    forward = type(base).forward
-    bound = inspect.signature(forward).bind(base, *args, **kwargs).arguments
-    if len(bound) != 2:
-        raise TypeError(f"{forward.__qualname__}() takes one input, {len(bound) - 1} are given")
-    return [*bound.values()][1]
 
 
 def _refuse_not_finite(adapter_name: str, merged: Tensor) -> None:

@@ -7,7 +7,7 @@ its type can compute all groups together, calls its forward for each group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
+from shira.tuner.base_layer import Way, input_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -44,7 +45,14 @@ def adapter_names_in_effect(
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
     layers: list[Any] = [m for m in model.modules() if isinstance(m, model.tuner_layer_cls)]
-    _check_known(adapter_names, {name for layer in layers for name in layer.shira_weight})
+    known = {BASE, *(name for layer in layers for name in layer.shira_weight)}
+    for name in adapter_names:
+        if name not in known:
+            raise UnknownAdapterError(
+                f"Trying to infer with non-existing adapter(s): {name}."
+                f"{did_you_mean(name, known)} Known are {', '.join(sorted(known - {BASE}))}, and "
+                f"{BASE!r} for the base model."
+            )
     once = list(adapter_names)
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     repeated = [name for name in once for _ in range(beams)]
@@ -82,103 +90,83 @@ def adapter_names_in_effect(
             raise
 
 
-def samples_by_adapter(
-    adapter_names: Sequence[str], known: Collection[str], samples: int
-) -> dict[str, list[int]]:
-    """Group the samples of a batch by adapter.
+def mixed_batch_forward(
+    layer: Any, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call an adapted layer, each sample through its own adapter.
 
     Args:
-        adapter_names: One for each sample.
-        known: The adapters of the layer; any other name is the base.
-        samples: How many there are.
+        layer: A `ShiraLayer`.
+        adapter_names: One for each sample; one that the layer lacks stands for the base.
+        args: The layer's; the samples first.
+        kwargs: The same.
 
     Raises:
-        AdapterError: If there are more or fewer names.
+        AdapterError: If there are more or fewer names than samples, or the layer's forward cannot
+            be called for the samples of each adapter apart.
+        MergeError: If an adapter is merged.
     """
-    if samples != len(adapter_names):
+    way = layer._way(layer.base_layer)
+    known = way is not Way.OWN
+    x, *more = [input_of(layer.base_layer, args, kwargs)] if known else [*args, *kwargs.values()]
+    if len(x) != len(adapter_names):
         raise AdapterError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {samples} respectively."
+            f"{len(adapter_names)} and {len(x)} respectively."
         )
+    layer.refuse_samples_if_merged()
     groups: dict[str, list[int]] = {}
     for sample, name in enumerate(adapter_names):
-        groups.setdefault(name if name in known else BASE, []).append(sample)
-    return groups
+        groups.setdefault(name if name in layer.shira_weight else BASE, []).append(sample)
+    if len(groups) <= 1:
+        (name,) = groups or (BASE,)
+        return _forward(layer, name, args, kwargs)
+    longest = max(len(samples) for name, samples in groups.items() if name != BASE)
+    tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
+    if way is Way.DIRECT and tokens < layer.whole_product_from:
+        return _on_top_of_base(layer, x, groups)
+    if any(value is not None for value in more):
+        raise _cannot_be_split(layer, "takes further arguments")
+    return _group_by_group(layer, x, groups)
 
 
-def on_top_of_base(
-    groups: dict[str, list[int]],
-    x: Tensor,
-    base_forward: Callable[[Tensor], Tensor],
-    on_top: Callable[[str, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Call the base once for all samples, and put each adapter on top for its own.
+def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name == BASE:
+        return layer._base_forward(*args, **kwargs)
+    return layer._adapted_forward([name], args, kwargs)
 
-    Args:
-        groups: From `samples_by_adapter`.
-        x: ``(samples, ...)``.
-        base_forward: Of the layer.
-        on_top: Given an adapter's name, its samples of ``x`` and the base's results for them.
 
-    Returns:
-        ``(samples, ...)``.
-    """
-    result = base_forward(x)
+def _on_top_of_base(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
+    """Call the base once for all samples, and put each adapter on top for its own."""
+    result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
-    for name in [name for name in groups if name != BASE]:
-        at = torch.tensor(groups[name], device=x.device)
-        part = on_top(name, x.index_select(0, at), result.index_select(0, at))
-        result = result.index_copy_(0, at, part)
+    for name, samples in groups.items():
+        if name != BASE:
+            at = torch.tensor(samples, device=x.device)
+            part = layer._on_top(name, x.index_select(0, at), result.index_select(0, at))
+            result = result.index_copy_(0, at, part)
     return result
 
 
-def group_by_group(
-    groups: dict[str, list[int]],
-    arguments: Sequence[Any],
-    forward: Callable[[str, Tensor], Any],
-    what: str,
-) -> Tensor:
-    """Call a layer's forward for the samples of each adapter apart.
-
-    Args:
-        groups: From `samples_by_adapter`, not empty.
-        arguments: Of the layer: ``(samples, ...)``, and no others but None.
-        forward: Given an adapter's name and its samples.
-        what: The layer, for the error.
-
-    Returns:
-        ``(samples, ...)``.
-
-    Raises:
-        AdapterError: If there are other arguments, or a result that is not one for each sample.
-    """
-    x, *more = arguments
-    why = "takes further arguments" if any(value is not None for value in more) else ""
-    result = None
-    for name, samples in () if why else groups.items():
-        out = forward(name, x[samples])
+def _group_by_group(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
+    """Call the layer for the samples of each adapter apart."""
+    result = x.new_empty(0)
+    for name, samples in groups.items():
+        out = _forward(layer, name, (x[samples],), {})
         if not isinstance(out, Tensor) or len(out) != len(samples):
-            why = "does not return a tensor with a row for each sample"
-            break
-        if result is None:
+            raise _cannot_be_split(layer, "does not return a tensor with a row for each sample")
+        if not len(result):
             result = out.new_empty((len(x), *out.shape[1:]))
         result[samples] = out
-    if why or result is None:
-        raise AdapterError(
-            f"{what} {why}, so it cannot be called for the samples of each adapter apart; give all "
-            "samples the same `adapter_names`, or leave the layer out of target_modules"
-        )
     return result
 
 
-def _check_known(adapter_names: Sequence[str], known: Collection[str]) -> None:
-    for name in adapter_names:
-        if name != BASE and name not in known:
-            raise UnknownAdapterError(
-                f"Trying to infer with non-existing adapter(s): {name}."
-                f"{did_you_mean(name, known)} Known are {', '.join(sorted(known))}, and "
-                f"{BASE!r} for the base model."
-            )
+def _cannot_be_split(layer: Any, why: str) -> AdapterError:
+    return AdapterError(
+        f"{layer.weight_name}: the forward of {type(layer.get_base_layer()).__name__} {why}, so "
+        "it cannot be called for the samples of each adapter apart; give all samples the same "
+        "`adapter_names`, or leave the layer out of target_modules"
+    )
 
 
 def _encoder_of(model: nn.Module) -> nn.Module | None:
