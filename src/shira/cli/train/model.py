@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,8 @@ def load_tokenizer(options: TrainOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _loading(options, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except Exception as error:  # a damaged file raises what its reader likes; the cause is kept
-        raise _no_model(options, "tokenizer", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"--model {options.model}: its tokenizer has no token to pad with")
@@ -59,10 +58,8 @@ def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id:
         arguments["label2id"] = {label: number for number, label in enumerate(labels)}
     auto_class = getattr(transformers, TASKS[options.task or ""].auto_class)
     torch.manual_seed(options.seed)
-    try:
+    with _loading(options, f"model for {options.task}"):
         model = auto_class.from_pretrained(options.model, **arguments)
-    except Exception as error:
-        raise _no_model(options, f"model for {options.task}", error) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return model
@@ -71,10 +68,8 @@ def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id:
 def _check_head(options: TrainOptions, labels: Sequence[str]) -> None:
     from transformers import AutoConfig
 
-    try:
+    with _loading(options, "configuration"):
         config = AutoConfig.from_pretrained(options.model or "")
-    except Exception as error:
-        raise _no_model(options, "configuration", error) from error
     made_for = " ".join(getattr(config, "architectures", None) or [])
     if "ForSequenceClassification" in made_for and config.num_labels != len(labels):
         shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
@@ -209,6 +204,12 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _no_model(options: TrainOptions, what: str, error: Exception) -> ConfigError:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return ConfigError(f"--model {options.model}: could not load its {what}: {first[:300]}")
+@contextmanager
+def _loading(options: TrainOptions, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged file raises what its reader likes; the cause is kept
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"--model {options.model}: could not load its {what}: {first[:300]}"
+        ) from error

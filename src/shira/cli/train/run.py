@@ -58,6 +58,7 @@ def run_training(options: TrainOptions) -> None:
         model = models.resume_adapter(base, checkpoint)
 
     set_warmup(arguments, options, rows=len(data.train))
+    since = checkpoints.started(checkpoint)
     made = [folder for folder in (output / checkpoints.CHECKPOINTS, output) if not folder.exists()]
     trainer = CheckedTrainer(
         model=model,
@@ -66,7 +67,7 @@ def run_training(options: TrainOptions) -> None:
         eval_dataset=data.evaluation,
         data_collator=collator(options, tokenizer),
         compute_metrics=classification_figures if data.labels is not None else None,
-        callbacks=[_record_writer(record, checkpoints.started(checkpoint))],
+        after_saving=lambda folder: checkpoints.write_record(folder, record, since),
     )
     before = {}
     if data.labels is None and data.evaluation is not None and checkpoint is None:
@@ -201,20 +202,6 @@ def _check_installed() -> None:
             raise MissingDependencyError(
                 f"training needs {error.name}, which is not installed: pip install 'shira[train]'"
             ) from error
-
-
-def _record_writer(record: Mapping[str, Any], since: float) -> Any:
-    from transformers import TrainerCallback
-
-    class RecordWriter(TrainerCallback):  # type: ignore[misc]
-        """Writes the settings into each checkpoint."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                checkpoints.write_record(folder, record, since)
-
-    return RecordWriter()
 
 
 def _numbers(line: Mapping[str, float]) -> dict[str, float]:

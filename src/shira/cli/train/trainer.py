@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,19 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args: Of transformers' Trainer.
         what: What is being trained, for the progress, e.g. ``"training"``.
+        after_saving: Called with the folder of each checkpoint, by the process that writes it.
         **kwargs: Of transformers' Trainer.
     """
 
-    def __init__(self, *args: Any, what: str = "training", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        what: str = "training",
+        after_saving: Callable[[Path], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._after_saving = after_saving
         self._first: torch.Tensor | None = None
         self._progress = _Progress(what)
         self.remove_callback(PrinterCallback)
@@ -91,8 +100,11 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(f"the checkpoint of step {self.state.global_step}", self.args.output_dir):
+        step, folder = self.state.global_step, self.args.output_dir
+        with writing(f"the checkpoint of step {step}", folder):
             super()._save_checkpoint(*args, **kwargs)
+            if self._after_saving is not None and self.is_world_process_zero():
+                self._after_saving(Path(folder or "") / f"checkpoint-{step}")
 
     def check_finite(self) -> None:
         """Check the losses of all steps until now, and the trained values.
@@ -161,8 +173,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             self._training = Steps(self._what, state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for key in {"loss", "eval_loss"} & (logs or {}).keys():
-            self._note = f"{key} {logs[key]:.3f}"
+        for key in ("loss", "eval_loss"):
+            if key in (logs or {}):
+                self._note = f"{key} {logs[key]:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._training is not None:
