@@ -261,7 +261,7 @@ def saved_inputs(model: nn.Module, targets: tuple[str, ...], inputs: dict[str, T
 def _peak_memory(
     name: str, maker: Any, base: nn.Module, inputs: dict[str, Tensor]
 ) -> dict[str, int] | None:
-    """Bytes above the base: of the adapter at rest, and the peak of its second step."""
+    """Bytes above the base: of the adapter alone, and the peak of its second step."""
     if inputs["labels"].device.type != "cuda":
         return None
     _tidy()
@@ -334,7 +334,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
                 "ms min",
                 "ms median",
                 "x floor median [quartiles]",
-                "GiB at rest",
+                "GiB of the adapter",
                 "GiB peak over the base",
                 "x (floor + saved inputs)",
             ],

@@ -256,7 +256,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
         return [time]
     space = report.Table(
         "Peak memory of that step, MiB (times the floor)",
-        ["contender", "adapter at rest", "step, resident", "step, allocator", "all above the base"],
+        ["contender", "adapter memory", "step, resident", "step, allocator", "all above the base"],
     )
     for name, row in measured.items():
         floor = measured[REFERENCE]
