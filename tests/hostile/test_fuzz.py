@@ -23,7 +23,7 @@ from shira.adapter import Adapter
 from shira.errors import FileFormatError, WrongBaseError
 from shira.support import Support
 from tests.hostile import compact_files, peft_files
-from tests.pages import README
+from tests.pages import DOCS
 
 ROUNDS = 1500  # for each format
 
@@ -168,6 +168,6 @@ def check_sound(adapter: Adapter, turn: int) -> None:
         assert delta.values.is_floating_point()
 
 
-def test_readme_has_the_counts() -> None:
+def test_the_docs_have_the_counts() -> None:
     kinds = len(compact_files.HOSTILE) + len(peft_files.HOSTILE)
-    assert f"({kinds} kinds, {2 * ROUNDS:,} mutations)" in README.read_text()
+    assert f"({kinds} kinds, {2 * ROUNDS:,} mutations)" in (DOCS / "compared.md").read_text()
