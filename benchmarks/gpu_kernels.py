@@ -74,7 +74,7 @@ def _ways(
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor]]:
     from shira.masks import block_support, random_support
     from shira.ops import make_plan, weight_gradient
-    from shira.ops.gradient.through_torch import chunked, scratch_bytes, set_scratch_bytes
+    from shira.ops.gradient import chunked, scratch_bytes, set_scratch_bytes
     from shira.ops.gradient.triton import available, triton_weight_gradient
 
     rows, cols = shape

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shira.ops import native, reference
+from shira.ops import native
 from shira.ops.native import build as building
 from shira.support import Support
+
+from . import reference
 
 needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
 

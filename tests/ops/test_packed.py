@@ -13,7 +13,7 @@ from shira import Support, ops
 from shira.base import replacement
 from shira.masks import random_support
 from shira.ops import gaps, make_plan, native
-from shira.ops.packed import gaps_of, is_packed, pack, support_of, unpack
+from shira.ops.gaps import gaps_of, is_packed, pack, support_of, unpack
 
 from .cases import needs_kernels, random_indices, supported, torch_threads
 

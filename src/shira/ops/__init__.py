@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
+from shira.ops.delta_product import looked_up, sparse_product
 from shira.ops.functional import adapted_weight, conv2d, embedding, linear, value_gradients
-from shira.ops.gradient import Choice, choose, use_backend, weight_gradient
-from shira.ops.gradient.through_torch import set_scratch_bytes
+from shira.ops.gradient import Choice, choose, set_scratch_bytes, use_backend, weight_gradient
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
-from shira.ops.sparse_product import looked_up, sparse_product
 
 __all__ = [
     "Choice",

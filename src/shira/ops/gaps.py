@@ -14,22 +14,27 @@ repeats; what is left to check is how many there are and that the last is in ran
 an index takes 1.006 bytes. ``docs/file-format.md`` is the specification.
 
 Both directions cost O(number of units): in the compiled kernels, or without them in numpy, in
-pieces that stay in the cache. Compact files hold gaps (``store``), layers on the CPU
-(``ops.packed``), and the compiled kernels walk along them, from `marks` on.
+pieces that stay in the cache. Compact files hold gaps (``store``), and so do layers on the CPU:
+PEFT's ``shira_indices`` are int32 rows and columns, 8 bytes a position; `pack` makes a byte of them
+where that can be. Wherever ops take indices they take either form, and the compiled kernels walk
+along the gaps as they are, from `marks` on.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shira.errors import SupportError
 from shira.ops import native
-from shira.support import index_dtype
+from shira.support import Support, index_dtype
 
 UNITS: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("<u1"),
@@ -40,6 +45,9 @@ UNITS: dict[str, np.dtype[Any]] = {
 
 BLOCK = 2048
 """Units from one mark to the next."""
+
+LEAST_DENSITY = 1 / 200
+"""Below this positions are not packed. At it they take 1.4 bytes each, 1.8 at the worst."""
 
 _PIECE = 2**14  # indices or units at a time
 
@@ -132,6 +140,79 @@ def marks(units: Units) -> NDArray[np.int64]:
         found[1:, 0] = ends.cumsum()
         found[1:, 1] = (np.add.reduceat(units, starts, dtype=np.int64) + ends).cumsum()
     return found
+
+
+def is_packed(indices: Tensor) -> bool:
+    """Whether positions are packed: uint8 ``(n,)``, not integers ``(2, k)``."""
+    return indices.dtype == torch.uint8 and indices.dim() == 1
+
+
+def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
+    """Positions as they are best kept.
+
+    Args:
+        coordinates: int32 ``(2, k)``: rows and columns of a weight, or packed positions.
+        shape: Of the weight.
+
+    Returns:
+        uint8 ``(n,)``, the gaps; or ``coordinates`` themselves, if they are packed already, not on
+        the CPU, below `LEAST_DENSITY`, or not sorted.
+    """
+    if not _packs(coordinates, shape):
+        return coordinates
+    try:
+        support = Support.from_coordinates(shape, coordinates)
+    except SupportError:  # a placeholder; whoever uses it says what is wrong
+        return coordinates
+    with torch.inference_mode(False):  # made in a first forward without gradients, used in others
+        return torch.from_numpy(encode(support.indices.numpy(), widest="U8"))
+
+
+def _packs(coordinates: Tensor, shape: Sequence[int]) -> bool:
+    if is_packed(coordinates) or not coordinates.is_cpu or native.load().library is None:
+        return False
+    return coordinates.shape[-1] > LEAST_DENSITY * math.prod(shape)
+
+
+def unpack(indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """The reverse of `pack`: int32 ``(2, k)``, on the device of ``indices``."""
+    return support_of(indices, shape).coordinates() if is_packed(indices) else indices
+
+
+def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
+    """The positions as a support.
+
+    Raises:
+        SupportError: If they are out of range, unsorted or repeated.
+    """
+    if not is_packed(indices):
+        return Support.from_coordinates(shape, indices)
+    return from_gaps(indices, shape)
+
+
+def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
+    """The support whose gaps these are, in bytes or wider units; on their device.
+
+    Raises:
+        SupportError: If they are those of no support of such a weight.
+    """
+    flat = decode(units.detach().cpu().numpy(), math.prod(shape))
+    return Support._trusted(shape, torch.from_numpy(flat).to(units.device))
+
+
+def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:
+    """A support on the CPU for the compiled kernels.
+
+    Args:
+        support: Which entries.
+        packed: The same, packed: its memory is used.
+    """
+    if packed is None:
+        units = encode(support.indices.numpy(), widest="U16")
+        packed = torch.from_numpy(units)
+    else:
+        units = packed.numpy()
+    return native.Gaps(packed, torch.from_numpy(marks(units)), support.nnz)
 
 
 def _kernels() -> native.Kernels | None:

@@ -25,8 +25,8 @@ from shira.base import accumulation_dtype
 from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.ops import native
+from shira.ops.gaps import from_gaps, gaps_of, is_packed, support_of
 from shira.ops.memory import offsets_of
-from shira.ops.packed import from_gaps, gaps_of, is_packed, support_of
 from shira.support import Support, align, matrix_shape
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@
 that they move, save and load with the layer. Seen from outside, in state dicts too, they are PEFT's
 int32 ``(2, k)``, whatever they are cast to: some versions of PEFT cast every entry of a buffer
 dictionary to the weight's dtype, in which large indices do not fit. From a layer's first forward on
-they are kept `shira.ops.packed`, a byte each, where that can be (not before: who loads a file into
+they are kept `shira.ops.gaps`, a byte each, where that can be (not before: who loads a file into
 a new model, transformers for one, compares shapes with the buffers).
 
 Data parallelism averages gradients entry by entry. If two processes chose different entries, the
@@ -28,7 +28,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from shira.errors import RankMismatchError, SupportError
-from shira.ops.packed import pack, support_of, unpack
+from shira.ops.gaps import pack, support_of, unpack
 from shira.support import Support
 
 SWITCH = "SHIRA_CHECK_RANKS"

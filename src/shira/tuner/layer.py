@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import settle, under_way
-from shira.ops.merge import Undo, merge_into
+from shira.ops.resident import Undo, merge_into
 from shira.store.names import INDICES, VALUES, full_shape, is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's operations on a model happen as a whole, or, if they fail or are interrupted, not at all.
 
-A layer undoes what it was itself in the middle of (`shira.ops.merge`); this is for the others.
+A layer undoes what it was itself in the middle of (`shira.ops.resident`); this is for the others.
 """
 
 from __future__ import annotations

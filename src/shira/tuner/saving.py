@@ -26,7 +26,7 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, MaskError, did_you_mean
 from shira.fusing import METHODS, fill_to_rank, fuse
 from shira.fusing.result import FUSED
-from shira.ops.packed import unpack
+from shira.ops.gaps import unpack
 from shira.store.config import SHAPES_FIELD, common_rank
 from shira.store.names import (
     INDICES,

@@ -21,8 +21,7 @@ from shira.ops import (
     use_backend,
     weight_gradient,
 )
-from shira.ops.gradient import BACKENDS
-from shira.ops.gradient.through_torch import batched, chunked, sampled, scratch_bytes
+from shira.ops.gradient import BACKENDS, batched, chunked, sampled, scratch_bytes
 
 from ..cases import close, dense, kernels_of, needs_kernels, operands, random_indices, torch_threads
 

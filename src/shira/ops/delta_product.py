@@ -14,18 +14,14 @@ one to the sum without rounding). In float32 and float64 the two differ by round
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira.base import accumulation_dtype
-from shira.ops.gradient import weight_gradient
-from shira.ops.gradient.through_torch import silence_csr_warning
-from shira.ops.memory import keep_over_fork
+from shira.ops.gradient import silence_csr_warning, weight_gradient
 from shira.ops.plan import Pattern, Plan, plan_for
 from shira.ops.product import no_autocast
 
@@ -46,10 +42,10 @@ def _sparse_product(
     plan = plan_for([indices], (rows, cols), (cols, 1))
     with no_autocast(x):
         if transposed:
-            by_column = _columns(indices, plan)
+            by_column = _columns(plan)
             matrix = _csr(by_column, delta.index_select(0, by_column.order).to(wide), (cols, rows))
         else:
-            matrix = _csr(_rows(indices, plan), delta.to(wide), (rows, cols))
+            matrix = _csr(_rows(plan), delta.to(wide), (rows, cols))
         result: Tensor = torch.mm(matrix, x.to(wide).t()).t()  # (out, tokens), seen turned
         return result.contiguous()
 
@@ -76,7 +72,7 @@ def sparse_product(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """``x dW^T``, dW the matrix of this shape that is ``delta`` at its positions, zero elsewhere.
+    """Compute ``x dW^T``, dW the matrix that is ``delta`` at its positions and zero elsewhere.
 
     Args:
         x: ``(tokens, in)``, floating.
@@ -91,13 +87,18 @@ def sparse_product(
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+
+    Example:
+        >>> indices = torch.tensor([[0, 1], [2, 0]])
+        >>> shira.ops.sparse_product(torch.ones(1, 3), torch.tensor([5.0, 7.0]), indices, (2, 3))
+        tensor([[5., 7.]])
     """
     result: Tensor = torch.ops.shira.sparse_product(x, delta, indices, list(shape), transposed)
     return result
 
 
 def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which entries of a delta a table look-up meets: O(tokens * k / rows), not O(k).
+    """Find the entries of a delta that a table look-up meets: O(tokens * k / rows), not O(k).
 
     Args:
         ids: ``(tokens,)`` integers, rows of the table.
@@ -110,9 +111,15 @@ def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+
+    Example:
+        >>> indices = torch.tensor([[0, 2], [1, 0]])
+        >>> places, entries = shira.ops.looked_up(torch.tensor([2, 1]), indices, (3, 2))
+        >>> places.tolist(), entries.tolist()
+        ([0], [1])
     """
     plan = plan_for([indices], tuple(shape), (shape[1], 1))
-    crow, _, col = _rows(indices, plan)
+    crow, _, col = _rows(plan)
     first = crow.index_select(0, ids).long()
     count = crow.index_select(0, ids + 1).long() - first  # (tokens,)
     token = torch.repeat_interleave(count)  # (hits,): 0 0 0 1 2 2 ...
@@ -163,21 +170,14 @@ class _Columns(NamedTuple):
     """int64 ``(k,)``: place of each entry in the order of rows."""
 
 
-_BY_ROW: Any = WeakTensorKeyDictionary()
-_BY_COLUMN: Any = WeakTensorKeyDictionary()
-_LOCK = threading.RLock()
-keep_over_fork(_LOCK)
+def _rows(plan: Plan) -> Pattern:
+    """Return the plan's pattern, kept: making it takes about as long as a product of few tokens."""
+    return plan.kept or plan.memo("pattern", plan.pattern)
 
 
-def _rows(indices: Tensor, plan: Plan) -> Pattern:
-    """The plan's pattern, kept: making it takes about as long as the product of a few tokens."""
-    made: Pattern = plan.kept or _kept(_BY_ROW, indices, plan, plan.pattern)
-    return made
-
-
-def _columns(indices: Tensor, plan: Plan) -> _Columns:
-    made: _Columns = _kept(_BY_COLUMN, indices, plan, lambda: _make_columns(plan))
-    return made
+def _columns(plan: Plan) -> _Columns:
+    """Return the entries by column, kept with the plan."""
+    return plan.memo("columns", _make_columns, plan)
 
 
 def _make_columns(plan: Plan) -> _Columns:
@@ -186,18 +186,6 @@ def _make_columns(plan: Plan) -> _Columns:
     crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
     crow[1:] = torch.cumsum(torch.bincount(col, minlength=plan.shape[1]), 0)
     return _Columns(crow, row.index_select(0, order), order)
-
-
-def _kept(where: Any, indices: Tensor, plan: Plan, make: Callable[[], Any]) -> Any:
-    """What was made, kept as long as the index tensor lives and its plan stays the same."""
-    with _LOCK:
-        kept = where.get(indices)
-    if kept is not None and kept[0] is plan:
-        return kept[1]
-    made = make()
-    with _LOCK:
-        where[indices] = (plan, made)
-    return made
 
 
 def _csr(pattern: Pattern | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:

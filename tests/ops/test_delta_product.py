@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shira import ops
 from shira.errors import SupportError
-from shira.ops import reference
 
+from . import reference
 from .cases import close, random_indices, values
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
