@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on disk: the formats, reading with validation, atomic writing.
 
-`load` and `save` are what `shira.adapter.Adapter` calls; one row of `FORMATS` is one format. Below
-them, ``compact_write`` and ``compact_read`` are the compact format, with ``compact_table`` (what a
-file says of itself), ``gaps``, ``blocks`` and ``int8`` (its codings); ``peft_format`` reads PEFT's
-format, ``peft_write`` writes it and ``peft_config`` is its JSON file; ``safetensors_header``,
-``json_text`` and ``entries`` refuse invalid input; ``names`` knows the base model's side;
-``atomic`` writes files; ``extract`` takes an adapter out of a live model, whose tensors ``sharded``
-makes whole.
+`load` and `save` are what `shira.adapter.Adapter` calls.
+``compact`` is the compact format, ``table`` what such a file says of itself; ``peft`` is PEFT's
+format, ``config`` its JSON file, ``patterns`` the regular expressions in it. Below them ``header``
+and ``json_text`` refuse invalid input, ``names`` knows the base model's side, and ``atomic`` writes
+files; ``extract`` takes an adapter out of a live model.
 
-Sits above ``delta``, and above ``masks``: a compact file may hold the seed of a random mask in the
-place of its indices. Imports torch, numpy, safetensors, never PEFT.
+Sits above ``delta``, ``ops`` and ``masks``: a compact file may hold the seed of a random mask in
+the place of its indices. Imports torch, numpy, safetensors, never PEFT.
 """
 
 from __future__ import annotations
@@ -19,17 +17,23 @@ import errno
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
 
 from shira.adapter import Adapter
-from shira.errors import ConfigError, FileFormatError, WrongBaseError, did_you_mean
-from shira.store.compact import COMPACT_NAME, CompactFile, is_compact, read_compact, write_compact
+from shira.errors import ConfigError, did_you_mean
+from shira.store.compact import (
+    COMPACT_NAME,
+    CompactFile,
+    is_compact,
+    read_compact,
+    write_compact,
+)
 from shira.store.names import CONFIG_NAME, WEIGHTS_NAME
 from shira.store.peft import (
     PeftFile,
     RawDelta,
+    check_shape,
     check_whole_shapes,
     read_peft,
     to_adapter,
@@ -40,7 +44,6 @@ from shira.store.peft import (
 __all__ = [
     "FORMATS",
     "CompactFile",
-    "Format",
     "PeftFile",
     "RawDelta",
     "ShapesOf",
@@ -55,97 +58,11 @@ __all__ = [
     "write_peft",
 ]
 
+FORMATS = ("compact", "peft")
+"""The ways to keep an adapter on disk."""
 
 ShapesOf = Callable[[Collection[str]], Mapping[str, Sequence[int]]]
 """From an adapter's parameter names to the shapes of the base's weights, of those at least."""
-
-
-class _Read(Protocol):
-    def __call__(self, path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter: ...
-
-
-class _Write(Protocol):
-    def __call__(
-        self, adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
-    ) -> None: ...
-
-
-class _Claims(Protocol):
-    def __call__(self, path: Path) -> bool: ...
-
-
-class Format(NamedTuple):
-    """One way to keep an adapter on disk.
-
-    Attributes:
-        claims: Whether an existing path looks like this format; a look, not a validation.
-        read: Reads and validates.
-        write: Writes atomically.
-    """
-
-    claims: _Claims
-    read: _Read
-    write: _Write
-
-
-def _read_compact(path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter:
-    read = read_compact(path, mapped=mapped)
-    if shapes_of is None:
-        return read.adapter
-    shapes = shapes_of(read.records)
-    for name, record in read.records.items():
-        if name not in shapes:
-            raise FileFormatError(
-                f"{read.path}: unknown target: the base model has no parameter {name!r}."
-                f"{did_you_mean(name, shapes)}"
-            )
-        if shapes[name] != record.shape:
-            raise WrongBaseError(
-                f"{read.path}: wrong base: made for a {name!r} of shape {record.shape}, but here "
-                f"it has {shapes[name]}"
-            )
-    check_whole_shapes(read.path, read.adapter.tensors, shapes)
-    return read.adapter
-
-
-def _write_compact(
-    adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
-) -> None:
-    if path.is_dir():
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            if (path / name).exists():
-                raise ConfigError(
-                    f"{path}: this folder holds an adapter in PEFT's format ({name}), beside which "
-                    f"a compact one would not be found; name a file, such as "
-                    f"{path.with_name(path.name + '.safetensors')}, or give format='peft'"
-                )
-        path = path / COMPACT_NAME
-    write_compact(adapter, path, dtype, indices)
-
-
-def _read_peft(path: Path, shapes_of: ShapesOf | None, mapped: bool) -> Adapter:
-    file = read_peft(path)
-    names = [raw.weight_name for raw in file.tensors.values()]
-    return to_adapter(file, None if shapes_of is None else shapes_of(names))
-
-
-def _write_peft(
-    adapter: Adapter, path: Path, dtype: torch.dtype | None, indices: str | None
-) -> None:
-    if indices is not None:
-        raise ConfigError(
-            f"PEFT's format has one way to store indices, so indices={indices!r} is for "
-            "format='compact'"
-        )
-    write_peft(adapter, path, dtype)
-
-
-# Asked in this order. PEFT's format comes last and claims everything: its reader says best what is
-# wrong with a path that is no adapter at all.
-FORMATS: Mapping[str, Format] = {
-    "compact": Format(is_compact, _read_compact, _write_compact),
-    "peft": Format(lambda path: True, _read_peft, _write_peft),
-}
 
 
 def load(
@@ -169,8 +86,17 @@ def load(
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(where))
-    chosen = next(known for known in FORMATS.values() if known.claims(where))
-    return chosen.read(where, shapes_of, mapped)
+    if not is_compact(where):  # PEFT's reader says best what is wrong with what is no adapter
+        file = read_peft(where)
+        names = [raw.weight_name for raw in file.tensors.values()]
+        return to_adapter(file, None if shapes_of is None else shapes_of(names))
+    read = read_compact(where, mapped=mapped)
+    if shapes_of is not None:
+        shapes = shapes_of(read.records)
+        for name, record in read.records.items():
+            check_shape(f"{read.path}", name, record.shape, shapes)
+        check_whole_shapes(read.path, read.adapter.tensors, shapes)
+    return read.adapter
 
 
 def save(
@@ -195,9 +121,32 @@ def save(
         ConfigError: If there is no such format, or it cannot store ``dtype`` or ``indices`` so.
         AdapterError: If the format cannot hold the adapter.
     """
+    where = Path(path)
     if format not in FORMATS:
         raise ConfigError(
             f"unknown format {format!r}; there is {', '.join(map(repr, FORMATS))}."
             f"{did_you_mean(format, FORMATS)}"
         )
-    FORMATS[format].write(adapter, Path(path), dtype, indices)
+    if format == "compact":
+        write_compact(adapter, _compact_file_in(where), dtype, indices)
+        return
+    if indices is not None:
+        raise ConfigError(
+            f"PEFT's format has one way to store indices, so indices={indices!r} is for "
+            "format='compact'"
+        )
+    write_peft(adapter, where, dtype)
+
+
+def _compact_file_in(path: Path) -> Path:
+    """Return where to write a compact file; in a folder, where `load` finds it."""
+    if not path.is_dir():
+        return path
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if (path / name).exists():
+            raise ConfigError(
+                f"{path}: this folder holds an adapter in PEFT's format ({name}), beside which "
+                f"a compact one would not be found; name a file, such as "
+                f"{path.with_name(path.name + '.safetensors')}, or give format='peft'"
+            )
+    return path / COMPACT_NAME

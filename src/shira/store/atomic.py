@@ -37,7 +37,7 @@ AnyPath = str | os.PathLike[str]
 _MADE_ANEW = (".png", ".html")  # pictures and pages, which are no input of any command
 
 
-def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) -> None:
+def write_atomically(path: AnyPath, *data: bytes | memoryview) -> None:
     """Put ``data`` at ``path``, replacing what is there as a whole.
 
     A symbolic link stays, and what it points to is replaced; permissions of an old file are kept.
@@ -55,7 +55,7 @@ def write_atomically(path: str | os.PathLike[str], *data: bytes | memoryview) ->
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[Path]:
+def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
     """Give a new file or folder to fill, which takes the place of the old one at the end.
 
     If the block ends in an exception, the new one is removed and the old one stays.
@@ -92,29 +92,25 @@ def replacing(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator
             os.close(descriptor)
 
 
-def check_kind(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+def check_kind(path: AnyPath, *, folder: bool | None = False) -> None:
     """Refuse to replace what is of another kind: a pipe, a device, a folder by a file.
 
+    Args:
+        path: What is to be replaced, if it is there.
+        folder: Whether by a folder; None if by either.
+
     Raises:
-        ConfigError: If there is something at ``path`` that is no regular file (no folder).
+        ConfigError: If there is something of another kind at ``path``.
     """
-    check_special(path)
-    if os.path.isdir(path) and not folder:
-        raise ConfigError(f"{os.fspath(path)}: is a folder, and cannot be replaced by a file")
+    where = os.fspath(path)
+    if os.path.isdir(path) and folder is False:
+        raise ConfigError(f"{where}: is a folder, and cannot be replaced by a file")
     if os.path.isfile(path) and folder:
-        raise ConfigError(f"{os.fspath(path)}: is a file, and cannot be replaced by a folder")
-
-
-def check_special(path: str | os.PathLike[str]) -> None:
-    """Refuse to replace a pipe, a device or a socket.
-
-    Raises:
-        ConfigError: If there is one at ``path``.
-    """
+        raise ConfigError(f"{where}: is a file, and cannot be replaced by a folder")
     if os.path.exists(path) and not (os.path.isdir(path) or os.path.isfile(path)):
         raise ConfigError(
-            f"{os.fspath(path)}: is neither a file nor a folder but a pipe, a device or a socket, "
-            "and is not replaced; name a file"
+            f"{where}: is neither a file nor a folder but a pipe, a device or a socket, and is not "
+            "replaced; name a file"
         )
 
 
@@ -142,7 +138,7 @@ def check_outputs(
     read = [_whole(Path(path)) for path in inputs if path is not None]
     models = [Path(path) for path in checkpoints if path is not None]
     for number, (name, output) in enumerate(given.items()):
-        check_special(output)
+        check_kind(output, folder=None)
         for source in (*read, *models):
             _check_input(f"{name} {output}", output, source, anything=source in models)
         for other, second in list(given.items())[:number]:
@@ -225,7 +221,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _flush_folder(folder: str | os.PathLike[str]) -> None:
+def _flush_folder(folder: AnyPath) -> None:
     if os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(folder, os.O_RDONLY)

@@ -182,7 +182,8 @@ def is_compact(path: Path) -> bool:
         return False
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        return _SAYS_SO.search(file.read(min(length, HEADER_LIMIT))) is not None
+        size = os.fstat(file.fileno()).st_size  # more would be allocated before it is read
+        return _SAYS_SO.search(file.read(min(length, size, HEADER_LIMIT))) is not None
 
 
 def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> CompactFile:

@@ -152,7 +152,10 @@ def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
-    tensors = {name: _checked_info(path, name, claims[name], 8 + length) for name in claims}
+    tensors = {}
+    for name, claim in claims.items():
+        with refusing(path, f"tensor {name!r}"):
+            tensors[name] = _checked_info(claim, 8 + length)
     _check_ranges(path, tensors, 8 + length, size)
     return Header(path, tensors, metadata)
 
@@ -318,59 +321,48 @@ def stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 def _header_length(start: bytes, size: int, path: Path) -> int:
     """Return the length of the header from the file's first nine bytes."""
-    length = int.from_bytes(start[:8], "little")
+    length, brace = int.from_bytes(start[:8], "little"), start[8:9] == b"{"
+    cause = ""
     # A pickle (0x80) or a zip of pickles (PK) may also read as a length, so look for the brace.
-    if start[8:9] != b"{":
-        if start[:1] == b"\x80" or start[:2] == b"PK":
-            raise FileFormatError(
-                f"{path}: a pickle (torch.save), not safetensors. Pickles can run code when they "
-                "are read, so shira does not; convert it with safetensors.torch.save_file"
-            )
-        if start[:7] == b"version":
-            raise FileFormatError(
-                f"{path}: a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
-            )
-    if size < 8:
-        raise FileFormatError(
-            f"{path}: truncated: {size} bytes are fewer than the 8 that start a safetensors file"
+    if not brace and (start[:1] == b"\x80" or start[:2] == b"PK"):
+        cause = (
+            "a pickle (torch.save), not safetensors. Pickles can run code when they are read, so "
+            "shira does not; convert it with safetensors.torch.save_file"
         )
-    if length > HEADER_LIMIT:
-        raise FileFormatError(
-            f"{path}: not safetensors, or hostile: a header of {length} bytes is too large "
-            f"(limit {HEADER_LIMIT})"
+    elif not brace and start[:7] == b"version":
+        cause = "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
+    elif size < 8:
+        cause = f"truncated: {size} bytes are fewer than the 8 that start a safetensors file"
+    elif length > HEADER_LIMIT:
+        cause = (
+            f"not safetensors, or hostile: a header of {length} bytes is too large (limit "
+            f"{HEADER_LIMIT})"
         )
-    if length > size - 8:
-        raise FileFormatError(
-            f"{path}: truncated: its header should have {length} bytes, but only {size - 8} follow"
-        )
-    if start[8:9] != b"{":
-        raise FileFormatError(f"{path}: not safetensors: the header does not start with '{{'")
+    elif length > size - 8:
+        cause = f"truncated: its header should have {length} bytes, but only {size - 8} follow"
+    elif not brace:
+        cause = "not safetensors: the header does not start with '{'"
+    if cause:
+        raise FileFormatError(f"{path}: {cause}")
     return length
 
 
-def _checked_info(path: Path, name: str, claim: Any, data_start: int) -> TensorInfo:
+def _checked_info(claim: Any, data_start: int) -> TensorInfo:
     """Return one entry of the header; whether its byte range fits the file comes later."""
-
-    def refuse(cause: str) -> FileFormatError:
-        return FileFormatError(f"{path}: tensor {name!r}: {cause}")
-
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-        raise refuse("the header gives dtype, shape and data_offsets, nothing else")
-    dtype, offsets = claim["dtype"], claim["data_offsets"]
+        raise EntryError("the header gives dtype, shape and data_offsets, nothing else")
+    dtype, shape, offsets = claim["dtype"], shape_in(claim["shape"]), claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise refuse(f"unknown dtype {str(dtype)[:40]!r}.{did_you_mean(str(dtype).upper(), _BITS)}")
-    try:
-        shape = shape_in(claim["shape"])
-    except ValueError as error:
-        raise refuse(str(error)) from error
+        hint = did_you_mean(str(dtype).upper(), _BITS)
+        raise EntryError(f"unknown dtype {str(dtype)[:40]!r}.{hint}")
     if not isinstance(offsets, list) or [type(at) for at in offsets] != [int, int]:
-        raise refuse("data_offsets are two integers")
+        raise EntryError("data_offsets are two integers")
     start, end = offsets
     if not 0 <= start <= end:
-        raise refuse(f"data_offsets {start} to {end} are no range of bytes")
+        raise EntryError(f"data_offsets {start} to {end} are no range of bytes")
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (end - start):
-        raise refuse(
+        raise EntryError(
             f"shape {list(shape)} of {dtype} takes {-(-bits // 8)} bytes, "
             f"but data_offsets give it a size of {end - start}"
         )
@@ -380,17 +372,14 @@ def _checked_info(path: Path, name: str, claim: Any, data_start: int) -> TensorI
 def _check_ranges(path: Path, tensors: Mapping[str, TensorInfo], at: int, size: int) -> None:
     """Check that the tensors' bytes follow one another from ``at`` to the end of the file."""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        cause = ""
+        if info.end > size:
+            cause = f"truncated: it ends at byte {info.end} of a file of {size} bytes"
         if info.start != at:
             what = "overlap those of another tensor" if info.start < at else "leave a gap"
-            raise FileFormatError(
-                f"{path}: tensor {name!r}: its bytes, {info.start} to {info.end}, {what} "
-                f"(expected to start at {at})"
-            )
-        if info.end > size:
-            raise FileFormatError(
-                f"{path}: tensor {name!r}: truncated: it ends at byte {info.end} of a file of "
-                f"{size} bytes"
-            )
+            cause = f"its bytes, {info.start} to {info.end}, {what} (expected to start at {at})"
+        if cause:
+            raise FileFormatError(f"{path}: tensor {name!r}: {cause}")
         at = info.end
     if at != size:
         raise FileFormatError(f"{path}: {size - at} bytes follow the last tensor")

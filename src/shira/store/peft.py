@@ -166,17 +166,8 @@ def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> Non
     check_whole_shapes(file.path, {**file.whole, **file.copies}, shapes)
     for raw in file.tensors.values():
         name = raw.weight_name
-        if name not in shapes:
-            raise FileFormatError(
-                f"{file.path}: tensor '{raw.key}.{VALUES}': unknown target: the base model has no "
-                f"parameter {name!r}.{did_you_mean(name, shapes)}"
-            )
-        shape = tuple(shapes[name])
-        if name in recorded and recorded[name] != shape:
-            raise WrongBaseError(
-                f"{file.path}: tensor '{raw.key}.{VALUES}': wrong base: made for a {name!r} of "
-                f"shape {recorded[name]}, but here it has {shape}"
-            )
+        where = f"{file.path}: tensor '{raw.key}.{VALUES}'"
+        shape = check_shape(where, name, recorded.get(name), shapes)
         for label, index, size in zip(
             ("row", "column"), raw.coordinates, matrix_shape(shape), strict=True
         ):
@@ -185,6 +176,28 @@ def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> Non
                     f"{file.path}: tensor '{raw.key}.{INDICES}': {label} {int(index.max())} is out "
                     f"of range: {name!r} of shape {shape} has {size} {label}s"
                 )
+
+
+def check_shape(
+    where: str, name: str, recorded: tuple[int, ...] | None, shapes: Mapping[str, Sequence[int]]
+) -> tuple[int, ...]:
+    """Return the shape of a weight of the base, checked against the one that a file records.
+
+    Raises:
+        FileFormatError: If the base has no such weight; ``where`` begins the message.
+        WrongBaseError: If it has another shape.
+    """
+    if name not in shapes:
+        raise FileFormatError(
+            f"{where}: unknown target: the base model has no parameter {name!r}."
+            f"{did_you_mean(name, shapes)}"
+        )
+    shape = tuple(shapes[name])
+    if recorded not in (None, shape):
+        raise WrongBaseError(
+            f"{where}: wrong base: made for a {name!r} of shape {recorded}, but here it has {shape}"
+        )
+    return shape
 
 
 def check_whole_shapes(
@@ -228,7 +241,7 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
         name, shape = raw.weight_name, tuple(shapes[raw.weight_name])
         row, column = raw.coordinates
         flat = row.long().mul_(matrix_shape(shape)[1]).add_(column)
-        delta = SparseDelta(Support(shape, flat), raw.values)
+        delta = SparseDelta(Support._trusted(shape, flat), raw.values)
         if name in file.copies and not _is_the_base(file, name, flat):
             whole[name] = file.copies[name].clone()
             held = whole[name].view(-1)
@@ -372,18 +385,18 @@ def _check_complete(file: PeftFile) -> None:
     if recorded is None:
         return
     present = {raw.weight_name: raw.key for raw in file.tensors.values()}
-    for name in recorded:
+    for name in (*recorded, *present):
+        cause = ""
         if name not in present:
-            raise FileFormatError(
-                f"{file.path}: missing tensor: {CONFIG_NAME} lists {name!r}, but there is no "
-                f"{VALUES} for it.{did_you_mean(name, present)}"
+            cause = f"missing tensor: {CONFIG_NAME} lists {name!r}, but there is no {VALUES} for it"
+        elif name not in recorded:
+            cause = (
+                f"tensor '{present[name]}.{VALUES}': unknown target: {CONFIG_NAME} does not list "
+                f"{name!r}"
             )
-    for name, key in present.items():
-        if name not in recorded:
-            raise FileFormatError(
-                f"{file.path}: tensor '{key}.{VALUES}': unknown target: {CONFIG_NAME} does not "
-                f"list {name!r}.{did_you_mean(name, recorded)}"
-            )
+        if cause:
+            known = present if name in recorded else recorded
+            raise FileFormatError(f"{file.path}: {cause}.{did_you_mean(name, known)}")
 
 
 def _refuse(header: Header, tensor: str, cause: str) -> FileFormatError:
@@ -420,8 +433,12 @@ def write_peft(
     check_kind(folder, folder=True)
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         check_kind(folder / name)
-    _check_choice("dtype", dtype, tuple(FLOATS.values()))
-    _check_choice("indices_dtype", indices_dtype, _WRITTEN_INDICES)
+    for what, given, choices in (
+        ("dtype", dtype, (*FLOATS.values(), None)),
+        ("indices_dtype", indices_dtype, (*_WRITTEN_INDICES, None)),
+    ):
+        if given not in choices:
+            raise ConfigError(f"{what} is one of {', '.join(map(str, choices[:-1]))}, not {given}")
     fields = {**adapter.metadata, **(config or {})}
     text = compose_config(
         {name: delta.support.shape for name, delta in adapter.items()},
@@ -446,11 +463,6 @@ def write_peft(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_NAME, raw)
     write_atomically(folder / CONFIG_NAME, text.encode())
-
-
-def _check_choice(what: str, dtype: torch.dtype | None, choices: tuple[torch.dtype, ...]) -> None:
-    if dtype is not None and dtype not in choices:
-        raise ConfigError(f"{what} is one of {', '.join(map(str, choices))}, not {dtype}")
 
 
 def _module_of(name: str) -> str:
