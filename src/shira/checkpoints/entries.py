@@ -32,7 +32,7 @@ from shira.store.atomic import replacing
 from shira.store.header import WHOLE_DTYPES
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that are done and those there are in all."""
+"""Told how much is done (bytes, entries) and how much there is in all."""
 
 WINDOW = 2**22
 """Bytes that are read at once, at most."""

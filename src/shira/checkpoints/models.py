@@ -18,7 +18,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +94,7 @@ def _prefixes(name: str, keys: Iterable[str]) -> set[Prefix]:
 
 
 def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stored], Prefix]:
-    """Find the stored tensor of each parameter.
-
-    Args:
-        names: An adapter's parameter names.
-        checkpoint: Where to look.
-
-    Returns:
-        Tensors by parameter name, and the change of prefix that found them.
+    """Find the stored tensor of each parameter, and the change of prefix that finds them.
 
     Raises:
         WrongBaseError: If a parameter has no tensor, or several fit.
@@ -121,12 +114,7 @@ def locate_deltas(
     checkpoint: Checkpoint,
     whole: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Stored], Prefix]:
-    """Find the stored tensor of each delta, as `locate` does; each has its delta's shape.
-
-    Args:
-        deltas: By parameter name.
-        checkpoint: Where to look.
-        whole: Whole tensors, whose places are to be found too.
+    """Find the stored tensors of deltas and whole tensors, as `locate` does, of their shapes.
 
     Raises:
         WrongBaseError: As `locate`, and if a tensor has another shape.
@@ -152,44 +140,23 @@ def locate_deltas(
     return located, prefix
 
 
-def check_untied(located: Iterable[Stored], checkpoint: Checkpoint) -> None:
-    """Refuse an embedding that the model's output head shares.
-
-    The adapter was trained on the embedding alone; written into the shared tensor, it would change
-    the head as well. A head of its own is a second tensor of the embedding's shape.
-
-    Raises:
-        MergeError: If the config of a language model does not say that the two are apart, and the
-            checkpoint holds no head.
-    """
-    for stored in located:
-        if not _is_embedding(stored, checkpoint) or not _ties(checkpoint):
-            continue
-        if sum(other.shape == stored.shape for other in checkpoint.tensors.values()) == 1:
-            raise MergeError(
-                f"{checkpoint.path}: {stored.key!r} is tied: the checkpoint has no output head of "
-                "its own, so writing there would change the head too. Save the base with the two "
-                "apart (tie_word_embeddings=False) and merge into that"
-            )
-
-
 def _is_embedding(stored: Stored, checkpoint: Checkpoint) -> bool:
     """Return whether a tensor is of words, by its name or by the vocabulary that the config has."""
-    text = checkpoint.config.get("text_config")
-    configs = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
-    words = [config.get("vocab_size") for config in configs]
+    words = _told(checkpoint, "vocab_size")
     return stored.key.endswith(_EMBEDDINGS) or (len(stored.shape) == 2 and stored.shape[0] in words)
 
 
 def _ties(checkpoint: Checkpoint) -> bool:
-    config = checkpoint.config
-    made = config.get("architectures") or []
-    if not any(str(name).endswith(_LANGUAGE_MODELS) for name in made):
-        return False
-    text = config.get("text_config")
-    told = [config.get("tie_word_embeddings")]
-    told += [text.get("tie_word_embeddings")] if isinstance(text, dict) else []
-    return False not in told
+    made = checkpoint.config.get("architectures") or []
+    language_model = any(str(name).endswith(_LANGUAGE_MODELS) for name in made)
+    return language_model and False not in _told(checkpoint, "tie_word_embeddings")
+
+
+def _told(checkpoint: Checkpoint, field: str) -> list[Any]:
+    """Return a field of the config, and of its text model's."""
+    text = checkpoint.config.get("text_config")
+    configs = [checkpoint.config, *([text] if isinstance(text, dict) else [])]
+    return [config.get(field) for config in configs]
 
 
 def _not_found(names: list[str], checkpoint: Checkpoint) -> Exception:
@@ -284,10 +251,23 @@ class OnDisk:
     def check_untied(self, names: Iterable[str]) -> None:
         """Refuse tensors that the model also uses under another name: a change is for both.
 
+        On disk that is an embedding that the output head shares: the config of a language model
+        does not say that the two are apart, and there is no second tensor of the shape.
+
         Raises:
             MergeError: If there is one.
         """
-        check_untied((self.checkpoint.tensors[name] for name in names), self.checkpoint)
+        tensors = self.checkpoint.tensors
+        for name in names:
+            shape = tensors[name].shape
+            if not _is_embedding(tensors[name], self.checkpoint) or not _ties(self.checkpoint):
+                continue
+            if sum(other.shape == shape for other in tensors.values()) == 1:
+                raise MergeError(
+                    f"{self.label}: {name!r} is tied: the checkpoint has no output head of its "
+                    "own, so writing there would change the head too. Save the base with the two "
+                    "apart (tie_word_embeddings=False) and merge into that"
+                )
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor."""
@@ -372,12 +352,7 @@ def source_of(model: Model, *, shared: bool = False) -> Source:
 
 
 def names_in(source: Source, names: Sequence[str], whose: str) -> dict[str, str]:
-    """Return what a model calls each weight.
-
-    Args:
-        source: The model.
-        names: Of the weights.
-        whose: What changes them, for the message: ``"adapter"``.
+    """Return what a model calls each weight; ``whose`` is what changes them, for the message.
 
     Raises:
         WrongBaseError: If it lacks one, or they fit in several ways.

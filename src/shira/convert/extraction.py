@@ -13,7 +13,7 @@ values are looked up afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import accumulation_dtype, fingerprint_fields, replacement
+from shira.checkpoints.entries import Progress
 from shira.checkpoints.models import Model, OnDisk, Source, match_names, source_of
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
@@ -31,9 +32,6 @@ from shira.support import Support
 
 SPARSE = 0.5
 """The largest share of entries that may differ where no budget is given."""
-
-Progress = Callable[[int, int], None]
-"""Told the entries that are done and those there are in all."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +182,6 @@ def exact_delta(base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
     Args:
         base: ``(k,)`` finite values in the base's dtype.
         tuned: ``(k,)`` finite values, of that dtype.
-
-    Returns:
-        ``(k,)`` in float32 if that is enough for all, else in float64; and the count of entries
-        that are not reached (they are met as nearly as float64 can).
     """
     delta, missed = _nearest(base, tuned, accumulation_dtype(base.dtype))
     if missed and delta.dtype == torch.float32:
@@ -302,10 +296,12 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
         for numel, here, _ in reader.differences(name):
             found += here.numel()
             if found > SPARSE * reader.total:
+                old, new = reader.old.dtype(name), reader.new.dtype(reader.names[name])
+                other = f", or has other dtypes ({new} where the base has {old})"
                 raise AdapterError(
                     f"{reader.new.label} differs from {reader.old.label} in more than "
                     f"{SPARSE:.0%} of the {reader.total:,} entries: it was tuned in full"
-                    f"{_about_dtypes(reader, name)}. Give a budget, density= or r= "
+                    f"{other if old != new else ''}. Give a budget, density= or r= "
                     "(--density, --r), to keep the entries that changed most"
                 )
             pieces.append(here + start)
@@ -313,11 +309,6 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
         flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
         supports[name] = Support._trusted(reader.old.shapes[name], flat)
     return supports
-
-
-def _about_dtypes(reader: _Reader, name: str) -> str:
-    old, new = reader.old.dtype(name), reader.new.dtype(reader.names[name])
-    return "" if old == new else f", or has other dtypes ({new} where the base has {old})"
 
 
 def _assemble(
@@ -337,23 +328,19 @@ def _assemble(
             kept = Support._trusted(support.shape, support.indices[differs])
             deltas[name] = SparseDelta(kept, values)
             bases[name] = before
+        differing, k, energy = reader.differing[name], values.numel(), reader.energy[name]
         wide = accumulation_dtype(before.dtype)
-        held = float((after.to(wide) - before.to(wide)).double().square().sum())
-        whole = values.numel() == reader.differing[name]
-        changes.append(
-            Change(
-                name=name,
-                shape=support.shape,
-                differing=reader.differing[name],
-                kept=values.numel(),
-                energy=reader.energy[name],
-                energy_kept=reader.energy[name] if whole else held,
-                missed=missed,
-            )
-        )
+        kept_energy = float((after.to(wide) - before.to(wide)).double().square().sum())
+        if k == differing:
+            kept_energy = energy
+        changes.append(Change(name, support.shape, differing, k, energy, kept_energy, missed))
     theirs = set(names.values()) | {names.get(name, name) for name in excluded}
+    metadata = fingerprint_fields(bases)
+    if isinstance(old, OnDisk):
+        recorded = old.checkpoint.config.get("_name_or_path")
+        metadata["base_model_name_or_path"] = recorded or old.label
     return Extraction(
-        adapter=Adapter(deltas, _metadata(old, bases)),
+        adapter=Adapter(deltas, metadata),
         changes=tuple(changes),
         unchanged=len(names) - len(changes),
         excluded=excluded,
@@ -361,11 +348,3 @@ def _assemble(
         only_in_tuned=tuple(name for name in new.shapes if name not in theirs),
         not_compared=tuple(dict.fromkeys((*old.others, *new.others))),
     )
-
-
-def _metadata(old: Source, bases: Mapping[str, Tensor]) -> dict[str, Any]:
-    metadata = fingerprint_fields(bases)
-    if isinstance(old, OnDisk):
-        recorded = old.checkpoint.config.get("_name_or_path")
-        metadata["base_model_name_or_path"] = recorded or old.label
-    return metadata

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import fingerprint_fields
+from shira.checkpoints.entries import Progress
 from shira.checkpoints.models import Model, Source, names_in, source_of
 from shira.convert.lora_file import Factors, oriented, read_lora
 from shira.delta import SparseDelta
@@ -33,9 +34,6 @@ BLOCK = 2**21
 
 _PAIRS = 2**16  # entries whose r products are summed at once
 _UNFOLDED = 2**14  # entries of an update for each value of A and B, at most, without the base
-
-Progress = Callable[[int, int], None]
-"""Told the entries that are done and those there are in all."""
 
 
 @dataclass(frozen=True)
@@ -131,28 +129,26 @@ def from_lora(
     budget = budget_or_none(density, r, everywhere)
     source = None if base is None else source_of(base, shared=True)
     if isinstance(lora, (str, os.PathLike)):
+        folder = os.fspath(lora)
         factors, config, whole = read_lora(lora)
-        names = _names(factors, source)
-        if source is not None:
-            shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
-            factors = oriented(factors, shapes, os.fspath(lora))
-        else:
-            _check_sizes(factors, os.fspath(lora))
-        _check_copies(factors, names, whole, source, os.fspath(lora))
-        whole = {name: tensor for name, tensor in whole.items() if name not in names}
-        # what it is of, not how it was trained
-        fields = ("base_model_name_or_path", "revision", "task_type")
-        metadata = {name: config[name] for name in fields if config.get(name) is not None}
     else:
-        factors, whole, metadata = list(lora), {}, {}
-        names = _names(factors, source)
-        for one in factors:
-            shape = one.shape if source is None else source.shapes[names[one.name]]
-            if shape != one.shape:
-                raise WrongBaseError(
-                    f"{source.label if source else ''}: {names[one.name]!r} has shape {shape}, but "
-                    f"the LoRA is of one of {one.shape}"
-                )
+        folder, factors, config, whole = None, list(lora), {}, {}
+    names = {one.name: one.name for one in factors}
+    if source is not None:
+        names = names_in(source, list(names), "LoRA")
+        shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
+        if folder is None:
+            _check_shapes(factors, shapes, source.label)
+        else:
+            factors = oriented(factors, shapes, folder)
+    elif folder is not None:
+        _check_sizes(factors, folder)
+    if folder is not None:
+        _check_copies(names, whole, source, folder)
+    whole = {name: tensor for name, tensor in whole.items() if name not in names}
+    # what the LoRA is of, not how it was trained
+    fields = ("base_model_name_or_path", "revision", "task_type")
+    metadata = {name: config[name] for name in fields if config.get(name) is not None}
     deltas, kept = sparsify(factors, budget, progress)
     if source is not None:
         metadata |= fingerprint_fields(
@@ -164,12 +160,7 @@ def from_lora(
 def sparsify(
     factors: Sequence[Factors], budget: Budget | None = None, progress: Progress | None = None
 ) -> tuple[dict[str, SparseDelta], tuple[KeptUpdate, ...]]:
-    """Keep the largest entries of LoRA updates.
-
-    Args:
-        factors: One for each weight.
-        budget: How many entries; without one as many as A and B have.
-        progress: Told the entries done and those there are in all.
+    """Keep the largest entries of LoRA updates; without a budget as many as A and B have.
 
     Returns:
         Deltas by parameter name, float32 (float64 for float64 factors), without those that are
@@ -193,17 +184,14 @@ def sparsify(
                 progress(done, total)
             yield block.abs_().reshape(-1)
 
-    counts = {
-        name: min(math.prod(one.shape), one.rank * sum(one.shape))
-        if budget is None
-        else budget.entries(one.shape)
-        for name, one in updates.items()
-    }
+    if budget is None:
+        counts = {n: min(math.prod(f.shape), f.rank * sum(f.shape)) for n, f in updates.items()}
+    else:
+        counts = {name: budget.entries(shape) for name, shape in shapes.items()}
     magnitudes = {name: scores(one) for name, one in updates.items()}
+    everywhere = budget is not None and budget.everywhere
     try:
-        chosen = largest_entries(
-            magnitudes, shapes, counts, budget is not None and budget.everywhere
-        )
+        chosen = largest_entries(magnitudes, shapes, counts, everywhere)
     except MaskError as error:
         raise AdapterError(f"{now!r}: {error}") from error
     deltas, kept = {}, []
@@ -261,29 +249,23 @@ def _check_sizes(factors: list[Factors], folder: str) -> None:
             )
 
 
-def _names(factors: list[Factors], source: Source | None) -> dict[str, str]:
-    """Return what the base calls each weight."""
-    wanted = [one.name for one in factors]
-    return (
-        dict(zip(wanted, wanted, strict=True))
-        if source is None
-        else names_in(source, wanted, "LoRA")
-    )
+def _check_shapes(factors: list[Factors], shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
+    for one in factors:
+        if shapes[one.name] != one.shape:
+            raise WrongBaseError(
+                f"{base}: {one.name!r} has shape {shapes[one.name]}, but the LoRA is of one of "
+                f"{one.shape}"
+            )
 
 
 def _check_copies(
-    factors: list[Factors],
-    names: dict[str, str],
-    whole: dict[str, Tensor],
-    source: Source | None,
-    folder: str,
+    names: Mapping[str, str], whole: Mapping[str, Tensor], source: Source | None, folder: str
 ) -> None:
     """Refuse copies of weights that the LoRA changes, if they are not known to be the base's."""
-    for one in factors:
-        copy = whole.get(one.name)
-        if copy is not None and (source is None or not _is(copy, source, names[one.name])):
+    for name, theirs in names.items():
+        if name in whole and (source is None or not _is(whole[name], source, theirs)):
             raise AdapterError(
-                f"{folder}: it holds a copy of {one.name!r}, which the LoRA changes, and "
+                f"{folder}: it holds a copy of {name!r}, which the LoRA changes, and "
                 f"{'no base is given to compare it with' if source is None else 'the base another'}"
                 "; save the LoRA of this base again, with save_embedding_layers=False"
             )

@@ -23,7 +23,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store.config import CONFIG_LIMIT
-from shira.store.header import FLOATS, Header, read_header, read_tensor
+from shira.store.header import FLOATS, Header, check_values, read_header, read_tensor, refusing
 from shira.store.json_text import open_regular, read_object
 from shira.store.names import CONFIG_NAME, WEIGHTS_NAME, base_module_name, weight_name
 from shira.store.patterns import check_patterns, matching
@@ -151,37 +151,31 @@ def oriented(
     it): a Conv1D stores its weight transposed. A weight that is not square tells by its shape; a
     square one is taken as the others are.
 
-    Args:
-        factors: From `read_lora`.
-        shapes: Of the base's weights, by the factors' names.
-        folder: Where the LoRA is from, for messages.
-
     Raises:
         WrongBaseError: If a weight has another shape either way round.
         AdapterError: If a square one cannot be told.
     """
-    turned = set()
+    turned, squares = {}, []
     for one in factors:
         shape = tuple(shapes[one.name])
         if shape not in (one.shape, one.shape[::-1]):
             raise WrongBaseError(
                 f"{folder}: {one.name!r} has shape {shape}, but the LoRA is of one of {one.shape}"
             )
-        if shape[0] != shape[1]:
-            turned.add(shape != one.shape)
-    squares = [one.name for one in factors if one.shape[0] == one.shape[1]]
-    if len(turned) > 1 and squares:
+        if shape[0] == shape[1]:
+            squares.append(one.name)
+        else:
+            turned[one.name] = shape != one.shape
+    ways = set(turned.values())
+    if len(ways) > 1 and squares:
         raise AdapterError(
             f"{folder}: some weights are stored as [out, in] and others as [in, out], and the "
             f"square {squares[0]!r} does not tell; give fan_in_fan_out in {CONFIG_NAME}"
         )
-    flip_squares = turned == {True}
-    result = []
-    for one in factors:
-        square = one.shape[0] == one.shape[1]
-        flip = flip_squares if square else tuple(shapes[one.name]) != one.shape
-        result.append(replace(one, transposed=not one.transposed) if flip else one)
-    return result
+    return [
+        replace(one, transposed=not one.transposed) if turned.get(one.name, True in ways) else one
+        for one in factors
+    ]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -257,7 +251,10 @@ def _factors(
             )
         if info.dtype not in FLOATS:
             raise FileFormatError(f"{header.path}: {name!r} has dtype {info.dtype}, not a float")
-    a, b = (_finite(read_tensor(file, header, name), header, name) for name in names)
+    a, b = (read_tensor(file, header, name) for name in names)
+    for name, tensor in zip(names, (a, b), strict=True):
+        with refusing(header.path, repr(name)):
+            check_values(tensor)
     module = base_module_name(key)
     r = matching(config.get("rank_pattern"), module, config["r"])
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != r or b.shape[1] != r:
@@ -269,12 +266,6 @@ def _factors(
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     transposed = embedding or bool(config.get("fan_in_fan_out"))
     return Factors(weight_name(module), a, b, scaling, transposed)
-
-
-def _finite(tensor: Tensor, header: Header, name: str) -> Tensor:
-    if not bool(tensor.isfinite().all()):
-        raise FileFormatError(f"{header.path}: {name!r} holds values that are not finite")
-    return tensor
 
 
 def _is_number(value: Any) -> bool:

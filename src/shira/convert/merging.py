@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import Verdict, accept, fingerprint, judge
+from shira.base import Verdict, accept, judge
 from shira.checkpoints.entries import (
     Edit,
     Progress,
@@ -31,14 +31,15 @@ from shira.checkpoints.entries import (
     read_entries,
     rewrite,
 )
-from shira.checkpoints.models import check_untied, locate_deltas
+from shira.checkpoints.models import OnDisk, locate_deltas
 from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
-from shira.convert.undo import Undone, replacing_undo
+from shira.convert.patches import Entries
+from shira.convert.undo import replacing_undo, undo_entries
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.atomic import check_outputs
 from shira.store.header import FLOATS, WHOLE_DTYPES
-from shira.support import Support, index_dtype
+from shira.support import index_dtype
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def merge(
         adapter = Adapter.load(adapter, base=checkpoint)
     adapter.require_scale_one("the adapter", scale)
     located, prefix = locate_deltas(adapter, checkpoint, adapter.tensors)
-    check_untied(located.values(), checkpoint)
+    OnDisk(checkpoint).check_untied(stored.key for stored in located.values())
     for name, stored in located.items():
         _check_dtype(stored, adapter.tensors.get(name))
     order = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
@@ -218,7 +219,7 @@ def merge(
     if undo_path is None:
         written = rewrite(checkpoint, edits, target, progress)
     else:
-        undone = [undone for _, _, undone in changes if undone.originals.numel()]
+        undone = [undone for _, _, undone in changes if undone.values.numel()]
         with replacing_undo(undo_path, undone) as put:
             written = rewrite(checkpoint, edits, target, progress, put)
     whole = tuple(told for told, _, _ in changes if isinstance(told, MergedWhole))
@@ -257,7 +258,7 @@ def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
 
 def _change(
     name: str, adapter: Adapter, stored: Stored, scale: float
-) -> tuple[MergedDelta | MergedWhole, Edit, Undone]:
+) -> tuple[MergedDelta | MergedWhole, Edit, Entries]:
     """Return the report on a tensor, the entries whose bits change, and what undoes that.
 
     The cost of a whole tensor follows its size, as all of it may change.
@@ -293,9 +294,7 @@ def _change(
             base=judge(adapter.metadata, name, values, old),
         )
     flat, old, new = flat[changed], old[changed], new[changed]
-    support = Support._trusted(stored.shape, flat)
-    undone = Undone(stored.key, stored.file.name, support, old, fingerprint(new))
-    return told, Edit(stored, flat, new), undone
+    return told, Edit(stored, flat, new), undo_entries(stored, flat, old, new)
 
 
 def _check_lost(targets: Sequence[MergedDelta], most: float) -> None:

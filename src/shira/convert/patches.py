@@ -26,9 +26,9 @@ from shira.adapter import Adapter
 from shira.base import accept, judge
 from shira.checkpoints.models import Model, names_in, source_of
 from shira.delta import SparseDelta, checked_scale
-from shira.errors import AdapterError, FileFormatError, ShiraError, WrongBaseError
+from shira.errors import AdapterError, FileFormatError, WrongBaseError
 from shira.store.atomic import write_atomically
-from shira.store.header import FLOATS, read_header, read_tensor
+from shira.store.header import FLOATS, read_header, read_tensor, refusing
 from shira.store.json_text import open_regular, parse_object, shape_in
 from shira.support import Support
 
@@ -96,9 +96,9 @@ def to_patches(
             raise AdapterError(
                 f"{name!r} has {support.numel} entries, more than a patch's int32 indices can count"
             )
-        held = source.entries(key, support.indices)
-        verdicts[name] = judge(adapter.metadata, name, delta.values, held)
-        new = SparseDelta(support, delta.values.cpu()).replacement(held, scale)
+        before = source.entries(key, support.indices)
+        verdicts[name] = judge(adapter.metadata, name, delta.values, before)
+        new = SparseDelta(support, delta.values.cpu()).replacement(before, scale)
         patches.append(SparsePatch(key, support.indices, new, support.shape))
     if check_base:
         accept(adapter.metadata, verdicts, source.label, "check_base=False, --no-check-base")
@@ -111,7 +111,7 @@ def save_patches(patches: Iterable[SparsePatch], path: str | os.PathLike[str]) -
         Entries(p.name, list(p.full_shape), Support(p.full_shape, p.indices), p.values)
         for p in patches
     )
-    write_file(path, _PATCHES, entries)
+    write_entry_file(path, _PATCHES, entries)
 
 
 def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
@@ -122,7 +122,7 @@ def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
         FileFormatError: If it is damaged, or no patch file.
     """
     patches = []
-    for name, _, support, values in read_file(path, _PATCHES):
+    for name, _, support, values in read_entry_file(path, _PATCHES):
         if support.numel >= _LIMIT:
             raise FileFormatError(f"{path}: {name!r}: more entries than int32 indices can count")
         patches.append(SparsePatch(name, support.indices, values, support.shape))
@@ -138,7 +138,7 @@ class Kind(NamedTuple):
         values: The end of the name of a weight's values: ``".values"``.
         about: The entry of the metadata that tells of each weight.
         dtypes: Dtypes of the values.
-        shape_of: The weight's shape, of what is told of it; `FileFormatError` if there is none.
+        shape_of: The weight's shape, of what is told of it; `ValueError` if there is none.
     """
 
     name: str
@@ -158,7 +158,9 @@ class Entries(NamedTuple):
     values: Tensor
 
 
-def write_file(path: str | os.PathLike[str], kind: Kind, all_entries: Iterable[Entries]) -> None:
+def write_entry_file(
+    path: str | os.PathLike[str], kind: Kind, all_entries: Iterable[Entries]
+) -> None:
     """Write a file of entries, atomically; its folder is made if absent."""
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
@@ -171,7 +173,7 @@ def write_file(path: str | os.PathLike[str], kind: Kind, all_entries: Iterable[E
     write_atomically(path, to_bytes(tensors, metadata=metadata))
 
 
-def read_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
+def read_entry_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
     """Read and check a file of entries.
 
     Raises:
@@ -195,23 +197,21 @@ def read_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
             raise FileFormatError(f"{header.path}: tensor {odd!r} is missing or not listed")
         found = []
         for name, of_weight in about.items():
-            try:
+            with refusing(header.path, repr(name)):
                 shape = kind.shape_of(of_weight)
                 if header.tensors[name + kind.values].dtype not in kind.dtypes:
-                    raise FileFormatError(f"{kind.values[1:]} are {', '.join(kind.dtypes)}")
+                    raise ValueError(f"{kind.values[1:]} are {', '.join(kind.dtypes)}")
                 indices = read_tensor(file, header, name + _INDICES)
                 support = Support(shape, indices)
                 if indices.dtype != support.indices.dtype:
                     wanted_dtype = str(support.indices.dtype).removeprefix("torch.")
-                    raise FileFormatError(f"indices are {wanted_dtype}")
+                    raise ValueError(f"indices are {wanted_dtype}")
                 values = read_tensor(file, header, name + kind.values)
                 if values.shape != (support.nnz,):
-                    raise FileFormatError(
+                    raise ValueError(
                         f"{support.nnz} indices need {kind.values[1:]} of shape ({support.nnz},), "
                         f"not {tuple(values.shape)}"
                     )
-            except (ShiraError, ValueError) as error:
-                raise FileFormatError(f"{header.path}: {name!r}: {error}") from error
             found.append(Entries(name, of_weight, support, values))
     return found
 

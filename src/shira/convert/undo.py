@@ -32,9 +32,9 @@ from torch import Tensor
 
 from shira.base import fingerprint
 from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
-from shira.checkpoints.opening import Checkpoint, open_checkpoint
-from shira.convert.patches import Entries, Kind, read_file, write_file
-from shira.errors import FileFormatError, WrongBaseError
+from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
+from shira.convert.patches import Entries, Kind, read_entry_file, write_entry_file
+from shira.errors import WrongBaseError
 from shira.store.atomic import check_outputs, write_atomically
 from shira.store.header import WHOLE_DTYPES
 from shira.store.json_text import shape_in
@@ -94,54 +94,8 @@ def unmerge(
     return Unmerged(target, len(edits), sum(edit.flat.numel() for edit in edits), written)
 
 
-@dataclass(frozen=True)
-class Undone:
-    """The entries to put back into one tensor.
-
-    Attributes:
-        key: Its name in the checkpoint.
-        file: The file that holds it, by its name in the checkpoint.
-        support: The entries that changed.
-        originals: ``(k,)`` what stood there, in the tensor's dtype.
-        merged: Fingerprint of what the merge wrote.
-    """
-
-    key: str
-    file: str
-    support: Support
-    originals: Tensor
-    merged: str
-
-
-def write_undo(path: str | os.PathLike[str], undone: Sequence[Undone]) -> None:
-    """Write an undo file, atomically."""
-    entries = (
-        Entries(
-            one.key,
-            {"file": one.file, "shape": list(one.support.shape), "merged": one.merged},
-            one.support,
-            one.originals,
-        )
-        for one in undone
-    )
-    write_file(path, _UNDO, entries)
-
-
-def read_undo(path: str | os.PathLike[str]) -> list[Undone]:
-    """Read and check an undo file.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        FileFormatError: If it is damaged, or no undo file.
-    """
-    return [
-        Undone(key, told["file"], support, originals, told["merged"])
-        for key, told, support, originals in read_file(path, _UNDO)
-    ]
-
-
 @contextmanager
-def replacing_undo(path: Path, undone: Sequence[Undone]) -> Iterator[Callable[[], None]]:
+def replacing_undo(path: Path, undone: Sequence[Entries]) -> Iterator[Callable[[], None]]:
     """Give a function that writes the undo file; call it right before the checkpoint is replaced.
 
     An undo file that is there already is removed at the end of the block. If the block does not
@@ -153,7 +107,7 @@ def replacing_undo(path: Path, undone: Sequence[Undone]) -> Iterator[Callable[[]
             names = (path.with_name(f"{path.name}.before{n or ''}") for n in itertools.count())
             kept = next(name for name in names if not name.exists())
             write_atomically(kept, path.read_bytes())
-        write_undo(path, undone)
+        write_entry_file(path, _UNDO, undone)
 
     yield put
     for kept in undo_files(path)[1:]:
@@ -173,42 +127,55 @@ def _edits_back(undo: str | os.PathLike[str], checkpoint: Checkpoint) -> list[Ed
     errors = []
     for file in undo_files(undo):
         try:
-            return [_edit_back(one, checkpoint, file) for one in read_undo(file)]
+            return [_edit_back(one, checkpoint, file) for one in read_entry_file(file, _UNDO)]
         except WrongBaseError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _edit_back(one: Undone, checkpoint: Checkpoint, undo: Path) -> Edit:
+def _edit_back(one: Entries, checkpoint: Checkpoint, undo: Path) -> Edit:
     """Put back into one tensor, after making sure that it holds what the merge wrote."""
-    stored = checkpoint.tensors.get(one.key)
+    key, told, support, originals = one
+    stored = checkpoint.tensors.get(key)
     # A checkpoint of a single file may have been renamed; a shard of several may not.
     single = len(checkpoint.files) == 1
     if (
         stored is None
-        or not (single or stored.file.name == one.file)
-        or stored.shape != one.support.shape
-        or WHOLE_DTYPES.get(stored.dtype) != one.originals.dtype
+        or not (single or stored.file.name == told["file"])
+        or stored.shape != support.shape
+        or WHOLE_DTYPES.get(stored.dtype) != originals.dtype
     ):
         raise WrongBaseError(
-            f"{undo}: it undoes a merge into {one.key!r} of shape {one.support.shape} in "
-            f"{one.file}, which {checkpoint.path} does not have; is it of this merge?"
+            f"{undo}: it undoes a merge into {key!r} of shape {support.shape} in {told['file']}, "
+            f"which {checkpoint.path} does not have; is it of this merge?"
         )
-    flat = one.support.indices
-    if fingerprint(read_entries(stored, flat)) != one.merged:
+    if fingerprint(read_entries(stored, support.indices)) != told["merged"]:
         raise WrongBaseError(
-            f"{checkpoint.path}: {one.key!r} does not hold what the merge of {undo} wrote: it is "
-            "not merged, changed since, or of another merge"
+            f"{checkpoint.path}: {key!r} does not hold what the merge of {undo} wrote: it is not "
+            "merged, changed since, or of another merge"
         )
-    return Edit(stored, flat, one.originals)
+    return Edit(stored, support.indices, originals)
+
+
+def undo_entries(stored: Stored, flat: Tensor, originals: Tensor, merged: Tensor) -> Entries:
+    """Return what an undo file holds of one tensor.
+
+    Args:
+        stored: The tensor, as it was.
+        flat: ``(k,)`` the entries that a merge changes.
+        originals: ``(k,)`` what stands there, in the tensor's dtype.
+        merged: ``(k,)`` what the merge writes there.
+    """
+    shape = list(stored.shape)
+    told = {"file": stored.file.name, "shape": shape, "merged": fingerprint(merged)}
+    return Entries(stored.key, told, Support._trusted(shape, flat), originals)
 
 
 def _undo_shape(told: object) -> tuple[int, ...]:
     """Return the shape, if file and fingerprint are told too."""
-    if not isinstance(told, dict) or not all(
-        isinstance(told.get(n), str) for n in ("file", "merged")
-    ):
-        raise FileFormatError("file, shape and merged are told")
+    texts = ("file", "merged")
+    if not isinstance(told, dict) or not all(isinstance(told.get(name), str) for name in texts):
+        raise ValueError("file, shape and merged are told")
     return shape_in(told.get("shape"))
 
 

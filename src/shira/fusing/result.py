@@ -34,19 +34,13 @@ TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "la
 def check_together(
     adapters: Sequence[Adapter], names: Sequence[str], *, check_base: bool = True
 ) -> None:
-    """Refuse adapters that do not belong together.
+    """Refuse adapters with a parameter of different shapes or devices, or of different bases.
 
     A fingerprint says nothing of other positions than its own, so it is compared where two
-    adapters have the same ones.
-
-    Args:
-        adapters: At least one.
-        names: What each is called in errors.
-        check_base: Whether their bases have to be the same, as far as they record them.
+    adapters have the same ones. The names are for errors.
 
     Raises:
-        AdapterError: If a parameter has different shapes, or lies on different devices.
-        WrongBaseError: If they were trained on different base models.
+        AdapterError, WrongBaseError: If they do not belong together.
     """
     for (a, a_name), (b, b_name) in itertools.combinations(zip(adapters, names, strict=True), 2):
         common = [(name, a[name].support, b[name].support) for name in a if name in b]
@@ -87,13 +81,7 @@ def whole_tensors(
     weights: Sequence[float],
     whole: str | None = None,
 ) -> dict[str, Tensor]:
-    """Return the whole tensors that adapters have together.
-
-    Args:
-        adapters: At least one.
-        names: What each is called.
-        weights: A factor for each.
-        whole: The name of the adapter whose tensors to take; None if all have to agree.
+    """Return the whole tensors of the adapter called ``whole``; if None, of all, which must agree.
 
     Raises:
         ConfigError: If ``whole`` is the name of none of them, or of several.
@@ -141,13 +129,9 @@ def derived_metadata(
     tensors: Mapping[str, Tensor],
     made: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the metadata of an adapter that was made of others.
+    """Return the metadata of an adapter of these deltas and whole tensors, made of others.
 
-    Args:
-        sources: At least one.
-        deltas: Of the result.
-        tensors: Of the result, those that are whole.
-        made: From `record`; goes under `FUSED`.
+    ``made`` is from `record`, and goes under `FUSED`.
     """
     first, *others = (source.metadata for source in sources)
     result = {

@@ -39,12 +39,8 @@ def trim(delta: SparseDelta, density: float) -> SparseDelta:
 def drop(delta: SparseDelta, density: float, draw: Tensor) -> SparseDelta:
     """Keep each entry with probability ``density`` and divide it by that: the mean stays.
 
-    DARE, arXiv 2311.03099, section 3: drop and rescale.
-
-    Args:
-        delta: The delta to thin out.
-        density: Probability of an entry to stay, in (0, 1].
-        draw: float64 ``(k,)`` uniform in [0, 1), on the CPU.
+    DARE, arXiv 2311.03099, section 3: drop and rescale. ``draw`` is float64 ``(k,)``, uniform in
+    [0, 1), on the CPU.
     """
     return _sample(delta, torch.full_like(draw, density), draw)
 
@@ -55,24 +51,13 @@ def mag_prune(delta: SparseDelta, density: float, epsilon: float, draw: Tensor) 
     DELLA, arXiv 2406.11617, section 3.1 (MagPrune): within a row, the probability to stay goes
     from ``density - epsilon / 2`` for the smallest to ``density + epsilon / 2`` for the largest;
     what stays is divided by its own probability.
-
-    Args:
-        delta: The delta to thin out.
-        density: Mean probability of an entry to stay.
-        epsilon: Width of the range of probabilities; 0 makes it DARE.
-        draw: float64 ``(k,)`` uniform in [0, 1), on the CPU.
     """
     rank = row_rank(delta).cpu()  # (k,) from 0 to 1
     return _sample(delta, (density - epsilon / 2) + epsilon * rank, draw)
 
 
 def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
-    """Return ``sum_i weights[i] * deltas[i]`` on the union (task arithmetic, arXiv 2212.04089).
-
-    Args:
-        deltas: At least one, of one weight.
-        weights: One for each.
-    """
+    """Return ``sum_i weights[i] * deltas[i]`` on the union (task arithmetic, arXiv 2212.04089)."""
     union, places = align([delta.support for delta in deltas])
     wide = accumulation_dtype(*(delta.values.dtype for delta in deltas))
     total = torch.zeros(union.nnz, dtype=wide, device=union.indices.device)
@@ -96,13 +81,7 @@ def elected_mean(
 
     TIES-Merging, arXiv 2306.01708, section 3, steps 2 and 3, in PEFT's form: the vote is among the
     values before they are weighted, a tie elects plus, and the sum of those that agree is divided
-    by their number.
-
-    Args:
-        deltas: At least one, of one weight.
-        weights: One for each.
-        majority_sign_method: ``"total"`` elects the sign of the sum, ``"frequency"`` the sign that
-            occurs more often.
+    by their number. ``"total"`` elects the sign of the sum, ``"frequency"`` that of most values.
     """
     union, places = align([delta.support for delta in deltas])
     wide = accumulation_dtype(*(delta.values.dtype for delta in deltas))
@@ -186,17 +165,11 @@ def digest(delta: SparseDelta) -> bytes:
 
 
 def uniform(count: int, seed: int, name: str, delta: bytes, occurrence: int = 0) -> Tensor:
-    """Draw uniform numbers in [0, 1) for the entries of a delta, from no global generator.
+    """Draw float64 numbers ``(count,)`` in [0, 1) for a delta's entries, on the CPU.
 
-    Args:
-        count: How many (k).
-        seed: Any integer.
-        name: The parameter.
-        delta: From `digest`.
-        occurrence: Tells deltas apart that are equal in every bit.
-
-    Returns:
-        float64 ``(count,)`` on the CPU; the same on every platform and with every version of numpy.
+    They are keyed by the seed, the parameter's name and the delta's `digest`, the same on every
+    platform and with every version of numpy; no global generator is used. ``occurrence`` tells
+    deltas apart that are equal in every bit.
     """
     text = f"{int(seed)}\0{occurrence}\0{name}\0".encode("utf-8", "surrogatepass") + delta
     key = hashlib.blake2b(text, digest_size=16, person=b"shira.fuse").digest()

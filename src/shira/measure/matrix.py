@@ -115,13 +115,7 @@ def product_norm(
 ) -> Estimate:
     """Return the spectral norm of ``A^T B``: AWOM (paper sec. 3.3), without making the product.
 
-    Only rows that both have can contribute.
-
-    Args:
-        a: Entries of the first, sorted by row.
-        b: Of the second.
-        tolerance: Relative error at which to stop.
-        seed: Of the starting vector.
+    Only rows that both have can contribute. The other arguments are `largest_singular_value`'s.
     """
     a = a.where(np.isin(a.row, b.row))
     b = b.where(np.isin(b.row, a.row))
@@ -211,16 +205,11 @@ def zero_share(
 ) -> Estimate:
     """Return the share of zeros among the ``n * n`` entries of ``A^T B``: AWOR (paper sec. 3.3).
 
-    Args:
-        a: Entries of the first, sorted by row.
-        b: Of the second.
-        shape: Rows and columns (m, n) of both.
-        effort: Words that may be gone through; beyond that columns are drawn.
-        seed: Of the draw.
-
-    Returns:
-        Exact, with error 0; or an estimate with the half-width of its 95 % confidence interval.
+    Beyond ``effort`` words to go through, columns are drawn (by ``seed``): then the error is the
+    half-width of the 95 % confidence interval, else 0.
     """
+    if not a.row.size or not b.row.size:
+        return Estimate(1.0)
     _, n = shape
     words = -(-n // 64)
     cost = a.row.size * words
@@ -228,8 +217,7 @@ def zero_share(
     if cost > effort:
         columns = min(columns, max(_LEAST, n * effort // cost))
     if columns >= n:
-        filled = int(_filled(a, b, np.arange(n), shape).sum())
-        return Estimate(1.0 - filled / (n * n) if n else 1.0)
+        return Estimate(1.0 - int(_filled(a, b, np.arange(n), shape).sum()) / (n * n))
     draw = generator(seed).choice(n, size=columns, replace=False)
     share = _filled(a, b, np.sort(draw), shape) / n  # (columns,)
     spread = share.std(ddof=1) / math.sqrt(columns) * math.sqrt(1 - columns / n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.fusing.result import check_together
+from shira.fusing.steps import select
 from shira.measure.figures import (
     Estimate,
     Overlap,
@@ -89,14 +90,16 @@ def overlap(
     parameters = list(dict.fromkeys((*a, *b)))
     found, sums = [], []
     for done, name in enumerate(parameters, 1):
-        one, other = (adapter.get(name) for adapter in (a, b))
+        absent = select(a[name] if name in a else b[name], torch.empty(0, dtype=torch.int64))
+        one, other = (adapter.get(name, absent) for adapter in (a, b))
         for delta, of in zip((one, other), names, strict=True):
-            if delta is not None:
-                check_finite(delta.values, f"{name!r} of adapter {of!r}")
-        interfering: tuple[Estimate | None, Estimate | None] = (None, None)
+            check_finite(delta.values, f"{name!r} of adapter {of!r}")
+        measured, of_parameter = _measure(name, one, other)
         if interference:
-            interfering = _interference(one, other, tolerance, effort, seed)
-        measured, of_parameter = _parameter(name, one, other, *interfering)
+            left, right = entries_of(one), entries_of(other)
+            awom = product_norm(left, right, tolerance=tolerance, seed=seed)
+            awor = zero_share(left, right, measured.shape, effort=effort, seed=seed)
+            measured = replace(measured, awom=awom, awor=awor)
         found.append(measured)
         sums.append(of_parameter)
         if progress is not None:
@@ -245,57 +248,28 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     )
 
 
-def _parameter(
-    name: str,
-    a: SparseDelta | None,
-    b: SparseDelta | None,
-    awom: Estimate | None,
-    awor: Estimate | None,
+def _measure(
+    name: str, a: SparseDelta, b: SparseDelta
 ) -> tuple[ParameterOverlap, tuple[Scaled, Scaled, Scaled]]:
     """Measure two deltas of one weight; and their dot product and squares, to be added up."""
-    present = a if a is not None else b
-    assert present is not None  # a name comes from one of the two
-    shared = conflicts = 0
-    common = (0.0, 0)
-    if a is not None and b is not None:
-        in_a, in_b = _shared_entries(a.support, b.support)
-        left, right = a.values.detach()[in_a], b.values.detach()[in_b]
-        shared = in_a.numel()
-        conflicts = int((left.sign() * right.sign() < 0).sum())
-        common = dot(left, right)
-    squares = [(0.0, 0) if d is None else _square(d) for d in (a, b)]
+    in_a, in_b = _shared_entries(a.support, b.support)
+    of_a, of_b = a.values.detach(), b.values.detach()
+    left, right = of_a[in_a], of_b[in_b]
+    sums = dot(left, right), dot(of_a, of_a), dot(of_b, of_b)
+    common, square_a, square_b = (ldexp(*number) for number in sums)
     measured = ParameterOverlap(
         name=name,
-        shape=matrix_shape(present.support.shape),
-        nnz_a=0 if a is None else a.nnz,
-        nnz_b=0 if b is None else b.nnz,
-        shared=shared,
-        sign_conflicts=conflicts,
-        dot=ldexp(*common),
-        square_a=ldexp(*squares[0]),
-        square_b=ldexp(*squares[1]),
-        cosine=cosine_of(common, *squares),
-        awom=awom,
-        awor=awor,
+        shape=matrix_shape(a.support.shape),
+        nnz_a=a.nnz,
+        nnz_b=b.nnz,
+        shared=in_a.numel(),
+        sign_conflicts=int((left.sign() * right.sign() < 0).sum()),
+        dot=common,
+        square_a=square_a,
+        square_b=square_b,
+        cosine=cosine_of(*sums),
     )
-    return measured, (common, squares[0], squares[1])
-
-
-def _square(delta: SparseDelta) -> Scaled:
-    values = delta.values.detach()
-    return dot(values, values)
-
-
-def _interference(
-    a: SparseDelta | None, b: SparseDelta | None, tolerance: float, effort: int, seed: int
-) -> tuple[Estimate, Estimate]:
-    """Return AWOM and AWOR of two deltas."""
-    if a is None or b is None:
-        return Estimate(0.0), Estimate(1.0)
-    left, right = entries_of(a), entries_of(b)
-    shape = matrix_shape(a.support.shape)
-    awom = product_norm(left, right, tolerance=tolerance, seed=seed)
-    return awom, zero_share(left, right, shape, effort=effort, seed=seed)
+    return measured, sums
 
 
 def _largest(parameters: Sequence[ParameterOverlap]) -> Estimate:
