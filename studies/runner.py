@@ -66,14 +66,14 @@ def continue_runs(
 def prepare_worker() -> None:
     """Settings of a worker, before torch is imported there: one thread, no network, no noise."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    from shira.cli import libraries
+    from shira.cli.output import offline, quieten, share_cores
 
-    libraries.offline()
-    libraries.share_cores()
+    offline()
+    share_cores()
     import torch
 
     torch.set_num_threads(1)
-    libraries.quieten(warnings_too=True)
+    quieten(warnings_too=True)
 
 
 def commit() -> str | None:

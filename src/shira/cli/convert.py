@@ -62,7 +62,7 @@ def command(
     Exit status 2: the source cannot be read or is not supported, or options do not go together;
     nothing is written.
     """
-    from shira.cli.libraries import share_cores
+    from shira.cli.output import share_cores
 
     share_cores()
     from shira.adapter import Adapter

@@ -56,7 +56,7 @@ def command(
 
     Exit status 1: without a budget, some entry could not be carried exactly.
     """
-    from shira.cli.libraries import share_cores
+    from shira.cli.output import share_cores
 
     share_cores()
     from shira.cli.convert import save

@@ -81,13 +81,8 @@ class Figures:
         """Return what is printed; ``None`` stands where there is no value to have any figure."""
         if not self.count:
             return {"min": None, "max": None, "mean_abs": None, "std": None, "zeros": 0}
-        return {
-            "min": self.minimum,
-            "max": self.maximum,
-            "mean_abs": self.mean_abs,
-            "std": self.std,
-            "zeros": self.zeros,
-        }
+        figures = (self.minimum, self.maximum, self.mean_abs, self.std, self.zeros)
+        return dict(zip(("min", "max", "mean_abs", "std", "zeros"), figures, strict=True))
 
 
 def _within(reach: float, figure: float) -> float:
@@ -98,12 +93,8 @@ def _within(reach: float, figure: float) -> float:
 def vanishing(base: Tensor, delta: Tensor) -> int:
     """Count the deltas other than zero that change nothing in a bfloat16 copy of the base.
 
-    The base is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a delta
-    vanishes if ``round(base + delta)`` is that same number.
-
-    Args:
-        base: ``(k,)`` values of the base weight at the adapter's positions.
-        delta: ``(k,)`` the adapter's values.
+    The base ``(k,)`` is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a
+    delta vanishes if ``round(base + delta)`` is that same number.
     """
     held = base.to(torch.bfloat16)
     unchanged = replacement(held, delta) == held

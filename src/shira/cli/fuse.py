@@ -153,9 +153,6 @@ def split_weight(argument: str) -> tuple[str, float | None]:
     """Split ``"a=0.5"`` into path and weight; the weight is None where there is none.
 
     A path that exists is taken whole, whatever is in it.
-
-    Raises:
-        ConfigError: If what follows the last ``=`` is no number.
     """
     path, sign, weight = argument.rpartition("=")
     if not sign or Path(argument).exists():

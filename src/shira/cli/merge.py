@@ -54,7 +54,7 @@ def command(
     Exit status 2: the base is another one, quantized or tied, too many deltas are lost, or the
     output exists; nothing is written.
     """
-    from shira.cli.libraries import share_cores
+    from shira.cli.output import share_cores
 
     share_cores()
     from shira.cli.output import print_json

@@ -69,11 +69,7 @@ Everywhere = Annotated[
 
 
 def one_of(option: str, value: str, known: Iterable[str]) -> str:
-    """Return the value of an option that has a few.
-
-    Raises:
-        ConfigError: If it is none of them.
-    """
+    """Return the value of an option that has a few; refuse another."""
     known = tuple(known)
     if value not in known:
         raise ConfigError(
@@ -83,11 +79,7 @@ def one_of(option: str, value: str, known: Iterable[str]) -> str:
 
 
 def dtype_named(name: str | None, known: Iterable[str] = (*FLOATS, "int8")) -> torch.dtype | None:
-    """Return the dtype of an option ``--dtype``; None for none.
-
-    Raises:
-        ConfigError: If it is none of the known ones.
-    """
+    """Return the dtype that ``--dtype`` names; None for none."""
     if name is None:
         return None
     one_of("--dtype", name, known)
@@ -98,22 +90,14 @@ def dtype_named(name: str | None, known: Iterable[str] = (*FLOATS, "int8")) -> t
 
 
 def check_new(path: Path, overwrite: bool, *, empty_folder: bool = True) -> None:
-    """Refuse to write over what is there, unless asked to or, by default, in an empty folder.
-
-    Raises:
-        ConfigError: If there is something.
-    """
+    """Refuse to write over what is there, unless asked to or, by default, in an empty folder."""
     empty = empty_folder and path.is_dir() and not any(path.iterdir())
     if path.exists() and not overwrite and not empty:
         raise ConfigError(f"--output {path} exists; overwrite it (--overwrite), or name another")
 
 
 def check_paths(paths: Iterable[str | Path]) -> None:
-    """Check that there is something at each path, before any is read.
-
-    Raises:
-        FileNotFoundError: If there is nothing at one.
-    """
+    """Raise FileNotFoundError, before any path is read, if there is nothing at one."""
     for path in paths:
         if not Path(path).exists():
             raise FileNotFoundError(2, "no such file or folder", str(path))

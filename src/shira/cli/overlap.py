@@ -149,18 +149,7 @@ def _show_ranks(found: Sequence[tuple[str, str, Rank]]) -> None:
 
 
 def plot_matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str, path: Path) -> None:
-    """Draw one figure of all pairs as a PNG; the diagonal stays empty.
-
-    Args:
-        names: Of the adapters.
-        pairs: Their pairs.
-        figure: One of `shira.cli.several.FIGURES`.
-        path: Where to write it.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-        ConfigError: If the folder of ``path`` does not exist.
-    """
+    """Draw one of `shira.cli.several.FIGURES` of all pairs as a PNG; the diagonal stays empty."""
     from shira.cli.pictures import new_drawing, write_drawing
     from shira.cli.several import matrix
 

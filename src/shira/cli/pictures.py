@@ -34,11 +34,7 @@ _ACROSS = 4
 
 
 def new_figure(size: tuple[float, float], what: str) -> Any:
-    """Return an empty figure of a width and height in inches.
-
-    Raises:
-        MissingDependencyError: If matplotlib, which ``what`` needs, is not installed.
-    """
+    """Return an empty figure of a width and height in inches; ``what`` needs matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,17 +43,7 @@ def new_figure(size: tuple[float, float], what: str) -> Any:
 
 
 def new_drawing(size: tuple[float, float], option: str, path: Path) -> Any:
-    """Return an empty figure for a PNG.
-
-    Args:
-        size: Width and height in inches.
-        option: The option that gave the path, for messages.
-        path: Where it will be written.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-        ConfigError: If the folder of ``path`` does not exist.
-    """
+    """Return an empty figure for a PNG at the path of an option, whose folder must be there."""
     figure = new_figure(size, option)
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
@@ -77,13 +63,12 @@ def write_drawing(drawing: Any, path: Path, **options: Any) -> None:
 def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> NDArray[np.float64]:
     """Return the share of the entries that are trained, in each of up to 96 x 96 parts.
 
-    Args:
-        support: Of a weight; more than two dimensions count as a matrix of ``shape[0]`` rows.
-        parts: Rows and columns of parts at most.
+    More than two dimensions count as a matrix of ``shape[0]`` rows. The parts, at most so many rows
+    and columns of them, are as even as they can be: part i of p holds the rows from
+    ``ceil(i * rows / p)`` on.
 
     Returns:
-        float64, rows by columns of parts; each between 0 and 1. The parts are as even as they can
-        be: part i of p holds the rows from ``ceil(i * rows / p)`` on.
+        float64, rows by columns of parts; each between 0 and 1.
     """
     rows, cols = matrix_shape(support.shape)
     down, across = min(rows, parts[0]), min(cols, parts[1])
@@ -98,12 +83,7 @@ def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> NDArr
 def histogram(
     deltas: Iterable[SparseDelta], reach: float, bins: int = 101
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count the values in each of some equal parts of ``[-reach, reach]``.
-
-    Args:
-        deltas: Of finite values, none beyond ``reach``.
-        reach: The largest absolute value; 0 counts as 1.
-        bins: Number of parts; odd, so that zero is inside of one.
+    """Count the values in each of ``bins`` equal parts of ``[-reach, reach]``; a reach of 0 is 1.
 
     Returns:
         int64 ``(bins,)`` counts and float64 ``(bins + 1,)`` edges.
@@ -138,15 +118,6 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
 
     Weights of like name and shape in different layers share a heat map, the mean of theirs, unless
     ``each``; of more than 24 maps the first are drawn and the title says of how many.
-
-    Args:
-        summary: Of the adapter, whose file is read again for its entries.
-        path: Where to write it.
-        each: A heat map for each weight.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-        ConfigError: If the folder of ``path`` does not exist, or the shapes are not known.
     """
     adapter = Adapter.load(summary.path, base=known_shapes(summary, "--plot"))
     maps = mean_maps(adapter, each=each)

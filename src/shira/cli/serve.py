@@ -93,13 +93,7 @@ def command(
 
 
 def _check(arguments: Sequence[str], adapters: Path | None, journal: Path | None) -> None:
-    """Refuse, before a server is started, what would make it end.
-
-    Raises:
-        MissingDependencyError: If there is no vLLM.
-        ConfigError: If a path is not possible: no folder, or a journal that is a folder, or lies
-            among the adapters or in the model.
-    """
+    """Refuse, before a server is started, what would make it end."""
     from shira.store.atomic import check_kind, check_outputs
 
     if importlib.util.find_spec("vllm") is None:

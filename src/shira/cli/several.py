@@ -26,25 +26,14 @@ FIGURES: Mapping[str, Callable[[Overlap], float]] = {
 
 
 def read_all(paths: Sequence[str], base: str | None) -> list[Adapter]:
-    """Read adapters, and show how far it is.
-
-    Args:
-        paths: Folders or files.
-        base: The base model's checkpoint, which tells the shapes for files that lack them.
-
-    Raises:
-        FileNotFoundError: If one is not there; found out before any is read.
-    """
+    """Read adapters, with a base that tells the shapes for files that lack them."""
     check_paths(paths)
     checkpoint = None if base is None else open_checkpoint(base)
     return [Adapter.load(path, base=checkpoint) for path in track(paths, "reading")]
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return the ends of paths, as many parts of each as it takes to tell them apart.
-
-    Paths that are the same get a number.
-    """
+    """Return the ends of paths that tell them apart; paths that are the same get a number."""
     real = [Path(path).resolve() for path in paths]
     lengths = dict.fromkeys(real, 1)
 

@@ -287,15 +287,7 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
 
 
 def known_shapes(summary: Summary, what: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each target.
-
-    Args:
-        summary: Of the adapter.
-        what: Feature that needs them, for the message: ``"--plot"``.
-
-    Raises:
-        ConfigError: If one is not known.
-    """
+    """Return the shape of each target; refuse ``what`` if one is not known."""
     shapes = {target.name: target.shape for target in summary.targets}
     unknown = [name for name, shape in shapes.items() if shape is None]
     if unknown:

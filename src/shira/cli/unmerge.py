@@ -35,7 +35,7 @@ def command(
 
     Exit status 2: it was refused, or the output exists; nothing is written.
     """
-    from shira.cli.libraries import share_cores
+    from shira.cli.output import share_cores
 
     share_cores()
     from shira.cli.merge import written_files

@@ -46,8 +46,8 @@ def command(
 
     Exits with status 1 if a proof fails.
     """
-    from shira.cli import libraries
     from shira.cli.demo.settings import QUICK, Settings
+    from shira.cli.output import no_accelerator_note, offline, share_cores
 
     given = {
         "seed": seed,
@@ -58,9 +58,9 @@ def command(
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = Settings(**{**(QUICK if quick else {}), **chosen})  # type: ignore[arg-type]
-    libraries.offline()
-    libraries.share_cores()
-    libraries.no_accelerator_note()
+    offline()
+    share_cores()
+    no_accelerator_note()
     try:
         from shira.cli.demo.run import run_demo
     except ImportError as error:

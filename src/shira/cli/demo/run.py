@@ -19,7 +19,6 @@ from rich.table import Table
 from safetensors.torch import save as to_bytes
 
 from shira.checkpoints import open_checkpoint
-from shira.cli import libraries
 from shira.cli.demo.settings import (
     EXAMPLES,
     MODEL_NAME,
@@ -32,7 +31,7 @@ from shira.cli.demo.settings import (
 from shira.cli.demo.tasks import Task, build_tasks, collect
 from shira.cli.demo.training import Run, train_task
 from shira.cli.demo.verify import proofs
-from shira.cli.output import console, megabytes, table
+from shira.cli.output import console, megabytes, quieten, table
 from shira.cli.progress import say
 from shira.cli.report import write_report
 from shira.cli.train.model import load_tokenizer
@@ -57,7 +56,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
         f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
         f"{settings.batch_size} texts, seed {settings.seed}"
     )
-    libraries.quieten(warnings_too=True)
+    quieten(warnings_too=True)
     root.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"settings": asdict(settings)}
     _write_json(root / RESULTS, results)  # from here on the folder is the demo's

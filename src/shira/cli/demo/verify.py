@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shira.cli import libraries
 from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS, Settings
 from shira.cli.demo.training import head_labels, predict_logits
+from shira.cli.output import no_accelerator_note, offline, quieten
 from shira.cli.progress import Steps
 from shira.cli.train.model import load_base, load_tokenizer
 
@@ -155,7 +155,7 @@ def proofs(found: Mapping[str, Any]) -> list[Proof]:
 
 
 if __name__ == "__main__":
-    libraries.offline()
-    libraries.no_accelerator_note()
-    libraries.quieten(warnings_too=True)
+    offline()
+    no_accelerator_note()
+    quieten(warnings_too=True)
     print(json.dumps(verify(Path(sys.argv[1]))))

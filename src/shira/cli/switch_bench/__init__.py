@@ -55,7 +55,7 @@ def command(
     take: reading and writing one word of each 64-byte line of memory that the adapters touch.
     Exit status 1 means that the base did not come back.
     """
-    from shira.cli.libraries import offline
+    from shira.cli.output import offline
 
     offline()
     from shira.adapter import Adapter

@@ -98,12 +98,7 @@ def shapes_in(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
 
 
 class Switching:
-    """A `Switch` between adapters.
-
-    Args:
-        module: With the adapters' parameters.
-        adapters: By name.
-    """
+    """A `Switch` between adapters on a module."""
 
     def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         self.module = module
@@ -134,11 +129,7 @@ class Limit:
 
     Beside it as many bytes are read as the offsets, originals and replacement values have.
 
-    Args:
-        switching: Between at least one adapter; the first two count.
-
-    Raises:
-        MissingDependencyError: If there are no compiled kernels to measure it with.
+    The first two adapters count. Raises MissingDependencyError without compiled kernels.
     """
 
     def __init__(self, switching: Switching) -> None:
@@ -181,12 +172,9 @@ def _walk(weight: Tensor, patches: list[Patch]) -> tuple[Tensor, Tensor, int]:
 def peft_shira(
     linear: nn.Linear, delta: SparseDelta, dtype: torch.dtype = torch.float32
 ) -> MergeAndUnmerge:
-    """Return merging and unmerging PEFT's own SHiRA, with these entries and values, on a layer.
+    """Return merging and unmerging of PEFT's own SHiRA, with these entries, on a layer.
 
-    Args:
-        linear: The layer.
-        delta: The entries.
-        dtype: Of the values. `get_peft_model` makes them float32 unless told not to.
+    `get_peft_model` makes its values float32 unless told not to.
     """
     from peft.tuners.shira.config import ShiraConfig
     from peft.tuners.shira.model import ShiraModel
@@ -280,10 +268,8 @@ def digest(module: nn.Module) -> str:
 def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) -> dict[str, Any]:
     """Time `Switch` with these adapters on a module, beside the least that it could do.
 
-    Returns:
-        Plain values: ``switch_seconds`` and ``limit_seconds`` of
-        ``there_and_back`` (in with the first adapter and out again) and ``onwards`` (from one to
-        the next; only with two or more), and whether the base came back bit for bit.
+    Both of them ``there_and_back``, in with the first adapter and out again, and with two or more
+    adapters ``onwards``, from one to the next.
     """
     before = digest(module)
     start = time.perf_counter()
@@ -318,13 +304,7 @@ def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) ->
 def compare(adapter: Adapter, dtype: torch.dtype, repeats: int) -> dict[str, Any] | None:
     """Time merging and unmerging one weight in PEFT beside `Switch`, in turns.
 
-    Args:
-        adapter: Its largest matrix is taken.
-        dtype: Of the weight.
-        repeats: Rounds.
-
-    Returns:
-        Seconds by contender and the shape; None if PEFT is not installed or there is no matrix.
+    The largest matrix of the adapter is taken; None if there is none, or PEFT is not installed.
     """
     matrices = {name: d for name, d in adapter.items() if len(d.support.shape) == 2 and d.nnz}
     if importlib.util.find_spec("peft") is None or not matrices:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from shira.cli import libraries
 from shira.cli.options import one_of
-from shira.cli.output import console
+from shira.cli.output import console, no_accelerator_note, quieten
 from shira.cli.progress import say
 from shira.cli.train import checkpoints
 from shira.cli.train import model as models
@@ -34,11 +33,11 @@ def run_training(options: TrainOptions) -> None:
     output = Path(options.output or "")
     checkpoint = checkpoints.find_checkpoint(output, options.resume)
     checkpoints.check_output(output, options, checkpoint)
-    libraries.no_accelerator_note()
+    no_accelerator_note()
     _check_installed()
     from shira.cli.train.trainer import CheckedTrainer, classification_figures, writing
 
-    libraries.quieten(warnings_too=False)
+    quieten(warnings_too=False)
     config = models.adapter_config(options)
     arguments = training_arguments(options, output / checkpoints.CHECKPOINTS)
     record = checkpoints.record_of(options, arguments.world_size)

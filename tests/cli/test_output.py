@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from shira.cli import libraries
+from shira.cli.output import no_accelerator_note
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def deepspeed():
 
 def test_only_the_note_about_the_accelerator_is_dropped(deepspeed):
     logger, heard = deepspeed
-    libraries.no_accelerator_note()
+    no_accelerator_note()
     logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, ...")
     logger.warning("the loss scale is %d", 3)
     assert heard == ["the loss scale is 3"]
