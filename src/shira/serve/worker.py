@@ -130,6 +130,7 @@ class WorkerAdapters:
             UnknownAdapterError: If there is none of this name.
             AdapterError: If it is active.
         """
+        named(name)
         agree(self.processes, lambda: self._check_unused(name))
         del self.adapters[name]
 
@@ -147,11 +148,13 @@ class WorkerAdapters:
             ServeError: If the weights are discarded, or a process failed to write; nothing has
                 changed then.
         """
-        self._write(agree(self.processes, lambda: self._checked(weights, scale)))
+        scales = wanted(weights, scale)
+        self._write(agree(self.processes, lambda: self._checked(scales)))
 
     def check(self, weights: Selection, scale: float = 1.0) -> None:
         """Raise what `activate` would raise, and change nothing."""
-        agree(self.processes, lambda: self._checked(weights, scale))
+        scales = wanted(weights, scale)
+        agree(self.processes, lambda: self._checked(scales))
 
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""
@@ -206,17 +209,15 @@ class WorkerAdapters:
 
         Raises:
             UnknownAdapterError: If there is none.
-            AdapterError: If it cannot be a name.
         """
-        if named(name) not in self.adapters:
+        if name not in self.adapters:
             raise UnknownAdapterError(
                 f"no adapter {name!r} is loaded.{did_you_mean(name, self.adapters)}"
             )
         return self.adapters[name]
 
-    def _checked(self, weights: Selection, scale: float) -> State[Storage]:
+    def _checked(self, scales: Mapping[str, float]) -> State[Storage]:
         self._check_awake()
-        scales = wanted(weights, scale)
         for name in scales:
             self.require(name)
         self._check_in_place(scales)
