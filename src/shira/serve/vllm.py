@@ -153,8 +153,8 @@ class ShiraWorkerExtension:
             try:
                 adapter = Adapter.load(path, base=base)
                 if source is not None:
-                    located, _ = locate(adapter, source.checkpoint)
-                    source.check_untied(stored.key for stored in located.values())
+                    found, _ = locate(adapter, source.checkpoint)
+                    source.check_untied(stored.key for stored in found.values())
                 return adapter
             except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
                 raise PlacementError(str(error)) from None
