@@ -48,14 +48,9 @@ from shira.tuner.base_layer import (
     with_originals,
 )
 from shira.tuner.config import ShiraConfig
-from shira.tuner.indices import (
-    IndexDict,
-    check_new_models,
-    check_while_compiling,
-    digest_of,
-)
+from shira.tuner.indices import IndexDict, check_new_models, check_while_compiling, digest_of
 from shira.tuner.mixed_batch import BASE, mixed_batch_forward
-from shira.tuner.quantized import backend_of, cannot_merge
+from shira.tuner.quantized import backend_of
 
 
 class ShiraLayer(BaseTunerLayer, nn.Module):
@@ -294,17 +289,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         together = [*self.merged_adapters, *adapter_names]
         weight = weight_of(self.get_base_layer())
         before, names = self._undo, self.merged_adapters
-
-        def note(undo: Undo | None) -> None:
-            self._note_merged(names if undo is before else together, undo)
-
         with torch.no_grad():
             merge_into(
                 weight,
                 [self._delta(name) for name in together],
                 [self.shira_indices.kept(name) for name in together],
                 before,
-                note,
+                lambda undo: self._note_merged(names if undo is before else together, undo),
                 partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
 
@@ -319,23 +310,30 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             MergeError: If it is packed by quantization, computed from other parameters, or this
                 process has a part of it only.
         """
-        if self.quantization_backend is not None:
-            raise cannot_merge(adapter_names, self.quantization_backend)
-        base = self.get_base_layer()
-        if is_computed(base):
-            raise MergeError(
-                f"{self.weight_name}: adapters {list(adapter_names)} cannot be merged into a "
-                "weight that is computed from other parameters (weight_norm, spectral_norm, "
+        base, backend = self.get_base_layer(), self.quantization_backend
+        if backend is not None:
+            kind = getattr(backend, "backend_name", "") or type(backend).__name__
+            why = (
+                f"a quantized weight ({kind}): packing it again would round most of the deltas "
+                "away and change the weights around them. Keep the adapter unmerged, or load the "
+                "base model unquantized and merge there"
+            )
+        elif is_computed(base):
+            why = (
+                "a weight that is computed from other parameters (weight_norm, spectral_norm, "
                 "orthogonal, pruning): it would be computed anew without them. Remove the "
                 "parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
                 "prune.remove), or keep the adapter unmerged"
             )
-        if is_sharded(weight_of(base)):
-            raise MergeError(
-                f"{self.weight_name}: adapters cannot be merged into a weight of which this "
-                "process has a part only (FSDP2, ZeRO-3); save the adapter, and merge it into a "
-                "model in one process"
+        elif is_sharded(weight_of(base)):
+            why = (
+                "a weight of which this process has a part only (FSDP2, ZeRO-3); save the adapter, "
+                "and merge it into a model in one process"
             )
+        else:
+            return
+        names = f"adapters {list(adapter_names)}"
+        raise MergeError(f"{self.weight_name}: {names} cannot be merged into {why}")
 
     def unmerge(self) -> None:
         """Put the originals back, bit for bit."""
@@ -430,7 +428,14 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         base: Any = self._modules["base_layer"]
         way = self._way(base)
         if way is Way.OWN:
-            return self._own_forward(base, adapter_names, args, kwargs)
+
+            def weight() -> Tensor:
+                return adapted_weight(weight_of(base), *self._parts_in_use(adapter_names))
+
+            if torch.compiler.is_compiling():
+                return torch.func.functional_call(base, {"weight": weight()}, args, kwargs)
+            self._warn_once_about_module_hooks()
+            return call_with_weight(base, weight, *args, **kwargs)
         x = args[0] if len(args) == 1 and not kwargs else input_of(base, args, kwargs)
         deltas, indices = self._in_use(adapter_names)
         if way is Way.DIRECT:
@@ -442,23 +447,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Return how to call the base layer: `_product` is for the known forwards."""
         known = self.known_forwards if self.quantization_backend is None else None
         return way_to_call(base, known)
-
-    def _own_forward(
-        self,
-        base: nn.Module,
-        adapter_names: Sequence[str],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Call the base layer's own forward with a weight that holds the adapters."""
-
-        def weight() -> Tensor:
-            return adapted_weight(weight_of(base), *self._parts_in_use(adapter_names))
-
-        if torch.compiler.is_compiling():
-            return torch.func.functional_call(base, {"weight": weight()}, args, kwargs)
-        self._warn_once_about_module_hooks()
-        return call_with_weight(base, weight, *args, **kwargs)
 
     def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Return deltas, scaled, and positions of adapters that are about to be computed with."""
@@ -504,18 +492,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 "or use torch.autocast"
             )
         return x if cast is None else cast
-
-    def refuse_samples_if_merged(self) -> None:
-        """Refuse adapters for single samples while the weight holds one for all.
-
-        Raises:
-            MergeError: If an adapter is merged.
-        """
-        if self.merged:
-            raise MergeError(
-                f"Cannot pass `adapter_names` when there are merged adapters "
-                f"({', '.join(self.merged_adapters)}), please call `unmerge_adapter` first."
-            )
 
     def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         """Put an adapter on top of what the base layer returned for some samples."""

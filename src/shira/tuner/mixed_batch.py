@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
+from shira.errors import AdapterError, MergeError, UnknownAdapterError, did_you_mean
 from shira.tuner.base_layer import Way, input_of
 
 BASE = "__base__"
@@ -60,7 +60,7 @@ def adapter_names_in_effect(
     in_encoder = set(encoder.modules()) if encoder is not None else set()
     for layer in layers:
         if not layer.disable_adapters:
-            layer.refuse_samples_if_merged()
+            _refuse_merged(layer)
     wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     handles: list[Any] = []
     over = False  # then a hook that an interrupt leaves behind does nothing
@@ -114,7 +114,7 @@ def mixed_batch_forward(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(adapter_names)} and {len(x)} respectively."
         )
-    layer.refuse_samples_if_merged()
+    _refuse_merged(layer)
     groups: dict[str, list[int]] = {}
     for sample, name in enumerate(adapter_names):
         groups.setdefault(name if name in layer.shira_weight else BASE, []).append(sample)
@@ -128,6 +128,14 @@ def mixed_batch_forward(
     if any(value is not None for value in more):
         raise _cannot_be_split(layer, "takes further arguments")
     return _group_by_group(layer, x, groups)
+
+
+def _refuse_merged(layer: Any) -> None:
+    if layer.merged:
+        raise MergeError(
+            f"Cannot pass `adapter_names` when there are merged adapters "
+            f"({', '.join(layer.merged_adapters)}), please call `unmerge_adapter` first."
+        )
 
 
 def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

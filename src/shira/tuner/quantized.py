@@ -163,16 +163,6 @@ def _adapted(
     return dense
 
 
-def cannot_merge(adapter_names: Sequence[str], backend: Any) -> MergeError:
-    """Return the error for a merge into a packed weight, which would round the deltas away."""
-    kind = getattr(backend, "backend_name", "") or type(backend).__name__
-    return MergeError(
-        f"adapters {list(adapter_names)} cannot be merged into a quantized weight ({kind}): "
-        "packing it again would round most of the deltas away and change the weights around them. "
-        "Keep the adapter unmerged, or load the base model unquantized and merge there"
-    )
-
-
 def unpack(layer: nn.Module, backend: Any) -> Tensor:
     """Return the dense weight, new and detached, in the dtype it had before it was packed."""
     weight = cast(Tensor, layer.weight)
