@@ -34,12 +34,7 @@ from shira.tuner.base_layer import base_of, pristine, readable, weight_of
 from shira.tuner.config import BuiltinMask, ShiraConfig, as_ours
 from shira.tuner.layers import layer_class_of
 from shira.tuner.quantized import backend_of
-from shira.tuner.targets import (
-    matched_modules,
-    name_all_linear,
-    nothing_matched,
-    refuse_shared_weights,
-)
+from shira.tuner.targets import checked_targets
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -208,10 +203,7 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
                 f"there are no default targets for {model_type!r}; set target_modules"
             )
         config.target_modules = targets if isinstance(targets, str) else set(targets)
-    name_all_linear(config, model)
-    layers = matched_modules(config, model)
-    if not layers:
-        raise nothing_matched(config, model)
+    layers = checked_targets(config, model, some=True)
     for name, layer in layers:
         weight = getattr(layer, "weight", None)
         if layer_class_of(layer) is None or not isinstance(weight, Tensor):
@@ -221,7 +213,6 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
                 f"{name}: a quantized weight ({type(weight).__name__}, {weight.dtype}) has no "
                 "gradient; calibrate on the unquantized model, and use the config on this one"
             )
-    refuse_shared_weights(layers)
     return [(weight_name(base_module_name(name)), layer) for name, layer in layers]
 
 

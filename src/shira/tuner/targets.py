@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``target_modules`` matches, checked before anything of the model is touched."""
+"""The modules that ``target_modules`` matches, checked before anything of the model is touched.
+
+An adapted layer has to act as the merged model would. Where it could not, the target is refused.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from shira.tuner.quantized import backend_of
 
 
 def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that a configuration names, as PEFT matches them."""
+    """Return the modules that a configuration names, as PEFT matches them."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -50,26 +53,21 @@ def checked_targets(
     Raises:
         TargetError: If the model, or what is matched of it, cannot be adapted.
     """
-    refuse_taken_names(model)
-    refuse_rescaled_weights(model)
-    name_all_linear(config, model)
+    _refuse_model(model)
+    _name_all_linear(config, model)
     targets = matched_modules(config, model)
     if some and not targets:
-        raise nothing_matched(config, model)
-    warn_of_idle_names(config, model)
-    refuse_held_elsewhere(targets, model)
-    refuse_shared_weights(targets)
+        raise _nothing_matched(config, model)
+    _warn_of_idle_names(config, model)
+    _refuse_other_places(targets, model)
+    _refuse_shared_weights(targets)
     return targets
 
 
-def name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
+def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
     """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named.
 
     The routed experts of a mixture are parameters, each a stack of matrices.
-
-    Args:
-        config: Whose ``target_modules`` are changed.
-        model: To be adapted.
     """
     targets = config.target_modules
     _maybe_include_all_linear_layers(config, model)
@@ -105,16 +103,15 @@ def _is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
     return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and min(shape) > 1 and flat)
 
 
-def warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
-    """Warn of each name in a list of target modules that matches no module."""
+def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
     if isinstance(config.target_modules, str) or not config.target_modules:
         return
-    names = _module_names(model)
+    names = _known_names(model)
     for target in sorted(config.target_modules):
         if not any(name == target or name.endswith(f".{target}") for name in names):
             warnings.warn(
                 f"target_modules: {target!r} matches no module of the model."
-                f"{did_you_mean(target, _tails(names) | set(names))}",
+                f"{did_you_mean(target, names)}",
                 stacklevel=2,
             )
 
@@ -136,31 +133,25 @@ def _names_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> 
     return {base_module_name(n) for n in matched if not n.startswith(inside)} == modules
 
 
-def nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
-    """The error for a configuration that matches nothing at all, naming near modules."""
-    targets = config.target_modules
-    names = _module_names(model)
+def _nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
+    targets, names = config.target_modules, _known_names(model)
     wanted = re.findall(r"\w+", targets) if isinstance(targets, str) else sorted(targets or ())
-    hints = {hint for word in wanted if (hint := did_you_mean(word, _tails(names) | set(names)))}
-    narrowed = {
-        field: value
-        for field in (*TARGET_FIELDS, "modules_to_save")
-        if field != "target_modules" and (value := getattr(config, field)) is not None
-    }
-    besides = "".join(f", with {field}={value!r}" for field, value in narrowed.items())
+    hints = {did_you_mean(word, names) for word in wanted}
+    besides = "".join(
+        f", with {field}={value!r}"
+        for field in (*TARGET_FIELDS[1:], "modules_to_save")
+        if (value := getattr(config, field)) is not None
+    )
     return TargetError(
         f"Target modules {targets!r} not found in the base model{besides}. Please check the target "
         f"modules and try again.{''.join(sorted(hints))}"
     )
 
 
-def _module_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules() if name]
-
-
-def _tails(names: list[str]) -> set[str]:
-    """Last parts of the names that are words rather than numbers."""
-    return {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
+def _known_names(model: nn.Module) -> set[str]:
+    """Return the names of modules, and the last parts of these that are words and not numbers."""
+    names = {name for name, _ in model.named_modules() if name}
+    return names | {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
 
 
 def check_target(name: str, target: nn.Module) -> None:
@@ -193,7 +184,7 @@ def check_target(name: str, target: nn.Module) -> None:
         )
     if backend_of(base_layer) is not None:
         return
-    refuse_other_ways_in(name, base_layer)
+    _refuse_other_ways_in(name, base_layer)
     dtype = weight_of(base_layer).dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TargetError(
@@ -209,38 +200,10 @@ def check_target(name: str, target: nn.Module) -> None:
         )
 
 
-def refuse_held_elsewhere(targets: Iterable[tuple[str, nn.Module]], model: nn.Module) -> None:
-    """Refuse a target that is called from where an adapted layer cannot be put in its place.
-
-    Such as a part of two modules, or of a list that a module keeps beside its parts: what is put
-    in by name is then not what runs.
-
-    Raises:
-        TargetError: If there is one; names the module and the attribute.
-    """
-    names = {id(module): name for name, module in targets}
-    places: dict[int, tuple[int, str]] = {}
-    for owner_name, owner in model.named_modules():
-        if isinstance(owner, BaseTunerLayer):
-            continue
-        held = [(key, part) for key, part in owner._modules.items() if id(part) in names]
-        for key, part in held:
-            if places.setdefault(id(part), (id(owner), key)) != (id(owner), key):
-                _refuse_held(names[id(part)], owner_name, owner, key)
-        for key, value in vars(owner).items():
-            if key not in _OF_TORCH:
-                for part in _modules_in(value):
-                    if id(part) in names:
-                        _refuse_held(names[id(part)], owner_name, owner, key)
-
-
-def refuse_other_ways_in(name: str, layer: nn.Module) -> None:
+def _refuse_other_ways_in(name: str, layer: nn.Module) -> None:
     """Refuse a layer with a further method that computes, as the positions of ProphetNet have.
 
     The adapted layer stands in for ``forward``; who calls the other one would get the base.
-
-    Raises:
-        TargetError: If its class, or one that it inherits from outside of torch, has one.
     """
     for kind in type(layer).__mro__:
         if kind.__module__.startswith("torch."):
@@ -254,13 +217,15 @@ def refuse_other_ways_in(name: str, layer: nn.Module) -> None:
                 )
 
 
-def refuse_rescaled_weights(model: nn.Module) -> None:
-    """Refuse a model that divides its own weights when it is put into eval mode, as RWKV does.
-
-    Raises:
-        TargetError: If a part of it does.
-    """
+def _refuse_model(model: nn.Module) -> None:
+    """Refuse a model that takes PEFT's names, or divides its own weights for eval mode (RWKV)."""
     for name, part in model.named_modules():
+        if "base_layer" in part._modules and not isinstance(part, BaseTunerLayer):
+            raise TargetError(
+                f"the model's {name or 'root'} ({type(part).__name__}) has a part called "
+                "'base_layer', the name by which PEFT knows an adapted layer; rename it, or adapt "
+                "another part of the model"
+            )
         config: Any = getattr(part, "config", None)
         if hasattr(part, "layers_are_rescaled") and config.rescale_every:
             raise TargetError(
@@ -268,6 +233,35 @@ def refuse_rescaled_weights(model: nn.Module) -> None:
                 f"mode (rescale_every={config.rescale_every}), which an adapter cannot follow; set "
                 "model.config.rescale_every = 0 first"
             )
+
+
+def _refuse_other_places(targets: Iterable[tuple[str, nn.Module]], model: nn.Module) -> None:
+    """Refuse a target that is called from where an adapted layer cannot be put in its place.
+
+    Such as a part of two modules, or of a list that a module keeps beside its parts: what is put
+    in by name is then not what runs.
+    """
+    names = {id(module): name for name, module in targets}
+    first: dict[int, tuple[int, str]] = {}
+    for owner_name, owner in model.named_modules():
+        if isinstance(owner, BaseTunerLayer):
+            continue
+        others = [
+            (key, part)
+            for key, part in owner._modules.items()
+            if first.setdefault(id(part), (id(owner), key)) != (id(owner), key)
+        ]
+        for key, value in vars(owner).items():
+            others += [(key, part) for part in _modules_in(value) if key not in _OF_TORCH]
+        for key, part in others:
+            if id(part) in names:
+                name = names[id(part)]
+                raise TargetError(
+                    f"{name!r} is also held by {owner_name or 'the model'} "
+                    f"({type(owner).__name__}) as {key!r}: what is called from there would not be "
+                    "the adapted layer; leave it out of the targets, for instance by "
+                    f"exclude_modules=[{name!r}]"
+                )
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -283,37 +277,10 @@ def _modules_in(value: object) -> Iterable[nn.Module]:
     return [one for one in value if isinstance(one, nn.Module)]
 
 
-def _refuse_held(name: str, owner_name: str, owner: nn.Module, key: str) -> None:
-    raise TargetError(
-        f"{name!r} is also held by {owner_name or 'the model'} ({type(owner).__name__}) as "
-        f"{key!r}: what is called from there would not be the adapted layer; leave it out of the "
-        f"targets, for instance by exclude_modules=[{name!r}]"
-    )
-
-
-def refuse_taken_names(model: nn.Module) -> None:
-    """Refuse a model with a part called ``base_layer``, by which PEFT knows adapted layers.
-
-    Raises:
-        TargetError: If there is one.
-    """
-    for name, module in model.named_modules():
-        if "base_layer" in module._modules and not isinstance(module, BaseTunerLayer):
-            raise TargetError(
-                f"the model's {name or 'root'} ({type(module).__name__}) has a part called "
-                "'base_layer', the name by which PEFT knows an adapted layer; rename it, or adapt "
-                "another part of the model"
-            )
-
-
-def refuse_shared_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse two targets with one weight between them: each would have its own entries in it.
-
-    Raises:
-        TargetError: If two of the modules share their weight's memory.
-    """
+def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse two targets with one weight between them: each would have its own entries in it."""
     seen: dict[tuple[int, int], str] = {}
-    for name, module in modules:
+    for name, module in targets:
         base = base_of(module)
         if layer_class_of(base) is None:
             continue
@@ -322,13 +289,12 @@ def refuse_shared_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
             continue
         # A packed tensor subclass (torchao) has no memory of its own to be known by.
         place = (weight.data_ptr() or id(weight), weight.numel())
-        if place in seen:
+        if seen.setdefault(place, name) != name:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "
                 f"it would contradict each other once merged; target one of them, for instance by "
                 f"exclude_modules=[{name!r}]"
             )
-        seen[place] = name
 
 
 def refuse_merging_shared_weights(model: nn.Module) -> None:
