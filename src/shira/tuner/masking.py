@@ -18,9 +18,11 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -194,7 +196,7 @@ def _refuse_merged(model: nn.Module) -> None:
             )
 
 
-def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.Module]]:
+def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any]]:
     if config.target_modules is None:
         model_type = str(BaseTuner.get_model_config(model).get("model_type"))
         targets = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING.get(model_type)
@@ -218,7 +220,7 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, nn.
 
 def _gradient_magnitudes(
     model: nn.Module,
-    group: Sequence[tuple[str, nn.Module]],
+    group: Sequence[tuple[str, Any]],
     batches: Iterable[Any],
     loss_fn: LossFn,
 ) -> dict[str, Tensor]:
@@ -226,31 +228,28 @@ def _gradient_magnitudes(
     totals: dict[str, Tensor] = {}
     handles = []
 
-    def collector(name: str) -> Callable[[Tensor], None]:
-        def collect(weight: Tensor) -> None:
-            gradient, weight.grad = weight.grad, None
-            if gradient is None:
-                return
-            if name not in totals:
-                totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            totals[name] += gradient.abs_()
-
-        return collect
+    def collect(name: str, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        if name not in totals:
+            totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        totals[name] += gradient.abs_()
 
     try:
         for name, layer in group:
-            layer.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
-            handles.append(layer.weight.register_post_accumulate_grad_hook(collector(name)))  # type: ignore[union-attr,operator]
+            layer.weight.requires_grad_(True)
+            handles.append(layer.weight.register_post_accumulate_grad_hook(partial(collect, name)))
         count = 0
         for batch in batches:
-            loss = loss_fn(model, _to_device(batch, next(model.parameters()).device))
+            loss = loss_fn(model, send_to_device(batch, next(model.parameters()).device))
             loss.backward()  # type: ignore[no-untyped-call]
             count += 1
     finally:
         for handle in handles:
             handle.remove()
         for _, layer in group:
-            layer.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+            layer.weight.requires_grad_(False)
     if not count:
         raise ConfigError("there are no batches to calibrate on")
     for name, layer in group:
@@ -260,21 +259,17 @@ def _gradient_magnitudes(
                 "first entries",
                 stacklevel=3,
             )
-            totals[name] = torch.zeros_like(layer.weight, dtype=torch.float32)  # type: ignore[arg-type]
+            totals[name] = torch.zeros_like(layer.weight, dtype=torch.float32)
     return totals
 
 
-def _choose(config: ShiraConfig, name: str, layer: nn.Module, score: Tensor) -> Support:
+def _choose(config: ShiraConfig, name: str, layer: Any, score: Tensor) -> Support:
     shape = tuple(score.shape)
     k = config.entries(shape, config.rank_of(name.removesuffix(".weight")), name)
     if not torch.isfinite(score).all():
         raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment]
-    options = config.mask_options or {}
-    support = choose(
-        config.mask_type, shape, k, weight=weight, gradient=score, name=name, **options
-    )
-    return support.to("cpu")
+    given = {"weight": layer.weight.detach(), "gradient": score, **(config.mask_options or {})}
+    return choose(config.mask_type, shape, k, name=name, **given).to("cpu")
 
 
 @contextmanager
@@ -311,13 +306,3 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
             "loss_fn=lambda model, batch: ..."
         )
     return loss
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_to_device(value, device) for value in batch]
-    return batch

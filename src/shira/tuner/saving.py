@@ -49,11 +49,7 @@ from shira.tuner.targets import name_exactly
 Known = Mapping[str, tuple[str, dict[str, Any]]]
 """``{parameter name: (digest of the positions, what is recorded of the base under them)}``"""
 
-COMBINATIONS = {
-    "linear": "sum",
-    "dare_linear": "dare",
-    **{name: name for name in METHODS},
-}
+COMBINATIONS = {"linear": "sum", "dare_linear": "dare", **{name: name for name in METHODS}}
 """PEFT's names of combination types, and ours, to methods of `shira.fuse`."""
 
 _OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
@@ -84,7 +80,7 @@ def describe(
     Args:
         config: Of the adapter.
         model: With the adapter's layers.
-        adapter_name: Its name.
+        adapter_name: Of the adapter.
         known: What is known of weights of which this process has a part only.
         gather: Read such weights, weight by weight; a collective call.
 
@@ -102,7 +98,7 @@ def describe(
         digest = digest_of(support)
         unchanged = layer.chosen.get(adapter_name) == digest
         as_chosen &= unchanged
-        as_budgeted &= _budget(config, module, support.shape) == support.nnz
+        as_budgeted &= _entries(config, module, support.shape) == support.nnz
         values = None  # a weight of which this process has a part is read together, or not at all
         if gather or not is_sharded(stored_weight(layer)):
             values = base_values(layer, support, gather)
@@ -222,14 +218,10 @@ def _embeddings_of(model: nn.Module) -> list[Any]:
 
 
 def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with the names by which PEFT knows what belongs to adapters.
-
-    Args:
-        model: With adapters.
-        state_dict: Perhaps of the same model in another wrapping.
+    """Return a state dict, perhaps of another wrapping, with the names that PEFT has in this one.
 
     Raises:
-        AdapterError: If two of its keys mean the same tensor.
+        AdapterError: If two of its keys are of the same tensor.
     """
     modules = [
         path_in_state(path)
@@ -257,25 +249,19 @@ def _example_of(state_dict: dict[str, Any]) -> str:
 
 
 def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
-    """An adapter's state dict as it is stored: PEFT, stock PEFT too, casts back what it loads.
+    """Return an adapter's state dict with indices in int16 where they fit, values in a dtype.
 
-    Args:
-        state_dict: Values ``...shira_weight...`` and indices ``...shira_indices...``; other entries
-            stay as they are.
-        save_dtype: As in `ShiraConfig`.
-
-    Returns:
-        Indices in int16 where all of them fit, values in the dtype.
+    PEFT, stock PEFT too, casts back what it loads.
 
     Raises:
         AdapterError: If a value is not finite in the dtype.
     """
     result = {}
     for key, tensor in state_dict.items():
-        if "shira_indices" in key and tensor.dtype == torch.int32:
+        if INDICES in key and tensor.dtype == torch.int32:
             fits = not tensor.numel() or int(tensor.max()) < 2**15
             tensor = tensor.to(torch.int16) if fits else tensor
-        elif "shira_weight" in key and save_dtype is not None:
+        elif VALUES in key and save_dtype is not None:
             stored = tensor.to(getattr(torch, save_dtype))
             if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(tensor).all()):
                 raise AdapterError(
@@ -293,7 +279,7 @@ def _is_as_recorded(layer: ShiraLayer) -> bool:
     return packed or (is_sharded(stored_weight(layer)) and not layer.base_reloaded)
 
 
-def _budget(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
+def _entries(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
     """Return the number of entries that the configuration gives a weight."""
     try:
         return config.entries(shape, config.rank_of(module), module)
@@ -341,11 +327,12 @@ def fused_adapter(
         names=[f"adapter {name!r}" for name in adapter_names],
         **options,
     )
-    if fused.metadata.get("mask_type") == FUSED or not isinstance(fused.metadata.get("r"), int):
-        _, fused = fill_to_rank(fused)
+    r = fused.metadata.get("r")
+    if fused.metadata.get("mask_type") == FUSED or not isinstance(r, int):
+        r, fused = fill_to_rank(fused)
     fields = {field.name for field in dataclasses.fields(ShiraConfig)} - {*_OF_THE_BASE}
     known = {name: value for name, value in fused.metadata.items() if name in fields}
-    config = ShiraConfig(**known | {"inference_mode": True, "modules_to_save": None})
+    config = ShiraConfig(**known | {"r": r, "inference_mode": True, "modules_to_save": None})
     config.mask_fn = SupportTable({name: delta.support for name, delta in fused.items()})
     name_exactly(config, model, {name.removesuffix(".weight") for name in fused})
     return fused, config
