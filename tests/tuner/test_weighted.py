@@ -146,6 +146,7 @@ def test_where_no_rank_has_room_nothing_is_filled_up(tmp_path):
     model.add_weighted_adapter(["a", "b", "c"], [1, 1, 1], "abc")
     layer = model.base_model.model.lin2
     assert layer.shira_weight["abc"].numel() > 3 * 18
+    assert model.peft_config["abc"].r == layer.r["abc"] == 4
     model.set_adapter("abc")
     model.save_pretrained(tmp_path, selected_adapters=["abc"])
     again = PeftModel.from_pretrained(mlp(), tmp_path / "abc").eval()
