@@ -94,7 +94,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
     say("reloading both adapters in a new process")
     found = _verify(root)
     out.print("Proofs, in a new process that knows the saved files alone:")
-    proven = proofs(found)
+    proven = list(proofs(found))
     for proof in proven:
         out.print(f"  {'holds ' if proof.holds else 'FAILS '} {proof.statement}", soft_wrap=True)
     seconds = found["switch_seconds"]

@@ -87,10 +87,7 @@ def library_root(library: str) -> Path | None:
     """Return the folder of a library's source files, or None where it is not installed."""
     if library == STANDARD_LIBRARY:
         return Path(sysconfig.get_paths()["stdlib"])
-    try:
-        spec = importlib.util.find_spec(library)  # finds a top-level package without importing it
-    except (ImportError, ValueError):
-        return None
+    spec = importlib.util.find_spec(library)  # finds a top-level package without importing it
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 

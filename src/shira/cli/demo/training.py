@@ -149,17 +149,16 @@ def _grouped_by_length() -> dict[str, Any]:
 def predict_logits(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], settings: Settings, what: str
 ) -> Tensor:
-    """Return the logits of each text, float32 ``(texts, labels)``, in evaluation mode.
-
-    Batches hold texts of similar length; which ones depends on the lengths alone, so that two
-    processes compute the same thing.
-    """
+    """Return the logits of each text, float32 ``(texts, labels)``, in evaluation mode."""
     model.eval()
-    ids = tokenizer(list(texts), truncation=True, max_length=settings.max_length)["input_ids"]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    rows: dict[int, Tensor] = {}
-    for start in track(range(0, len(order), _BATCH), what):
-        chosen = order[start : start + _BATCH]
-        batch = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
-        rows |= zip(chosen, model(**batch).logits.float(), strict=True)
-    return torch.stack([rows[i] for i in range(len(ids))])
+    made = []
+    for start in track(range(0, len(texts), _BATCH), what):
+        batch = tokenizer(
+            texts[start : start + _BATCH],
+            padding=True,
+            truncation=True,
+            max_length=settings.max_length,
+            return_tensors="pt",
+        )
+        made.append(model(**batch).logits.float())
+    return torch.cat(made)

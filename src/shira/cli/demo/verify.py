@@ -122,36 +122,28 @@ def _switch(model: Any, tasks: Sequence[str], times: int) -> list[float]:
     return seconds
 
 
-def proofs(found: Mapping[str, Any]) -> list[Proof]:
+def proofs(found: Mapping[str, Any]) -> Iterator[Proof]:
     """Return the findings of `verify` as statements that hold or do not."""
-    result = []
     for task, seen in found["tasks"].items():
-        result.append(
-            Proof(
-                seen["predictions_changed"] == 0 and seen["largest_logit_difference"] < 1e-4,
-                f"{task}: {seen['predictions'] - seen['predictions_changed']} of "
-                f"{seen['predictions']} predictions equal those of the training process "
-                f"(largest difference of a logit: {seen['largest_logit_difference']:.1e})",
-            )
+        yield Proof(
+            seen["predictions_changed"] == 0 and seen["largest_logit_difference"] < 1e-4,
+            f"{task}: {seen['predictions'] - seen['predictions_changed']} of "
+            f"{seen['predictions']} predictions equal those of the training process "
+            f"(largest difference of a logit: {seen['largest_logit_difference']:.1e})",
         )
-        result.append(
-            Proof(
-                seen["weights_changed_while_in"] > 0 and seen["merged_difference"] < 1e-4,
-                f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are "
-                "overwritten and the logits are those of the unmerged model "
-                f"(largest difference: {seen['merged_difference']:.1e})",
-            )
+        yield Proof(
+            seen["weights_changed_while_in"] > 0 and seen["merged_difference"] < 1e-4,
+            f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are "
+            "overwritten and the logits are those of the unmerged model "
+            f"(largest difference: {seen['merged_difference']:.1e})",
         )
     changed = len(found["base_changed"]) + len(found["base_missing"])
-    result.append(
-        Proof(
-            changed == 0,
-            f"after {len(found['switch_seconds'])} switches, "
-            f"{found['base_tensors'] - changed} of {found['base_tensors']} base tensors "
-            f"({found['base_weights']:,} weights) are bit for bit those of a fresh load",
-        )
+    yield Proof(
+        changed == 0,
+        f"after {len(found['switch_seconds'])} switches, "
+        f"{found['base_tensors'] - changed} of {found['base_tensors']} base tensors "
+        f"({found['base_weights']:,} weights) are bit for bit those of a fresh load",
     )
-    return result
 
 
 if __name__ == "__main__":

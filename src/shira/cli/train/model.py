@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from shira.cli.options import one_of
 from shira.cli.train.data import Data, collator, largest_token, row_lengths
@@ -164,12 +165,9 @@ def adapt(
 
     if "gradient" in MASKS[options.mask_type].needs:
         rows = data.train.shuffle(seed=options.seed)
-        rows = list(rows.select(range(min(options.calibration_samples, len(rows)))))
-        collate, size = collator(options, tokenizer), options.batch_size
-        batches = [
-            {name: tensor.to(device) for name, tensor in collate(rows[at : at + size]).items()}
-            for at in range(0, len(rows), size)
-        ]
+        rows = rows.select(range(min(options.calibration_samples, len(rows))))
+        loader = DataLoader(rows, options.batch_size, collate_fn=collator(options, tokenizer))
+        batches = [batch.to(device) for batch in loader]
         config = calibrate(model.to(device), config, batches)
     return get_peft_model(model, config)
 
