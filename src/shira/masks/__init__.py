@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of a weight an adapter trains: one mask, one file, one pure function, one row here.
+"""Masks: the entries of a weight that an adapter trains, chosen by one pure function a mask.
 
-Each returns a `shira.Support` of exactly k entries. This package sits on `shira.support` and
-`shira.delta`; the tuner calls `choose`, once for each target weight.
+Each returns a `shira.Support` of exactly k entries. A new mask is one file with its function, and
+one row of `MASKS`: `shira.ShiraConfig`, the command line and the documentation's tests go by the
+table. The tuner calls `choose`, once for each target weight.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from shira.errors import ConfigError, MaskError, did_you_mean
-from shira.masks.block import block_diagonal_support, block_support
+from shira.masks.block import block_diagonal_support, block_support, check_options
 from shira.masks.budget import budget, budget_from_density
 from shira.masks.custom import custom_support
-from shira.masks.gradient import grad_support, snip_support
-from shira.masks.magnitude import magnitude_support
 from shira.masks.random import random_support
+from shira.masks.scored import grad_support, magnitude_support, snip_support
 from shira.masks.struct import struct_support
 from shira.support import Support
 
@@ -34,43 +34,70 @@ class MaskSpec:
         source: Where it is described: section or equation of the SHiRA paper (arXiv 2406.13175).
         needs: What it looks at beyond the weight's shape, with default options: ``"weight"``,
             ``"gradient"``. See `needs_with`.
-        options: The keyword options it takes.
-        select: The function.
+        select: The function. Its parameters are among ``shape``, ``k``, ``weight``, ``gradient``,
+            ``seed`` and ``name``; those beyond are options of its own.
+        check_values: Raises `MaskError` for values of its options that are not possible.
     """
 
     name: str
     source: str
     needs: frozenset[str]
-    options: tuple[str, ...]
     select: Callable[..., Support]
+    check_values: Callable[..., None] | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The keyword options that it takes."""
+        return tuple(p for p in inspect.signature(self.select).parameters if p not in _GIVEN)
 
     def needs_with(self, options: Mapping[str, Any] | None) -> frozenset[str]:
-        """What it looks at, given its options: a ``score`` needs what the mask of its name does."""
+        """Return what it looks at, given its options: a ``score`` needs what that mask does."""
         score = (options or {}).get("score") if "score" in self.options else None
         return MASKS[score].needs if isinstance(score, str) and score in MASKS else self.needs
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Check options before any weight is looked at.
 
-def _table(*rows: tuple[str, str, str, str, Callable[..., Support]]) -> dict[str, MaskSpec]:
-    return {
-        name: MaskSpec(name, source, frozenset(needs.split()), tuple(options.split()), select)
-        for name, source, needs, options, select in rows
-    }
+        Raises:
+            ConfigError: If one is unknown, or its value is not possible.
+        """
+        known = self.options
+        for option in options:
+            if option not in known:
+                takes = f"takes {', '.join(known)}" if known else "takes no options"
+                raise ConfigError(
+                    f"mask_type {self.name!r} has no option {option!r}; it {takes}."
+                    f"{did_you_mean(option, known)}"
+                )
+        if self.check_values is not None:
+            try:
+                self.check_values(**options)
+            except MaskError as error:
+                raise ConfigError(f"mask_type {self.name!r}: {error}") from None
 
 
-MASKS: dict[str, MaskSpec] = _table(
-    # mask_type    source        needs              options        function
-    ("random", "B.2", "", "slot", random_support),
-    ("struct", "B.1", "", "axis offset", struct_support),
-    ("magnitude", "B.3", "weight", "largest", magnitude_support),
-    ("grad", "sec. 3.1", "gradient", "", grad_support),
-    ("snip", "eq. 2", "weight gradient", "", snip_support),
-    ("block", "(not in the paper)", "", "block_size score", block_support),
-    ("block_diagonal", "(cf. DiaBlo, arXiv 2506.03230)", "", "block_size", block_diagonal_support),
-)
+_GIVEN = ("shape", "k", "weight", "gradient", "seed", "name")
+
+MASKS: dict[str, MaskSpec] = {
+    name: MaskSpec(name, source, frozenset(needs.split()), select, *check)
+    for name, source, needs, select, *check in (
+        # mask_type   source        needs              function         checks values of options
+        ("random", "B.2", "", random_support),
+        ("struct", "B.1", "", struct_support),
+        ("magnitude", "B.3", "weight", magnitude_support),
+        ("grad", "sec. 3.1", "gradient", grad_support),
+        ("snip", "eq. 2", "weight gradient", snip_support),
+        ("block", "(not in the paper)", "", block_support, check_options),
+        (
+            *("block_diagonal", "(cf. DiaBlo, arXiv 2506.03230)", ""),
+            *(block_diagonal_support, check_options),
+        ),
+    )
+}
 
 
 def mask_spec(mask_type: str) -> MaskSpec:
-    """The row of the table for a ``mask_type``.
+    """Return the row of the table for a ``mask_type``.
 
     Raises:
         ConfigError: If there is none.
@@ -96,7 +123,7 @@ def choose(
     slot: int = 0,
     **options: Any,
 ) -> Support:
-    """The mask of one weight, by the name of its kind.
+    """Choose the mask of one weight, by the name of its kind.
 
     Args:
         mask_type: A key of `MASKS`.
@@ -113,19 +140,19 @@ def choose(
         A support of exactly k entries.
 
     Raises:
-        ConfigError: If the kind or an option is unknown, or a random kind has no seed.
+        ConfigError: If the kind or an option is unknown, the option's value not possible, or a
+            random kind has no seed.
         MaskError: If the mask does not fit the weight, or what the kind needs is missing.
+
+    Example:
+        >>> shira.masks.choose("struct", (4, 4), 5, axis="column").coordinates()
+        tensor([[0, 1, 1, 2, 3],
+                [0, 0, 1, 2, 3]], dtype=torch.int32)
     """
     spec = mask_spec(mask_type)
     if slot:
         options["slot"] = slot
-    for option in options:
-        if option not in spec.options:
-            takes = f"takes {', '.join(spec.options)}" if spec.options else "takes no options"
-            raise ConfigError(
-                f"mask_type {mask_type!r} has no option {option!r}; it {takes}."
-                f"{did_you_mean(option, spec.options)}"
-            )
+    spec.check(options)
     where = f"{name}: " if name else ""
     given = {"weight": weight, "gradient": gradient}
     for need in sorted(spec.needs_with(options)):
@@ -138,7 +165,7 @@ def choose(
                 else ""
             )
             raise MaskError(
-                f"{where}mask_type {mask_type!r} is chosen by the {need}, not given{how}"
+                f"{where}mask_type {mask_type!r} needs the {need}, but none was passed{how}"
             )
         if tuple(tensor.shape) != tuple(shape):
             raise MaskError(

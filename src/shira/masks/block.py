@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shira.base import accumulation_dtype
-from shira.blocks import support_of_blocks
+from shira.blocks import entries_of, support_of_blocks
 from shira.errors import MaskError, did_you_mean
 from shira.masks.budget import check_fits
-from shira.masks.permutation import permute, round_keys
+from shira.masks.random import permute, round_keys
+from shira.masks.scored import absolute_product
 from shira.masks.topk import BLOCK, check_scored
 from shira.support import Support, matrix_shape
 
@@ -98,7 +98,7 @@ def block_support(
         # As many as would do if none were smaller at an edge, then more as long as they do not.
         largest = min(block_size, rows) * min(block_size, cols)
         ids = np.empty(0, np.int64)
-        while (missing := k - int(_sizes(shape, block_size, ids).sum())) > 0:
+        while (missing := k - int(entries_of((block_size, block_size), ids, shape).sum())) > 0:
             count = min(-(-missing // largest), down * across - ids.size)
             more = permute(ids.size, count, down * across, keys)
             ids = np.concatenate((ids, more.astype(np.int64)))
@@ -151,7 +151,7 @@ def block_diagonal_support(
     for number in range(short):
         other = (step * short // long + number) % short
         ids = other * across + step if down <= across else step * across + other
-        sizes = _sizes(shape, block_size, ids)
+        sizes = entries_of((block_size, block_size), ids, shape)
         if int(sizes.sum()) < left:
             taken.append(ids)
             left -= int(sizes.sum())
@@ -178,25 +178,17 @@ def check_options(block_size: Any = None, score: Any = "random") -> None:
 
 
 def _take(shape: Sequence[int], k: int, block_size: int, ids: NDArray[np.int64]) -> Support:
-    """The first k entries of the blocks, in the order of ``ids``."""
-    ends = np.cumsum(_sizes(shape, block_size, ids))
+    """Return the first k entries of the blocks, in the order of ``ids``."""
+    ends = np.cumsum(entries_of((block_size, block_size), ids, shape))
     needed = int(np.searchsorted(ends, k)) + 1
     over = int(ends[needed - 1]) - k
     ids = ids[:needed]
-    cut = int(_sizes(shape, block_size, ids[-1:])[0]) - over if over else None
+    cut = int(entries_of((block_size, block_size), ids[-1:], shape)[0]) - over if over else None
     return support_of_blocks(shape, block_size, torch.from_numpy(ids), cut)
 
 
-def _sizes(shape: Sequence[int], b: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many entries each block has."""
-    rows, cols = matrix_shape(shape)
-    down, across = np.divmod(ids, max(1, -(-cols // b)))
-    sizes: NDArray[np.int64] = np.minimum(b, rows - down * b) * np.minimum(b, cols - across * b)
-    return sizes
-
-
 def _spread(sizes: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """The fewest evenly spaced places, of all, whose sizes sum up to k at least."""
+    """Return the fewest evenly spaced places, of all, whose sizes sum up to k at least."""
     needed = max(1, -(-k // int(sizes.max())))
     while True:  # a few times at most: only blocks at an edge are smaller than the largest
         places = np.arange(needed, dtype=np.int64) * sizes.size // needed
@@ -208,7 +200,7 @@ def _spread(sizes: NDArray[np.int64], k: int) -> NDArray[np.int64]:
 def _block_sums(
     shape: Sequence[int], b: int, score: str, weight: Tensor | None, gradient: Tensor | None
 ) -> Tensor:
-    """float64 ``(blocks,)`` on the CPU: the sum of the score over each block, row-major."""
+    """Return float64 ``(blocks,)`` on the CPU: the sum of the score over each block, row-major."""
     rows, cols = matrix_shape(shape)
     operands = []
     for what, tensor, wanted in (
@@ -218,7 +210,7 @@ def _block_sums(
         if not wanted:
             continue
         if tensor is None:
-            raise MaskError(f"blocks are chosen by the {what} for score={score!r}, not given")
+            raise MaskError(f"score={score!r} needs the {what}, but none was passed")
         if tuple(tensor.shape) != tuple(shape):
             raise MaskError(f"the {what} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}")
         operands.append(check_scored(tensor, what))
@@ -241,14 +233,9 @@ def _block_sums(
 
 
 def _bands(operands: Sequence[Tensor], rows: int, cols: int, b: int) -> Iterable[Tensor]:
-    """The absolute product of the operands, as matrices of some rows of blocks each."""
-    wide = accumulation_dtype(*(tensor.dtype for tensor in operands))
-    device = operands[0].device
+    """Yield the absolute product of the operands, as matrices of some rows of blocks each."""
     step = max(1, BLOCK // 4 // (b * cols)) * b  # a quarter: the sums are made in float64
     for low in range(0, rows, step):
         # [low : low + step] alone is made contiguous; of a vector, everything is the one row
         parts = [(t[low : low + step] if t.dim() > 1 else t).reshape(-1, cols) for t in operands]
-        band = parts[0].to(wide)
-        for other in parts[1:]:
-            band = band * other.to(device, wide)
-        yield band.abs()
+        yield absolute_product(parts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many entries of a weight to train or keep: k, from a rank as LoRA counts or a density."""
+"""The number of entries of a weight to train or keep: k, from a LoRA rank or a density."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shira.support import matrix_shape
 
 
 def budget(m: int, n: int, r: int, *, name: str = "") -> int:
-    """``r * (m + n)``: the parameters a LoRA of rank r would have on an m x n weight.
+    """Return ``r * (m + n)``: the parameters a LoRA of rank r would have on an m x n weight.
 
     Args:
         m: Rows of the weight, seen as a matrix.
@@ -40,7 +40,7 @@ def budget(m: int, n: int, r: int, *, name: str = "") -> int:
 
 
 def budget_from_density(numel: int, density: float, *, name: str = "") -> int:
-    """``density * numel``, rounded to the nearest integer; at least 1 unless either is zero.
+    """Return ``density * numel``, rounded to the nearest integer; at least 1 unless either is zero.
 
     Args:
         numel: Entries of the weight.
@@ -58,7 +58,7 @@ def budget_from_density(numel: int, density: float, *, name: str = "") -> int:
 
 
 def check_fits(shape: Sequence[int], k: int) -> int:
-    """The entries of a weight of this shape, after making sure that k of them can be chosen.
+    """Return the entries of a weight of this shape, after making sure that k of them can be chosen.
 
     Raises:
         MaskError: If k is negative or larger than the weight.
@@ -76,7 +76,7 @@ def check_fits(shape: Sequence[int], k: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many entries a conversion keeps, by density or as LoRA counts.
+    """The number of entries a conversion keeps, by density or as LoRA counts.
 
     Attributes:
         density: Share of each tensor's entries.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user's own ``mask_fn`` returned, made a `Support`."""
+"""The mask that a user's own ``mask_fn`` returned, made a `Support`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shira.support import Support
 
 
 def custom_support(mask: Tensor | Support, shape: Sequence[int], k: int, *, what: str) -> Support:
-    """A user's mask as a support, after making sure that it fits the weight and the budget.
+    """Return a user's mask as a support, after making sure that it fits the weight and the budget.
 
     A dense mask costs O(numel), as it did its author; a `Support` costs nothing.
 

@@ -33,7 +33,7 @@ AXES = ("row", "column")
 def struct_support(
     shape: Sequence[int], k: int, *, axis: Literal["row", "column"] = "row", offset: int = 0
 ) -> Support:
-    """The diagonal and evenly spaced lines, k entries in all (paper B.1, SHiRA-Struct).
+    """Choose the diagonal and evenly spaced lines, k entries in all (paper B.1, SHiRA-Struct).
 
     The diagonal comes first (its first k entries, should the budget be shorter). What is left is
     spent on as few lines as hold it, spread evenly: every f-th, f the number of rows (or columns)
@@ -74,7 +74,7 @@ def struct_support(
 
 
 def _lines(count: int, length: int, rest: int, offset: int) -> NDArray[np.int64]:
-    """The fewest evenly spaced lines, of ``count``, that hold ``rest`` entries off the diagonal."""
+    """Return the fewest even lines, of ``count``, that hold ``rest`` entries off the diagonal."""
     needed = -(-rest // length)
     while True:  # twice at most: the lines together cross the diagonal min(count, length) times
         lines = (offset + np.arange(needed, dtype=np.int64) * count // needed) % count

@@ -22,7 +22,7 @@ BLOCK = 2**22
 
 
 def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
-    """Flat indices of the k highest scores; of equal scores the first.
+    """Return flat indices of the k highest scores; of equal scores the first.
 
     The answer depends on the scores alone, not on the device or on how they are cut into blocks.
 
@@ -94,7 +94,7 @@ def top_k_of_all(
 
 
 def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
-    """A tensor in flat pieces of at most ``size`` entries, in logical row-major order.
+    """Yield a tensor in flat pieces of at most ``size`` entries, in logical row-major order.
 
     A copy is made only of a piece that is not contiguous, and only while it is looked at.
     """
@@ -111,7 +111,7 @@ def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
 
 
 def check_scored(tensor: Tensor, what: str) -> Tensor:
-    """A weight or gradient to score, detached, after making sure that it has values to look at.
+    """Return a weight or gradient to score, detached, if it has values to look at.
 
     Raises:
         MaskError: If it is not a floating point tensor, or is on the meta device.
@@ -131,7 +131,7 @@ def check_scored(tensor: Tensor, what: str) -> Tensor:
 def _highest(
     best: list[NDArray[np.floating]], where: list[NDArray[np.int64]], k: int
 ) -> tuple[list[NDArray[np.floating]], list[NDArray[np.int64]], float]:
-    """The k best of some scores and their indices, each as one piece, and the worst of them."""
+    """Return the k best scores and their indices, each as one piece, and the worst of them."""
     scores, indices = np.concatenate(best), np.concatenate(where)
     limit = float(np.partition(scores, scores.size - k)[scores.size - k])
     kept = _first_of_highest(scores, k, limit)
@@ -141,7 +141,7 @@ def _highest(
 def _first_of_highest(
     scores: NDArray[np.floating], k: int, limit: float
 ) -> NDArray[np.signedinteger]:
-    """Positions, increasing, of the k highest scores, of equal ones the first.
+    """Return positions, increasing, of the k highest scores, of equal ones the first.
 
     ``limit`` is the k-th highest score.
     """

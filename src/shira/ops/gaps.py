@@ -143,12 +143,12 @@ def marks(units: Units) -> NDArray[np.int64]:
 
 
 def is_packed(indices: Tensor) -> bool:
-    """Whether positions are packed: uint8 ``(n,)``, not integers ``(2, k)``."""
+    """Return whether positions are packed: uint8 ``(n,)``, not integers ``(2, k)``."""
     return indices.dtype == torch.uint8 and indices.dim() == 1
 
 
 def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-    """Positions as they are best kept.
+    """Return positions as they are best kept.
 
     Args:
         coordinates: int32 ``(2, k)``: rows and columns of a weight, or packed positions.
@@ -175,12 +175,12 @@ def _packs(coordinates: Tensor, shape: Sequence[int]) -> bool:
 
 
 def unpack(indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """The reverse of `pack`: int32 ``(2, k)``, on the device of ``indices``."""
+    """Undo `pack`: return int32 ``(2, k)``, on the device of ``indices``."""
     return support_of(indices, shape).coordinates() if is_packed(indices) else indices
 
 
 def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
-    """The positions as a support.
+    """Return the positions as a support.
 
     Raises:
         SupportError: If they are out of range, unsorted or repeated.
@@ -191,7 +191,7 @@ def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
 
 
 def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
-    """The support whose gaps these are, in bytes or wider units; on their device.
+    """Return the support whose gaps these are, in bytes or wider units; on their device.
 
     Raises:
         SupportError: If they are those of no support of such a weight.
@@ -201,7 +201,7 @@ def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
 
 
 def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:
-    """A support on the CPU for the compiled kernels.
+    """Return a support on the CPU as the compiled kernels take it.
 
     Args:
         support: Which entries.

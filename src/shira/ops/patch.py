@@ -45,7 +45,7 @@ class Overwritten:
 
     @property
     def nnz(self) -> int:
-        """How many entries."""
+        """The number of entries."""
         return self.offsets.numel()
 
 

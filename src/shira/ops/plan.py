@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op must know of the active supports, made once and kept: a `Plan`.
+"""`Plan`: all that an op needs to know of the active supports, made once and kept.
 
 Ops get indices as PEFT has them, ``(2, k)`` int32 rows and columns, or `packed`, one tensor for
 each active adapter. The plan turns them into offsets into the weight's memory, compressed rows for
@@ -55,7 +55,7 @@ class Pattern(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Where the entries of the active supports are, in the order of the weight's rows."""
+    """The places of the entries of the active supports, in the order of the weight's rows."""
 
     weight_shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -86,7 +86,7 @@ class Plan:
         return made
 
     def pattern(self) -> Pattern:
-        """Rows and columns; of packed positions they are made at each use."""
+        """Return rows and columns; of packed positions they are made at each use."""
         if self.kept is not None:
             return self.kept
         assert self.gaps is not None
@@ -99,7 +99,7 @@ class Plan:
         return Pattern(crow, row, col)
 
     def compressed(self) -> tuple[Tensor, Tensor]:
-        """`pattern` without the row of each entry: ``crow, col``."""
+        """Return the pattern without the row of each entry: ``crow, col``."""
         if self.kept is not None:
             return self.kept.crow, self.kept.col
         kernels = native.load().library
@@ -109,7 +109,7 @@ class Plan:
         return crow, col
 
     def flat(self) -> Tensor:
-        """int64 ``(k,)``: flat, row-major index of each entry.
+        """Return the flat, row-major index of each entry, int64 ``(k,)``.
 
         Made at each use: kept, it would take as much memory as the adapter's own indices.
         """
@@ -148,7 +148,7 @@ class Plan:
 
 
 def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
-    """A plan for these supports on a weight of this shape and memory layout.
+    """Make a plan for these supports on a weight of this shape and memory layout.
 
     Args:
         indices: ``(2, k_i)`` integers each: rows and columns, sorted by row, then column; or
@@ -189,7 +189,7 @@ def _tiles(support: Support) -> Tiles | None:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, but no view: a view would keep the key of its own cache entry alive."""
+    """Return the same memory, but no view, which would keep the key of its cache entry alive."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(
         tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()

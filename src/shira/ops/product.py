@@ -29,7 +29,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """The gradients that are wanted."""
 
     x: bool
     weight: bool

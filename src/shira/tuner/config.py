@@ -22,7 +22,6 @@ from torch import nn
 
 from shira.errors import ConfigError, MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose
-from shira.masks.block import check_options
 from shira.store.names import full_shape
 from shira.store.patterns import check_patterns, matching
 from shira.support import Support, matrix_shape
@@ -168,20 +167,10 @@ class ShiraConfig(PeftConfig):
         return None
 
     def _check_options(self) -> None:
-        known = [option for option in MASKS[self.mask_type].options if option != "slot"]
-        for option in self.mask_options or {}:
-            if option not in known:
-                raise ConfigError(
-                    f"mask_type={self.mask_type!r} has no option {option!r} (it has "
-                    f"{', '.join(sorted(known)) or 'none'}).{did_you_mean(option, known)}"
-                )
-        if "block_size" in known:
-            try:
-                check_options(**(self.mask_options or {}))
-            except MaskError as error:
-                raise ConfigError(
-                    f"mask_options of mask_type={self.mask_type!r}: {error}"
-                ) from None
+        options = self.mask_options or {}
+        if "slot" in options:
+            raise ConfigError("the slot of a random mask is mask_slot, not one of mask_options")
+        MASKS[self.mask_type].check(options)
 
     def draw_seed(self) -> int:
         """Return the seed of the mask; drawn and recorded now if there was none."""

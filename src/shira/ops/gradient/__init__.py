@@ -40,7 +40,7 @@ _scratch_bytes = 64 * 2**20
 
 
 class Case(NamedTuple):
-    """What the choice of a backend depends on."""
+    """All that the choice of a backend depends on."""
 
     device: str
     """``"cpu"``, ``"cuda"``, ..."""

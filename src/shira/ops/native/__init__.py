@@ -98,7 +98,7 @@ class Kernels:
         self._tiles_scratch = lru_cache(1024)(self._call["tiles_scratch"])
 
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-        """``(left^T right)`` at the entries of a compressed row pattern: float32 ``(k,)``.
+        """Compute ``(left^T right)`` at a compressed row pattern's entries: float32 ``(k,)``.
 
         Args:
             left: ``(tokens, rows)`` of a dtype in `KINDS`.
@@ -122,7 +122,7 @@ class Kernels:
         self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor,
         size: int, block_row: Tensor, block_col: Tensor,
     ) -> Tensor:  # fmt: skip
-        """As `entries`, for entries that all lie in these tiles.
+        """Compute as `entries` does, for entries that all lie in these tiles.
 
         Args:
             left: As for `entries`.
@@ -163,7 +163,7 @@ class Kernels:
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Where the entries are in a matrix.
+        """Find the entries in a matrix.
 
         Args:
             gaps: Which entries.
@@ -271,7 +271,7 @@ class Kernels:
     def permute(
         self, start: int, count: int, numel: int, grid: tuple[int, int], keys: Tensor
     ) -> Tensor:
-        """Images of ``start, ...`` under the permutation of ``shira.masks.permutation``.
+        """Return the images of ``start, ...`` under the permutation of ``shira.masks.random``.
 
         Args:
             start: First point.
@@ -346,7 +346,7 @@ class DeltaWrite:
 
 @cache
 def load() -> Loaded:
-    """The kernels of this installation."""
+    """Load the kernels of this installation."""
     if not LIBRARY.exists():
         return Loaded(
             None,
@@ -369,12 +369,12 @@ def load() -> Loaded:
 
 
 def kernels_for(instruction_set: str) -> Kernels:
-    """The kernels compiled for one instruction set (``base``, ``avx2``, ``avx512``): for tests."""
+    """Load the kernels for one instruction set (``base``, ``avx2``, ``avx512``): for tests."""
     return Kernels(ctypes.CDLL(str(LIBRARY)), instruction_set)
 
 
 def second_level_cache() -> int:
-    """Bytes of a core's second-level cache, which `entries` goes by: for benchmarks."""
+    """Return the bytes of a core's second-level cache, which `entries` goes by: for benchmarks."""
     return int(ctypes.CDLL(str(LIBRARY)).shira_second_level_cache())
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keyed permutation of shira.masks.permutation at `count` points, and its images in order.
+// The keyed permutation of shira.masks.random at `count` points, and its images in order.
 //
 // `permute` computes the same integers as the numpy code, some points at a time so that the rounds
 // run over arrays in the first-level cache. `ascending` sorts distinct points of [0, numel) by
@@ -10,7 +10,7 @@
 #define MULTIPLIER 0x9E3779B97F4A7C15ull
 #define FINISHER 0xD1342543DE82EF95ull
 
-// half = (half + F(other, key)) mod size; see _add_hash in permutation.py
+// half = (half + F(other, key)) mod size; see _add_hash in random.py
 INLINE void add_hash(uint64_t *half, const uint64_t *other, uint64_t key, uint64_t size, int count) {
     for (int i = 0; i < count; i++) {
         uint64_t mixed = (other[i] + key) * MULTIPLIER;

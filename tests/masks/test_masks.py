@@ -117,6 +117,21 @@ def test_unknown_option(mask_type, options, message):
         choose(mask_type, (6, 8), 3, weight=WEIGHT, gradient=GRADIENT, seed=0, **options)
 
 
+@pytest.mark.parametrize(
+    ("mask_type", "options", "message"),
+    [
+        ("random", {"slott": 1}, "no option 'slott'.* Did you mean 'slot'"),
+        ("block", {"block_size": 0}, "'block': block_size is a positive integer, not 0"),
+        ("block", {"score": "snipp"}, "score is one of .* Did you mean 'snip'"),
+        ("block_diagonal", {"block_size": True}, "positive integer, not True"),
+    ],
+)
+def test_options_are_checked_without_a_weight(mask_type, options, message):
+    with pytest.raises(ConfigError, match=message):
+        MASKS[mask_type].check(options)
+    MASKS[mask_type].check({})
+
+
 def test_what_is_missing():
     for mask_type in ("grad", "snip"):
         with pytest.raises(MaskError, match=r"layer.w: .*gradient.*shira.calibrate") as caught:
@@ -124,7 +139,7 @@ def test_what_is_missing():
         assert mask_type in str(caught.value)
         with pytest.raises(MaskError, match=r"layer.w: .*gradient.*shira.calibrate"):
             choose("block", (6, 8), 3, weight=WEIGHT, name="layer.w", score=mask_type)
-    with pytest.raises(MaskError, match="by the weight, not given"):
+    with pytest.raises(MaskError, match="needs the weight, but none was passed"):
         choose("magnitude", (6, 8), 3)
     with pytest.raises(ConfigError, match="w: mask_type 'block' needs a seed"):
         choose("block", (6, 8), 3, name="w")
