@@ -436,7 +436,7 @@ def test_copies_and_files_hold_no_reading():
     torch.save(held, file := io.BytesIO())
     file.seek(0)
     assert torch.equal(torch.load(file), held)
-    assert pickle.loads(pickle.dumps(layer))._watch is None
+    assert pickle.loads(pickle.dumps(layer))._gradient_watch is None
 
 
 def test_a_batch_with_several_adapters_has_no_single_weight():

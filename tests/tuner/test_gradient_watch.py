@@ -43,7 +43,7 @@ def test_layers_that_get_no_gradient_are_named_once(recwarn):
     model(X).sum().backward()
     assert not [w for w in recwarn if "gradient" in str(w.message)]
     used = model.base_model.model.used
-    assert used._watch is None
+    assert used._gradient_watch is None
     assert not used.shira_weight["default"]._backward_hooks
 
 

@@ -310,19 +310,15 @@ _METADATA = {
     *_methods("size stride dim ndimension numel nelement is_floating_point is_complex is_signed"),
     *_methods("is_contiguous element_size storage_offset get_device is_inference __len__"),
 }
-_FREEZING = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
-_OF_THE_BASE = {Tensor.requires_grad_, _FREEZING, *_getters("grad")}
+_SETTER = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_OF_THE_BASE = {Tensor.requires_grad_, _SETTER, *_getters("grad")}
 """Freezing a layer's weight is freezing the base's."""
 _DETACHED = {torch.detach, *_methods("detach"), *_getters("data")}
 _POINTERS = _methods(
     "data_ptr storage untyped_storage register_hook retain_grad register_post_accumulate_grad_hook"
 )
-_WRITES = {
-    "__set__",
-    "__delete__",
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
-}
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+_WRITES = {"__set__", "__delete__", "__setitem__", *(f"__i{name}__" for name in _IN_PLACE)}
 
 
 def _refuse_writing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

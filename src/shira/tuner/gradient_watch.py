@@ -24,7 +24,11 @@ _NAMED = 8
 
 
 class GradientWatch:
-    """The wait for the first backward pass of a model; its layers hold it until then."""
+    """The wait for the first backward pass of a model, whose layers hold it until then.
+
+    Args:
+        model: With new adapters.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -32,6 +36,10 @@ class GradientWatch:
         self._handles: dict[Any, Any] = {}
         self._reached: set[tuple[int, str]] = set()
         self._ending = False
+        for layer in self._layers:
+            if layer._gradient_watch is not None:
+                layer._gradient_watch.stop()
+            layer._gradient_watch = self
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the model is not watched
@@ -59,8 +67,8 @@ class GradientWatch:
             handle.remove()
         self._handles = {}
         for layer in self._layers:
-            if layer._watch is self:
-                layer._watch = None
+            if layer._gradient_watch is self:
+                layer._gradient_watch = None
 
     def _watch_what_else_trains(self) -> None:
         # A pass that reaches no adapter at all is a first pass too.
@@ -96,12 +104,3 @@ class GradientWatch:
                 "trained",
                 stacklevel=2,
             )
-
-
-def watch_gradients(model: nn.Module) -> None:
-    """Watch a model whose adapters are new."""
-    watch = GradientWatch(model)
-    for layer in watch._layers:
-        if layer._watch is not None:
-            layer._watch.stop()
-        layer._watch = watch

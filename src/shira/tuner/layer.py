@@ -104,7 +104,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
         self._samples: Sequence[str] | None = None
-        self._watch: Any = None  # a GradientWatch, until the first backward pass
+        self._gradient_watch: Any = None  # a GradientWatch, until the first backward pass
         self._reading = LatestReading()
         self.weight_name = ""
         self.weight_shape = full_shape(weight_of(self.get_base_layer()))
@@ -463,8 +463,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         elif trains and torch.is_grad_enabled():
             if self._ranks_unchecked:
                 check_new_models(self)
-            if self._watch is not None:
-                self._watch.use(self, adapter_names, members(values, *adapter_names))
+            if self._gradient_watch is not None:
+                self._gradient_watch.use(self, adapter_names, members(values, *adapter_names))
         return deltas, indices
 
     def _parts_in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], Inside]:

@@ -26,7 +26,7 @@ from shira.store.names import base_module_name, weight_name, without_wrappers
 from shira.support import Support
 from shira.tuner.base_layer import at_rest, base_of, base_values, readable
 from shira.tuner.config import ShiraConfig, as_ours
-from shira.tuner.gradient_watch import watch_gradients
+from shira.tuner.gradient_watch import GradientWatch
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
@@ -106,7 +106,7 @@ class ShiraModel(BaseTuner):
             config._just_read |= config._source is not None
             config._source = None
             register_model(model)
-            watch_gradients(model)
+            GradientWatch(model)
             ignore_in_ddp(model)
         finally:
             self._memory_map, self._chosen = None, {}
