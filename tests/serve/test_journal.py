@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira.errors import AdapterError, FileFormatError
@@ -39,6 +39,7 @@ records = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(records)
 def test_any_record(tmp_path_factory, record):
     path = tmp_path_factory.mktemp("any") / "journal.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 from shira import SparseDelta, Support
 from shira.errors import AdapterError
 from shira.switch.entries import combined, make_entry
-from shira.switch.weights import ChangedWeightError, State, Weights
+from shira.switch.weights import ChangedWeightError, PatchedWeights, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ def held(places):
 
 
 def test_what_others_refuse_is_taken_back(places):
-    weights, before = Weights(), held(places)
+    weights, before = PatchedWeights(), held(places)
     after = State((("a", 1.0),), combined([("a", 1.0, entries(places, 0, 0.5))]))
 
     def together(write):
@@ -56,7 +56,7 @@ def test_what_others_refuse_is_taken_back(places):
 
 
 def test_comparing_writes_nothing_and_names_the_entry(places):
-    weights = Weights()
+    weights = PatchedWeights()
     plan = combined([("a", 1.0, entries(places, 3, 0.5))])
     weights.compare(plan)
     places[1].weight[1, 0] = 9

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from shira.serve import changes
-from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, Weights, unreachable
+from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, unreachable
 from shira.serve.journal import Record, drive_async, restoring
-from shira.serve.messages import located, named, salted, slept, wanted
+from shira.serve.messages import Weights, located, named, salted, slept, wanted
 from shira.serve.scheduler import AdapterScheduler
 
 T = TypeVar("T")

@@ -23,9 +23,6 @@ from shira.errors import ConfigError, ServeError
 from shira.serve.journal import Kept, Record
 from shira.serve.messages import Reports, checked
 
-Weights: TypeAlias = "str | Mapping[str, float] | None"
-"""The adapters to make active: a name, ``{name: scale, ...}``, or None for the base."""
-
 Cache: TypeAlias = Literal["reset", "salt"]
 """The fate of the prefix cache at a switch."""
 

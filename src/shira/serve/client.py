@@ -21,9 +21,9 @@ from typing import Any
 from shira.errors import ServeError
 from shira.serve import changes
 from shira.serve.async_client import AsyncClient
-from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, Weights, unreachable
+from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, unreachable
 from shira.serve.journal import Record, drive, restoring
-from shira.serve.messages import located, named, salted, slept, wanted
+from shira.serve.messages import Weights, located, named, salted, slept, wanted
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 

@@ -30,9 +30,7 @@ from shira.errors import (
     UnknownAdapterError,
     did_you_mean,
 )
-
-Selection = str | Mapping[str, float] | None
-"""An adapter, several with their scales, or None for the base."""
+from shira.serve.messages import Weights
 
 
 class AdapterBatching:
@@ -73,7 +71,7 @@ class AdapterBatching:
             )
             return requests
 
-    def switch(self, selection: Selection, *, timeout: float | None = None) -> None:
+    def switch(self, selection: Weights, *, timeout: float | None = None) -> None:
         """Let the requests in flight end, switch, empty the cache, go on.
 
         Args:
@@ -126,25 +124,20 @@ class AdapterBatching:
 _POLL_SECONDS = 0.002
 
 
-def _applier(adapters: Any) -> Callable[[Selection], None]:
+def _applier(adapters: Any) -> Callable[[Weights], None]:
     if callable(getattr(adapters, "merge_adapter", None)):
         return lambda selection: _merge(adapters, selection)
     if callable(getattr(adapters, "activate", None)):
-
-        def apply(selection: Selection) -> None:
-            if selection is None:
-                adapters.deactivate()
-            else:
-                adapters.activate(selection)
-
-        return apply
+        return lambda selection: (
+            adapters.deactivate() if selection is None else adapters.activate(selection)
+        )
     raise AdapterError(
         f"{type(adapters).__name__} can neither activate() nor merge_adapter(): hand in a "
         "shira.Switch or a PEFT model"
     )
 
 
-def _merge(model: Any, selection: Selection) -> None:
+def _merge(model: Any, selection: Weights) -> None:
     """Merge in a PEFT model, one at a time; all is checked before anything is undone."""
     wanted = [] if selection is None else [selection]
     if isinstance(selection, Mapping):

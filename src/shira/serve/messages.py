@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from shira import errors
 from shira.delta import checked_scale
 from shira.errors import AdapterError, ConfigError, ServeError, ShiraError
 
 T = TypeVar("T")
+
+Weights: TypeAlias = "str | Mapping[str, float] | None"
+"""The adapters to make active: a name, ``{name: scale, ...}``, or None for the base."""
 
 
 class Failure(NamedTuple):
@@ -146,7 +149,7 @@ def checked(answers: Sequence[Any], method: str) -> Reports:
     return Reports(list(answers))
 
 
-def wanted(weights: str | Mapping[str, float] | None, scale: float = 1.0) -> dict[str, float]:
+def wanted(weights: Weights, scale: float = 1.0) -> dict[str, float]:
     """Return what shall be active, as scale by name.
 
     Raises:

@@ -60,12 +60,8 @@ class Storage:
     """``(n,)`` all of it."""
 
 
-class Dim(NamedTuple):
-    """One dimension of a box: its size, and the steps of both sides, in entries."""
-
-    size: int
-    source: int
-    target: int
+Dim = tuple[int, int, int]
+"""One dimension of a box: its size, and the steps of source and target, in entries."""
 
 
 class Box(NamedTuple):
@@ -129,33 +125,27 @@ def boxes_between(source: Tensor, target: Tensor) -> list[Box]:
     """
     if not source.numel():
         return []
-    dims = [
-        Dim(size, step, into)
-        for size, step, into in zip(source.shape, source.stride(), target.stride(), strict=True)
-        if size > 1
-    ]
-    if any(dim.target == 0 for dim in dims) or _overlap([(d.size, d.target) for d in dims]):
+    steps = zip(source.shape, source.stride(), target.stride(), strict=True)
+    dims = sorted((dim for dim in steps if dim[0] > 1), key=lambda dim: -dim[1])
+    if any(into == 0 for _, _, into in dims) or _overlap([(n, into) for n, _, into in dims]):
         raise ValueError(f"the target's strides {target.stride()} overlap for {target.shape}")
-    repeated = [dim for dim in dims if dim.source == 0]
-    kept = sorted((dim for dim in dims if dim.source), key=lambda dim: -dim.source)
-    if _overlap([(d.size, d.source) for d in kept]):
+    kept = [dim for dim in dims if dim[1]]
+    if _overlap([(n, step) for n, step, _ in kept]):
         raise ValueError(f"the source's strides {source.stride()} overlap for {source.shape}")
-    begin, into = int(source.storage_offset()), int(target.storage_offset())
-    shifts = itertools.product(*(range(0, d.size * d.target, d.target) for d in repeated))
-    dims = _merged(kept)
-    return [Box(tuple(dims), begin, into + sum(shift)) for shift in shifts]
+    begin, offset = int(source.storage_offset()), int(target.storage_offset())
+    repeated = (range(0, n * into, into) for n, step, into in dims if not step)
+    shifts = itertools.product(*repeated)
+    return [Box(_merged(kept), begin, offset + sum(shift)) for shift in shifts]
 
 
-def _merged(dims: Sequence[Dim]) -> list[Dim]:
+def _merged(dims: Sequence[Dim]) -> tuple[Dim, ...]:
     """Join neighbours that run on in both the source and the target: fewer divisions later."""
     merged: list[Dim] = []
-    for dim in dims:
-        last = merged[-1] if merged else None
-        if last and (last.source, last.target) == (dim.source * dim.size, dim.target * dim.size):
-            merged[-1] = Dim(last.size * dim.size, dim.source, dim.target)
-        else:
-            merged.append(dim)
-    return merged
+    for size, step, into in dims:
+        if merged and merged[-1][1:] == (step * size, into * size):
+            size *= merged.pop()[0]
+        merged.append((size, step, into))
+    return tuple(merged)
 
 
 def _overlap(dims: Sequence[tuple[int, int]]) -> bool:

@@ -34,9 +34,9 @@ from shira.adapter import Adapter
 from shira.checkpoints import OnDisk, locate, open_checkpoint
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
-from shira.serve.messages import Failure, located
+from shira.serve.messages import Failure, Weights, located
 from shira.serve.placement import Placement, storage_key
-from shira.serve.worker import Selection, WorkerAdapters
+from shira.serve.worker import WorkerAdapters
 
 __all__ = ["ShiraWorkerExtension"]
 
@@ -66,7 +66,7 @@ class ShiraWorkerExtension:
             "shira_load", lambda adapters: self._shira_load(adapters, name, path, compare)
         )
 
-    def shira_activate(self, weights: Selection, scale: float = 1.0) -> dict[str, Any]:
+    def shira_activate(self, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
         """Make adapters active in place of those that are.
 
         Args:
@@ -81,7 +81,7 @@ class ShiraWorkerExtension:
             "shira_activate", lambda adapters: self._shira_switch(adapters, weights, scale)
         )
 
-    def shira_check(self, weights: Selection, scale: float = 1.0) -> dict[str, Any]:
+    def shira_check(self, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
         """Fail as `shira_activate` would with the same arguments; nothing changes."""
         return self._shira_do("shira_check", lambda adapters: adapters.check(weights, scale))
 
@@ -170,7 +170,7 @@ class ShiraWorkerExtension:
             raise
 
     def _shira_switch(
-        self: Any, adapters: WorkerAdapters, weights: Selection, scale: float = 1.0
+        self: Any, adapters: WorkerAdapters, weights: Weights, scale: float = 1.0
     ) -> dict[str, Any]:
         self.synchronize_device()  # steps in flight still read the weights
         previous = adapters.active

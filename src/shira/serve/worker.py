@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,14 +40,11 @@ from shira.serve.loading import (
     locate,
     nothing_stored,
 )
-from shira.serve.messages import OneProcess, Processes, agree, named, slept, wanted
+from shira.serve.messages import OneProcess, Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.switch.entries import Entry, combined, make_patch
-from shira.switch.weights import ChangedWeightError, State, Weights
-
-Selection: TypeAlias = "str | Mapping[str, float] | None"
-"""The adapters that shall be active: a name, ``{name: scale, ...}``, or None for the base."""
+from shira.switch.weights import ChangedWeightError, PatchedWeights, State
 
 _CHUNK = 2**24  # entries hashed at a time
 
@@ -80,7 +76,7 @@ class WorkerAdapters:
         self.stored = stored
         self.adapters: dict[str, LoadedAdapter] = {}
         self.discarded = False
-        self._weights: Weights[Storage] = Weights()
+        self._weights: PatchedWeights[Storage] = PatchedWeights()
         self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
 
     @property
@@ -134,7 +130,7 @@ class WorkerAdapters:
         agree(self.processes, lambda: self._check_unused(name))
         del self.adapters[name]
 
-    def activate(self, weights: Selection, scale: float = 1.0) -> None:
+    def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make these adapters active, each times its scale, and no others.
 
         Args:
@@ -151,7 +147,7 @@ class WorkerAdapters:
         scales = wanted(weights, scale)
         self._write(agree(self.processes, lambda: self._checked(scales)))
 
-    def check(self, weights: Selection, scale: float = 1.0) -> None:
+    def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Raise what `activate` would raise, and change nothing."""
         scales = wanted(weights, scale)
         agree(self.processes, lambda: self._checked(scales))

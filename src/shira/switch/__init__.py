@@ -35,7 +35,7 @@ from shira.switch.targets import (
     resolve,
     shared_memory,
 )
-from shira.switch.weights import ChangedWeightError, Plan, Scales, State, Weights
+from shira.switch.weights import ChangedWeightError, PatchedWeights, Plan, Scales, State
 
 __all__ = ["Switch"]
 
@@ -86,7 +86,7 @@ class Switch:
         self._kept_combinations = kept_combinations
         self._loaded: dict[str, Prepared] = {}
         self._targets: dict[str, Target] = {}  # of all that are loaded, by name
-        self._weights: Weights[Target] = Weights()
+        self._weights: PatchedWeights[Target] = PatchedWeights()
         self._combinations: OrderedDict[Scales, Plan[Target]] = OrderedDict()
         self._adapter_layers: list[nn.Module] = []
         self._to_return_to: list[Scales] = []  # by the bodies of `using` that are under way

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Weights`: which adapters are in a set of weights, and the way to others: all weights, or none.
+"""`PatchedWeights`: the adapters in a set of weights, and the way to others: all weights or none.
 
 `shira.Switch` has one for a module, each worker of a serving engine one for its part of a model::
 
@@ -83,7 +83,7 @@ def layout_of(weight: Tensor) -> Layout:
     return Layout(weight.dtype, weight.device, tuple(weight.shape), weight.stride())
 
 
-class Weights(Generic[P]):
+class PatchedWeights(Generic[P]):
     """Some weights, and the adapters that are in them.
 
     Attributes:

@@ -119,7 +119,7 @@ def test_many_requests_and_many_switches(loop, engine, client, zoo):
     right = {state: expected(zoo, state) for state in ("base", "a", "b", "both")}
 
     async def one(which):
-        async with client._gate.shared():
+        async with client._gate.using(None):
             state = next(s for s in right if zoo.states[s] == client.active)
             return state, which, await ask(engine, PROMPTS[which])
 
