@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from shira import Adapter
+from tests.adapters import random_adapter
 
 WORDS = [
     "the",
@@ -27,6 +31,7 @@ WORDS = [
     "not",
     "very",
 ]
+SHAPES = {f"layers.{i}.{kind}.weight": (16, 24) for i in range(2) for kind in ("up", "down")}
 
 
 class Answer(NamedTuple):
@@ -48,6 +53,28 @@ def shira(capsys):
         return Answer(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three adapters on disk, and as values."""
+    made = {}
+    for seed, name in enumerate(("poems", "code", "law")):
+        adapter = random_adapter(seed, SHAPES, k=40)
+        made[name] = Adapter(dict(adapter), {"base_model_name_or_path": "some/model"})
+        made[name].save(tmp_path / name, format="peft")
+    return tmp_path, made
+
+
+@pytest.fixture
+def headed(tmp_path):
+    """Two adapters that trained different heads, and one without."""
+    made = {}
+    for seed, name in enumerate(("poems", "code", "law")):
+        head = {} if name == "law" else {"score.weight": torch.full((2, 3), float(seed))}
+        made[name] = Adapter(random_adapter(seed, SHAPES, k=40), None, head)
+        made[name].save(tmp_path / name, format="peft")
+    return tmp_path, made
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _one_line(error: Any, named: str | None) -> str:
-    """The message of typer's error as shira words its own, with what to do."""
+    """Return the message of typer's error as shira words its own, with what to do."""
     message = error.format_message().rstrip(".")
     return (
         f"{message[:1].lower()}{message[1:]}; see {' '.join(filter(None, ('shira', named)))} --help"
@@ -83,7 +83,7 @@ def _one_line(error: Any, named: str | None) -> str:
 
 
 def build_app(names: Iterable[str]) -> typer.Typer:
-    """The application with the named subcommands; help is plain text unless a person reads it."""
+    """Return the application with these subcommands; help is plain unless a person reads it."""
     markup: Literal["rich"] | None = "rich" if sys.stdout.isatty() else None
     app = typer.Typer(
         help=ABOUT,
@@ -125,11 +125,11 @@ def _global_options(
         bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")
     ] = False,
 ) -> None:
-    """What may stand before the subcommand."""
+    """Declare what may stand before the subcommand."""
 
 
 def _epilog(examples: Sequence[str], markup: str | None) -> str:
-    """`examples` so that each keeps its line; typer's two styles of help reflow text unlike."""
+    """Return the examples, each on its line; typer's two styles of help reflow text unlike."""
     if markup is None:
         return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
     return "\n\n".join(["Examples:", *(line.replace("[", r"\[") for line in examples)])

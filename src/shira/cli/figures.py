@@ -96,6 +96,6 @@ def vanishing(base: Tensor, delta: Tensor) -> int:
     The base ``(k,)`` is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a
     delta vanishes if ``round(base + delta)`` is that same number.
     """
-    held = base.to(torch.bfloat16)
-    unchanged = replacement(held, delta) == held
+    rounded = base.to(torch.bfloat16)
+    unchanged = replacement(rounded, delta) == rounded
     return int((unchanged & (delta != 0)).sum())

@@ -76,6 +76,8 @@ def _show_targets(targets: tuple[Target, ...], *, each: bool) -> None:
     from shira.cli.output import console, table
     from shira.cli.summary import TEXT_COLUMNS, together, without_number
 
+    if not targets:
+        return
     title = "Targets"
     if not each and len(targets) > _FEW:
         title = "Targets (* is a layer's number; --all lists each weight)"
@@ -86,7 +88,7 @@ def _show_targets(targets: tuple[Target, ...], *, each: bool) -> None:
         targets = tuple(together(str(key[0]), tuple(part)) for key, part in groups.items())
     out = console()
     rows = [target.cells() for target in targets]
-    columns = [c for c in (rows or [{}])[0] if out.width >= _WIDE or c not in _WIDE_ONLY]
+    columns = [c for c in rows[0] if out.width >= _WIDE or c not in _WIDE_ONLY]
     result = table(title, *columns, right=[c for c in columns if c not in TEXT_COLUMNS])
     for row in rows:
         result.add_row(*(row[column] for column in columns))

@@ -66,32 +66,15 @@ def _cell(text: object) -> str:
 def console(stream: TextIO | None = None) -> Console:
     """Return a console on `stream` (standard output); only a terminal gets control codes."""
     stream = stream or sys.stdout
-    if stream.isatty():
-        return _Plain(file=stream, highlight=False, markup=False, emoji=False)
-    return _Plain(
-        file=stream,
-        highlight=False,
-        markup=False,
-        force_terminal=False,
-        no_color=True,
-        color_system=None,
-        width=_PLAIN_WIDTH,
-        emoji=False,
-    )
+    plain = {"force_terminal": False, "color_system": None, "width": _PLAIN_WIDTH}
+    more: Any = {} if stream.isatty() else plain
+    return _Plain(file=stream, highlight=False, markup=False, emoji=False, **more)
 
 
 def table(
     title: str, *columns: str, right: Sequence[str] = (), note: str = "", **kwargs: Any
 ) -> Table:
-    """Return an empty table.
-
-    Args:
-        title: Of the table.
-        *columns: Names of the columns.
-        right: Those that hold numbers and are aligned to the right.
-        note: A second line of the title.
-        **kwargs: More for rich's ``Table``.
-    """
+    """Return an empty table; ``note`` is a second title, ``right`` the columns of numbers."""
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
     heading = Text("\n".join(map(_cell, filter(None, (title, note)))), style="table.title")
     result = PlainTable(title=heading, title_justify="left", box=style, **kwargs)

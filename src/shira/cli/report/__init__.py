@@ -82,21 +82,8 @@ def write_report(
 ) -> None:
     """Write the page of some adapters; whatever goes wrong, an old page stays as it was.
 
-    Args:
-        paths: The adapters: folders or files, in any format that shira reads.
-        output: The file.
-        base: The base model's checkpoint.
-        fast: Leave out what takes the longer time: ranks, AWOM and AWOR.
-        seed: Of estimates that draw.
-        check_base: Refuse adapters of different base models.
-
-    Raises:
-        ConfigError: If the folder of ``output`` does not exist, or ``output`` is an input; or if a
-            file does not record the shapes of the weights, and no base is given.
-        MissingDependencyError: If jinja2 or matplotlib is not installed.
-        FileNotFoundError: If there is nothing at a path.
-        FileFormatError: If an adapter is damaged or none.
-        WrongBaseError: If adapters are of different base models, or ``base`` lacks a weight.
+    Options are those of the command. Whatever can be told before adapters are read is: an output
+    that is an input or that lies nowhere, jinja2 or matplotlib that is missing.
     """
     from shira.cli.report.gather import LOGS, gather, log_folder
     from shira.store.atomic import check_outputs, write_atomically

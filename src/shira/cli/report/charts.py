@@ -41,13 +41,12 @@ Titles = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: title, explanation, SVG (or why there is none), and names of its series."""
+    """A chart: title, explanation, SVG (or a sentence why there is none), names of its series."""
 
     title: str
     about: str
-    drawing: Markup | None
+    drawing: Markup
     legend: Sequence[str] = ()
-    problem: str | None = None
 
 
 def charts(described: Described) -> Iterator[Chart]:
@@ -99,7 +98,8 @@ def _about_ranks(found: Sequence[Rank]) -> str:
 def _training(curve: Curve) -> Chart:
     about = f"From {curve.file}."
     if curve.problem is not None:
-        return Chart("Training", about, None, problem=curve.problem)
+        told = Markup('<p class="note">Not drawn: {}</p>').format(printable(curve.problem))
+        return Chart("Training", about, told)
     if curve.every > 1:
         about += f" One of {curve.every} points is drawn."
     steps, x_label = to_draw(_numbers(curve.series, 0), "optimizer step")
@@ -192,13 +192,7 @@ def _inline(figure: Any, label: str, titles: Titles) -> Markup:
 def _shapes(
     parent: ElementTree.Element, name: str, titles: Mapping[str, Iterator[str]]
 ) -> Iterator[ElementTree.Element]:
-    """Yield what matplotlib drew within an element, with classes in the place of styles.
-
-    Args:
-        parent: Of matplotlib's SVG.
-        name: The gid of the artist that drew it: a series, or ``"grid"``.
-        titles: Of the marks of each series.
-    """
+    """Yield what an artist, a series or the grid, drew, with classes in the place of styles."""
     for element in parent:
         kind, style = element.tag.removeprefix(_SVG), element.get("style", "")
         made = ElementTree.Element(kind)
@@ -209,13 +203,15 @@ def _shapes(
         if kind == "text":
             anchor = re.search(r"text-anchor: (\w+)", style)
             made.set("text-anchor", anchor[1] if anchor else "start")
-            for key in ("x", "y", "transform"):
-                made.set(key, _rounded(element.get(key, "0" if key != "transform" else "")))
+            given = ((key, element.get(key, "")) for key in ("x", "y", "transform"))
+            for key, value in given:
+                if value and "rotate(-0 " not in value:
+                    made.set(key, _rounded(value))
             made.text = element.text
         elif kind == "use":  # a marker
             made = ElementTree.Element("circle", {"class": f"{name} point", "r": "3"})
-            made.set("cx", _rounded(element.get("x", "0")))
-            made.set("cy", _rounded(element.get("y", "0")))
+            for key in ("x", "y"):
+                made.set(f"c{key}", _rounded(element.get(key, "0")))
         elif kind == "path":
             made.set("d", _rounded(element.get("d", "")))
             if name in titles:

@@ -21,7 +21,7 @@ from shira.cli.several import all_pairs, ranks, short_names
 from shira.cli.summary import Summary, known_shapes, summarize
 from shira.errors import FileFormatError
 from shira.measure import Overlap, Rank
-from shira.store.json_text import parse_object
+from shira.store.json_text import read_object
 from shira.support import Support, matrix_shape
 
 _BYTES = 2**21  # of all maps of a page together, before they become text
@@ -131,10 +131,7 @@ def log_folder(path: Path) -> Path:
 
 
 def _read(file: Path, key: str) -> Curve:
-    size = file.stat().st_size
-    if size > _LARGEST:
-        raise FileFormatError(f"{file}: a log of {size} bytes is not read")
-    log = parse_object(file.read_bytes(), file, "training log").get(key)
+    log = read_object(file, "training log", _LARGEST).get(key)
     rows = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
     series = {label: _points(rows, name) for name, label in LOSSES}
     every = max(1, -(-max(map(len, series.values())) // _POINTS))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `shira switch-bench` times, and the timing; the benchmark of switching uses it too.
+"""Contenders of `shira switch-bench` and their timing; the benchmark of switching uses them too.
 
-Contenders are `Switch`, the least that it could do, and PEFT's SHiRA and LoRA on the same weights.
+They are `Switch`, the least that it could do, and PEFT's SHiRA and LoRA on the same weights.
 PEFT has no switch of its own: leaving an adapter is `unmerge`, entering one is `merge`. Both are
 called on the layer itself, without the walk over the model that PEFT's own calls make besides.
 
