@@ -51,11 +51,9 @@ _HIDDEN = (".git", ".cache")
 
 
 def read_entries(stored: Stored, flat: Tensor) -> Tensor:
-    """Read ``(k,)`` values of a stored tensor.
+    """Read ``(k,)`` values of a stored tensor of one of the dtypes of `WHOLE_DTYPES`.
 
-    Args:
-        stored: Of one of the dtypes of `WHOLE_DTYPES`.
-        flat: ``(k,)`` increasing flat indices within its shape, on the CPU.
+    Indices ``flat`` ``(k,)`` increase, within its shape, and are on the CPU.
 
     Raises:
         FileFormatError: If the file has become shorter meanwhile.
@@ -80,13 +78,9 @@ def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
 
 
 def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) -> None:
-    """Overwrite entries of a stored tensor.
+    """Overwrite ``(k,)`` entries of a stored tensor in a copy of its file.
 
-    Args:
-        file: Its file, or a copy, open for reading and writing without a buffer.
-        stored: Of one of the dtypes of `WHOLE_DTYPES`.
-        flat: ``(k,)`` increasing flat indices within its shape.
-        values: ``(k,)`` in the tensor's dtype.
+    The copy is open for reading and writing without a buffer; indices increase.
     """
     disk = _bits(stored)
     where, new = flat.numpy(), bits(values).numpy()
@@ -107,12 +101,7 @@ def bits(values: Tensor) -> Tensor:
 
 
 def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cut increasing indices into runs ``low:high`` that are read together.
-
-    Args:
-        where: ``(k,)`` flat indices.
-        itemsize: Bytes of an entry.
-    """
+    """Cut ``(k,)`` increasing indices into runs ``low:high`` that are read together."""
     if not where.size:
         return
     cuts = np.flatnonzero(np.diff(where) > _GAP // itemsize) + 1
@@ -223,18 +212,11 @@ def rewrite(
 
 
 def copy_file(source: Path, target: Path, *, flush: bool = True) -> Iterator[int]:
-    """Copy the bytes and permissions of a file; symbolic links are followed.
+    """Copy the bytes and permissions of a file; give the number of bytes of each piece.
 
-    The kernel copies where it can (and shares the bytes where the file system can), so no memory is
-    needed; else they go through a small buffer.
-
-    Args:
-        source: A regular file.
-        target: The file to write.
-        flush: Wait until the bytes are on the disk; a caller that writes on flushes later.
-
-    Yields:
-        The number of bytes of each piece.
+    Symbolic links are followed. The kernel copies where it can (and shares the bytes where the file
+    system can), so no memory is needed; else they go through a small buffer. With ``flush`` the
+    bytes are on the disk at the end; a caller that writes on flushes later.
     """
     with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
         size = left = os.fstat(old.fileno()).st_size

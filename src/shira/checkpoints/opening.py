@@ -71,11 +71,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     index: Path | None = None
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest tensor."""
-        return max((t.end - t.start for t in self.tensors.values()), default=0)
-
 
 def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     """Open a checkpoint: headers, index and config, no tensors.
@@ -99,11 +94,14 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     folder = where if where.is_dir() else where.parent
     config = _config_of(folder / "config.json")
     index: Path | None = None
-    placed: Mapping[str, str] | None = None
+    placed: Mapping[str, str] = {}
     if where.is_dir():
         chosen = _chosen(where, config)
         if chosen is None:
-            files = _all_of(where)
+            files = tuple(sorted(f for f in where.glob("*.safetensors") if f.name not in _ADAPTERS))
+            if not files:
+                why = _why(where)
+                raise FileFormatError(f"{where}: the folder has no safetensors checkpoint{why}")
         elif chosen.name.endswith(_INDEX):
             index, placed = chosen, _read_index(chosen)
             files = tuple(where / name for name in sorted(set(placed.values())))
@@ -123,8 +121,11 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
                     "the path of one file"
                 )
             tensors[key] = Stored(info.dtype, info.shape, info.start, info.end, key, file)
-    if placed is not None:
-        _check_index(where, placed, tensors)
+    for key, name in placed.items():
+        at = tensors[key].file.name if key in tensors else None
+        if at != name:
+            fault = "which lacks it" if at is None else f"but it is in {at}"
+            raise FileFormatError(f"{where}: the index lists {key!r} in {name}, {fault}")
     return Checkpoint(where, files, tensors, config, index)
 
 
@@ -142,26 +143,13 @@ def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(
-            errno.ENOENT, f"{nothing} (a model of the hub needs huggingface_hub)", name
-        ) from None
+        needs = f"{nothing} (a model of the hub needs huggingface_hub)"
+        raise FileNotFoundError(errno.ENOENT, needs, name) from None
     try:
         return Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
     except (OSError, ValueError) as error:  # all of the hub's errors are one or the other
-        raise FileNotFoundError(
-            errno.ENOENT,
-            f"{nothing} here, and the hub did not give a model of that name "
-            f"({type(error).__name__})",
-            name,
-        ) from error
-
-
-def _all_of(folder: Path) -> tuple[Path, ...]:
-    """Return every safetensors file of a folder that is no adapter's."""
-    found = sorted(file for file in folder.glob("*.safetensors") if file.name not in _ADAPTERS)
-    if not found:
-        raise FileFormatError(f"{folder}: the folder has no safetensors checkpoint{_why(folder)}")
-    return tuple(found)
+        said = f"the hub did not give a model of that name ({type(error).__name__})"
+        raise FileNotFoundError(errno.ENOENT, f"{nothing} here, and {said}", name) from error
 
 
 def _chosen(folder: Path, config: Mapping[str, Any]) -> Path | None:
@@ -223,16 +211,6 @@ def _read_index(path: Path) -> Mapping[str, str]:
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", "..", "."):
             raise FileFormatError(f"{path}: {key!r}: {name!r} is no file beside the index")
     return placed
-
-
-def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
-    for key, name in index.items():
-        if key not in tensors:
-            raise FileFormatError(f"{path}: the index lists {key!r} in {name}, which lacks it")
-        if tensors[key].file.name != name:
-            raise FileFormatError(
-                f"{path}: the index lists {key!r} in {name}, but it is in {tensors[key].file.name}"
-            )
 
 
 def _config_of(file: Path) -> Mapping[str, Any]:

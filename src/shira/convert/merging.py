@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import Verdict, accept, judge
+from shira.base import Verdict, accept, fingerprint, judge
 from shira.checkpoints.entries import (
     Edit,
     Progress,
@@ -34,12 +34,12 @@ from shira.checkpoints.entries import (
 from shira.checkpoints.models import OnDisk, locate_deltas
 from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
 from shira.convert.patches import Entries
-from shira.convert.undo import replacing_undo, undo_entries
+from shira.convert.undo import replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.atomic import check_outputs
 from shira.store.header import FLOATS, WHOLE_DTYPES
-from shira.support import index_dtype
+from shira.support import Support, index_dtype
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,10 @@ def _change(
             base=judge(adapter.metadata, name, values, old),
         )
     flat, old, new = flat[changed], old[changed], new[changed]
-    return told, Edit(stored, flat, new), undo_entries(stored, flat, old, new)
+    shape = list(stored.shape)
+    for_undo = {"file": stored.file.name, "shape": shape, "merged": fingerprint(new)}
+    undone = Entries(stored.key, for_undo, Support._trusted(shape, flat), old)
+    return told, Edit(stored, flat, new), undone
 
 
 def _check_lost(targets: Sequence[MergedDelta], most: float) -> None:

@@ -28,17 +28,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from shira.base import fingerprint
 from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
-from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries, Kind, read_entry_file, write_entry_file
 from shira.errors import WrongBaseError
 from shira.store.atomic import check_outputs, write_atomically
 from shira.store.header import WHOLE_DTYPES
 from shira.store.json_text import shape_in
-from shira.support import Support
 
 
 @dataclass(frozen=True)
@@ -155,20 +152,6 @@ def _edit_back(one: Entries, checkpoint: Checkpoint, undo: Path) -> Edit:
             "merged, changed since, or of another merge"
         )
     return Edit(stored, support.indices, originals)
-
-
-def undo_entries(stored: Stored, flat: Tensor, originals: Tensor, merged: Tensor) -> Entries:
-    """Return what an undo file holds of one tensor.
-
-    Args:
-        stored: The tensor, as it was.
-        flat: ``(k,)`` the entries that a merge changes.
-        originals: ``(k,)`` what stands there, in the tensor's dtype.
-        merged: ``(k,)`` what the merge writes there.
-    """
-    shape = list(stored.shape)
-    told = {"file": stored.file.name, "shape": shape, "merged": fingerprint(merged)}
-    return Entries(stored.key, told, Support._trusted(shape, flat), originals)
 
 
 def _undo_shape(told: object) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
-from shira.fusing.methods import Method, method_named, parameters_of, settings_of
+from shira.fusing.methods import Method, method_of, parameters_of
 from shira.fusing.result import check_together, derived_metadata, record, whole_tensors
 from shira.fusing.steps import digest, keep_largest, select, uniform
 from shira.support import Support, matrix_shape
@@ -90,7 +90,6 @@ def fuse(
         ([0, 4, 5], [1.0, 1.5, 0.5])
     """
     adapters, names = _checked_adapters(adapters, names)
-    chosen = method_named(method)
     factors = _checked_weights(weights, len(adapters), method)
     given = {
         "density": density,
@@ -100,7 +99,7 @@ def fuse(
         "seed": seed,
     }
     given = {option: value for option, value in given.items() if value is not None}
-    settings = settings_of(method, chosen, given)
+    chosen, settings = method_of(method, given)
     settings["total_weight"] = math.fsum(factors)
     check_together(adapters, names, check_base=check_base)
     if len(adapters) == 1 and factors == [1.0] and whole in (None, names[0]):

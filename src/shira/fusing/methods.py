@@ -88,25 +88,17 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
-    """Return the row of `METHODS`.
+def method_of(name: str, given: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Return the row of `METHODS`, and its options with defaults filled in.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such method, or it has no such option, or not in this range.
     """
     if name not in METHODS:
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
-    return METHODS[name]
-
-
-def settings_of(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a method, defaults filled in.
-
-    Raises:
-        ConfigError: If one is given that the method does not have, or is out of range.
-    """
+    method = METHODS[name]
     for option in given:
         if option not in method.options:
             raise ConfigError(
@@ -137,4 +129,4 @@ def settings_of(name: str, method: Method, given: Mapping[str, Any]) -> dict[str
                 f"epsilon={width} does not fit density={density}: density - epsilon / 2 and "
                 f"density + epsilon / 2 are probabilities, so it is from 0 to {room:g}"
             )
-    return settings
+    return method, settings

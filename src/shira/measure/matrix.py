@@ -142,15 +142,10 @@ def largest_singular_value(
     steps: int = _STEPS,
     seed: int = 0,
 ) -> Estimate:
-    """Find the spectral norm of a matrix that can only be multiplied with vectors.
+    """Find the spectral norm of a matrix M of some shape that can only be multiplied with vectors.
 
-    Args:
-        product: ``M v``, float64 ``(n,)`` to ``(m,)``.
-        transposed: ``M^T u``.
-        shape: Of M.
-        tolerance: Relative error at which to stop.
-        steps: When to stop in any case.
-        seed: Of the starting vector.
+    ``product`` is ``M v``, float64 ``(n,)`` to ``(m,)``, ``transposed`` is ``M^T u``. It stops at a
+    relative error of ``tolerance``, or after so many steps.
 
     Returns:
         The value, never too large but for rounding, and the residual: a singular value is certain
