@@ -41,15 +41,7 @@ from shira.store.atomic import check_kind, check_outputs, write_atomically
 
 
 def run_demo(root: Path, settings: Settings) -> bool:
-    """Run the demo, writing into `root` alone.
-
-    Returns:
-        Whether every proof holds.
-
-    Raises:
-        MissingDependencyError: If the package of the encoder is not installed.
-        ConfigError: If ``root`` is a file, or a folder of something else.
-    """
+    """Run the demo, writing into `root` alone; return whether every proof holds."""
     started = time.perf_counter()
     _check_root(root)
     say(

@@ -31,9 +31,6 @@ class Settings:
     The learning rates were chosen on another seed than the default one. A sparse adapter needs a
     larger rate than a dense one; the head's is in the range (0.03 to 0.3) in which the *frozen*
     encoder does best, so that the comparison does not rest on a weak baseline.
-
-    Raises:
-        ConfigError: If one of them is out of range.
     """
 
     seed: int = 42
@@ -82,11 +79,7 @@ QUICK = {
 
 
 def model_path() -> Path:
-    """Return the folder of the pretrained encoder inside its installed package.
-
-    Raises:
-        MissingDependencyError: If the package is not installed.
-    """
+    """Return the folder of the pretrained encoder inside its installed package."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if folder is None or not (folder / "config.json").is_file():

@@ -166,10 +166,7 @@ def collect(
 ) -> list[Docstring]:
     """Return every distinct docstring of `files_per_library` source files of each library.
 
-    Args:
-        seed: Decides which files are read where a library has more than enough.
-        files_per_library: Number of files of each library.
-        libraries: Names of libraries; one that is not installed is left out.
+    The seed decides which files; a library that is not installed is left out.
     """
     todo = [
         (library, root, path)

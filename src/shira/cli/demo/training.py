@@ -49,18 +49,10 @@ def head_labels(outputs: int) -> tuple[str, ...]:
 def train_task(
     task: Task, tokenizer: Any, settings: Settings, *, outputs: int, slot: int, root: Path
 ) -> tuple[Run, Run, Tensor]:
-    """Train the head alone, then the same head with an adapter in all linear layers of the encoder.
+    """Train a head of `outputs` alone, then the same with an adapter in all linear layers.
 
-    Args:
-        task: What to learn.
-        tokenizer: The encoder's.
-        settings: Seed, density, rates and sizes.
-        outputs: Width of the head.
-        slot: The adapter's mask slot; adapters in different slots share no entry.
-        root: Where head and adapter are written, into a folder named as the task.
-
-    Returns:
-        The figures of both, and the logits of the test set with the adapter.
+    Adapters in different mask slots share no entry. Head and adapter are written into the folder of
+    `root` that is named as the task. Returns the figures of both, and the test set's last logits.
     """
     options = settings.options(slot)
     texts = [doc.text for doc in task.train]

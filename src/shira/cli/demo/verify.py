@@ -36,13 +36,11 @@ class Proof:
 
 
 def verify(root: Path) -> dict[str, Any]:
-    """Run every proof on what the demo wrote to `root`.
+    """Return what is found of everything that the demo wrote to `root`; `proofs` puts it in words.
 
-    Returns:
-        For each task: how many predictions were compared, how many differ, the largest difference
-        of a logit, the largest one between merged and unmerged answers, and the base weights that
-        differ while the adapter is in. For the base: how much was compared at the end, and the
-        names of what differs. The seconds of each switch.
+    For each task: how many predictions were compared and differ, the largest difference of a logit,
+    also between merged and unmerged, and the base weights that differ while the adapter is in. Of
+    the base: how much was compared at the end, and what differs. The seconds of each switch.
     """
     from shira import PeftModel
 

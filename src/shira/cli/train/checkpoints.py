@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shira.cli.progress import say
-from shira.cli.train.options import TrainOptions
+from shira.cli.train.options import TrainOptions, flag
 from shira.errors import ConfigError, ShiraError
 from shira.store.atomic import check_kind, check_outputs, write_atomically
 
@@ -30,6 +30,7 @@ _FIXED = (
     *("task", "data", "eval_fraction", "text_column", "label_column", "max_length", "seed"),
     *("target_modules", "modules_to_save", "r", "density", "mask_type", "mask_seed", "mask_slot"),
 )
+_SHOWN = {"data": "training data (a hash)", "processes": "processes"}
 # These change nothing that is trained. Of all others a difference is told.
 _FREE = (
     *("train_file", "eval_file", "eval_batch_size", "logging_steps", "eval_steps", "save_steps"),
@@ -42,9 +43,6 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
 
     Of those that are not whole, because the run was killed while it wrote them, the one before is
     taken, and it is said.
-
-    Raises:
-        ConfigError: If there is none (save for ``auto``), or none that is whole.
     """
     if resume is None:
         return None
@@ -91,10 +89,6 @@ def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -
     """Refuse to write over the data, the base or, unless told to, an adapter.
 
     (The ``train.yaml`` of the folder may be the file of ``--config``: it is the record of the run.)
-
-    Raises:
-        ConfigError: If one of them would be overwritten, or an adapter is there and the run neither
-            goes on from it nor may replace it.
     """
     check_kind(output, folder=True)
     check_outputs(
@@ -122,20 +116,13 @@ def record_of(options: TrainOptions, processes: int) -> dict[str, Any]:
 
 
 def write_record(checkpoint: Path, record: Mapping[str, Any], started: float) -> None:
-    """Write the record of a checkpoint.
-
-    Args:
-        checkpoint: Its folder.
-        record: From `record_of`.
-        started: When its run was started, in seconds since 1970; a run that goes on from a
-            checkpoint was started when that one's was.
-    """
+    """Write the record of a checkpoint: from `record_of`, and from `started`."""
     text = json.dumps({**record, "started": started}, indent=1)
     write_atomically(checkpoint / RECORD, text.encode())
 
 
 def started(checkpoint: Path | None) -> float:
-    """Return when the run was started that goes on from a checkpoint, or from none."""
+    """Return when a run was started, in seconds since 1970: now, or as its checkpoint says."""
     if checkpoint is None:
         return time.time()
     try:
@@ -148,9 +135,6 @@ def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Compare a checkpoint's settings with those of the run that goes on from it.
 
     A difference in what decides the trained entries or the rows is an error, another one is said.
-
-    Raises:
-        ConfigError: If it was made for another adapter, or on other data.
     """
     path = checkpoint / RECORD
     if not path.is_file():
@@ -163,7 +147,7 @@ def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
     if not isinstance(before, dict):
         raise ConfigError(f"{path}: no record of settings; remove it to go on without")
     changed = {
-        name: f"{_flag(name)} {before.get(name)!r:.60}, now {value!r:.60}"
+        name: f"{_SHOWN.get(name) or flag(name)} {before.get(name)!r:.60}, now {value!r:.60}"
         for name, value in record.items()
         if before.get(name) != value
     }
@@ -174,11 +158,6 @@ def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
         )
     for told in changed.values():
         say(f"{checkpoint.name} was made with {told}")
-
-
-def _flag(name: str) -> str:
-    named = {"data": "training data (a hash)", "processes": "processes"}
-    return named.get(name, f"--{name.replace('_', '-')}")
 
 
 def _broken(path: Path) -> str | None:

@@ -45,11 +45,7 @@ class Data:
 
 
 def load_data(options: TrainOptions, tokenizer: Any) -> Data:
-    """Read and encode the files of a run.
-
-    Raises:
-        ConfigError: If a file cannot be read, is empty, or a column is missing or ambiguous.
-    """
+    """Read and encode the files of a run."""
     train = read_table(options.train_file or "")
     evaluation = None if options.eval_file is None else read_table(options.eval_file)
     if options.eval_fraction is not None:
@@ -65,11 +61,7 @@ def load_data(options: TrainOptions, tokenizer: Any) -> Data:
 
 
 def read_table(path: str) -> Any:
-    """Read a file as a ``datasets.Dataset``.
-
-    Raises:
-        ConfigError: If its kind is not known, it cannot be read, or it has no rows.
-    """
+    """Read a file as a ``datasets.Dataset``."""
     from datasets import load_dataset
     from datasets.utils import logging
 
@@ -96,12 +88,7 @@ def read_table(path: str) -> Any:
 def column(
     table: Any, wanted: str | None, usual: Sequence[str], *, what: str, path: str | None
 ) -> str:
-    """Return the name of a column: the one wanted, else the first usual one that is there.
-
-    Raises:
-        ConfigError: If the wanted one is not there, none is usual, it holds neither text nor
-            numbers, or its text is no UTF-8.
-    """
+    """Return the name of a column: the one wanted, else the first usual one that is there."""
     names: list[str] = table.column_names
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     if wanted is not None and wanted not in names:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,7 @@ _PLAIN_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
 def load_tokenizer(options: TrainOptions) -> Any:
-    """Return the base model's tokenizer, which pads to the right with some token in any case.
-
-    Raises:
-        ConfigError: If there is no such model.
-    """
+    """Return the base model's tokenizer, which pads to the right with some token in any case."""
     from transformers import AutoTokenizer
 
     with _loading(options, "tokenizer"):
@@ -42,17 +37,20 @@ def load_tokenizer(options: TrainOptions) -> Any:
 
 
 def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id: int) -> Any:
-    """Return the base model; a classifier gets a new head, which the seed alone decides.
-
-    Raises:
-        ConfigError: If there is no such model, it is not one for the task, or it has a head of
-            another number of labels.
-    """
+    """Return the base model; a classifier gets a new head, which the seed alone decides."""
     import transformers
 
     arguments: dict[str, Any] = {"dtype": options.dtype}
     if labels is not None:
-        _check_head(options, labels)
+        with _loading(options, "configuration"):
+            config = transformers.AutoConfig.from_pretrained(options.model or "")
+        made_for = " ".join(getattr(config, "architectures", None) or [])
+        if "ForSequenceClassification" in made_for and config.num_labels != len(labels):
+            shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+            raise ConfigError(
+                f"--model {options.model}: its head has {config.num_labels} labels, the data has "
+                f"{len(labels)} ({shown}); take the model without that head, or data of its labels"
+            )
         arguments["problem_type"] = "single_label_classification"
         arguments["num_labels"] = len(labels)
         arguments["id2label"] = dict(enumerate(labels))
@@ -66,27 +64,10 @@ def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id:
     return model
 
 
-def _check_head(options: TrainOptions, labels: Sequence[str]) -> None:
-    from transformers import AutoConfig
-
-    with _loading(options, "configuration"):
-        config = AutoConfig.from_pretrained(options.model or "")
-    made_for = " ".join(getattr(config, "architectures", None) or [])
-    if "ForSequenceClassification" in made_for and config.num_labels != len(labels):
-        shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-        raise ConfigError(
-            f"--model {options.model}: its head has {config.num_labels} labels, the data has "
-            f"{len(labels)} ({shown}); take the model without that head, or data of its labels"
-        )
-
-
 def check_modules(model: nn.Module, options: TrainOptions) -> None:
-    """Check that the model has each of the modules to save.
+    """Refuse modules to save that the model lacks.
 
     PEFT takes every module whose path ends with the name, and leaves out a name that has none.
-
-    Raises:
-        ConfigError: If there is none of a name.
     """
     paths = [path for path, _ in model.named_modules() if path]
     for name in _names(options.modules_to_save) or []:
@@ -99,11 +80,7 @@ def check_modules(model: nn.Module, options: TrainOptions) -> None:
 
 
 def check_fits(model: Any, options: TrainOptions, data: Data) -> None:
-    """Check that the model has an embedding for each token and each position of the data.
-
-    Raises:
-        ConfigError: If it has not.
-    """
+    """Refuse a model without an embedding for each token and each position of the data."""
     tables = [table for table in (data.train, data.evaluation) if table is not None]
     tokens = model.get_input_embeddings().weight.shape[0]
     if (largest := max(map(largest_token, tables))) >= tokens:
@@ -128,12 +105,7 @@ def check_fits(model: Any, options: TrainOptions, data: Data) -> None:
 
 
 def adapter_config(options: TrainOptions) -> Any:
-    """Return the configuration of the adapter.
-
-    Raises:
-        ConfigError: If there is no such mask, or the budget is invalid.
-        TargetError: If the targets are neither names nor a regular expression.
-    """
+    """Return the configuration of the adapter."""
     from shira import ShiraConfig
 
     one_of("--mask-type", options.mask_type, MASKS)
@@ -145,7 +117,7 @@ def adapter_config(options: TrainOptions) -> Any:
         random_seed=options.mask_seed,
         target_modules=parse_targets(options.target_modules),
         modules_to_save=_names(options.modules_to_save),
-        task_type=TASKS[options.task or ""].peft,
+        task_type=TASKS[options.task or ""].task_type,
     )
 
 
@@ -172,19 +144,8 @@ def adapt(
     return get_peft_model(model, config)
 
 
-def resume_adapter(model: nn.Module, checkpoint: Path) -> Any:
-    """Return the base with the adapter of a checkpoint in it, to train on."""
-    from shira import PeftModel
-
-    return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-
-
 def parse_targets(text: str | None) -> str | list[str]:
-    """Return names with commas as a list; ``all-linear`` and regular expressions as they are.
-
-    Raises:
-        TargetError: If it is neither.
-    """
+    """Return names with commas as a list; ``all-linear`` and regular expressions as they are."""
     if text is None or text == "all-linear":
         return "all-linear"
     if _PLAIN_NAMES.fullmatch(text):

@@ -20,15 +20,9 @@ from shira.errors import ConfigError, MissingDependencyError, did_you_mean
 
 
 class Task(NamedTuple):
-    """Names that a task has in the libraries underneath.
+    """Names that a task has in PEFT and transformers."""
 
-    Attributes:
-        peft: PEFT's ``task_type``.
-        auto_class: The class of transformers that loads its models.
-        pipeline: The pipeline of transformers that uses them.
-    """
-
-    peft: str
+    task_type: str
     auto_class: str
     pipeline: str
 
@@ -137,17 +131,7 @@ def fields() -> list[tuple[dataclasses.Field[Any], Any]]:
 
 
 def resolve(given: Mapping[str, Any], config: Path | None) -> TrainOptions:
-    """Return the options of a run.
-
-    Args:
-        given: From the command line; None stands for not given.
-        config: A YAML file of further ones, named as on the command line with - or _.
-
-    Raises:
-        ConfigError: If a name is unknown, a value of the wrong type or impossible, or a needed one
-            is missing.
-        FileNotFoundError: If there is no such file.
-    """
+    """Return the options of a run, checked: those given that are not None, else of the file."""
     values = {} if config is None else _read_yaml(config)
     values.update({name: value for name, value in given.items() if value is not None})
     budgets = ("r", "density")
@@ -236,11 +220,15 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
 _KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
+def flag(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _check(options: TrainOptions) -> None:
     for name in ("model", "task", "train_file", "output"):
         if not getattr(options, name):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is needed, here or in the file of --config")
+            raise ConfigError(f"{flag(name)} is needed, here or in the file of --config")
     one_of("--task", options.task or "", TASKS)
     one_of("--dtype", options.dtype, DTYPES)
     if options.r is not None and options.density is not None:
@@ -263,36 +251,28 @@ _MOST_OF_ALL = 2**31 - 1  # of other integers, so that no library underneath ove
 
 
 def check_value(name: str, value: Any) -> None:
-    """Check the range of an option's value.
-
-    Args:
-        name: As in `TrainOptions`; of others integers and floats are above 0.
-        value: The value; None and booleans pass.
-
-    Raises:
-        ConfigError: If it is out of range, not finite, or a text that no file name can be.
-    """
-    flag = f"--{name.replace('_', '-')}"
+    """Refuse a number that is out of range or not finite, and a text that no file name can be."""
+    option = flag(name)
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeError:
-            raise ConfigError(f"{flag} {value!r:.100} is no Unicode text") from None
+            raise ConfigError(f"{option} {value!r:.100} is no Unicode text") from None
         if "\0" in value:
-            raise ConfigError(f"{flag} {value!r:.100} has a NUL in it")
+            raise ConfigError(f"{option} {value!r:.100} has a NUL in it")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if name == "mask_seed":
         if not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{flag} is an integer of 64 bits")
+            raise ConfigError(f"{option} is an integer of 64 bits")
         return
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{flag} is a finite number, not {value}")
+        raise ConfigError(f"{option} is a finite number, not {value}")
     if name in _FROM_ZERO:
         if value < 0:
-            raise ConfigError(f"{flag} is not below 0, as {value} is")
+            raise ConfigError(f"{option} is not below 0, as {value} is")
     elif not value > 0:
-        raise ConfigError(f"{flag} is above 0, not {value}")
+        raise ConfigError(f"{option} is above 0, not {value}")
     most = _MOST.get(name, _MOST_OF_ALL if isinstance(value, int) else math.inf)
     if value > most:
-        raise ConfigError(f"{flag} is at most {most}, not {value}")
+        raise ConfigError(f"{option} is at most {most}, not {value}")

@@ -29,30 +29,16 @@ _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")  # no name of Markdown
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of a run.
+    """Figures of a run, as ``metrics.json`` has them."""
 
-    Attributes:
-        before: Figures of the evaluation before training; empty where they say nothing.
-        after: Figures of the evaluation after it; empty without data to evaluate on.
-        history: What was logged, one mapping a line, each with its ``step``.
-        train_loss: The mean over the run.
-        steps: Optimizer steps.
-        trained: Number of parameters trained.
-        total: Number of parameters of the base.
-        seconds: Of training, without loading and evaluating.
-        processes: How many there were.
-        device: Its name.
-        peak_bytes: Most memory allocated on the GPU of the first process.
-    """
-
-    before: dict[str, float]
+    before: dict[str, float]  # of the evaluation before training, empty where they say nothing
     after: dict[str, float]
-    history: list[dict[str, float]]
+    history: list[dict[str, float]]  # what was logged, each with its step
     train_loss: float
     steps: int
-    trained: int
-    total: int
-    seconds: float
+    trained: int  # parameters
+    total: int  # parameters of the base
+    seconds: float  # without loading and evaluating
     processes: int
     device: str
     peak_bytes: int | None
@@ -95,15 +81,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
-    """Draw training and evaluation loss over the optimizer steps as a PNG.
-
-    Args:
-        history: What was logged; lines with ``loss`` or ``eval_loss`` and ``step`` are drawn.
-        path: Where to write it.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+    """Draw the logged losses over the optimizer steps as a PNG; return False if there is none."""
     figure = new_drawing((6.4, 4.0), "--output", path)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
     for key, label, marker in (("loss", "training", "."), ("eval_loss", "evaluation", "o")):
@@ -121,10 +99,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:
 def model_card(
     options: TrainOptions, data: Data, result: Result, config: Any, *, plot: bool
 ) -> str:
-    """Return the text of ``README.md``, as the Hugging Face hub reads it.
-
-    It says what was trained, on what, the result, and how to use it.
-    """
+    """Return the text of ``README.md``, as the Hugging Face hub reads it."""
     import yaml
 
     task = options.task or ""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ def run_training(options: TrainOptions) -> None:
     checkpoints.check_output(output, options, checkpoint)
     no_accelerator_note()
     _check_installed()
+    from shira import PeftModel
     from shira.cli.train.trainer import CheckedTrainer, classification_figures, writing
 
     quieten(warnings_too=False)
@@ -54,7 +54,7 @@ def run_training(options: TrainOptions) -> None:
     if checkpoint is None:
         model = models.adapt(base, config, options, data, tokenizer, arguments.device)
     else:
-        model = models.resume_adapter(base, checkpoint)
+        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
 
     set_warmup(arguments, options, rows=len(data.train))
     since = checkpoints.started(checkpoint)
@@ -93,7 +93,10 @@ def run_training(options: TrainOptions) -> None:
     result = Result(
         before=before,
         after=after,
-        history=[_numbers(line) for line in trainer.state.log_history],
+        history=[  # JSON has finite numbers only
+            {name: value for name, value in line.items() if math.isfinite(value)}
+            for line in trainer.state.log_history
+        ],
         train_loss=float(outcome.training_loss),
         steps=int(trainer.state.global_step),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -112,13 +115,7 @@ def run_training(options: TrainOptions) -> None:
 def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
     """Return transformers' ``TrainingArguments``; the warm-up is left to `set_warmup`.
 
-    Args:
-        options: Of the run.
-        folder: For the checkpoints.
-        **more: Arguments that are not among the options, or win over them.
-
-    Raises:
-        ConfigError: If there is no such scheduler, or it needs more than there is.
+    Checkpoints go to `folder`; `more` wins over what follows from the options.
     """
     from transformers import TrainingArguments
 
@@ -160,13 +157,7 @@ _NAMED_ALIKE = (
 
 
 def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
-    """Set the warm-up in steps, as releases of transformers differ in how they take a share.
-
-    Args:
-        arguments: Changed in place.
-        options: Say the warm-up in steps, or as a share of all steps.
-        rows: Number of rows of the training data.
-    """
+    """Set the warm-up in steps, as releases of transformers differ in how they take a share."""
     a_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
     steps = options.max_steps or math.ceil(rows / a_step * options.epochs)
     share = min(math.ceil(options.warmup * steps), steps - 1)  # a step at full rate is left
@@ -201,11 +192,6 @@ def _check_installed() -> None:
             raise MissingDependencyError(
                 f"training needs {error.name}, which is not installed: pip install 'shira[train]'"
             ) from error
-
-
-def _numbers(line: Mapping[str, float]) -> dict[str, float]:
-    """Return the logged values that are finite numbers, as JSON has no others."""
-    return {name: value for name, value in line.items() if math.isfinite(value)}
 
 
 def _say_result(output: Path, result: Result) -> None:

@@ -22,11 +22,7 @@ _SPEEDS = ("runtime", "_per_second", "_preparation_time")
 
 @contextmanager
 def writing(what: str, folder: object) -> Iterator[None]:
-    """Tell in one line that something could not be written, whatever the library below raises.
-
-    Raises:
-        ShiraError: For errors of the system, of torch and of safetensors.
-    """
+    """Tell in one line that something could not be written, whatever the library below raises."""
     try:
         yield
     except ShiraError:
@@ -42,13 +38,8 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that stops before it logs, saves or returns what is NaN or infinite.
 
     Also where a checkpoint cannot be written, as on a full disk. The first step with such a loss is
-    noted on the device, so that no step waits for it. Progress is shown by `shira.cli.progress`.
-
-    Args:
-        *args: Of transformers' Trainer.
-        what: What is being trained, for the progress, e.g. ``"training"``.
-        after_saving: Called with the folder of each checkpoint, by the process that writes it.
-        **kwargs: Of transformers' Trainer.
+    noted on the device, so that no step waits for it. Progress is shown by `shira.cli.progress`, as
+    `what`; `after_saving` is called with the folder of each checkpoint that the process writes.
     """
 
     def __init__(
@@ -63,7 +54,6 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
         self._first: torch.Tensor | None = None
         self._progress = _Progress(what)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Check(self))
         self.add_callback(self._progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,19 +89,21 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
         self._first = here if self._first is None else torch.minimum(self._first, here)
         return loss
 
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, which it also does at the end of the training."""
+        self._check_finite()
+        super().log(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_finite()
         step, folder = self.state.global_step, self.args.output_dir
         with writing(f"the checkpoint of step {step}", folder):
             super()._save_checkpoint(*args, **kwargs)
             if self._after_saving is not None and self.is_world_process_zero():
                 self._after_saving(Path(folder or "") / f"checkpoint-{step}")
 
-    def check_finite(self) -> None:
-        """Check the losses of all steps until now, and the trained values.
-
-        Raises:
-            ShiraError: If one is not finite; the message has the step.
-        """
+    def _check_finite(self) -> None:
+        """Refuse to go on if the loss of a step until now, or a trained value, is not finite."""
         advice = (
             "No adapter was written. A smaller learning rate may help, or a base in float32 if it "
             "is in half precision"
@@ -140,22 +132,6 @@ def classification_figures(prediction: Any) -> dict[str, float]:
         hits = int(((said == label) & (true == label)).sum())
         scores.append(2 * hits / max(int((said == label).sum() + (true == label).sum()), 1))
     return {"accuracy": float((said == true).mean()), "macro_f1": float(np.mean(scores))}
-
-
-class _Check(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, trainer: CheckedTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save:
-            self._trainer.check_finite()
-
-    on_epoch_end = on_step_end
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.check_finite()
-
-    on_train_end = on_log
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
