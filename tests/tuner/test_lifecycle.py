@@ -237,6 +237,15 @@ def test_targets_that_match_nothing():
         get_peft_model(model, ShiraConfig(r=1, target_modules=["lin1", "lni2"]))
 
 
+def test_modules_to_save_that_match_nothing_are_named():
+    config = {"r": 1, "target_modules": ["lin1"]}
+    with pytest.warns(UserWarning, match="modules_to_save: 'lni2' matches no.*Did you mean 'lin2'"):
+        get_peft_model(mlp(), ShiraConfig(**config, modules_to_save=["lni2"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT itself adds both names for a head
+        get_peft_model(mlp(), ShiraConfig(**config, modules_to_save=["lin2", "score"]))
+
+
 def test_modules_that_cannot_be_adapted():
     class Odd(nn.Module):
         def __init__(self):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -117,11 +116,8 @@ class ShiraConfig(PeftConfig):
         for name, value in {"r": self.r, **ranks}.items():
             if not _is_int(value) or value <= 0:
                 raise ConfigError(f"`{name}` should be a positive integer, not {value!r}")
-        if self.density is not None and not (
-            isinstance(self.density, (int, float))
-            and math.isfinite(self.density)
-            and 0 < self.density <= 1
-        ):
+        number = isinstance(self.density, (int, float))
+        if self.density is not None and not (number and 0 < self.density <= 1):
             raise ConfigError(
                 f"density is a share of entries in (0, 1], not {self.density!r}; 0.01 means 1 %"
             )
@@ -152,8 +148,7 @@ class ShiraConfig(PeftConfig):
             return BuiltinMask(self)
         if not isinstance(self.mask_type, str):
             raise ConfigError(f"mask_type is a name, not {self.mask_type!r}")
-        near = difflib.get_close_matches(self.mask_type.lower(), MASKS, n=1, cutoff=0.8)
-        if near:
+        if near := difflib.get_close_matches(self.mask_type.lower(), MASKS, n=1, cutoff=0.8):
             raise ConfigError(
                 f"unknown mask_type {self.mask_type!r}. Did you mean {near[0]!r}? "
                 f"Built in are {', '.join(MASKS)}."

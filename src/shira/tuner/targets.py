@@ -104,16 +104,26 @@ def _is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
-    if isinstance(config.target_modules, str) or not config.target_modules:
-        return
+    """Warn of each listed target that matches no module, and of ``modules_to_save`` if none does.
+
+    PEFT leaves them out and says nothing.
+    """
     names = _known_names(model)
-    for target in sorted(config.target_modules):
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            warnings.warn(
-                f"target_modules: {target!r} matches no module of the model."
-                f"{did_you_mean(target, names)}",
-                stacklevel=2,
-            )
+    targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    idle = [
+        ("target_modules", target)
+        for target in sorted(targets)
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    whole = config.modules_to_save or []
+    # PEFT itself adds several names for a head, of which a model has one.
+    if not any(name.endswith(tuple(whole)) for name in names):
+        idle += [("modules_to_save", name) for name in whole]
+    for field, target in idle:
+        warnings.warn(
+            f"{field}: {target!r} matches no module of the model.{did_you_mean(target, names)}",
+            stacklevel=2,
+        )
 
 
 def name_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> None:
