@@ -22,9 +22,9 @@ from shira.cli.figures import Figures, vanishing
 from shira.cli.options import check_paths
 from shira.cli.output import file_bytes, megabytes, shape_text, share, whole_tensors
 from shira.errors import ConfigError
+from shira.masks import MASK_FIELDS
 from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
 
-MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
 BASE_FIELD = "base_model_name_or_path"
 NEEDS_BASE = "needs --base"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -282,8 +282,8 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     else:
         adapter = to_adapter(file, shapes)
         targets, whole = tuple(_targets(adapter, file.config, base)), adapter.tensors
-    config = {name: value for name, value in file.config.items() if name != "shira_shapes"}
-    return Summary(path, "PEFT", file_bytes(file.path), targets, config, where, whole)
+    size = file_bytes(file.path)
+    return Summary(path, "PEFT", size, targets, file.metadata, where, whole)
 
 
 def known_shapes(summary: Summary, what: str) -> dict[str, tuple[int, ...]]:

@@ -20,14 +20,11 @@ from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, judge_together
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, ConfigError, WrongBaseError, did_you_mean, listed
+from shira.masks import MASK_FIELDS
 
 FUSED = "fused"
 """The field that tells how an adapter was made; also the ``mask_type`` of one without a mask."""
 
-MASK_FIELDS = (
-    *("mask_type", "random_seed", "mask_slot", "mask_options"),
-    *("r", "density", "rank_pattern"),
-)
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -151,7 +148,7 @@ def derived_metadata(
         for source in sources
     )
     if not same_mask:
-        gone += MASK_FIELDS
+        gone += *MASK_FIELDS, "rank_pattern"
     result = {field: value for field, value in result.items() if field not in gone}
     if not same_mask:
         result["mask_type"] = FUSED

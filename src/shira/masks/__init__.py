@@ -24,6 +24,9 @@ from shira.masks.scored import grad_support, magnitude_support, snip_support
 from shira.masks.struct import struct_support
 from shira.support import Support
 
+MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
+"""The fields of an adapter's metadata, and of the tuner's configuration, that say its mask."""
+
 
 @dataclass(frozen=True)
 class MaskSpec:
@@ -182,6 +185,7 @@ def choose(
 
 
 __all__ = [
+    "MASK_FIELDS",
     "MASKS",
     "MaskSpec",
     "block_diagonal_support",

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -232,44 +232,30 @@ def _table(header: Header, size: int) -> Table:
                 f"{header.path}: not in the compact format: its __metadata__ has no {key!r}"
             )
     table = parse(header.metadata[TABLE], header.path, size)
-    known = set()
+    expected: dict[str, tuple[Collection[str], tuple[int, ...] | None]] = {}
     for name, record in table.records.items():
-        known.add(key := f"{name}.values")
-        _check_tensor(header, key, (record.values,), (record.k,))
+        expected[f"{name}.values"] = (record.values,), (record.k,)
         for kind in CODINGS[record.indices][1]:
-            key = f"{name}.{kind}"
-            if kind != "rest" or key in header.tensors:
-                known.add(key)
-                _check_tensor(header, key, tuple(gaps.UNITS), None)
+            if kind != "rest" or f"{name}.rest" in header.tensors:
+                expected[f"{name}.{kind}"] = gaps.UNITS, None
     for name, (dtype, shape) in table.tensors.items():
-        known.add(key := f"{name}.{WHOLE}")
-        _check_tensor(header, key, (dtype,), shape)
-    for key in header.tensors:
-        if key not in known:
-            raise FileFormatError(
-                f"{header.path}: tensor {key!r}: the table does not name it."
-                f"{did_you_mean(key, known)}"
-            )
+        expected[f"{name}.{WHOLE}"] = (dtype,), shape
+    for key in {**expected, **header.tensors}:
+        with refusing(header.path, f"tensor {key!r}"):
+            if key not in expected:
+                raise EntryError(f"the table does not name it.{did_you_mean(key, expected)}")
+            if key not in header.tensors:
+                hint = did_you_mean(key, header.tensors)
+                raise FileFormatError(f"{header.path}: missing tensor {key!r}.{hint}")
+            info, (dtypes, wanted) = header.tensors[key], expected[key]
+            if info.dtype not in dtypes:
+                told = " or ".join(dtypes)
+                raise EntryError(f"dtype {info.dtype} is not {told}, as the table says")
+            if wanted is None and len(info.shape) != 1:
+                raise EntryError(f"shape {info.shape} is not (n,)")
+            if wanted not in (None, info.shape):
+                raise EntryError(f"shape {info.shape} is not {wanted}, as the table says")
     return table
-
-
-def _check_tensor(
-    header: Header, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
-) -> None:
-    """Check that a tensor is there, of one of the dtypes and of the shape (None: any in 1-D)."""
-    info = header.tensors.get(name)
-    if info is None:
-        raise FileFormatError(
-            f"{header.path}: missing tensor {name!r}.{did_you_mean(name, header.tensors)}"
-        )
-    if info.dtype not in dtypes:
-        raise FileFormatError(
-            f"{header.path}: tensor {name!r}: dtype {info.dtype} is not {' or '.join(dtypes)}, "
-            "as the table says"
-        )
-    if info.shape != shape and (shape is not None or len(info.shape) != 1):
-        wanted = "(n,)" if shape is None else f"{shape}, as the table says"
-        raise FileFormatError(f"{header.path}: tensor {name!r}: shape {info.shape} is not {wanted}")
 
 
 class _Source:
@@ -420,13 +406,8 @@ def _trusted(record: Record, indices: gaps.Ints) -> Support:
 def _stored_values(
     name: str, delta: SparseDelta, dtype: torch.dtype | None
 ) -> tuple[Tensor, float | None]:
-    if dtype is None and delta.values.dtype not in _DTYPES:
-        raise AdapterError(
-            f"values of {name!r} are {delta.values.dtype}; give dtype= to store them in one of "
-            f"{', '.join(map(str, _DTYPES))}"
-        )
     if dtype != torch.int8:
-        return stored(name, delta.values, dtype), None
+        return stored(name, delta.values, dtype, _DTYPES), None
     stored(name, delta.values, torch.float32)  # the dtype that the values will be read in
     return quantize(delta.values.detach().cpu())
 

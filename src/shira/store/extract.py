@@ -20,13 +20,13 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.store.config import SHAPES_FIELD
-from shira.store.header import EntryError, check_coordinates, sort_entries
+from shira.store.header import EntryError, in_order
 from shira.store.names import base_module_name, full_shape, gathered, unwrapped, weight_name, whole
 from shira.support import Support
 
 
 def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """The named adapter of a model, copied to the CPU.
+    """Return the named adapter of a model, copied to the CPU.
 
     The values are those that are saved: what `set_scale` set is a setting of the model, not of the
     adapter. Under FSDP2 and ZeRO-3 every rank has to call this, as values are gathered.
@@ -95,8 +95,7 @@ def _delta_of_layer(layer: Any, name: str, adapter_name: str) -> SparseDelta:
         raise AdapterError(f"{name!r}: adapter {adapter_name!r} has values but no indices")
     values = _copied(layer.shira_weight[adapter_name])
     try:
-        coordinates = check_coordinates(_copied(layer.shira_indices[adapter_name]))
-        coordinates, values = sort_entries(coordinates, values)
+        coordinates, values = in_order(_copied(layer.shira_indices[adapter_name]), values)
         return SparseDelta(Support.from_coordinates(shape, coordinates), values)
     except (EntryError, ValueError) as error:
         raise AdapterError(f"{name!r}: adapter {adapter_name!r}: {error}") from error
@@ -117,7 +116,7 @@ def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` in what JSON can hold."""
+    """Return a value in what JSON can hold."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if value is None or isinstance(value, (str, int, float, bool)):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,18 +240,20 @@ def check_whole(tensor: Tensor) -> None:
         check_values(tensor)
 
 
-def check_coordinates(coordinates: Tensor) -> Tensor:
-    """Return the coordinates as int32, where they are whole, not negative and within int32.
+def in_order(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the coordinates of entries, checked and in row-major order, and the values with them.
 
     Args:
         coordinates: ``(2, k)`` of an integer dtype, or float32 with whole numbers, which PEFT
             writes on Windows.
+        values: ``(k,)``.
+
+    Returns:
+        Coordinates, int32 ``(2, k)``, and values ``(k,)``.
 
     Raises:
-        EntryError: If they are not.
+        EntryError: If a coordinate is not whole, negative, beyond int32, or there twice.
     """
-    if not coordinates.numel():
-        return coordinates.to(torch.int32)
     if coordinates.is_floating_point():
         inexact = (coordinates != coordinates.trunc()) | ~(coordinates.abs() < _EXACT_FLOAT32)
         if bool(inexact.any()):
@@ -259,34 +261,17 @@ def check_coordinates(coordinates: Tensor) -> Tensor:
             raise EntryError(f"index {bad} is no whole number below 2^24")
     if coordinates.dtype == torch.uint64:  # as int64 the largest wrap
         coordinates = coordinates.view(torch.int64)
-        if (least := int(coordinates.min())) < 0:
-            raise EntryError(f"index {least + 2**64} overflows int32")
-    elif coordinates.dtype in (torch.uint16, torch.uint32):  # torch compares none of these
-        coordinates = coordinates.to(torch.int64)
-    least, most = int(coordinates.min()), int(coordinates.max())
-    if least < 0:
-        raise EntryError(f"index {least} is negative")
-    if most >= COORDINATE_LIMIT:
-        raise EntryError(f"index {most} overflows int32")
-    return coordinates.to(torch.int32)
-
-
-def sort_entries(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return coordinates in row-major order, and the values along with them.
-
-    Args:
-        coordinates: int32 ``(2, k)``, none negative.
-        values: ``(k,)``.
-
-    Returns:
-        Coordinates ``(2, k)`` and values ``(k,)``.
-
-    Raises:
-        EntryError: If a coordinate occurs twice.
-    """
-    key = coordinates[0].to(torch.int64).mul_(COORDINATE_LIMIT).add_(coordinates[1])
+        if bool((wrapped := coordinates < 0).any()):
+            raise EntryError(f"index {int(coordinates[wrapped][0]) + 2**64} overflows int32")
+    row, column = coordinates.to(torch.int64)
+    for index in (row, column):
+        if index.numel() and int(index.min()) < 0:
+            raise EntryError(f"index {int(index.min())} is negative")
+        if index.numel() and int(index.max()) >= COORDINATE_LIMIT:
+            raise EntryError(f"index {int(index.max())} overflows int32")
+    key = row * COORDINATE_LIMIT + column
     if bool((key[1:] > key[:-1]).all()):
-        return coordinates, values
+        return coordinates.to(torch.int32), values
     key, order = key.sort()
     twice = key[1:] == key[:-1]
     if bool(twice.any()):
@@ -296,20 +281,31 @@ def sort_entries(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             f"{first % COORDINATE_LIMIT} occurs more than once "
             f"({int(twice.sum())} of {key.numel()} entries are repeats)",
         )
-    return coordinates[:, order], values[order]
+    return coordinates.to(torch.int32)[:, order], values[order]
 
 
-def stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def stored(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,
+    choices: Sequence[torch.dtype] = (),
+) -> Tensor:
     """Return a tensor as a file is to hold it: checked, contiguous and on the CPU.
 
     Args:
         name: Of the parameter, for messages.
         tensor: Values of a delta, or a whole tensor.
         dtype: To store it in; None keeps its own.
+        choices: Dtypes that values can be stored in; of a whole tensor none.
 
     Raises:
         AdapterError: If the dtype cannot be stored, or a value is not finite in it.
     """
+    if choices and dtype is None and tensor.dtype not in choices:
+        raise AdapterError(
+            f"values of {name!r} are {tensor.dtype}; give dtype= to store them in one of "
+            f"{', '.join(map(str, choices))}"
+        )
     kept = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
     try:
         check_whole(kept)

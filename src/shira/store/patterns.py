@@ -100,7 +100,7 @@ def check_pattern(pattern: str, what: str, names: Collection[str] | None = None)
 
 
 def matching(patterns: Mapping[str, T] | None, name: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a module's name, as PEFT matches."""
+    """Return the value of the first pattern that matches the end of a name, as PEFT matches."""
     found = (value for key, value in (patterns or {}).items() if _compiled(key).match(name))
     return next(found, default)
 
@@ -111,7 +111,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Field, pattern as given, and as PEFT completes it."""
+    """Yield field, pattern as given, and as PEFT completes it."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(pattern := config.get(field), str):
             yield field, pattern, pattern

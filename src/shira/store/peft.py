@@ -45,13 +45,12 @@ from shira.store.header import (
     FLOATS,
     WHOLE_DTYPES,
     Header,
-    check_coordinates,
     check_values,
     check_whole,
+    in_order,
     read_header,
     read_tensor,
     refusing,
-    sort_entries,
     stored,
 )
 from shira.store.json_text import open_regular
@@ -122,6 +121,11 @@ class PeftFile:
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the base weights by parameter name, if the config records them."""
         return recorded_shapes(self.config)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The adapter's metadata: the config without the shapes."""
+        return {name: value for name, value in self.config.items() if name != SHAPES_FIELD}
 
 
 def read_peft(path: str | os.PathLike[str]) -> PeftFile:
@@ -248,8 +252,7 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
             held[flat] = delta.replacement(held[flat])
         else:
             deltas[name] = delta
-    metadata = {name: value for name, value in file.config.items() if name != SHAPES_FIELD}
-    return Adapter(deltas, metadata, whole)
+    return Adapter(deltas, file.metadata, whole)
 
 
 def read_whole(
@@ -373,8 +376,7 @@ def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
     with refusing(header.path, f"tensor {values_name!r}"):
         check_values(values)
     with refusing(header.path, f"tensor {indices_name!r}"):
-        coordinates = check_coordinates(read_tensor(file, header, indices_name))
-        coordinates, values = sort_entries(coordinates, values)
+        coordinates, values = in_order(read_tensor(file, header, indices_name), values)
     weight = weight_name(base_module_name(key))
     return RawDelta(values, coordinates, weight, key, of_indices.dtype)
 
@@ -449,7 +451,8 @@ def write_peft(
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():
         key = PEFT_PREFIX + _module_of(name)
-        tensors[f"{key}.{VALUES}"] = _stored_values(name, delta, dtype)
+        values = stored(name, delta.values, dtype, tuple(FLOATS.values()))
+        tensors[f"{key}.{VALUES}"] = values.clone()  # none may share memory
         tensors[f"{key}.{INDICES}"] = _stored_indices(name, delta, indices_dtype)
     if fields.get("modules_to_save") and not adapter.tensors:
         warnings.warn(
@@ -458,7 +461,7 @@ def write_peft(
             stacklevel=2,
         )
     for name, tensor in adapter.tensors.items():
-        tensors[PEFT_PREFIX + name] = stored(name, tensor).clone()  # none may share memory
+        tensors[PEFT_PREFIX + name] = stored(name, tensor).clone()
     raw = to_bytes(tensors, metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_NAME, raw)
@@ -470,15 +473,6 @@ def _module_of(name: str) -> str:
     if kind != "weight" or not module:
         raise AdapterError(f"PEFT's format names modules, and {name!r} is not the 'weight' of one")
     return module
-
-
-def _stored_values(name: str, delta: SparseDelta, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None and delta.values.dtype not in FLOATS.values():
-        raise AdapterError(
-            f"values of {name!r} are {delta.values.dtype}; give dtype= to store them in one of "
-            f"{', '.join(map(str, FLOATS.values()))}"
-        )
-    return stored(name, delta.values, dtype).clone()  # none may share memory
 
 
 def _stored_indices(name: str, delta: SparseDelta, dtype: torch.dtype | None) -> Tensor:

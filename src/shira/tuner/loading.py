@@ -23,7 +23,7 @@ from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
 from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
-from shira.store.header import EntryError, check_coordinates, check_values, sort_entries
+from shira.store.header import EntryError, check_values, in_order
 from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
 from shira.support import Support
 from shira.tuner.base_layer import base_values
@@ -342,7 +342,7 @@ def _sorted(layer: ShiraLayer, key: str, values: Tensor, indices: Tensor) -> tup
                 f"indices of shape {tuple(indices.shape)} do not fit {len(values)} values"
             )
         check_values(values)
-        coordinates, values = sort_entries(check_coordinates(indices), values)
+        coordinates, values = in_order(indices, values)
         return values, Support.from_coordinates(layer.weight_shape, coordinates)
     except (EntryError, SupportError) as error:
         raise FileFormatError(f"{key}: {error}") from error
