@@ -81,7 +81,7 @@ def test_many_pieces(density: float, dtype: type) -> None:
 
 
 def test_a_gap_left_open_over_many_pieces() -> None:
-    gap = 255 * (3 * gaps._PIECE + 5) + 17
+    gap = 255 * (3 * 2**14 + 5) + 17
     units = np.array([4] + [255] * (gap // 255) + [17, 0], np.uint8)
     assert gaps.decode(units, gap + 7).tolist() == [4, gap + 5, gap + 6]
 

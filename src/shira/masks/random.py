@@ -82,15 +82,7 @@ def random_support(
 
 
 def round_keys(seed: int, name: str) -> NDArray[np.uint64]:
-    r"""Return the keys of the rounds, from a seed and a name.
-
-    Args:
-        seed: Any integer.
-        name: Any text, e.g. a parameter name.
-
-    Returns:
-        uint64 ``(ROUNDS,)``: blake2b of ``"<seed>\0<name>"``, read as little-endian words.
-    """
+    r"""Return the keys of the rounds: blake2b of ``"<seed>\0<name>"``, little-endian words."""
     text = f"{int(seed)}\0{name}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8 * ROUNDS, person=b"shira.random").digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
@@ -102,12 +94,6 @@ def permute(
     """Return the images of the points ``start, ..., start + count - 1`` under the permutation.
 
     Costs O(count) time and memory, whatever ``numel``.
-
-    Args:
-        start: First point.
-        count: How many points; ``start + count <= numel``.
-        numel: Size of the domain, below 2^62.
-        keys: From `round_keys`.
 
     Returns:
         ``(count,)`` distinct integers in ``[0, numel)``, int32 where they fit, else int64.
@@ -162,37 +148,24 @@ def _shuffle(
     points: NDArray[np.uint64], a: int, b: int, keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """Apply the network once to points of the a x b grid; a bijection of the grid."""
-    width = np.uint64(b)
-    left: NDArray[np.uint64] = points // width
-    right = points - left * width
-    scratch = np.empty_like(points)
+    left, right = np.divmod(points, np.uint64(b))
     for i, key in enumerate(keys):
         if i % 2 == 0:
-            _add_hash(left, right, key, np.uint64(a), scratch)
+            left = _add_hash(left, right, key, np.uint64(a))
         else:
-            _add_hash(right, left, key, width, scratch)
-    left *= width
-    left += right
-    return left
+            right = _add_hash(right, left, key, np.uint64(b))
+    image: NDArray[np.uint64] = left * np.uint64(b) + right
+    return image
 
 
 def _add_hash(
-    half: NDArray[np.uint64],
-    other: NDArray[np.uint64],
-    key: np.uint64,
-    size: np.uint64,
-    scratch: NDArray[np.uint64],
-) -> None:
-    """Set ``half = (half + F(other, key)) mod size``; ``F`` is 32 bits scaled to ``size``."""
-    mixed = np.add(other, key)
-    mixed *= _MULTIPLIER
-    np.right_shift(mixed, _U32, out=scratch)
-    mixed ^= scratch
-    mixed *= _FINISHER
-    mixed >>= _U32  # the upper 32 bits, as a fraction of 2^32 ...
-    mixed *= size
-    mixed >>= _U32  # ... of size
-    half += mixed
+    half: NDArray[np.uint64], other: NDArray[np.uint64], key: np.uint64, size: np.uint64
+) -> NDArray[np.uint64]:
+    """Return ``(half + F(other, key)) mod size``; ``F`` is 32 bits scaled to ``size``."""
+    mixed = (other + key) * _MULTIPLIER
+    mixed = (mixed ^ (mixed >> _U32)) * _FINISHER
+    mixed = ((mixed >> _U32) * size) >> _U32
+    total = half + mixed
     # Both terms were below size. Where their sum is too, sum - size wraps to a huge number.
-    np.subtract(half, size, out=scratch)
-    np.minimum(half, scratch, out=half)
+    wrapped: NDArray[np.uint64] = np.minimum(total, total - size)
+    return wrapped

@@ -69,12 +69,7 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
 def top_k_of_all(
     scores: Mapping[str, Iterable[Tensor]], sizes: Mapping[str, int], k: int
 ) -> dict[str, Tensor]:
-    """Find the k highest scores of several tensors, as if they were one after the other.
-
-    Args:
-        scores: Of each tensor, as `top_k` takes them; iterated over one after the other.
-        sizes: Entries of each tensor.
-        k: How many in all; 0 is none.
+    """Find the k highest scores of several tensors of some sizes, one after the other.
 
     Returns:
         int64 ``(k_i,)`` for each: increasing flat indices of its entries among the k.
@@ -134,21 +129,10 @@ def _highest(
     """Return the k best scores and their indices, each as one piece, and the worst of them."""
     scores, indices = np.concatenate(best), np.concatenate(where)
     limit = float(np.partition(scores, scores.size - k)[scores.size - k])
-    kept = _first_of_highest(scores, k, limit)
-    return [scores[kept]], [indices[kept]], limit
-
-
-def _first_of_highest(
-    scores: NDArray[np.floating], k: int, limit: float
-) -> NDArray[np.signedinteger]:
-    """Return positions, increasing, of the k highest scores, of equal ones the first.
-
-    ``limit`` is the k-th highest score.
-    """
     chosen = scores > limit
-    level = np.flatnonzero(scores == limit)
+    level = np.flatnonzero(scores == limit)  # of equal scores the first
     chosen[level[: k - int(np.count_nonzero(chosen))]] = True
-    return np.flatnonzero(chosen)
+    return [scores[chosen]], [indices[chosen]], limit
 
 
 def _refuse_nan(scores: Tensor, start: int) -> None:

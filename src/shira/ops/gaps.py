@@ -13,11 +13,11 @@ So any units whose last is no largest value are the indices of exactly one set, 
 repeats; what is left to check is how many there are and that the last is in range. At 2 % density
 an index takes 1.006 bytes. ``docs/file-format.md`` is the specification.
 
-Both directions cost O(number of units): in the compiled kernels, or without them in numpy, in
-pieces that stay in the cache. Compact files hold gaps (``store``), and so do layers on the CPU:
-PEFT's ``shira_indices`` are int32 rows and columns, 8 bytes a position; `pack` makes a byte of them
-where that can be. Wherever ops take indices they take either form, and the compiled kernels walk
-along the gaps as they are, from `marks` on.
+Both directions cost O(number of units): in the compiled kernels, or without them in numpy. Compact
+files hold gaps (``store``), and so do layers on the CPU: PEFT's ``shira_indices`` are int32 rows
+and columns, 8 bytes a position; `pack` makes a byte of them where that can be. Wherever ops take
+indices they take either form, and the compiled kernels walk along the gaps as they are, from
+`marks` on.
 """
 
 from __future__ import annotations
@@ -49,39 +49,26 @@ BLOCK = 2048
 LEAST_DENSITY = 1 / 200
 """Below this positions are not packed. At it they take 1.4 bytes each, 1.8 at the worst."""
 
-_PIECE = 2**14  # indices or units at a time
-
 Ints = NDArray[np.signedinteger[Any]]
 Units = NDArray[np.unsignedinteger[Any]]
 
 
 def encode(indices: Ints, widest: str = "U32") -> Units:
-    """Return the gaps of sorted indices, in the unit that takes the fewest bytes.
+    """Return the gaps of increasing indices, in the unit that takes the fewest bytes.
 
-    Args:
-        indices: ``(k,)`` int32 or int64, strictly increasing, none negative.
-        widest: The widest unit that may be taken; a key of `UNITS`.
-
-    Returns:
-        Units of one of the dtypes of `UNITS`, little-endian.
+    That is one of `UNITS`, as wide as ``widest`` at most.
     """
     if (kernels := _kernels()) is not None:
         indices = np.ascontiguousarray(indices)
         coded = kernels.encode_gaps(torch.from_numpy(indices), UNITS[widest].itemsize)
         return coded.numpy()  # type: ignore[no-any-return]
-    allowed = (dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize)
-    escapes = dict.fromkeys(allowed, 0)
-    for gaps in _pieces_of_gaps(indices):
-        large = gaps[np.flatnonzero(gaps >= 255)].astype(np.int64)
-        for dtype in escapes:
-            if not large.size or int(large.max()) < _largest(dtype):
-                break  # nor any wider one
-            escapes[dtype] += int((large // _largest(dtype)).sum())
-    dtype = min(escapes, key=lambda unit: (len(indices) + escapes[unit]) * unit.itemsize)
-    units: Units = np.empty(len(indices) + escapes[dtype], dtype)
-    at = 0
-    for gaps in _pieces_of_gaps(indices):
-        at += _encode_piece(gaps, units[at:])
+    gaps = np.diff(indices.astype(np.int64), prepend=-1) - 1
+    allowed = [dtype for dtype in UNITS.values() if dtype.itemsize <= UNITS[widest].itemsize]
+    escapes = {dtype: gaps // _largest(dtype) for dtype in allowed}
+    dtype = min(allowed, key=lambda unit: (len(gaps) + escapes[unit].sum()) * unit.itemsize)
+    ends = np.cumsum(escapes[dtype] + 1) - 1
+    units: Units = np.full(int(ends[-1]) + 1 if len(ends) else 0, _largest(dtype), dtype)
+    units[ends] = gaps - escapes[dtype] * _largest(dtype)
     return units
 
 
@@ -126,9 +113,6 @@ def count_of(units: Units) -> int:
 def marks(units: Units) -> NDArray[np.int64]:
     """Return from where on each block of the units can be read without those before it.
 
-    Args:
-        units: ``(n,)`` of one of the dtypes of `UNITS`, as `encode` gives them.
-
     Returns:
         ``(blocks + 1, 2)``: how many indices the blocks before stand for, and the first index that
         this one could hold; the last row is that of the end.
@@ -148,17 +132,13 @@ def is_packed(indices: Tensor) -> bool:
 
 
 def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return positions as they are best kept.
+    """Return positions as they are best kept: uint8 ``(n,)``, the gaps, if that can be.
 
-    Args:
-        coordinates: int32 ``(2, k)``: rows and columns of a weight, or packed positions.
-        shape: Of the weight.
-
-    Returns:
-        uint8 ``(n,)``, the gaps; or ``coordinates`` themselves, if they are packed already, not on
-        the CPU, below `LEAST_DENSITY`, or not sorted.
+    They stay what they are if packed already, not on the CPU, below `LEAST_DENSITY`, or unsorted.
     """
-    if not _packs(coordinates, shape):
+    if is_packed(coordinates) or not coordinates.is_cpu or native.load().library is None:
+        return coordinates
+    if coordinates.shape[-1] <= LEAST_DENSITY * math.prod(shape):
         return coordinates
     try:
         support = Support.from_coordinates(shape, coordinates)
@@ -166,12 +146,6 @@ def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
         return coordinates
     with torch.inference_mode(False):  # made in a first forward without gradients, used in others
         return torch.from_numpy(encode(support.indices.numpy(), widest="U8"))
-
-
-def _packs(coordinates: Tensor, shape: Sequence[int]) -> bool:
-    if is_packed(coordinates) or not coordinates.is_cpu or native.load().library is None:
-        return False
-    return coordinates.shape[-1] > LEAST_DENSITY * math.prod(shape)
 
 
 def unpack(indices: Tensor, shape: Sequence[int]) -> Tensor:
@@ -201,18 +175,10 @@ def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
 
 
 def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:
-    """Return a support on the CPU as the compiled kernels take it.
-
-    Args:
-        support: Which entries.
-        packed: The same, packed: its memory is used.
-    """
+    """Return a support on the CPU as the compiled kernels take it; ``packed`` is it, packed."""
     if packed is None:
-        units = encode(support.indices.numpy(), widest="U16")
-        packed = torch.from_numpy(units)
-    else:
-        units = packed.numpy()
-    return native.Gaps(packed, torch.from_numpy(marks(units)), support.nnz)
+        packed = torch.from_numpy(encode(support.indices.numpy(), widest="U16"))
+    return native.Gaps(packed, torch.from_numpy(marks(packed.numpy())), support.nnz)
 
 
 def _kernels() -> native.Kernels | None:
@@ -228,74 +194,12 @@ def _decode_in_numpy(units: Units, numel: int, count: int | None) -> Ints:
     found = count_of(units)
     if count not in (None, found):
         raise SupportError(f"stands for {found} entries, but there are {count} values")
-    indices: Ints = np.empty(found, index_type(numel))
-    # Sums within a piece of one- and two-byte units are below 2^31.
-    dtype = np.dtype(np.int64 if units.dtype.itemsize > 2 else np.int32)
-    sums = np.empty(min(_PIECE, found), dtype)
-    done, last = 0, -1  # indices so far, and the latest of them with the gap left open
-    for start in range(0, len(units), _PIECE):
-        ends, left_open = _steps(units[start : start + _PIECE], sums)
-        if ends:
-            steps = torch.from_numpy(sums[:ends])
-            torch.cumsum(steps, 0, dtype=steps.dtype, out=steps)
-        new = last + int(sums[ends - 1]) if ends else last
-        if new >= numel:
-            raise SupportError(f"index {new} is out of range: the weight has {numel} entries")
-        part = indices[done : done + ends]
-        np.add(sums[:ends], part.dtype.type(last), out=part, casting="unsafe")
-        done, last = done + ends, new + left_open
-    return indices
+    left_out = np.cumsum(units, dtype=np.int64)[units != _largest(units.dtype)]
+    indices: Ints = left_out + np.arange(found)
+    if found and indices[-1] >= numel:
+        raise SupportError(f"index {indices[-1]} is out of range: the weight has {numel} entries")
+    return indices.astype(index_type(numel), copy=False)
 
 
 def _largest(dtype: np.dtype[Any]) -> int:
     return int(np.iinfo(dtype).max)
-
-
-def _pieces_of_gaps(indices: Ints) -> Any:
-    """Yield the gaps before the indices, some at a time, in the same array each time."""
-    gaps = np.empty(min(_PIECE, len(indices)), indices.dtype)
-    for start in range(0, len(indices), _PIECE):
-        part = indices[start : start + _PIECE]
-        out = gaps[: len(part)]
-        out[0] = part[0] - (indices[start - 1] + 1 if start else 0)
-        np.subtract(part[1:], part[:-1], out=out[1:])
-        out[1:] -= 1
-        yield out
-
-
-def _encode_piece(gaps: Ints, units: Units) -> int:
-    """Write the gaps to the start of ``units``; return how many units they took."""
-    largest = _largest(units.dtype)
-    fits = largest > np.iinfo(gaps.dtype).max
-    if fits or not (large := np.flatnonzero(gaps >= largest)).size:
-        units[: len(gaps)] = gaps
-        return len(gaps)
-    escapes = gaps[large] // largest
-    gaps[large] -= escapes * largest
-    out = units[: len(gaps) + int(escapes.sum())]
-    ends = np.ones(len(out), bool)
-    ends[np.repeat(large, escapes) + np.arange(len(out) - len(gaps))] = False
-    out[...] = largest
-    out[ends] = gaps.astype(units.dtype)
-    return len(out)
-
-
-def _steps(units: Units, steps: Ints) -> tuple[int, int]:
-    """Write the steps from one index to the next to the start of ``steps``.
-
-    Returns:
-        How many there are, and what a gap that does not end in these units has left out so far.
-    """
-    largest = _largest(units.dtype)
-    ends = units != largest
-    escapes = np.flatnonzero(~ends)
-    if not escapes.size:
-        np.add(units, 1, out=steps[: len(units)], dtype=steps.dtype, casting="unsafe")
-        return len(units), 0
-    closing = units[ends]
-    count = len(closing)
-    np.add(closing, 1, out=steps[:count], dtype=steps.dtype, casting="unsafe")
-    owner = escapes - np.arange(escapes.size)  # the index whose gap the escape belongs to
-    inside = int(np.searchsorted(owner, count))
-    np.add.at(steps, owner[:inside], steps.dtype.type(largest))
-    return count, largest * (escapes.size - inside)

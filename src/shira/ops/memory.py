@@ -47,15 +47,9 @@ def memory_of(data: Tensor) -> Tensor:
 
 
 def offsets_of(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Return the places in memory of entries that are named by flat, row-major indices.
+    """Return the places in memory of entries of a weight, given by flat, row-major indices.
 
-    Args:
-        flat: int32 or int64 ``(k,)``, each in ``[0, numel)``.
-        shape: Of the weight.
-        stride: Of the weight, in entries.
-
-    Returns:
-        ``(k,)``; ``flat`` itself for a contiguous weight, else int64.
+    They are ``flat`` itself for a contiguous weight, else int64 ``(k,)``.
     """
     expected, contiguous = 1, True
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
@@ -284,17 +278,12 @@ class MemoryMap:
 
 
 def make_private(weight: Tensor, memory_map: MemoryMap | None = None, *, warn: bool = True) -> None:
-    """Give a parameter in shared or read-only memory a private copy.
+    """Give a parameter in shared or read-only memory a private copy, of the same identity.
 
-    Its values and its identity stay the same.
-
-    Args:
-        weight: The parameter; no other tensor is moved, as its memory is the caller's.
-        memory_map: For many weights: made once.
-        warn: Whether to warn of a copy.
+    For many weights the memory map is made once.
 
     Raises:
-        SharedMemoryError: If a tensor that is no parameter lies in such memory.
+        SharedMemoryError: If another tensor lies in such memory: it is the caller's, and not moved.
     """
     if (memory_map or MemoryMap()).is_private(weight.data):
         return

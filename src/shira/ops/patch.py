@@ -71,31 +71,16 @@ class ChangedEntryError(SwitchError):
 
 
 def base_at(weight: Tensor, offsets: Tensor, *records: Overwritten | None) -> Tensor:
-    """Return the base's values at places in a weight's memory, whatever is in it now.
+    """Return the base's values, ``(k,)``, at places in a weight's memory, in any order.
 
-    Args:
-        weight: The weight, perhaps with adapters in it.
-        offsets: int32 or int64 ``(k,)``: places in its memory, in any order.
-        records: What was overwritten, on the weight's device, the latest first.
-
-    Returns:
-        ``(k,)`` in the weight's dtype.
+    Whatever is in it now: ``records`` are what was overwritten, the latest first, on its device.
     """
     settle(weight)
     return restored(memory_of(weight.data).index_select(0, offsets), offsets, *records)
 
 
 def restored(values: Tensor, offsets: Tensor, *records: Overwritten | None) -> Tensor:
-    """Put originals into values that were read at places in a weight's memory; as `base_at`.
-
-    Args:
-        values: ``(k,)``, changed in place.
-        offsets: int32 or int64 ``(k,)``: where they were read.
-        records: What was overwritten, on the device of ``values``, the latest first.
-
-    Returns:
-        ``values``.
-    """
+    """Put originals, in place, into values that were read at places in memory; as `base_at`."""
     for record in records:
         if record is not None and record.nnz and offsets.numel():
             wanted = offsets.to(record.offsets.dtype)
@@ -199,11 +184,7 @@ class Exchange:
 
 
 class Exchanges:
-    """Exchanges on several weights, of which all or none are to last.
-
-    Args:
-        exchanges: Each made, none run; of different memory.
-    """
+    """Exchanges on several weights, none run yet, of which all or none are to last."""
 
     def __init__(self, exchanges: Iterable[Exchange]) -> None:
         self._exchanges = tuple(exchanges)

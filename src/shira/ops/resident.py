@@ -22,6 +22,7 @@ from shira.base import replacement
 from shira.ops import native
 from shira.ops.memory import (
     SharedMemoryError,
+    Write,
     WriteCount,
     count_write,
     lock_of,
@@ -79,13 +80,7 @@ def resident(
 
 
 def delta_write(data: Tensor, plan: Plan, delta: Tensor) -> native.DeltaWrite | TorchWrite:
-    """Return a write of ``round(original + delta)`` to the entries of a plan.
-
-    Args:
-        data: A weight whose entries do not share memory.
-        plan: On this weight.
-        delta: ``(k,)``.
-    """
+    """Return a write of ``round(original + delta)`` to a plan's entries, which share no memory."""
     kernels = compiled_for(data, delta)
     if kernels is not None and plan.gaps is not None:
         return native.DeltaWrite(kernels, data, plan.gaps, delta)
@@ -95,13 +90,7 @@ def delta_write(data: Tensor, plan: Plan, delta: Tensor) -> native.DeltaWrite | 
 class TorchWrite:
     """A `shira.ops.memory.Write` to the entries of a plan, through torch.
 
-    Args:
-        data: A weight whose entries do not share memory.
-        plan: On this weight.
-        new: Given what is there, ``(k,)``, returns what is to be there.
-
-    Attributes:
-        originals: ``(k,)``: what was there, once it is put in.
+    ``new`` is given what is there, ``(k,)``, and returns what is to be there.
     """
 
     def __init__(self, data: Tensor, plan: Plan, new: Callable[[Tensor], Tensor]) -> None:
@@ -164,11 +153,7 @@ class Undo:
         write_to(weight.data, _Restoring(self, weight, commit), lambda data: None, lasting=True)
 
     def record(self, weight: Tensor) -> Overwritten:
-        """Return what was overwritten, for `shira.ops.patch.base_at`; O(k).
-
-        Args:
-            weight: Into which the merge wrote; it may have been moved or cast since.
-        """
+        """Return what was overwritten; the weight may have been moved or cast since. O(k)."""
         flat = self.plan.flat().to(weight.device)
         originals = self.originals.to(weight.device, weight.dtype)
         offsets = offsets_of(flat, self.plan.weight_shape, self.plan.stride)
@@ -236,15 +221,10 @@ def merge_into(
 class _Merging:
     """The write of a merge; when it is put back, that is noted where the merge was."""
 
-    def __init__(
-        self, write: native.DeltaWrite | TorchWrite, weight: Tensor, undone: Callable[[], None]
-    ) -> None:
+    def __init__(self, write: Write, weight: Tensor, undone: Callable[[], None]) -> None:
         self.write, self.weight, self.undone = write, weight, undone
         self.count = one_write(weight)
-
-    def put_in(self) -> None:
-        """See `Write`."""
-        self.write.put_in()
+        self.put_in = write.put_in
 
     def put_back(self) -> None:
         """See `Write`."""

@@ -58,19 +58,14 @@ class Choice(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One way to compute the weight gradient.
-
-    Attributes:
-        compute: From the operands, the plan and the result's dtype to the gradient ``(k,)``.
-        refusal: Says why it cannot compute a case; None if it can.
-        dense_from: Density above which a dense product is faster. That of ``sampled`` was measured
-            on two cores, that of ``native`` is extrapolated from its times at 2 %
-            (``benchmarks/results/kernel.json``).
-    """
+    """One way to compute the weight gradient."""
 
     compute: Callable[[Tensor, Tensor, Plan, torch.dtype], Tensor]
+    """From the operands, the plan and the result's dtype to the gradient ``(k,)``."""
     refusal: Callable[[Case], str | None]
+    """Says why it cannot compute a case; None if it can."""
     dense_from: float = 1.0
+    """Density above which a dense product is faster."""
 
 
 def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
@@ -342,7 +337,8 @@ def _not_triton(case: Case) -> str | None:
     return None if able else why
 
 
-# In order of preference.
+# In order of preference. The density of ``sampled`` was measured on two cores; that of ``native``
+# is extrapolated from its times at 2 % (``benchmarks/results/kernel.json``).
 BACKENDS = {
     "tiles": Backend(_tiles, _no_tiles),
     "native": Backend(_native, _not_native, 0.2),

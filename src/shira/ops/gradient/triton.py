@@ -77,12 +77,7 @@ class TileLists(NamedTuple):
 def available(
     device: torch.device | str = "cuda", dtype: torch.dtype = torch.float32
 ) -> tuple[bool, str]:
-    """Return whether `triton_weight_gradient` can run here, and why or why not; imports nothing.
-
-    Args:
-        device: Where the operands are.
-        dtype: Theirs.
-    """
+    """Return whether `triton_weight_gradient` takes such operands, and why; imports nothing."""
     if dtype not in _DTYPES:
         return False, f"the Triton kernel adds up in float32, which is too little for {dtype}"
     if importlib.util.find_spec("triton") is None:
@@ -107,16 +102,7 @@ def triton_weight_gradient(
 
     Float32 operands are multiplied in float32; TF32 is used where
     ``torch.backends.cuda.matmul.allow_tf32`` says that it may. The result is the same at each call.
-
-    Args:
-        left: ``(tokens, rows)``, float32, bfloat16 or float16, of any strides.
-        right: ``(tokens, cols)``, same dtype and device.
-        plan: Of a support on a ``(rows, cols)`` weight, on that device.
-        wide: Dtype of the result: float32.
-        tile: Other than the default tile.
-
-    Returns:
-        ``(k,)`` in ``wide``, accumulated in float32.
+    Arguments as for `shira.ops.weight_gradient`; the result is accumulated in float32.
 
     Raises:
         MissingDependencyError: If Triton is not installed.

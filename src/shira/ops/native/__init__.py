@@ -100,11 +100,8 @@ class Kernels:
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         """Compute ``(left^T right)`` at a compressed row pattern's entries: float32 ``(k,)``.
 
-        Args:
-            left: ``(tokens, rows)`` of a dtype in `KINDS`.
-            right: ``(tokens, cols)`` of the same dtype.
-            crow: int32 ``(rows + 1,)``, contiguous.
-            col: int32 ``(k,)``, contiguous; sorted within each row.
+        Of ``(tokens, rows)`` and ``(tokens, cols)`` in a dtype of `KINDS`; crow ``(rows + 1,)`` and
+        col ``(k,)``, sorted within each row, are int32 and contiguous.
         """
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads, k = torch.get_num_threads(), col.numel()
@@ -122,16 +119,9 @@ class Kernels:
         self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor,
         size: int, block_row: Tensor, block_col: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Compute as `entries` does, for entries that all lie in these tiles.
+        """Compute as `entries` does, for entries that all lie in ``size x size`` tiles.
 
-        Args:
-            left: As for `entries`.
-            right: As for `entries`.
-            crow: As for `entries`.
-            col: As for `entries`.
-            size: Rows and columns of a tile.
-            block_row: int32 ``(tiles,)``: the tile's place in the grid of tiles, down.
-            block_col: int32 ``(tiles,)``: the same, across.
+        The tiles are given by their places in the grid of tiles, int32 ``(tiles,)``.
         """
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads = torch.get_num_threads()
@@ -146,33 +136,22 @@ class Kernels:
         return out
 
     def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
-        """Write the originals back that `DeltaWrite` has kept.
-
-        Args:
-            weight: Of a dtype in `KINDS`, contiguous.
-            gaps: Which entries.
-            originals: ``(k,)`` in the dtype of ``weight``, contiguous.
-        """
+        """Write the originals back, ``(k,)``, that `DeltaWrite` has kept; all contiguous."""
         units = gaps.units
         self._leave(
             weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
             gaps.marks.data_ptr(), originals.data_ptr(), None, KINDS[originals.dtype],
-            1 if originals.numel() < _SHORT else torch.get_num_threads(),
+            _threads(originals.numel()),
         )  # fmt: skip
 
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Find the entries in a matrix.
-
-        Args:
-            gaps: Which entries.
-            shape: Of the matrix, with at least one column.
-            rows: Whether each entry's row is wanted.
+        """Find the entries in a matrix of at least one column.
 
         Returns:
             int32: ``(rows + 1,)``, where each row's entries begin; ``(k,)`` the row of each, or
-            None; ``(k,)`` the column of each.
+            None if they are not wanted; ``(k,)`` the column of each.
         """
         k, units = gaps.nnz, gaps.units
         crow = torch.empty(shape[0] + 1, dtype=torch.int32, device="cpu")
@@ -186,14 +165,9 @@ class Kernels:
         return crow, row, col
 
     def encode_gaps(self, indices: Tensor, widest: int) -> Tensor:
-        """Return the gaps of indices, as ``shira.ops.gaps.encode`` says.
+        """Return the gaps of contiguous indices, as ``shira.ops.gaps.encode`` says.
 
-        Args:
-            indices: int32 or int64 ``(k,)``, contiguous, sorted, unique, none negative.
-            widest: Bytes of a unit, at most.
-
-        Returns:
-            uint8, uint16 or uint32 ``(n,)``.
+        In the unit of 1, 2 or 4 bytes, ``widest`` at most, that takes the fewest bytes.
         """
         address, size, k = indices.data_ptr(), indices.itemsize, indices.numel()
         counts = (_L * 3)()
@@ -207,15 +181,11 @@ class Kernels:
         return units
 
     def decode_gaps(self, units: Tensor, numel: int, indices: Tensor) -> bool:
-        """Write the indices whose gaps these are, and check them.
-
-        Args:
-            units: 1 or 2 bytes each, ``(n,)``, contiguous.
-            numel: What the indices are below.
-            indices: Where: int32 or int64 ``(k,)``, contiguous.
+        """Write the indices whose gaps these units of 1 or 2 bytes are; all contiguous.
 
         Returns:
-            Whether they are the gaps of exactly k such indices.
+            Whether they are the gaps of exactly as many indices below ``numel`` as there is room
+            for.
         """
         return bool(
             self._call["decode_gaps"](
@@ -256,13 +226,7 @@ class Kernels:
         )  # fmt: skip
 
     def touch(self, memory: Tensor, lines: Tensor, stream: Tensor) -> None:
-        """Read and write one word of each of some 64-byte lines, and read a stream.
-
-        Args:
-            memory: Contiguous; a multiple of 64 bytes.
-            lines: int32: which lines of it.
-            stream: int64, contiguous.
-        """
+        """Read and write one word of each of some 64-byte lines, int32, and read a stream."""
         self._call["touch"](
             memory.data_ptr(), lines.data_ptr(), lines.numel(), stream.data_ptr(), stream.numel(),
             torch.get_num_threads(),
@@ -271,17 +235,9 @@ class Kernels:
     def permute(
         self, start: int, count: int, numel: int, grid: tuple[int, int], keys: Tensor
     ) -> Tensor:
-        """Return the images of ``start, ...`` under the permutation of ``shira.masks.random``.
+        """Return images as ``shira.masks.random.permute``, int32 where they fit, else int64.
 
-        Args:
-            start: First point.
-            count: How many points.
-            numel: Size of the domain.
-            grid: Rows and columns of the network's grid.
-            keys: 64-bit words ``(rounds,)``, contiguous.
-
-        Returns:
-            ``(count,)``, int32 where they fit, else int64.
+        On a grid of so many rows and columns; keys are 64-bit words, contiguous.
         """
         wide = numel > 2**31
         images = torch.empty(count, dtype=torch.int64 if wide else torch.int32)
@@ -301,16 +257,8 @@ class DeltaWrite:
     """A write of ``round(original + delta)`` to entries, in one pass with reading the originals.
 
     A `shira.ops.memory.Write`, in few Python steps: between large products the code and data of
-    each come from memory again.
-
-    Args:
-        kernels: The compiled kernels.
-        weight: Of a dtype in `KINDS`, contiguous.
-        gaps: Which entries.
-        delta: ``(k,)``.
-
-    Attributes:
-        originals: ``(k,)``, once it is put in.
+    each come from memory again. The weight is contiguous, of a dtype in `KINDS`; its entries are
+    in ``originals``, ``(k,)``, once the delta is put in.
     """
 
     __slots__ = ("_delta", "_gaps", "_inside", "_kernels", "_threads", "_weight", "originals")

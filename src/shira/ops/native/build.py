@@ -35,15 +35,10 @@ class BuildError(Exception):
 
 
 def build(target: Path = LIBRARY, variants: Mapping[str, Sequence[str]] | None = None) -> Path:
-    """Compile the library.
+    """Compile the library to a file, which is written whole or not at all.
 
-    Args:
-        target: The file to write; written whole or not at all.
-        variants: Instruction sets, by the suffix of their functions' names, and the compiler's
-            flags for each; by default all that this kind of machine may have.
-
-    Returns:
-        ``target``.
+    ``variants`` are the compiler's flags by instruction set, the suffix of the functions' names; by
+    default all that this kind of machine may have.
 
     Raises:
         BuildError: If there is no compiler or it fails; says what it printed.
