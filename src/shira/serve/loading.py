@@ -89,13 +89,6 @@ def load(
 ) -> LoadedAdapter:
     """Return what this process keeps of an adapter; every process calls it for the same one.
 
-    Args:
-        read: Reads and validates the adapter.
-        place: From `shira.serve.placement.trace`.
-        active: What is in the weights now.
-        processes: All that hold a part of the model.
-        stored: What the checkpoint has, of which some entries of each weight are compared.
-
     Raises:
         FileNotFoundError: If there is no adapter.
         FileFormatError: If it is damaged.
@@ -210,11 +203,7 @@ def _check_layout(
 
 
 def _base_of(name: str, delta: SparseDelta, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return ``(k,)`` base values of a parameter from which entries they are of, and they.
-
-    Raises:
-        PlacementError: If an entry has no place.
-    """
+    """Return ``(k,)`` base values of a parameter; `PlacementError` if an entry has no place."""
     found = [(entries, values) for entries, values in parts if entries.numel()]
     base = torch.zeros(delta.nnz, dtype=found[0][1].dtype if found else torch.float32)
     placed = torch.zeros(delta.nnz, dtype=torch.bool)

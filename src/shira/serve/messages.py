@@ -94,11 +94,7 @@ def agree(processes: Processes, step: Callable[[], T]) -> T:
 
 
 def gather(processes: Processes, value: Any) -> list[Any]:
-    """Return everyone's value, by rank.
-
-    Raises:
-        ServeError: If another process cannot be reached.
-    """
+    """Return everyone's value, by rank; `ServeError` if another process cannot be reached."""
     try:
         return processes.gather(value)
     except Exception as error:

@@ -78,14 +78,9 @@ class Box(NamedTuple):
     target_offset: int
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices that lie in the box, and their positions in the storage.
+        """Return which of ``(k,)`` flat indices lie in the box, and where in the storage.
 
-        Args:
-            indices: ``(k,)`` flat indices into the checkpoint's weight, any integer dtype.
-
-        Returns:
-            ``entries`` int64 ``(n,)``, which of the indices lie in the box, in their order, and
-            ``positions`` int64 ``(n,)``, where each of them stands in the storage.
+        Both are int64 ``(n,)``, in the order of the indices.
         """
         rest = indices.to(torch.int64) - self.source_offset
         inside = rest >= 0
@@ -108,16 +103,10 @@ class Placement(NamedTuple):
 
 
 def boxes_between(source: Tensor, target: Tensor) -> list[Box]:
-    """Return the boxes that a copy between two views fills.
+    """Return the boxes that a copy between two views of equal shape fills.
 
-    Args:
-        source: View of the checkpoint's weight (which begins its storage); any device, ``meta``
-            included.
-        target: View of equal shape of what a process keeps.
-
-    Returns:
-        One box; several where the source is expanded (one entry goes to several places); none if
-        the views are empty.
+    One box; several where the source is expanded (one entry goes to several places); none if the
+    views are empty. ``source`` is a view of the checkpoint's weight, which begins its storage.
 
     Raises:
         ValueError: If different entries of the source view are one entry of the weight other than

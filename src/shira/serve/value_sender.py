@@ -60,11 +60,7 @@ class FixedSupport:
 
     @classmethod
     def of(cls, adapter: Mapping[str, SparseDelta]) -> FixedSupport:
-        """Return the support of an adapter.
-
-        Raises:
-            AdapterError: If it has whole tensors, which have no support.
-        """
+        """Return the support of an adapter; `AdapterError` if it has whole tensors."""
         if isinstance(adapter, Adapter):
             adapter.require_sparse("values that travel alone")
         return cls({name: delta.support for name, delta in adapter.items()})
@@ -95,15 +91,7 @@ class FixedSupport:
 
 
 def check_finite(values: Tensor, of: str) -> None:
-    """Check that values are numbers.
-
-    Args:
-        values: ``(k,)`` floating point.
-        of: What they belong to, for the message.
-
-    Raises:
-        AdapterError: If one is infinite or NaN.
-    """
+    """Refuse values of which one is infinite or NaN (`AdapterError`)."""
     if not bool(torch.isfinite(values).all()):
         odd = int((~torch.isfinite(values)).sum())
         dtype = str(values.dtype).removeprefix("torch.")
@@ -113,11 +101,7 @@ def check_finite(values: Tensor, of: str) -> None:
 
 
 def check_ends(port: int, size: int, timeout: float) -> None:
-    """Check where and how long the two sides are to meet.
-
-    Raises:
-        ConfigError: If one of them is out of range; the timeout is finite.
-    """
+    """Refuse a port, a number of processes or a timeout that is out of range (`ConfigError`)."""
     if not (0 < port < 2**16 and 1 < size <= 2**16 and 0 < timeout < 2**31):
         raise ConfigError(
             "port and workers are 1 to 65535, the timeout is a number of seconds above 0, not "

@@ -201,11 +201,7 @@ class WorkerAdapters:
         return self._placements[name, shape]
 
     def require(self, name: str) -> LoadedAdapter:
-        """Return the adapter of a name.
-
-        Raises:
-            UnknownAdapterError: If there is none.
-        """
+        """Return the adapter of a name; `UnknownAdapterError` if there is none."""
         if name not in self.adapters:
             raise UnknownAdapterError(
                 f"no adapter {name!r} is loaded.{did_you_mean(name, self.adapters)}"
@@ -352,17 +348,15 @@ class Route:
             for storage, entries, positions in locate(self.worker.place, name, support):
                 found.setdefault(storage, []).append((entries.cpu() + first, positions.cpu()))
             first += support.nnz
-        order = {}
+        order, same = {}, found.keys() == self._offsets.keys()
         for storage, pieces in found.items():
             positions, by = torch.cat([where for _, where in pieces]).sort()
             order[storage] = torch.cat([entries for entries, _ in pieces])[by]
-            here = self._offsets.get(storage, positions[:0])
-            if not torch.equal(positions, here.cpu().long()):
-                raise AdapterError(
-                    f"adapter {self.name!r} was loaded with other positions than those at the path"
-                )
-        if not loaded.entries.keys() <= order.keys():
-            raise AdapterError(f"adapter {self.name!r} was loaded with more than is at the path")
+            same = same and torch.equal(positions, self._offsets[storage].cpu().long())
+        if not same:
+            raise AdapterError(
+                f"adapter {self.name!r} was loaded with other positions than those at the path"
+            )
         return order
 
     def _exchanged(self, values: Tensor) -> tuple[LoadedAdapter, LoadedAdapter]:

@@ -137,11 +137,8 @@ def check_writable(
 ) -> None:
     """Refuse a weight that an adapter for ``shape`` cannot be put into.
 
-    Args:
-        target: The weight.
-        shape: Of the weight that the adapter was made for.
-        dtype: Of a whole tensor that replaces it; None for deltas. One that is no floating point
-            replaces a buffer of its very dtype.
+    ``dtype`` is that of a whole tensor that replaces it; None for deltas. One that is no floating
+    point replaces a buffer of its very dtype.
 
     Raises:
         WrongBaseError: If the weight has another shape.
@@ -200,11 +197,7 @@ def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
 
 
 def refuse_merged(layers: Iterable[nn.Module]) -> None:
-    """Refuse layers of PEFT's that have adapters merged into their weights.
-
-    Raises:
-        MergeError: If one has.
-    """
+    """Refuse layers of PEFT's that have adapters merged into their weights (`MergeError`)."""
     for layer in layers:
         merged = getattr(layer, "merged_adapters", None)
         if merged:
@@ -219,12 +212,7 @@ def resolve(
 ) -> dict[Target, str]:
     """Find the module's weights that an adapter's parameters are for; each can be written to.
 
-    Args:
-        name: The adapter's name, for messages.
-        adapter: The adapter.
-        index: The module's parameters.
-        known: Weights that adapters are loaded for already, by name.
-        allow_tied: Accept a weight that is known under further names.
+    Those that adapters are loaded for already are ``known``, by name.
 
     Raises:
         AdapterError: If a parameter is absent, or two changes are for the same memory.
