@@ -231,15 +231,11 @@ def device_of_work(module: nn.Module) -> torch.device | None:
 
 
 def onloaded(values: nn.ParameterDict, name: str, what: str) -> Tensor:
-    """Return an adapter's values, brought from where Accelerate has put them.
-
-    Args:
-        values: All adapters' values of a layer.
-        name: Of the adapter.
-        what: The weight's name, for the error.
+    """Return an adapter's values in a layer, brought from where Accelerate has put them.
 
     Raises:
-        TargetError: If they are offloaded and to be trained: the gradient would be lost.
+        TargetError: If they are offloaded and to be trained: the gradient would be lost. The
+            message begins with ``what``.
     """
     here: Tensor = values[name]
     if not here.is_meta or not has_offloaded_params(values):
@@ -258,12 +254,7 @@ def gather_for_call(layer: nn.Module, parameter: Tensor) -> None:
     """Gather a parameter of ZeRO-3 for the call of a layer that is under way, and for later ones.
 
     DeepSpeed gathers the parameters of a module that is called, and does this itself where it sees
-    a module use another's parameter. The values of an adapter are in a dictionary, which is never
-    called.
-
-    Args:
-        layer: From whose forward this is called.
-        parameter: What it uses; if it is here, or not DeepSpeed's, it is left alone.
+    a module use another's. An adapter's values are in a dictionary, which is never called.
     """
     if is_partitioned(parameter) and is_sharded(parameter):
         import deepspeed
@@ -336,14 +327,7 @@ def call_with_hooks(
 def call_with_weight(
     module: nn.Module, weight: Callable[[], Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module, its own forward and hooks, with another weight.
-
-    Args:
-        module: The base layer.
-        weight: Makes the weight, once the hooks before the forward have run.
-        *args: For the module.
-        **kwargs: The same.
-    """
+    """Call a module, its own forward and hooks, with the weight made when it gets to the forward."""
     with _swapping:
         forward = getattr(module, _place_of_forward(module))
 
