@@ -327,7 +327,7 @@ def call_with_hooks(
 def call_with_weight(
     module: nn.Module, weight: Callable[[], Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module, its own forward and hooks, with the weight made when it gets to the forward."""
+    """Call a module, hooks and all, with another weight, made once the hooks before have run."""
     with _swapping:
         forward = getattr(module, _place_of_forward(module))
 

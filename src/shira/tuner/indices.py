@@ -269,7 +269,7 @@ def ignored_by_ddp(model: nn.Module) -> list[str]:
 def _check(layers: Sequence[Any], group: dist.ProcessGroup | None) -> None:
     compare(digests_of(layers), group)
     for layer in layers:
-        layer._ranks_unchecked = False
+        layer._positions_unchecked = False
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

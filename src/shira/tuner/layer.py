@@ -76,7 +76,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """The base layers that the type adapts."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
     """Forwards of base layers that `_product` stands in for; others are given another weight."""
-
     whole_product_from: ClassVar[float] = 0
     """Tokens of a group of samples from which a product with the whole weight beats `_on_top`."""
 
@@ -159,7 +158,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             inference_mode: Leave it frozen.
             **kwargs: What PEFT hands on of the quantization; not needed here.
         """
-        self._ranks_unchecked = True
+        self._positions_unchecked = True
         self.r[adapter_name] = r
         self.scaling[adapter_name] = 1.0
         # config.init_weights=False is for tests: deltas that do something before any training
@@ -234,9 +233,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         scale = self.scaling[adapter]
         return values if scale == 1.0 else values * scale
 
-    def _present(self, adapter_names: Sequence[str]) -> list[str]:
-        return [name for name in adapter_names if name in self.shira_weight]
-
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -282,7 +278,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             AdapterError: If ``safe_merge`` finds NaN or infinity; nothing was changed.
             MergeError: See `check_mergeable`.
         """
-        adapter_names = self._present(check_adapters_to_merge(self, adapter_names))
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        adapter_names = [name for name in adapter_names if name in self.shira_weight]
         if not adapter_names:
             return
         self.check_mergeable(adapter_names)
@@ -461,7 +458,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         if torch.compiler.is_compiling():
             check_while_compiling()
         elif trains and torch.is_grad_enabled():
-            if self._ranks_unchecked:
+            if self._positions_unchecked:
                 check_new_models(self)
             if self._gradient_watch is not None:
                 self._gradient_watch.use(self, adapter_names, members(values, *adapter_names))
@@ -517,7 +514,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:
     merged, layer._merge_after_loading = layer._merge_after_loading, []
     if merged:
-        layer.merge(adapter_names=layer._present(merged))
+        layer.merge(adapter_names=merged)
 
 
 def _refuse_not_finite(adapter_name: str, merged: Tensor) -> None:

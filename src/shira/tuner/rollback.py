@@ -53,7 +53,7 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
 
 
 def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """Attributes, and copies of the containers among them, which are to stay the same objects."""
+    """Return attributes, and copies of the containers among them, which stay the same objects."""
     containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
     return dict(attributes), [(value, copy.copy(value)) for value in containers]
 
