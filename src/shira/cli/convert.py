@@ -68,7 +68,7 @@ def command(
     from shira.adapter import Adapter
     from shira.checkpoints import open_checkpoint
     from shira.cli.output import facts, megabytes, print_json, whole_tensors
-    from shira.cli.progress import in_millions
+    from shira.cli.progress import Steps
     from shira.convert import from_lora, is_lora, save_patches, to_patches
     from shira.store import FORMATS
     from shira.store.atomic import check_outputs
@@ -92,8 +92,8 @@ def command(
     made = None
     if lora:
         limits = {"density": density, "r": r, "everywhere": everywhere}
-        with in_millions("multiplying, million entries") as progress:
-            made = from_lora(source, base=checkpoint, progress=progress, **limits)  # type: ignore[arg-type]
+        with Steps("multiplying, million entries", unit=10**6) as steps:
+            made = from_lora(source, base=checkpoint, progress=steps.tell, **limits)  # type: ignore[arg-type]
     adapter = Adapter.load(source, base=checkpoint) if made is None else made.adapter
     if to == "patch":
         assert checkpoint is not None  # checked

@@ -61,7 +61,7 @@ def command(
     share_cores()
     from shira.cli.convert import save
     from shira.cli.output import print_json
-    from shira.cli.progress import in_millions
+    from shira.cli.progress import Steps
     from shira.convert import extract
     from shira.store import FORMATS
     from shira.store.atomic import check_outputs
@@ -70,7 +70,7 @@ def command(
     options.one_of("--format", to, FORMATS)
     options.check_new(output, overwrite)
     stored = options.dtype_named(dtype)
-    with in_millions("comparing, million entries") as progress:
+    with Steps("comparing, million entries", unit=10**6) as steps:
         told = extract(
             base,
             tuned,
@@ -79,7 +79,7 @@ def command(
             everywhere=everywhere,
             include=include or ("*",),
             exclude=exclude or (),
-            progress=progress,
+            progress=steps.tell,
         )
     saved = save(told.adapter, output, to, dtype)
     kept = stored is None or (

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of an adapter's values, made weight by weight and brought together.
+"""Figures of an adapter's values, made weight by weight and added up.
 
-Figures are kept instead of the values, so that an adapter of any size is described in the memory of
-its largest weight. No square of a value is made, which float64 may not hold.
+Sums are kept instead of the values, so that an adapter of any size is described in the memory of
+its largest weight. They are sums of the values divided by the largest, for the squares of values
+that float64 holds but not theirs.
 """
 
 from __future__ import annotations
@@ -14,62 +15,42 @@ import torch
 from torch import Tensor
 
 from shira.base import replacement
-from shira.measure.figures import ldexp, near_one
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Count, extremes, means and (population) standard deviation of some values.
-
-    Adding two gives those of both together.
-    """
+    """Count, extremes and sums of some values; adding two gives those of both together."""
 
     count: int = 0
     zeros: int = 0
     minimum: float = math.inf
     maximum: float = -math.inf
-    mean: float = 0.0
-    mean_abs: float = 0.0
-    std: float = 0.0
+    total: float = 0.0
+    total_absolute: float = 0.0
+    total_squares: float = 0.0
 
     @classmethod
     def of(cls, values: Tensor) -> Figures:
-        """Return the figures of a 1-D tensor of finite values, made in float64."""
+        """Return the figures of a 1-D tensor of finite values, summed in float64."""
         if not values.numel():
             return cls()
-        wide = values.detach().double()
-        scaled, exponent = near_one(wide)
-        reach = float(wide.abs().max())
-        return cls(
-            count=wide.numel(),
-            zeros=int((wide == 0).sum()),
-            minimum=float(wide.min()),
-            maximum=float(wide.max()),
-            mean=_within(reach, ldexp(float(scaled.mean()), exponent)),
-            mean_abs=_within(reach, ldexp(float(scaled.abs().mean()), exponent)),
-            std=_within(reach, ldexp(float(scaled.std(correction=0)), exponent)),
-        )
+        values = values.detach().double()
+        minimum, maximum = float(values.min()), float(values.max())
+        shares = values / (max(abs(minimum), abs(maximum)) or 1.0)
+        sums = (float(x.sum()) for x in (shares, shares.abs(), shares.square()))
+        return cls(values.numel(), int((values == 0).sum()), minimum, maximum, *sums)
 
     def __add__(self, other: Figures) -> Figures:
-        if not (self.count and other.count):
-            return self if self.count else other
-        count = self.count + other.count
-        one, two = self.count / count, other.count / count
-        between = math.sqrt(one * two)  # of the means, in the variance of both together
-        reach = max(self.reach, other.reach)
-        std = math.hypot(
-            math.sqrt(one) * self.std,
-            math.sqrt(two) * other.std,
-            between * self.mean - between * other.mean,
-        )
+        reach = max(self.reach, other.reach) or 1.0
+        a, b = self.reach / reach, other.reach / reach
         return Figures(
-            count=count,
+            count=self.count + other.count,
             zeros=self.zeros + other.zeros,
             minimum=min(self.minimum, other.minimum),
             maximum=max(self.maximum, other.maximum),
-            mean=_within(reach, one * self.mean + two * other.mean),
-            mean_abs=_within(reach, one * self.mean_abs + two * other.mean_abs),
-            std=_within(reach, std),
+            total=a * self.total + b * other.total,
+            total_absolute=a * self.total_absolute + b * other.total_absolute,
+            total_squares=a * a * self.total_squares + b * b * other.total_squares,
         )
 
     @property
@@ -77,17 +58,26 @@ class Figures:
         """The largest absolute value; 0 if there is none."""
         return max(abs(self.minimum), abs(self.maximum)) if self.count else 0.0
 
+    @property
+    def mean_absolute(self) -> float:
+        """The mean absolute value; 0 if there is none."""
+        return self.reach * min(self.total_absolute / max(self.count, 1), 1.0)
+
     def summary(self) -> dict[str, float | int | None]:
-        """Return what is printed; ``None`` stands where there is no value to have any figure."""
+        """Return min, max, mean absolute value, (population) standard deviation, zeros.
+
+        ``None`` stands where there is no value to have any.
+        """
         if not self.count:
             return {"min": None, "max": None, "mean_abs": None, "std": None, "zeros": 0}
-        figures = (self.minimum, self.maximum, self.mean_abs, self.std, self.zeros)
-        return dict(zip(("min", "max", "mean_abs", "std", "zeros"), figures, strict=True))
-
-
-def _within(reach: float, figure: float) -> float:
-    """Bound a figure that rounding may put beyond the largest value, and so beyond float64."""
-    return max(-reach, min(figure, reach))
+        variance = self.total_squares / self.count - (self.total / self.count) ** 2
+        return {
+            "min": self.minimum,
+            "max": self.maximum,
+            "mean_abs": self.mean_absolute,
+            "std": self.reach * math.sqrt(min(max(variance, 0.0), 1.0)),
+            "zeros": self.zeros,
+        }
 
 
 def vanishing(base: Tensor, delta: Tensor) -> int:

@@ -111,7 +111,7 @@ def command(
     if file_format is not None:
         saving["format"] = file_format
     read, names = read_all(paths, base), short_names(paths)
-    with Steps("fusing", len({name for adapter in read for name in adapter})) as steps:
+    with Steps("fusing") as steps:
         fused = fuse(
             read,
             [1.0 if weight is None else weight for _, weight in given],
@@ -124,7 +124,7 @@ def command(
             whole=None if whole is None else _named(whole, paths, names),
             check_base=check_base,
             names=names,
-            progress=lambda done, total: steps.update(done),
+            progress=steps.tell,
         )
     if fill:
         fused = _filled(fused, output)

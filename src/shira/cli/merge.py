@@ -58,10 +58,10 @@ def command(
 
     share_cores()
     from shira.cli.output import print_json
-    from shira.cli.progress import in_millions
+    from shira.cli.progress import Steps
     from shira.convert import merge
 
-    with in_millions("merging, MB") as progress:
+    with Steps("merging, MB", unit=10**6) as steps:
         told = merge(
             adapter,
             base,
@@ -71,7 +71,7 @@ def command(
             max_lost=max_lost,
             check_base=check_base,
             overwrite=overwrite,
-            progress=progress,
+            progress=steps.tell,
         )
     if as_json:
         print_json(told.as_json())

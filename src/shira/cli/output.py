@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
@@ -182,16 +181,12 @@ class _PlainRecord(logging.LogRecord):
         return shown(super().getMessage(), lines=True)
 
 
-def _print_traceback(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-) -> None:
-    print(_told(kind, error, trace), end="", file=sys.stderr)
+def _print_traceback(*raised: Any) -> None:
+    print(_told(*raised), end="", file=sys.stderr)
 
 
-def _told(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-) -> str:
-    return shown("".join(traceback.format_exception(kind, error, trace)), lines=True)
+def _told(*raised: Any) -> str:
+    return shown("".join(traceback.format_exception(*raised)), lines=True)
 
 
 # ------------------------------------------------------------------------- libraries underneath

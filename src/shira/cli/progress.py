@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich.progress import (
@@ -28,20 +26,21 @@ from shira.errors import shown
 
 T = TypeVar("T")
 _LINES = 4  # so many are printed where there is no bar, and none in the first second
-_MILLION = 10**6
 
 
 class Steps:
-    """Progress over a known number of steps; a context manager.
+    """Progress over a number of steps; a context manager.
 
     Args:
         what: What is being done, e.g. ``"training"``.
-        total: How many steps it takes.
+        total: How many steps it takes; 0 if `tell` says it.
+        unit: Steps that are counted as one, by `tell`.
     """
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int = 0, unit: int = 1) -> None:
         self.what = shown(what)
         self.total = max(total, 1)
+        self._unit = unit
         self._bar: Progress | None = None
 
     def __enter__(self) -> Steps:
@@ -66,19 +65,19 @@ class Steps:
         """Show that `done` steps are done, with `note` beside the count."""
         before, self._done = self._done, done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=shown(note))
+            self._bar.update(self._task, completed=done, total=self.total, note=shown(note))
             return
         elapsed = time.perf_counter() - self._started
         if elapsed >= 1 and before * _LINES // self.total != done * _LINES // self.total:
             text = f"{self.what}: {done}/{self.total}, {elapsed:.0f} s"
             write(f"{text}, {note}" if note else text, sys.stderr)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def tell(self, done: int, total: int) -> None:
+        """Show that so many are done of so many: what functions of shira call as ``progress``."""
+        self.total = max(total // self._unit, 1)
+        self.update(done // self._unit)
+
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -89,25 +88,6 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         for done, item in enumerate(items):
             yield item
             steps.update(done + 1)
-
-
-@contextmanager
-def in_millions(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Return a function to give as ``progress`` to `shira.convert`; it counts in millions.
-
-    Args:
-        what: What is being done and counted, e.g. ``"copying, MB"``.
-    """
-    with ExitStack() as stack:
-        steps: Steps | None = None
-
-        def tell(done: int, total: int) -> None:
-            nonlocal steps
-            if steps is None:
-                steps = stack.enter_context(Steps(what, total // _MILLION))
-            steps.update(done // _MILLION)
-
-        yield tell
 
 
 def say(message: str) -> None:

@@ -40,11 +40,11 @@ def command(
     share_cores()
     from shira.cli.merge import written_files
     from shira.cli.output import facts, print_json
-    from shira.cli.progress import in_millions
+    from shira.cli.progress import Steps
     from shira.convert import unmerge
 
-    with in_millions("unmerging, MB") as progress:
-        told = unmerge(merged, undo, output, overwrite=overwrite, progress=progress)
+    with Steps("unmerging, MB", unit=10**6) as steps:
+        told = unmerge(merged, undo, output, overwrite=overwrite, progress=steps.tell)
     if as_json:
         print_json(told.as_json())
     else:

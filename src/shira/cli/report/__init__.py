@@ -182,11 +182,11 @@ def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[
     if summary.density is not None:
         size += f", {summary.density:.2%} of these weights"
     yield "How large is it?", f"{size}; {megabytes(summary.file_bytes)} on disk."
-    told = figures.summary()
-    change = "Nothing: it has no entries."
-    if told["mean_abs"] is not None:
-        change = f"Its entries by {told['mean_abs']:.3g} on average, at most {figures.reach:.3g}"
-        strongest = max(summary.targets, key=lambda t: t.figures.summary()["mean_abs"] or 0.0)
+    change = "No single entries."
+    if figures.count:
+        mean, most = figures.mean_absolute, figures.reach
+        change = f"Its entries by {mean:.3g} on average, at most {most:.3g}"
+        strongest = max(summary.targets, key=lambda target: target.figures.mean_absolute)
         change += f", most in {strongest.name}" if len(summary.targets) > 1 else ""
         zeros = f"; {figures.zeros:,} entries stay as they are" if figures.zeros else ""
         change += f"{zeros}. All other entries of the model are the base's."

@@ -57,7 +57,7 @@ def charts(described: Described) -> Iterator[Chart]:
     about = f"{figures.count:,} values, {figures.zeros:,} of them zero."
     yield Chart("Values", about, _histogram(*histogram(described.adapter.values(), figures.reach)))
 
-    sizes = [target.figures.summary()["mean_abs"] or 0.0 for target in summary.targets]
+    sizes = [target.figures.mean_absolute for target in summary.targets]
     drawing = _by_weight("mean absolute value", names, {"": sizes})
     yield Chart("Size of the deltas", "Mean absolute value in each weight.", drawing)
 
