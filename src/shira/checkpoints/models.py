@@ -326,12 +326,12 @@ class InMemory:
 Source: TypeAlias = OnDisk | InMemory
 
 
-def source_of(model: Model, *, shared: bool = False) -> Source:
+def source_of(model: Model, *, all_names: bool = False) -> Source:
     """Open the tensors of a model.
 
     Args:
         model: Where they are.
-        shared: List a parameter of a module under each of its names, not under the first alone.
+        all_names: List a parameter of a module under each of its names, not the first alone.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
@@ -339,7 +339,7 @@ def source_of(model: Model, *, shared: bool = False) -> Source:
         AdapterError: If a value of the mapping is no tensor.
     """
     if isinstance(model, nn.Module):
-        named = unwrapped(model).named_parameters(remove_duplicate=not shared)
+        named = unwrapped(model).named_parameters(remove_duplicate=not all_names)
         return InMemory({base_module_name(n): p.detach() for n, p in named}, type(model).__name__)
     if isinstance(model, Mapping):
         for name, tensor in model.items():

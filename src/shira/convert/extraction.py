@@ -92,7 +92,7 @@ class Extraction:
         return math.fsum(c.energy_kept for c in self.changes) / whole if whole else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the adapter's values, in what JSON can hold."""
+        """Return everything but the adapter's values as JSON can hold it."""
         return {
             "exact": self.exact,
             "nnz": self.adapter.nnz,

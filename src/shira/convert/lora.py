@@ -76,7 +76,7 @@ class FromLora:
         return math.fsum(kept.energy_kept for kept in self.weights) / whole if whole else 1.0
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the adapter's values, in what JSON can hold."""
+        """Return everything but the adapter's values as JSON can hold it."""
         return {
             "nnz": self.adapter.nnz,
             "density": self.adapter.density,
@@ -127,7 +127,7 @@ def from_lora(
         ([0, 1, 2, 3], 1.0)
     """
     budget = budget_or_none(density, r, everywhere)
-    source = None if base is None else source_of(base, shared=True)
+    source = None if base is None else source_of(base, all_names=True)
     if isinstance(lora, (str, os.PathLike)):
         folder = os.fspath(lora)
         factors, config, whole = read_lora(lora)
@@ -202,9 +202,9 @@ def sparsify(
         flat, values = flat[values != 0], values[values != 0]
         if values.numel():
             deltas[name] = SparseDelta(Support._trusted(one.shape, flat), values)
-        held = float(values.double().square().sum())
-        energy = max(energy_of(one), held)  # rounding may put a whole below its part
-        kept.append(KeptUpdate(name, one.shape, one.rank, values.numel(), energy, held))
+        part = float(values.double().square().sum())
+        energy = max(energy_of(one), part)  # rounding may put a whole below its part
+        kept.append(KeptUpdate(name, one.shape, one.rank, values.numel(), energy, part))
     return deltas, tuple(kept)
 
 
@@ -240,10 +240,10 @@ def energy_of(one: Factors) -> float:
 def _check_sizes(factors: list[Factors], folder: str) -> None:
     """Refuse weights so large that no base has them: a small file could ask for days of work."""
     for one in factors:
-        held, entries = one.a.numel() + one.b.numel(), math.prod(one.shape)
-        if entries > _UNFOLDED * held:
+        values, entries = one.a.numel() + one.b.numel(), math.prod(one.shape)
+        if entries > _UNFOLDED * values:
             raise AdapterError(
-                f"{folder}: {one.name!r}: {held} values stand for a weight of {one.shape}, which "
+                f"{folder}: {one.name!r}: {values} values stand for a weight of {one.shape}, which "
                 f"has {entries} entries, more than {_UNFOLDED} for each. Give the base model, to "
                 "show that it has such a weight"
             )

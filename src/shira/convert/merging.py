@@ -125,7 +125,7 @@ class Merged:
         return sum(target.lost for target in self.targets)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold."""
+        """Return everything as JSON can hold it."""
         return {
             "output": str(self.output),
             "undo": None if self.undo is None else str(self.undo),

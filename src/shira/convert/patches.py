@@ -80,7 +80,7 @@ def to_patches(
     """
     adapter.require_sparse("sparse weight patches")
     scale = checked_scale("the adapter", scale)
-    source = source_of(base, shared=True)
+    source = source_of(base, all_names=True)
     keys = names_in(source, list(adapter), "adapter")
     source.check_untied(keys.values())
     patches, verdicts = [], {}

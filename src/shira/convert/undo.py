@@ -55,7 +55,7 @@ class Unmerged:
     written: Written
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold."""
+        """Return everything as JSON can hold it."""
         return {**asdict(self), "output": str(self.output)}
 
 

@@ -185,6 +185,12 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
 
     Returns:
         r, and the adapter; its metadata are the same but for ``r``.
+
+    Example:
+        >>> delta = SparseDelta(Support((3, 4), torch.tensor([0, 11])), torch.ones(2))
+        >>> r, filled = fill_to_rank(Adapter({"w": delta}))
+        >>> r, filled["w"].support.indices.tolist()
+        (1, [0, 1, 2, 3, 4, 5, 11])
     """
     sides = {name: sum(matrix_shape(d.support.shape)) for name, d in adapter.items()}
     sides = {name: side for name, side in sides.items() if side}

@@ -109,6 +109,11 @@ def keep_largest(deltas: Mapping[str, SparseDelta], k: int) -> dict[str, SparseD
     Args:
         deltas: By parameter name, on one device.
         k: How many entries to keep in all.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([1.0, -2.0]))
+        >>> keep_largest({"w": delta}, 1)["w"].support.indices
+        tensor([4], dtype=torch.int32)
     """
     if k >= sum(delta.nnz for delta in deltas.values()):
         return dict(deltas)

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from shira.measure.figures import Estimate, Overlap, ParameterOverlap
+from shira.measure.figures import Estimate, Overlap, OverlapFigures, ParameterOverlap
 from shira.measure.pairs import Comparison, compare, overlap
 from shira.measure.rank import Rank, numerical_rank
 
@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "Estimate",
     "Overlap",
+    "OverlapFigures",
     "ParameterOverlap",
     "Rank",
     "compare",

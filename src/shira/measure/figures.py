@@ -98,7 +98,7 @@ class Estimate:
     error: float = 0.0
 
     def as_json(self) -> dict[str, float | None]:
-        """``{"value": ..., "error": ...}``, null for what is beyond float64."""
+        """Return ``{"value": ..., "error": ...}``, null for what is beyond float64."""
         return {"value": finite_or_none(self.value), "error": finite_or_none(self.error)}
 
     def times_power(self, exponent: int) -> Estimate:
@@ -146,7 +146,7 @@ class OverlapFigures:
         return _ratio(self.sign_conflicts, self.shared)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold; figures that were not asked for are null."""
+        """Return everything as JSON can hold it; figures that were not asked for are null."""
         return {
             "nnz_a": self.nnz_a,
             "nnz_b": self.nnz_b,
@@ -161,7 +161,7 @@ class OverlapFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterOverlap(OverlapFigures):
-    """How two deltas of one weight overlap.
+    """The overlap of two deltas of one weight, with the figures of `OverlapFigures`.
 
     Attributes:
         name: The parameter.
@@ -186,14 +186,14 @@ class ParameterOverlap(OverlapFigures):
         return float((1.0 - share) ** rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold; figures that were not asked for are null."""
+        """Return everything as JSON can hold it; figures that were not asked for are null."""
         head = {"name": self.name, "shape": list(self.shape)}
         return {**head, **super().as_json(), "awor_of_random": self.awor_of_random}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap(OverlapFigures):
-    """How two adapters overlap: parameter by parameter, and in all.
+    """The overlap of two adapters by parameter, and the figures of `OverlapFigures` in all.
 
     Attributes:
         a: Name of the first.
@@ -209,7 +209,7 @@ class Overlap(OverlapFigures):
     whole: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold."""
+        """Return everything as JSON can hold it."""
         return {
             "a": self.a,
             "b": self.b,
@@ -219,7 +219,7 @@ class Overlap(OverlapFigures):
         }
 
     def __str__(self) -> str:
-        """A table to read: the total, then each parameter."""
+        """Return a table to read: the total, then each parameter."""
         rows = [("parameter", *FIGURE_NAMES), ("all", *cells(self))]
         rows += [(p.name, *cells(p)) for p in self.parameters]
         whole = "".join(f"\nwhole tensor {name}: {state}" for name, state in self.whole.items())

@@ -157,7 +157,7 @@ class Comparison:
     unlike_whole: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold."""
+        """Return everything as JSON can hold it."""
         made = asdict(self)
         for figure in ("largest_difference", "relative_difference"):
             made[figure] = finite_or_none(made[figure])
@@ -196,15 +196,17 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     for adapter in (a, b):
         if not isinstance(adapter, Adapter):
             raise AdapterError(f"adapters are compared, not {type(adapter).__name__}")
-    common = [name for name in a if name in b]
-    unlike_shape = [name for name in common if a[name].support.shape != b[name].support.shape]
+    common = {name: (a[name], b[name]) for name in a if name in b}
+    unlike_shape = [n for n, (x, y) in common.items() if x.support.shape != y.support.shape]
+    unlike_dtype = []
     shared = differing = only_in_a = only_in_b = 0
     squares: tuple[list[Scaled], list[Scaled]] = ([], [])  # of the difference, of a
     largest, where = 0.0, None
-    for name in common:
-        if name in unlike_shape:
+    for name, (one, other) in common.items():
+        if one.support.shape != other.support.shape:
             continue
-        one, other = a[name], b[name]
+        if one.values.dtype != other.values.dtype:
+            unlike_dtype.append(name)
         left, right = one.values.detach().double(), other.values.detach().double()
         in_a, in_b = _shared_entries(one.support, other.support)
         shared += in_a.numel()
@@ -232,11 +234,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
         only_in_a=tuple(name for name in a if name not in b),
         only_in_b=tuple(name for name in b if name not in a),
         unlike_shape=tuple(unlike_shape),
-        unlike_dtype=tuple(
-            name
-            for name in common
-            if name not in unlike_shape and a[name].values.dtype != b[name].values.dtype
-        ),
+        unlike_dtype=tuple(unlike_dtype),
         positions_only_in_a=only_in_a,
         positions_only_in_b=only_in_b,
         shared=shared,

@@ -49,7 +49,7 @@ class Rank:
     stable_rank: float
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in what JSON can hold."""
+        """Return everything as JSON can hold it."""
         return {**asdict(self), "spectral_norm": self.spectral_norm.as_json()}
 
     def __str__(self) -> str:
