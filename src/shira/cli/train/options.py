@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from shira.cli.options import one_of
 from shira.errors import ConfigError, MissingDependencyError, did_you_mean
@@ -199,10 +198,9 @@ def _check_flat(events: Iterable[Any], path: Path) -> None:
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
     """Return a YAML value as the option's type: numbers widen, lists of names get commas."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union:
-        if value is None:
-            return None
-        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+    hint, *optional = typing.get_args(hint) or (hint,)  # of int | None
+    if value is None and optional:
+        return None
     if isinstance(value, int) and value.bit_length() > 64:  # perhaps too long to be shown
         raise ConfigError(f"{where}: an integer of {value.bit_length()} bits")
     if hint is str and isinstance(value, list) and all(isinstance(v, str) for v in value):
