@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any, Union, get_args
 
@@ -67,9 +68,54 @@ def register() -> None:
     for package in (peft, peft.tuners, peft.tuners.shira):
         _replace(package, ShiraConfig=ShiraConfig, ShiraModel=ShiraModel)
     _replace(peft.tuners.shira, ShiraLayer=ShiraLayer, Linear=Linear)
-    _register_mixed()
-    _register_nesting()
-    _register_loading()
+    _replace(  # the mixed model asks by isinstance, and calls the model class by its module's name
+        mixed,
+        Configs=Union[get_args(mixed.Configs) + (ShiraConfig,)],  # noqa: RUF005, UP007
+        Layers=(*(kind for kind in mixed.Layers if kind is not StockLayer), ShiraLayer),
+        shira=SimpleNamespace(
+            ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
+        ),
+    )
+    load = save_and_load.set_peft_model_state_dict
+    for module in (peft, peft.utils, save_and_load, peft.peft_model, peft.mixed_model):
+        if getattr(module, load.__name__, None) is load:
+            _put_around(module, load.__name__, _set_state)
+    for cls in (peft.PeftModel, peft.PeftMixedModel):
+        for name in ("add_adapter", "load_adapter", "from_pretrained"):
+            if name in vars(cls):
+                _put_around(cls, name, _restore)
+    _put_around(peft.PeftModel, "load_adapter", _check_again)
+    _put_around(peft.PeftModel, "delete_adapter", _delete_down_to_the_base)
+    _put_around(PeftConfigMixin, "from_pretrained", _note_weights)
+    _put_around(PeftAdapterMixin, "load_adapter", _check_after)
+    _put_around(hotswap, "hotswap_adapter", _refuse_to_swap)
+    _put_around(hotswap, "hotswap_adapter_from_state_dict", _refuse_to_swap)
+    _put_around(BaseTuner, "inject_adapter", _inject_over_shira)
+    of_base: Any = vars(BaseTunerLayer)["weight"].fget
+
+    def weight(layer: Any) -> Any:
+        below = shira_layer_below(layer)
+        return of_base(layer) if below is None else below.weight
+
+    _replace(BaseTunerLayer, weight=property(weight))
+
+
+def _replace(owner: ModuleType | type, **names: Any) -> None:
+    for name, value in names.items():
+        setattr(owner, name, value)
+
+
+def _put_around(owner: ModuleType | type, name: str, function: Callable[..., Any]) -> None:
+    """Have a function called in the place of another, or of a method, with that as first."""
+    found = vars(owner)[name]
+    of_class = isinstance(found, classmethod)
+    original = found.__func__ if of_class else found
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    setattr(owner, name, classmethod(call) if of_class else call)
 
 
 def _check_version(version: str) -> None:
@@ -91,169 +137,102 @@ def _check_version(version: str) -> None:
         )
 
 
-def _register_loading() -> None:
-    """Make PEFT's loading understand wrapped names, and change nothing if it fails."""
-    load = save_and_load.set_peft_model_state_dict
-
-    @functools.wraps(load)
-    def set_state(
-        model: Any,
-        state_dict: Any,
-        adapter_name: str = "default",
-        ignore_mismatched_sizes: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if isinstance(model.peft_config.get(adapter_name), ShiraConfig):
-            state_dict = named_for_loading(model, adapter_name, state_dict, ignore_mismatched_sizes)
-        with as_it_was(model, ShiraLayer):
-            return load(model, state_dict, adapter_name, ignore_mismatched_sizes, **kwargs)
-
-    for module in (peft, peft.utils, save_and_load, peft.peft_model, peft.mixed_model):
-        if hasattr(module, load.__name__):
-            _replace(module, **{load.__name__: set_state})
-    for cls in (peft.PeftModel, peft.PeftMixedModel):
-        for name in ("add_adapter", "load_adapter", "from_pretrained"):
-            if name in vars(cls):
-                setattr(cls, name, _restoring(vars(cls)[name]))
-    _replace(peft.PeftModel, load_adapter=_checked_again(peft.PeftModel.load_adapter))
-    _replace(peft.PeftModel, delete_adapter=_down_to_the_base(peft.PeftModel.delete_adapter))
-    read = vars(PeftConfigMixin)["from_pretrained"].__func__
-    _replace(PeftConfigMixin, from_pretrained=classmethod(_with_its_weights(read)))
-    native = PeftAdapterMixin.load_adapter
-    _replace(PeftAdapterMixin, load_adapter=_checked(native))
-    for name in ("hotswap_adapter", "hotswap_adapter_from_state_dict"):
-        _replace(hotswap, **{name: _not_for_shira(getattr(hotswap, name))})
+# ------------------------------------------------------------------- put around functions of PEFT
 
 
-def _restoring(method: Any) -> Any:
-    """Make a method or class method of PEFT's leave the model as it was if it fails."""
-    of_class = isinstance(method, classmethod)
-    function = method.__func__ if of_class else method
-
-    @functools.wraps(function)
-    def restoring(first: Any, *args: Any, **kwargs: Any) -> Any:
-        model = (args[0] if args else kwargs.get("model")) if of_class else first
-        if not isinstance(model, nn.Module):
-            return function(first, *args, **kwargs)
-        config = kwargs.get("config", args[4] if of_class and len(args) > 4 else None)
-        if of_class and isinstance(config, ShiraConfig):
-            config._just_read = True
-        with as_it_was(model, ShiraLayer):
-            return function(first, *args, **kwargs)
-
-    return classmethod(restoring) if of_class else restoring
+def _set_state(
+    load: Any,
+    model: Any,
+    state_dict: Any,
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Understand the names of other wrappings, and change nothing if loading fails."""
+    if isinstance(model.peft_config.get(adapter_name), ShiraConfig):
+        state_dict = named_for_loading(model, adapter_name, state_dict, ignore_mismatched_sizes)
+    with as_it_was(model, ShiraLayer):
+        return load(model, state_dict, adapter_name, ignore_mismatched_sizes, **kwargs)
 
 
-def _with_its_weights(read: Any) -> Any:
-    """Make PEFT's reading of a configuration note where the weights beside it are."""
-
-    @functools.wraps(read)
-    def reading(cls: Any, model_id: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = read(cls, model_id, subfolder=subfolder, **kwargs)
-        if isinstance(config, ShiraConfig):
-            config._source = functools.partial(
-                weights_of, model_id, {**kwargs, "subfolder": subfolder}
-            )
-        return config
-
-    return reading
+def _restore(method: Any, first: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave the model as it was if a method, or class method, fails."""
+    of_class = isinstance(first, type)
+    model = (args[0] if args else kwargs.get("model")) if of_class else first
+    if not isinstance(model, nn.Module):
+        return method(first, *args, **kwargs)
+    config = kwargs.get("config", args[4] if of_class and len(args) > 4 else None)
+    if of_class and isinstance(config, ShiraConfig):
+        config._just_read = True
+    with as_it_was(model, ShiraLayer):
+        return method(first, *args, **kwargs)
 
 
-def _checked_again(load: Any) -> Any:
-    """Make PEFT's loading check the file also under a name that is there already.
-
-    PEFT itself does not read the configuration then.
-    """
-
-    @functools.wraps(load)
-    def loading(model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        config = model.peft_config.get(adapter_name)
-        if isinstance(config, ShiraConfig):
-            if not config._just_read:
-                check_file(model.get_base_model(), model_id, kwargs)
-            config._just_read = False
-        return load(model, model_id, adapter_name, *args, **kwargs)
-
-    return loading
+def _note_weights(
+    read: Any, cls: Any, model_id: Any, subfolder: str | None = None, **kwargs: Any
+) -> Any:
+    """Note in a configuration that is read where the weights beside it are."""
+    config = read(cls, model_id, subfolder=subfolder, **kwargs)
+    if isinstance(config, ShiraConfig):
+        options = {**kwargs, "subfolder": subfolder}
+        config._source = functools.partial(weights_of, model_id, options)
+    return config
 
 
-def _checked(load: Any) -> Any:
-    """Make transformers' own loading of an adapter check what it has loaded."""
-
-    @functools.wraps(load)
-    def loading(
-        model: Any, path: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        path = kwargs.pop("peft_model_id", path)
-        with as_it_was(model, ShiraLayer):
-            info = load(model, path, adapter_name, *args, **kwargs)
-            check_loaded(model, adapter_name or "default", info)
-        return info
-
-    return loading
+def _check_again(
+    load: Any, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Check a file also if it is loaded under a name that is there, where PEFT reads no config."""
+    config = model.peft_config.get(adapter_name)
+    if isinstance(config, ShiraConfig):
+        if not config._just_read:
+            check_file(model.get_base_model(), model_id, kwargs)
+        config._just_read = False
+    return load(model, model_id, adapter_name, *args, **kwargs)
 
 
-def _down_to_the_base(delete: Any) -> Any:
-    """Make PEFT's deletion of the last adapter leave a model that runs as the base."""
-
-    @functools.wraps(delete)
-    def deleting(model: Any, adapter_name: str) -> None:
-        delete(model, adapter_name)
-        if isinstance(model.base_model, ShiraModel) and not model.peft_config:
-            model.active_adapter = BASE
-
-    return deleting
-
-
-def _not_for_shira(swap: Any) -> Any:
-    """Make PEFT's hot swapping, which is for LoRA's tensors, refuse a model of SHiRA's."""
-
-    @functools.wraps(swap)
-    def refusing(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(module, ShiraLayer) for module in model.modules()):
-            raise AdapterError(
-                "hot swapping is PEFT's for LoRA; load the other SHiRA adapter beside the first "
-                "with load_adapter and switch with set_adapter, or use shira.Switch"
-            )
-        return swap(model, *args, **kwargs)
-
-    return refusing
+def _check_after(
+    load: Any,
+    model: Any,
+    path: Any = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Check what transformers' own loading has put into a model."""
+    path = kwargs.pop("peft_model_id", path)
+    with as_it_was(model, ShiraLayer):
+        info = load(model, path, adapter_name, *args, **kwargs)
+        check_loaded(model, adapter_name or "default", info)
+    return info
 
 
-def _register_mixed() -> None:
-    """Make the mixed model know the classes by isinstance, and by their module's name."""
-    known = get_args(mixed.Configs)
-    _replace(
-        mixed,
-        Configs=Union[known + (ShiraConfig,)],  # noqa: RUF005, UP007
-        Layers=(*(kind for kind in mixed.Layers if kind is not StockLayer), ShiraLayer),
-        shira=SimpleNamespace(
-            ShiraConfig=(ShiraConfig, StockConfig), ShiraModel=ShiraModel, ShiraLayer=ShiraLayer
-        ),
-    )
+def _delete_down_to_the_base(delete: Any, model: Any, adapter_name: str) -> None:
+    """Leave a model that runs as the base when the last adapter is deleted."""
+    delete(model, adapter_name)
+    if isinstance(model.base_model, ShiraModel) and not model.peft_config:
+        model.active_adapter = BASE
 
 
-def _register_nesting() -> None:
-    """Make PEFT's other layers safe on top of SHiRA's, where they are, or refuse them."""
-    inject = BaseTuner.inject_adapter
+def _refuse_to_swap(swap: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse hot swapping, which is for LoRA's tensors, in a model of SHiRA's."""
+    if any(isinstance(module, ShiraLayer) for module in model.modules()):
+        raise AdapterError(
+            "hot swapping is PEFT's for LoRA; load the other SHiRA adapter beside the first "
+            "with load_adapter and switch with set_adapter, or use shira.Switch"
+        )
+    return swap(model, *args, **kwargs)
 
-    @functools.wraps(inject)
-    def injecting(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if not any(isinstance(module, ShiraLayer) for module in model.modules()):
-            return inject(self, model, *args, **kwargs)
-        with as_it_was(model):
-            inject(self, model, *args, **kwargs)
-            refuse_over_shira(model)
 
-    of_base: Any = vars(BaseTunerLayer)["weight"].fget
-
-    @functools.wraps(of_base)
-    def weight(self: Any) -> Any:
-        below = shira_layer_below(self)
-        return of_base(self) if below is None else below.weight
-
-    _replace(BaseTuner, inject_adapter=injecting)
-    _replace(BaseTunerLayer, weight=property(weight))
+def _inject_over_shira(
+    inject: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    """Let other methods' layers stand on SHiRA's where that is right, or refuse them."""
+    if not any(isinstance(module, ShiraLayer) for module in model.modules()):
+        return inject(tuner, model, *args, **kwargs)  # type: ignore[no-any-return]
+    with as_it_was(model):
+        inject(tuner, model, *args, **kwargs)
+        refuse_over_shira(model)
 
 
 def shira_layer_below(layer: Any) -> ShiraLayer | None:
@@ -285,11 +264,6 @@ def refuse_over_shira(model: nn.Module) -> None:
                 f"SHiRA adapters {sorted(below.shira_weight)} below it; merge these first "
                 "(merge_and_unload), or leave the layer out of its target_modules"
             )
-
-
-def _replace(module: ModuleType | type, **names: Any) -> None:
-    for name, value in names.items():
-        setattr(module, name, value)
 
 
 register()
