@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-)
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -264,7 +262,19 @@ class ShiraModel(BaseTuner):
                 f"there is an adapter {adapter_name!r} already; delete_adapter({adapter_name!r}) "
                 "makes room for another"
             )
-        trained_whole = self._trained_whole_by(adapters)
+        trained_whole = {
+            name: (wrapper, [adapter for adapter in adapters if adapter in wrapper.modules_to_save])
+            for name, wrapper in self.model.named_modules()
+            if isinstance(wrapper, ModulesToSaveWrapper)
+        }
+        for name, (_, owners) in trained_whole.items():
+            if len(owners) > 1:
+                raise AdapterError(
+                    "Cannot add weighted adapters if they target the same module with "
+                    f"modules_to_save: {name!r} is trained whole by {owners[0]!r} and "
+                    f"{owners[1]!r}. To fuse the sparse parts alone, use shira.fuse on "
+                    "Adapter.from_model(model, name)"
+                )
         fused, config = fused_adapter(
             self.model,
             adapters,
@@ -276,7 +286,7 @@ class ShiraModel(BaseTuner):
             epsilon=epsilon,
             seed=seed,
         )
-        config.modules_to_save = sorted({name for name, _, _ in trained_whole}) or None
+        config.modules_to_save = [n for n, (_, owners) in trained_whole.items() if owners] or None
         with as_it_was(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
@@ -284,30 +294,12 @@ class ShiraModel(BaseTuner):
                 values = fused[weight_name(base_module_name(path))].values
                 values = values.to(layer.shira_weight[adapter_name].device, copy=True)
                 layer.shira_weight[adapter_name] = nn.Parameter(values, requires_grad=False)
-            for _, wrapper, owner in trained_whole:
-                wrapper.update(adapter_name)
-                copy, original = (wrapper.modules_to_save[name] for name in (adapter_name, owner))
-                copy.load_state_dict(original.state_dict())
-                copy.requires_grad_(False)
-
-    def _trained_whole_by(
-        self, adapters: Sequence[str]
-    ) -> list[tuple[str, ModulesToSaveWrapper, str]]:
-        """Return modules that one of the adapters trains whole: name, wrapper and adapter."""
-        found: list[tuple[str, ModulesToSaveWrapper, str]] = []
-        for name, wrapper in self.model.named_modules():
-            if not isinstance(wrapper, ModulesToSaveWrapper):
-                continue
-            owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
-            if len(owners) > 1:
-                raise AdapterError(
-                    "Cannot add weighted adapters if they target the same module with "
-                    f"modules_to_save: {name!r} is trained whole by {owners[0]!r} and "
-                    f"{owners[1]!r}. To fuse the sparse parts alone, use shira.fuse on "
-                    "Adapter.from_model(model, name)"
-                )
-            found.extend((name, wrapper, owner) for owner in owners)
-        return found
+            for wrapper, owners in trained_whole.values():
+                for owner in owners:
+                    wrapper.update(adapter_name)
+                    copy = wrapper.modules_to_save[adapter_name]
+                    copy.load_state_dict(wrapper.modules_to_save[owner].state_dict())
+                    copy.requires_grad_(False)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -332,8 +324,7 @@ class ShiraModel(BaseTuner):
             MergeError: If there is one.
         """
         super()._check_merge_allowed()
-        layers = [layer for layer in self.model.modules() if isinstance(layer, ShiraLayer)]
-        for layer in layers:
+        for layer in layers_of(self.model).values():
             layer.check_mergeable(list(layer.shira_weight))
         refuse_merging_shared_weights(self.model)
 
@@ -403,11 +394,7 @@ class ShiraModel(BaseTuner):
 
         The layers do it themselves (`ShiraLayer.enable_adapters`), modules trained whole do not.
         """
-        wrappers = [
-            wrapper
-            for wrapper in self.model.modules()
-            if isinstance(wrapper, AuxiliaryTrainingWrapper)
-        ]
+        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for wrapper in wrappers:
             if not enabled and not wrapper.disable_adapters:
                 self._trained_whole[wrapper] = (
