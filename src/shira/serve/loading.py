@@ -107,9 +107,13 @@ def load(
         return adapter, digest_of(adapter), pieces, entries
 
     adapter, digest, pieces, entries = agree(processes, place_it)
-    counts = {name: _count(each) for name, each in pieces.items()}
+    counts = {
+        name: align_indices([piece.entries for piece in each])[0].numel() if each else 0
+        for name, each in pieces.items()
+    }
     everyone = gather(processes, (digest, counts))
-    agree(processes, lambda: _check_same([other for other, _ in everyone]))
+    if len({other for other, _ in everyone}) != 1:
+        raise AdapterError("ranks read different adapters from one path; was the file replaced?")
     values: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}
     for name, each in pieces.items():
         nobody_has_all = all(theirs[name] < adapter[name].nnz for _, theirs in everyone)
@@ -217,13 +221,3 @@ def _base_of(name: str, delta: SparseDelta, parts: Sequence[tuple[Tensor, Tensor
             f"its loader skips that weight, or keeps less of it than {delta.support.shape}"
         )
     return base
-
-
-def _count(pieces: Sequence[Piece]) -> int:
-    """Return how many different entries of a parameter lie here."""
-    return align_indices([piece.entries for piece in pieces])[0].numel() if pieces else 0
-
-
-def _check_same(digests: list[str]) -> None:
-    if len(set(digests)) != 1:
-        raise AdapterError("ranks read different adapters from one path; was the file replaced?")

@@ -132,13 +132,19 @@ class ShiraWorkerExtension:
         model = self.get_model()
         if model not in ADAPTERS:
             self._shira_source = source = _source(self)
-            compare = source is not None and self.load_config.load_format != "dummy"
+            compare = self.load_config.load_format != "dummy"
+
+            def stored(name: str, indices: torch.Tensor) -> torch.Tensor | None:
+                if source is None or not compare or name not in source.shapes:
+                    return None
+                return source.entries(name, indices.cpu())
+
             ADAPTERS[model] = WorkerAdapters(
                 model,
                 self.model_config.dtype,
                 _EngineProcesses(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
-                lambda name, indices: _stored(source if compare else None, name, indices),
+                stored,
             )
         return ADAPTERS[model]
 
@@ -195,13 +201,6 @@ class _EngineProcesses:
             torch.distributed.all_gather_object(everyone, values, group=group.cpu_group)
             values = [each for some in everyone for each in some]
         return values
-
-
-def _stored(source: OnDisk | None, name: str, indices: torch.Tensor) -> torch.Tensor | None:
-    """Return a checkpoint's entries at flat indices; None if there is no such weight."""
-    if source is None or name not in source.shapes:
-        return None
-    return source.entries(name, indices.cpu())
 
 
 def _described(loaded: LoadedAdapter) -> dict[str, Any]:

@@ -298,19 +298,16 @@ class Switch:
         try:
             self._weights.exchange(after, check=check)
         except ChangedWeightError as error:
-            raise self._explained(error) from None
-
-    def _explained(self, error: ChangedWeightError) -> SwitchError:
-        before = error.exchange.before
-        expected, remedy = "the base did when the adapter was loaded", ""
-        if before is not None and (before.offsets == error.offset).any():
-            expected = f"{self.active} put there"
-            remedy = "deactivate(force=True) puts the originals back all the same; "
-        return SwitchError(
-            f"{error.entry} does not hold what {expected}: somebody else has written to the weight "
-            f"since. Nothing was changed. {remedy}rebase() takes the weights as they are for the "
-            "base"
-        )
+            before = error.exchange.before
+            expected, remedy = "the base did when the adapter was loaded", ""
+            if before is not None and (before.offsets == error.offset).any():
+                expected = f"{self.active} put there"
+                remedy = "deactivate(force=True) puts the originals back all the same; "
+            raise SwitchError(
+                f"{error.entry} does not hold what {expected}: somebody else has written to the "
+                f"weight since. Nothing was changed. {remedy}rebase() takes the weights as they "
+                "are for the base"
+            ) from None
 
     def _keep(self, targets: Sequence[Target]) -> None:
         """Know these weights and no others."""
