@@ -110,35 +110,17 @@ def page(report: Report) -> str:
     from shira.measure.figures import FIGURE_NAMES, cells
 
     names = [described.name for described in report.adapters]
-    maps: list[dict[str, Any]] = []
-    adapters = []
-    for described in report.adapters:
-        numbered = list(enumerate((made.name for made in described.maps), len(maps)))
-        maps += [made.as_json() for made in described.maps]
-        columns, rows = _weights(described)
-        adapters.append(
-            {
-                "name": described.name,
-                "path": str(described.summary.path),
-                "in_short": list(_in_short(described, report.pairs)),
-                "lines": list(described.summary.lines()),
-                "charts": list(charts(described)),
-                "maps": numbered,
-                "columns": columns,
-                "rows": rows,
-            }
-        )
     text: str = template().render(
-        adapters=adapters,
+        report=report,
         names=names,
-        pairs=[(pair.a, pair.b, cells(pair)) for pair in report.pairs],
+        in_short=_in_short,
+        charts=charts,
+        weights=_weights,
+        cells=cells,
         figure_names=list(FIGURE_NAMES),
-        matrices=[
-            {"title": figure, "about": about, "rows": _shaded(names, values)}
-            for figure, about in _MATRICES.items()
-            if (values := matrix(names, report.pairs, figure))
-        ],
-        maps=maps,
+        matrices={figure: matrix(names, report.pairs, figure) for figure in _MATRICES},
+        about=_MATRICES,
+        maps=[made.as_json() for described in report.adapters for made in described.maps],
         version=__version__,
     )
     return text
@@ -220,22 +202,3 @@ def _weights(described: Described) -> tuple[list[str], list[list[str]]]:
             row |= {"rank": str(rank), "stable rank": f"{rank.stable_rank:.1f}"}
         rows.append(row)
     return list(rows[0]) if rows else ["weight"], [list(row.values()) for row in rows]
-
-
-def _shaded(
-    names: Sequence[str], values: Sequence[Sequence[float | None]]
-) -> list[tuple[str, list[tuple[str, str, int]]]]:
-    """Return a matrix as text, colour and its share for each cell, by the name of the row."""
-    reach = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
-    return [
-        (
-            name,
-            [
-                ("-", "", 0)
-                if value is None
-                else (f"{value:.4g}", "s1" if value < 0 else "s0", round(60 * abs(value) / reach))
-                for value in row
-            ],
-        )
-        for name, row in zip(names, values, strict=True)
-    ]
