@@ -82,7 +82,7 @@ class Extraction:
 
     @property
     def exact(self) -> bool:
-        """Whether base and adapter give the tuned model, in the tensors looked at, bit for bit."""
+        """True if base and adapter give the tuned model, in the tensors looked at, bit for bit."""
         return all(c.kept == c.differing and not c.missed for c in self.changes)
 
     @property

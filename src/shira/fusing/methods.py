@@ -58,7 +58,7 @@ class Method:
 
     @cached_property
     def random(self) -> bool:
-        """Whether it draws; it then takes a seed."""
+        """True if it draws; it then takes a seed."""
         return self.sparsify is not None and "draw" in parameters_of(self.sparsify)
 
     @cached_property

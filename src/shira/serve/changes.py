@@ -72,7 +72,7 @@ class EngineGoneError(Exception):
 
 
 class Changes:
-    """What both clients of an engine are: its state, and the steps that change it.
+    """The state of an engine and the steps that change it: the base of both clients.
 
     Args:
         engine: The engine.

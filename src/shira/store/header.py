@@ -68,7 +68,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
+    """A header's entry for one tensor.
 
     Attributes:
         dtype: In safetensors' words: ``"F32"``, ``"I16"``.

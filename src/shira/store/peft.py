@@ -76,7 +76,7 @@ _WRITTEN_INDICES = (torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class RawDelta:
-    """What a file holds for one module; all is checked but what needs the weight's shape.
+    """A file's entries for one module; all is checked but what needs the weight's shape.
 
     Attributes:
         values: ``(k,)`` floating point, finite, in the stored dtype.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compact file says of itself: the table of its parameters, as a value and as JSON.
+"""The table of a compact file's parameters, as a value and as JSON.
 
 A compact file is a safetensors file whose ``__metadata__`` has two texts: ``shira``, the table as a
 JSON object, and ``shira_crc32``, over the table and all data. ``docs/file-format.md`` specifies
