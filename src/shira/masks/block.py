@@ -179,12 +179,12 @@ def check_options(block_size: Any = None, score: Any = "random") -> None:
 
 def _take(shape: Sequence[int], k: int, block_size: int, ids: NDArray[np.int64]) -> Support:
     """Return the first k entries of the blocks, in the order of ``ids``."""
-    ends = np.cumsum(entries_of((block_size, block_size), ids, shape))
-    needed = int(np.searchsorted(ends, k)) + 1
-    over = int(ends[needed - 1]) - k
-    ids = ids[:needed]
-    cut = int(entries_of((block_size, block_size), ids[-1:], shape)[0]) - over if over else None
-    return support_of_blocks(shape, block_size, torch.from_numpy(ids), cut)
+    sizes = entries_of((block_size, block_size), ids, shape)
+    ends = np.cumsum(sizes)
+    last = int(np.searchsorted(ends, k))
+    over = int(ends[last]) - k
+    cut = int(sizes[last]) - over if over else None
+    return support_of_blocks(shape, block_size, torch.from_numpy(ids[: last + 1]), cut)
 
 
 def _spread(sizes: NDArray[np.int64], k: int) -> NDArray[np.int64]:

@@ -132,7 +132,8 @@ def _highest(
     chosen = scores > limit
     level = np.flatnonzero(scores == limit)  # of equal scores the first
     chosen[level[: k - int(np.count_nonzero(chosen))]] = True
-    return [scores[chosen]], [indices[chosen]], limit
+    kept = np.flatnonzero(chosen)
+    return [scores[kept]], [indices[kept]], limit
 
 
 def _refuse_nan(scores: Tensor, start: int) -> None:
