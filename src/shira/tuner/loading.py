@@ -40,12 +40,7 @@ WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "for
 
 
 def weights_of(model_id: str, options: Mapping[str, Any]) -> str | None:
-    """Return the safetensors file that PEFT is about to load with a configuration, if it is known.
-
-    Args:
-        model_id: Path, or name on the hub.
-        options: Of loading, among them `WHERE`.
-    """
+    """Return the safetensors file that PEFT is about to load with a configuration, if known."""
     if os.path.isdir(path := os.path.join(model_id, options.get("subfolder") or "")):
         local = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
         return local if os.path.exists(local) else None
@@ -59,12 +54,9 @@ def weights_of(model_id: str, options: Mapping[str, Any]) -> str | None:
 def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
     """Return the supports of the adapter whose config this is, checked against the model.
 
-    Args:
-        config: If it was read by ``from_pretrained``, it knows the file beside it.
-        model: The model that the adapter is about to be put into.
-
     Returns:
-        Supports by parameter name, or None if the config does not come from a file.
+        Supports by parameter name, or None if the config was not read by ``from_pretrained``, and
+        so knows no file beside it.
 
     Raises:
         FileFormatError: If the file is damaged, or its targets are not those of config and model.
@@ -89,14 +81,10 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
 def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> None:
     """Check the file that is about to be loaded into an adapter that is there already.
 
-    Args:
-        model: With the adapter.
-        model_id: Path, or name on the hub.
-        options: Of loading, among them `WHERE`.
+    Nothing is checked if there is no configuration beside it, which PEFT does not need then.
 
     Raises:
-        FileFormatError, WrongBaseError: As `read_incoming`. Nothing is checked if there is no
-            configuration beside the file, which PEFT does not need then.
+        FileFormatError, WrongBaseError: As `read_incoming`.
     """
     where = {name: options[name] for name in WHERE if name in options}
     try:
@@ -184,7 +172,7 @@ def named_for_loading(
 
     Args:
         model: With the adapter's layers in place.
-        adapter_name: Of the adapter.
+        adapter_name: The adapter.
         state_dict: As an adapter's file has it, or with the prefixes of another wrapping.
         ignore_mismatched_sizes: As PEFT has it: leave out whole tensors of other shapes.
         loaded_whole: PEFT has seen to modules that the adapter trains whole: do not look at them.
@@ -236,13 +224,8 @@ def check_state_dict(
 ) -> dict[str, Tensor]:
     """Check what is about to be loaded into the layers, and make room where the size differs.
 
-    Args:
-        model: With the adapter's layers in place.
-        adapter_name: Of the adapter.
-        state_dict: By the names of the model's own state dict.
-
     Returns:
-        The state dict, positions sorted.
+        The state dict, which has the names of the model's own, with positions sorted.
 
     Raises:
         FileFormatError: If values or positions of a layer are unusable; nothing was loaded.
@@ -292,11 +275,6 @@ def check_state_dict(
 
 def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
     """Check what transformers' own ``load_adapter`` has put into a model, past PEFT's functions.
-
-    Args:
-        model: With the adapter.
-        adapter_name: Of the adapter.
-        info: What transformers tells of its loading.
 
     Raises:
         FileFormatError: If something was missing or left over, or a layer's tensors are unusable.

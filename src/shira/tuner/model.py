@@ -422,11 +422,7 @@ def choose_entries(
 ) -> Support:
     """Check that a target can be adapted and choose its entries; changes nothing.
 
-    Args:
-        config: Of the adapter.
-        key: The target's path in the model.
-        target: The base layer, or an adapted one that gets a further adapter.
-        incoming: Supports that come from a file.
+    Those in ``incoming`` come from a file.
 
     Raises:
         TargetError: If there is no adapted layer for it.

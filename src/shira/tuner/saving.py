@@ -77,12 +77,8 @@ def describe(
     given; the budget is that of the positions, as ``r`` and ``density`` say it or, where they do
     not, as the nearest ``r``.
 
-    Args:
-        config: Of the adapter.
-        model: With the adapter's layers.
-        adapter_name: Of the adapter.
-        known: What is known of weights of which this process has a part only.
-        gather: Read such weights, weight by weight; a collective call.
+    Of weights of which this process has a part only, ``known`` says what is known; with ``gather``
+    they are read, weight by weight, which is a collective call.
 
     Returns:
         Empty if the model has no such adapter.
@@ -143,12 +139,6 @@ def whole_state(
     The configuration is described by this adapter from then on. A collective call where the state
     dict is that of a sharded model (FSDP2, ZeRO-3); none where the caller has gathered it already,
     as Accelerate and Trainer do.
-
-    Args:
-        model: With the adapter's layers.
-        config: Of the adapter.
-        adapter_name: Of the adapter.
-        state_dict: Of the model; other wrappers may have put their names before or in the keys.
 
     Returns:
         Values, and modules that the adapter trains whole, in one piece; positions as PEFT has them.
@@ -296,12 +286,7 @@ def fused_adapter(
 ) -> tuple[Adapter, ShiraConfig]:
     """Combine adapters of a model, times what `set_scale` has set in each layer.
 
-    Args:
-        model: With the adapters' layers. Modules that they train whole are left out.
-        adapter_names: The adapters to combine.
-        weights: A factor for each.
-        combination_type: One of `COMBINATIONS`.
-        **options: As `shira.fuse` has them.
+    Modules that they train whole are left out; the options are those of `shira.fuse`.
 
     Returns:
         The sparse adapter, and the configuration under which it is put into the model.

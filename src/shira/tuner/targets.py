@@ -167,9 +167,7 @@ def _known_names(model: nn.Module) -> set[str]:
 def check_target(name: str, target: nn.Module) -> None:
     """Check that an adapted layer can be put in the place of a module.
 
-    Args:
-        name: The module's path in the model.
-        target: The base layer, or an adapted one that gets a further adapter.
+    It is a base layer, or an adapted one that gets a further adapter.
 
     Raises:
         TargetError: If there is no layer type for it, or it would not act as its merged model.
