@@ -169,9 +169,7 @@ def register_model(model: nn.Module) -> None:
 def check_new_models(layer: Any = None) -> None:
     """Check every model noted since the last check; a collective call.
 
-    Args:
-        layer: The layer whose forward is about to run. A copy of a model is not noted, so its
-            layers are checked one by one.
+    A copy of a model is not noted, so a layer of it is checked when its forward is about to run.
     """
     if not _several_ranks() or os.environ.get(SWITCH) == "0":
         return
@@ -219,9 +217,6 @@ def raise_if_different(by_rank: Sequence[Digests]) -> None:
     """Raise if a parameter that two ranks have differs between them.
 
     A parameter that only some ranks have (stages of a pipeline) is no contradiction.
-
-    Args:
-        by_rank: The hashes of each rank.
 
     Raises:
         RankMismatchError: Naming adapter, parameter and ranks.
