@@ -240,12 +240,7 @@ def block_layout(support: Support, candidates: Sequence[int] = CANDIDATES) -> Bl
 
 
 def find_blocks(shape: Sequence[int], indices: Ints) -> Blocks | None:
-    """Return the blocks that hold most of a support, or None if it is not made of blocks.
-
-    Args:
-        shape: Of the weight.
-        indices: ``(k,)`` flat, increasing.
-    """
+    """Return the blocks that hold most of a support, or None if it is not made of blocks."""
     rows, cols = matrix_shape(shape)
     if not len(indices):
         return None

@@ -43,10 +43,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileFormatError(
             f"{path}: peft_type is {peft_type!r}, not 'SHIRA': not a SHiRA adapter{hint}"
         )
-    try:
+    with refusing(path, "the config"):
         check_patterns(config)
-    except ConfigError as error:
-        raise FileFormatError(f"{path}: {error}") from error
     _check_shapes(path, config.get(SHAPES_FIELD))
     check_fingerprints(path, config)
     return config

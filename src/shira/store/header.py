@@ -103,12 +103,7 @@ class EntryError(ValueError):
 
 
 class refusing:  # used as a function; a generator would cost three times as much
-    """Turn errors of entries, shapes and positions inside into one of the file.
-
-    Args:
-        path: The file.
-        what: What in it is at fault: ``"tensor 'a.values'"``.
-    """
+    """Turn errors of entries, shapes and positions into one of a file, and of ``what`` in it."""
 
     __slots__ = ("_path", "_what")
 
@@ -131,11 +126,7 @@ def header_of(path: str | os.PathLike[str]) -> Header:
 
 
 def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of an open safetensors file.
-
-    Args:
-        file: Open at its start.
-        path: Its path, for messages.
+    """Read and check the header of a safetensors file, open at its start.
 
     Raises:
         FileFormatError: If the file is truncated or another kind of file, or its header is too
@@ -166,15 +157,11 @@ def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
 
 
 def read_tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
-    """Return the named tensor, in its stored dtype, on the CPU, in memory of its own.
-
-    Args:
-        file: The open file that ``header`` was read from.
-        header: Its checked header.
-        name: One of ``header.tensors``, of an integer dtype or F16, BF16, F32, F64.
+    """Return one of the header's tensors, in its stored dtype, on the CPU, in memory of its own.
 
     Raises:
-        FileFormatError: If its dtype is another, or the file has become shorter meanwhile.
+        FileFormatError: If it is neither of integers nor F16, BF16, F32 or F64, or the file has
+            become shorter meanwhile.
     """
     info = header.tensors[name]
     if info.dtype not in _READABLE:
@@ -185,7 +172,7 @@ def read_tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
 
 
 def read_bytes(file: BinaryIO, header: Header, name: str) -> NDArray[np.uint8]:
-    """Return the bytes of the named tensor; arguments and errors are those of `read_tensor`."""
+    """Return the bytes of one of the header's tensors; errors are those of `read_tensor`."""
     info = header.tensors[name]
     raw = np.empty(info.end - info.start, np.uint8)
     file.seek(info.start)
@@ -195,12 +182,7 @@ def read_bytes(file: BinaryIO, header: Header, name: str) -> NDArray[np.uint8]:
 
 
 def tensor_of(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
-    """Return the tensor whose bytes in the file these are; it keeps them.
-
-    Args:
-        raw: The bytes.
-        info: Of an integer dtype or F16, BF16, F32, F64.
-    """
+    """Return the tensor whose bytes in the file these are; it keeps them."""
     dtype = _READABLE[info.dtype]
     bits = raw.view(f"<i{dtype.itemsize}")
     native = bits.astype(bits.dtype.newbyteorder("="), copy=False)

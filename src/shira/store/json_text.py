@@ -46,12 +46,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_object(path: str | os.PathLike[str], what: str, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Args:
-        path: The file.
-        what: What it is, for messages: ``"config"``.
-        limit: Bytes that it may have.
+    """Return the JSON object in a file of at most ``limit`` bytes.
 
     Raises:
         FileNotFoundError: If there is none.

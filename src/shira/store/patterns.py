@@ -66,15 +66,7 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str] | None = No
 
 
 def check_pattern(pattern: str, what: str, names: Collection[str] | None = None) -> float:
-    """Check one pattern.
-
-    Args:
-        pattern: The regular expression, as it is matched.
-        what: What it is, for messages.
-        names: As for `check_patterns`.
-
-    Returns:
-        An upper bound of the ways to match a name.
+    """Return an upper bound of the ways in which one pattern, as it is matched, matches a name.
 
     Raises:
         ConfigError: If it is no regular expression, or matching it could take minutes.

@@ -44,6 +44,7 @@ from shira.store.config import (
 from shira.store.header import (
     FLOATS,
     WHOLE_DTYPES,
+    EntryError,
     Header,
     check_values,
     check_whole,
@@ -258,13 +259,9 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
 def read_whole(
     file: BinaryIO, header: Header, keys: Iterable[str], sparse: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the tensors of a PEFT file that no tuner has made: whole ones of the base model.
+    """Read tensors of a PEFT file that no tuner has made: whole ones of the base model.
 
-    Args:
-        file: The open file.
-        header: Its header.
-        keys: The tensors' names in the file.
-        sparse: Names of the weights that the adapter changes otherwise.
+    Those of the weights in ``sparse``, which the adapter changes otherwise, are copies of the base.
 
     Returns:
         Whole tensors, and copies of the base's weights that are among ``sparse``, both by the base
@@ -277,24 +274,19 @@ def read_whole(
     whole: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key in keys:
-        parts = key.split(".")
-        if any(part.startswith(_FOREIGN) for part in parts) or not all(parts):
-            raise _refuse(header, key, "not known: no SHiRA tensor and no tensor of a base model")
-        name = base_module_name(key)
-        if name in sparse and "base_layer" not in parts:
-            raise _refuse(header, key, f"{name!r} has a delta in the file, and is there whole too")
-        found = copies if name in sparse else whole
-        if name in found:
-            raise _refuse(header, key, f"duplicate: the file holds {name!r} twice")
-        if header.tensors[key].dtype not in WHOLE_DTYPES:
-            raise _refuse(
-                header,
-                key,
-                f"dtype {header.tensors[key].dtype} is not one of "
-                f"{', '.join(WHOLE_DTYPES)} (a whole tensor of the model)",
-            )
-        found[name] = read_tensor(file, header, key)
         with refusing(header.path, f"tensor {key!r}"):
+            parts, name, dtype = key.split("."), base_module_name(key), header.tensors[key].dtype
+            if any(part.startswith(_FOREIGN) for part in parts) or not all(parts):
+                raise EntryError("not known: no SHiRA tensor and no tensor of a base model")
+            if name in sparse and "base_layer" not in parts:
+                raise EntryError(f"{name!r} has a delta in the file, and is there whole too")
+            found = copies if name in sparse else whole
+            if name in found:
+                raise EntryError(f"duplicate: the file holds {name!r} twice")
+            if dtype not in WHOLE_DTYPES:
+                choices = ", ".join(WHOLE_DTYPES)
+                raise EntryError(f"dtype {dtype} is not one of {choices} (a whole tensor)")
+            found[name] = read_tensor(file, header, key)
             check_whole(found[name])
     return whole, copies
 
@@ -344,39 +336,36 @@ def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
             others.append(name)
             continue
         twin = f"{key}.{INDICES if kind == VALUES else VALUES}"
-        if twin not in header.tensors:
-            raise _refuse(header, name, f"missing {twin!r}: values and indices come in pairs")
         module = base_module_name(key)
-        if not all(module.split(".")):
-            raise _refuse(header, name, "an empty module name")
-        if keys.setdefault(module, key) != key:
-            raise _refuse(header, name, f"duplicate: {keys[module]!r} is for the same module")
+        with refusing(header.path, f"tensor {name!r}"):
+            if twin not in header.tensors:
+                raise EntryError(f"missing {twin!r}: values and indices come in pairs")
+            if not all(module.split(".")):
+                raise EntryError("an empty module name")
+            if keys.setdefault(module, key) != key:
+                raise EntryError(f"duplicate: {keys[module]!r} is for the same module")
     return keys, others
 
 
 def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
-    values_name, indices_name = f"{key}.{VALUES}", f"{key}.{INDICES}"
-    of_values, of_indices = header.tensors[values_name], header.tensors[indices_name]
-    for name, info, dtypes, what in (
-        (values_name, of_values, FLOATS, "floating point"),
-        (indices_name, of_indices, _READ_INDICES, "integers"),
-    ):
-        if info.dtype not in dtypes:
-            raise _refuse(
-                header, name, f"dtype {info.dtype} is not one of {', '.join(dtypes)} ({what})"
-            )
-    if len(of_values.shape) != 1:
-        raise _refuse(header, values_name, f"shape {of_values.shape} is not (k,)")
-    k = of_values.shape[0]
-    if of_indices.shape != (2, k):
-        raise _refuse(
-            header, indices_name, f"shape {of_indices.shape} is not (2, {k}), as {k} values need"
-        )
-    values = read_tensor(file, header, values_name)
-    with refusing(header.path, f"tensor {values_name!r}"):
+    names = f"{key}.{VALUES}", f"{key}.{INDICES}"
+    of_values, of_indices = (header.tensors[name] for name in names)
+    with refusing(header.path, f"tensor {names[0]!r}"):
+        if of_values.dtype not in FLOATS:
+            choices = ", ".join(FLOATS)
+            raise EntryError(f"dtype {of_values.dtype} is not one of {choices} (floating point)")
+        if len(of_values.shape) != 1:
+            raise EntryError(f"shape {of_values.shape} is not (k,)")
+        values = read_tensor(file, header, names[0])
         check_values(values)
-    with refusing(header.path, f"tensor {indices_name!r}"):
-        coordinates, values = in_order(read_tensor(file, header, indices_name), values)
+    with refusing(header.path, f"tensor {names[1]!r}"):
+        k = len(values)
+        if of_indices.dtype not in _READ_INDICES:
+            choices = ", ".join(_READ_INDICES)
+            raise EntryError(f"dtype {of_indices.dtype} is not one of {choices} (integers)")
+        if of_indices.shape != (2, k):
+            raise EntryError(f"shape {of_indices.shape} is not (2, {k}), as {k} values need")
+        coordinates, values = in_order(read_tensor(file, header, names[1]), values)
     weight = weight_name(base_module_name(key))
     return RawDelta(values, coordinates, weight, key, of_indices.dtype)
 
@@ -399,10 +388,6 @@ def _check_complete(file: PeftFile) -> None:
         if cause:
             known = present if name in recorded else recorded
             raise FileFormatError(f"{file.path}: {cause}.{did_you_mean(name, known)}")
-
-
-def _refuse(header: Header, tensor: str, cause: str) -> FileFormatError:
-    return FileFormatError(f"{header.path}: tensor {tensor!r}: {cause}")
 
 
 def write_peft(

@@ -118,12 +118,7 @@ def compose(table: Table) -> str:
 
 
 def parse(text: str, path: Path, size: int) -> Table:
-    """Return the checked table in a file.
-
-    Args:
-        text: As `compose` wrote it.
-        path: The file, for messages.
-        size: Of the file in bytes.
+    """Return the checked table in a file of some size, from the text that `compose` wrote.
 
     Raises:
         FileFormatError: If it is of a later version, or not what the specification says.
