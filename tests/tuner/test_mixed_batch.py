@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from shira import ShiraConfig, get_peft_model
+from shira.errors import TargetError
 from shira.tuner.layers import Linear
 
 from .models import everything, gpt2, llama, mlp, randomize
@@ -159,3 +160,10 @@ def test_logits_of_a_language_model(make):
         for sample, name in enumerate(NAMES):
             alone = model(input_ids=ids[sample : sample + 1], adapter_names=[name]).logits
             torch.testing.assert_close(mixed[sample], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_of_another_dtype_is_refused_as_elsewhere():
+    model = adapted(mlp(), ["lin0"])
+    x = torch.randn(6, model.lin0.in_features, dtype=torch.float64)
+    with pytest.raises(TargetError, match=r"the input is torch.float64 but the weight is"):
+        model(x, adapter_names=NAMES)

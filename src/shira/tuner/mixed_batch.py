@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, UnknownAdapterError, did_you_mean
-from shira.tuner.base_layer import Way, input_of
+from shira.tuner.base_layer import Way, input_of, weight_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -146,6 +146,8 @@ def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _on_top_of_base(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """Call the base once for all samples, and put each adapter on top for its own."""
+    if x.is_floating_point():
+        layer._cast_input(x, weight_of(layer.get_base_layer()))  # refuses another dtype
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
     for name, samples in groups.items():
