@@ -45,13 +45,17 @@ def described(parameter, annotation) -> dict[str, object]:
     """An option or argument: from its annotation, and from typer what typer makes of the rest."""
     kind, info = get_args(annotation)
     default = parameter.default
+    if isinstance(default, Path):
+        default = str(default)
+    elif not isinstance(default, (bool, int, float, str)):
+        default = None  # releases of click have signs of their own for none
     facts = {
         "names": sorted([*parameter.opts, *parameter.secondary_opts]),
         "kind": parameter.param_type_name,
         "type": getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind),
         "least": info.min,
         "metavar": info.metavar,
-        "default": str(default) if isinstance(default, Path) else default,
+        "default": default,
         "required": parameter.required,
         "environment": info.envvar,
         "group": info.rich_help_panel,
