@@ -271,3 +271,12 @@ def test_a_whole_weight_is_one_block_or_a_few() -> None:
     found = find_blocks((64, 64), np.arange(64 * 64, dtype=np.int32))
     assert found is not None
     assert (found.size, len(found.numbers), len(found.rest)) == ((64, 64), 1, 0)
+
+
+def test_an_unstructured_support_costs_one_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise AssertionError("its runs were listed")
+
+    monkeypatch.setattr("shira.blocks._runs", fail)
+    support = random_support((256, 256), 6000, seed=1)
+    assert find_blocks(support.shape, support.indices.numpy()) is None
