@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic at a support: products with the adapters inside the weight, and their gradients.
 
-`reference` says what each op means in plain torch; the others are tested against it. Above
+``tests/ops/reference.py`` says what each op does in plain torch; all are tested against it. Above
 ``delta``, below ``tuner``.
 """
 
