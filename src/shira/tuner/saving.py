@@ -95,13 +95,16 @@ def describe(
         unchanged = layer.chosen.get(adapter_name) == digest
         as_chosen &= unchanged
         as_budgeted &= _entries(config, module, support.shape) == support.nnz
-        values = None  # a weight of which this process has a part is read together, or not at all
-        if gather or not is_sharded(stored_weight(layer)):
-            values = base_values(layer, support, gather)
+        part = is_sharded(stored_weight(layer))  # such are read together, or not at all
+        values = base_values(layer, support, gather) if gather or not part else None
         found = None if values is None else fingerprint_fields({name: values})
         if found is None and known.get(name, ("",))[0] == digest:
             found = known[name][1]
-        elif found is None and unchanged and _is_as_recorded(layer):
+        elif (
+            found is None
+            and unchanged
+            and (layer.quantization_backend is not None or (part and not layer.base_reloaded))
+        ):
             found = {field: getattr(config, field, None) for field in _OF_THE_BASE}
         for field, told in (found or {}).items():
             prints[field] |= {name: told[name]} if name in (told or {}) else {}
@@ -154,9 +157,11 @@ def whole_state(
     keys = {f"{path}.shira_weight.{adapter_name}": layer for path, layer in layers.items()}
     for key in keys:
         if key not in state_dict:
+            like = min((given for given in state_dict if VALUES in given), default=None)
+            example = f" (the adapter's names in this one are like {like!r})" if like else ""
             raise AdapterError(
                 f"the state dict has no {key!r}, so adapter {adapter_name!r} cannot be saved from "
-                f"it: pass that of the whole model{_example_of(state_dict)}"
+                f"it: pass that of the whole model{example}"
             )
     kept = f".modules_to_save.{adapter_name}."
     own = {key: layer.shira_weight[adapter_name] for key, layer in keys.items()}
@@ -195,16 +200,13 @@ def whole_state(
                 f"{adapter_name!r} has; load the state dict into the model first, and save that"
             )
         state_dict[index_key] = given
+    getters = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    embeddings = [get() for get in getters if callable(get)]
     for path, layer in layers.items():  # PEFT saves a copy of the base's embeddings too
-        if any(layer is embedding for embedding in _embeddings_of(model)):
+        if any(layer is embedding for embedding in embeddings):
             with_originals(state_dict, f"{path}.base_layer.weight", layer)
     watch(config, model, adapter_name, known)
     return state_dict
-
-
-def _embeddings_of(model: nn.Module) -> list[Any]:
-    found = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
-    return [get() for get in found if callable(get)]
 
 
 def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -233,11 +235,6 @@ def is_elsewhere(state_dict: dict[str, Any]) -> bool:
     return other and not state_dict
 
 
-def _example_of(state_dict: dict[str, Any]) -> str:
-    found = sorted(key for key in state_dict if "shira_weight" in key)[:1]
-    return f" (the adapter's names in this one are like {found[0]!r})" if found else ""
-
-
 def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
     """Return an adapter's state dict with indices in int16 where they fit, values in a dtype.
 
@@ -261,12 +258,6 @@ def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[
             tensor = stored
         result[key] = tensor
     return result
-
-
-def _is_as_recorded(layer: ShiraLayer) -> bool:
-    """Return whether no state dict was loaded into the base since its adapters were added."""
-    packed = layer.quantization_backend is not None
-    return packed or (is_sharded(stored_weight(layer)) and not layer.base_reloaded)
 
 
 def _entries(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
