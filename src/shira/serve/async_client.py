@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from shira.serve import changes
-from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, unreachable
-from shira.serve.journal import Record, drive_async, restoring
+from shira.serve.changes import Cache, Changes, EngineGoneError, unreachable
+from shira.serve.journal import Record, restore
 from shira.serve.messages import Weights, located, named, salted, slept, wanted
 from shira.serve.scheduler import AdapterScheduler
 
@@ -35,42 +35,43 @@ class AsyncClient(Changes):
     async def of(cls, engine: Any, *, cache: Cache = "reset") -> AsyncClient:
         """Return a client that knows what is active in the engine."""
         client = cls(engine, cache=cache)
-        await client._do(client._call("shira_list"))
+        await client._call("shira_list")
         return client
 
     async def restore(self, record: Record) -> None:
         """As `Client.restore`."""
-        do: dict[str, Callable[..., Awaitable[Any]]]
-        do = {"load": self.load, "unload": self.unload, "activate": self.activate}
-        steps = restoring(replace(record, combinations={}))
-        await drive_async(steps, lambda kind, *args: do[kind](*args))
+        record = replace(record, combinations={})
+        await restore(record, lambda kind, *arguments: getattr(self, kind)(*arguments))
 
     async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """As `Client.load`; requests go on between its steps."""
-        loading = self._loading(named(name), located(path), bool(compare))
-        return await _whole(self._locked(loading))  # type: ignore[no-any-return]
+        loading = self._load(named(name), located(path), bool(compare))
+        return await _whole(self._locked(loading))
 
     async def unload(self, name: str) -> None:
         """As `Client.unload`."""
-        await _whole(self._locked(self._unloading(named(name))))
+        await _whole(self._locked(self._unload(named(name))))
 
     async def list(self) -> dict[str, Any]:
         """As `Client.list`."""
-        return (await self._locked(self._call("shira_list"))).first  # type: ignore[no-any-return]
+        async with self._lock:
+            return (await self._call("shira_list")).first
 
     async def fingerprint(self) -> Sequence[dict[str, Any]]:
         """As `Client.fingerprint`."""
-        said = await self._locked(self._call("shira_fingerprint"))
-        return said.each  # type: ignore[no-any-return]
+        async with self._lock:
+            return (await self._call("shira_fingerprint")).each
 
     async def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Activate as `Client` does, after running requests; new ones queue meanwhile."""
-        switching = self._switching(wanted(weights, scale), self.engine.reset_encoder_cache)
+        switching = self._switch(wanted(weights, scale), self.engine.reset_encoder_cache)
         await _whole(self._alone(switching, pause=True))
 
     async def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Check as `Client` does."""
-        await self._locked(self._call("shira_check", wanted(weights, scale)))
+        which = wanted(weights, scale)
+        async with self._lock:
+            await self._call("shira_check", which)
 
     async def deactivate(self) -> None:
         """Make the base active again, bit for bit."""
@@ -98,37 +99,34 @@ class AsyncClient(Changes):
 
     async def sleep(self, level: int = 1) -> None:
         """As `Client.sleep`, but waits for running requests."""
-        await _whole(self._alone(self._sleeping(slept(level), mode="wait")))
+        await _whole(self._alone(self._sleep(slept(level), mode="wait")))
 
     async def wake_up(self) -> None:
         """As `Client.wake_up`."""
-        await _whole(self._locked(self._waking()))
+        await _whole(self._locked(self._wake_up()))
 
-    async def _locked(self, steps: Steps) -> Any:
+    async def _locked(self, change: Coroutine[Any, Any, T]) -> T:
         async with self._lock:
-            return await self._do(steps)
+            return await change
 
-    async def _alone(self, steps: Steps, *, pause: bool = False) -> None:
-        async with self._lock, self._gate.alone():
-            if not pause:
-                await self._do(steps)
-                return
-            async with self._paused():
-                await self._do(steps)
+    async def _alone(self, change: Coroutine[Any, Any, None], *, pause: bool = False) -> None:
+        with closing(change):  # also if its turn never comes
+            async with self._lock, self._gate.alone(), self._paused() if pause else nullcontext():
+                await change
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
         """No request runs inside; an engine that was paused before stays so."""
-        was_paused = await self._ask("is_paused", self.engine.is_paused())
+        was_paused = await self._ask("is_paused", self.engine.is_paused)
 
         async def resume() -> None:
             if not (was_paused or self._shared.stale):
-                await self._ask("resume_generation", self.engine.resume_generation())
+                await self._ask("resume_generation", self.engine.resume_generation)
 
         try:
             # mode "keep" would let one answer mix two adapters
-            waiting = self.engine.pause_generation(mode="wait", clear_cache=False)
-            await self._ask("pause_generation", waiting)
+            pause = partial(self.engine.pause_generation, mode="wait", clear_cache=False)
+            await self._ask("pause_generation", pause)
             yield
         except BaseException:
             with suppress(Exception):  # the first error counts
@@ -136,18 +134,9 @@ class AsyncClient(Changes):
             raise
         await resume()
 
-    async def _do(self, steps: Steps) -> Any:
-        answer = None
-        try:
-            while True:
-                what, call = steps.send(answer)
-                answer = await self._ask(what, call())
-        except StopIteration as end:
-            return end.value
-
-    async def _ask(self, what: str, call: Awaitable[Any]) -> Any:
+    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
         """Await a call into the engine as long as it lives."""
-        task = asyncio.ensure_future(call)
+        task = asyncio.ensure_future(call())
         try:
             while not (await asyncio.wait({task}, timeout=changes.LOOK))[0]:
                 if getattr(self.engine, "errored", False):

@@ -6,28 +6,27 @@ answer for the new ones. A switch is therefore: wait until no request runs (new 
 all ranks or none, drop the caches and check that vLLM did, go on. Where the caches cannot be
 dropped the switch is taken back.
 
-`Changes` writes the steps as generators that yield what to ask of the engine and are sent its
-answer; `shira.serve.client.Client` calls, `shira.serve.async_client.AsyncClient` awaits. Imports
-nothing of vLLM.
+`Changes` writes the steps as coroutines that ask the engine by `Changes._ask`. The one of
+`shira.serve.async_client.AsyncClient` awaits; that of `shira.serve.client.Client` returns without,
+so that `completed` has the outcome at once. Imports nothing of vLLM.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from shira.errors import ConfigError, ServeError
 from shira.serve.journal import Kept, Record
 from shira.serve.messages import Reports, checked
 
+T = TypeVar("T")
+
 Cache: TypeAlias = Literal["reset", "salt"]
 """The fate of the prefix cache at a switch."""
-
-Steps: TypeAlias = "Generator[tuple[str, Callable[[], Any]], Any, Any]"
-"""Yields the name of a call into the engine and the call, is sent its answer."""
 
 LOOK = 0.25
 """Seconds between two looks at the health of an engine that has not answered yet.
@@ -119,49 +118,63 @@ class Changes:
         """
         return Record(dict(self._shared.kept), {}, self.active)
 
-    def _call(self, method: str, *args: Any) -> Steps:
-        answers = yield method, partial(self._engine.collective_rpc, method, args=args)
+    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
+        """Call into the engine; `unreachable` has the error if it does not answer."""
+        raise NotImplementedError
+
+    async def _call(self, method: str, *args: Any) -> Reports:
+        answers = await self._ask(method, partial(self._engine.collective_rpc, method, args=args))
         self._shared.reports = checked(answers, method)
         return self._shared.reports
 
-    def _loading(self, name: str, path: str, compare: bool) -> Steps:
-        said = (yield from self._call("shira_load", name, path, compare)).first
+    async def _load(self, name: str, path: str, compare: bool) -> dict[str, Any]:
+        said = (await self._call("shira_load", name, path, compare)).first
         self._shared.kept[name] = Kept(path, said["digest"])
         return said
 
-    def _unloading(self, name: str) -> Steps:
-        yield from self._call("shira_unload", name)
+    async def _unload(self, name: str) -> None:
+        await self._call("shira_unload", name)
         self._shared.kept.pop(name, None)
 
-    def _switching(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> Steps:
+    async def _switch(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> None:
         self._shared.stale = False
-        said = yield from self._call("shira_activate", weights)
-        if self.cache == "reset" and not (yield from self._dropping_caches(reset_encoder_cache)):
+        said = await self._call("shira_activate", weights)
+        if self.cache == "reset" and not await self._drop_caches(reset_encoder_cache):
             self._shared.stale = True  # until what was active is so again
-            yield from self._call("shira_activate", said.first["previous"])
+            await self._call("shira_activate", said.first["previous"])
             self._shared.stale = False
             raise ServeError(
                 "vLLM did not drop its prefix cache (blocks are in use), so old weights would have "
                 "answered for new ones; the switch was taken back"
             )
 
-    def _dropping_caches(self, reset_encoder_cache: Any) -> Steps:
-        yield "reset_encoder_cache", reset_encoder_cache
+    async def _drop_caches(self, reset_encoder_cache: Any) -> bool:
+        await self._ask("reset_encoder_cache", reset_encoder_cache)
         reset = partial(self._engine.reset_prefix_cache, reset_connector=True)
-        return bool((yield "reset_prefix_cache", reset))
+        return bool(await self._ask("reset_prefix_cache", reset))
 
-    def _sleeping(self, level: int, **mode: str) -> Steps:
-        yield from self._call("shira_sleep", level)
+    async def _sleep(self, level: int, **mode: str) -> None:
+        await self._call("shira_sleep", level)
         self._shared.discarded = level >= 2
-        yield "sleep", partial(self._engine.sleep, level=level, **mode)
+        await self._ask("sleep", partial(self._engine.sleep, level=level, **mode))
 
-    def _waking(self) -> Steps:
+    async def _wake_up(self) -> None:
         if self._shared.discarded:
-            yield "wake_up", partial(self._engine.wake_up, tags=["weights"])
-            yield "reload_weights", partial(self._engine.collective_rpc, "reload_weights")
-            yield from self._call("shira_rebase")
+            await self._ask("wake_up", partial(self._engine.wake_up, tags=["weights"]))
+            reload = partial(self._engine.collective_rpc, "reload_weights")
+            await self._ask("reload_weights", reload)
+            await self._call("shira_rebase")
             self._shared.discarded = False
-        yield "wake_up", self._engine.wake_up
+        await self._ask("wake_up", self._engine.wake_up)
+
+
+def completed(change: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits; return its result."""
+    try:
+        change.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise AssertionError(f"{change} waits")
 
 
 def unreachable(method: str, error: Exception) -> ServeError:

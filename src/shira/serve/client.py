@@ -11,21 +11,23 @@ vLLM's ``cache_salt``, so that each finds its own again; then every request must
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from shira.errors import ServeError
 from shira.serve import changes
 from shira.serve.async_client import AsyncClient
-from shira.serve.changes import Cache, Changes, EngineGoneError, Steps, unreachable
-from shira.serve.journal import Record, drive, restoring
+from shira.serve.changes import Cache, Changes, EngineGoneError, completed, unreachable
+from shira.serve.journal import Record, restore
 from shira.serve.messages import Weights, located, named, salted, slept, wanted
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
+
+T = TypeVar("T")
 
 
 class Client(Changes):
@@ -54,9 +56,11 @@ class Client(Changes):
                 are there, and the base is active if what was active could not be made so.
             ServeError: If this engine is lost, too.
         """
-        do: dict[str, Callable[..., Any]]
-        do = {"load": self.load, "unload": self.unload, "activate": self.activate}
-        drive(restoring(replace(record, combinations={})), lambda kind, *args: do[kind](*args))
+
+        async def do(kind: str, *arguments: Any) -> Any:
+            return getattr(self, kind)(*arguments)
+
+        completed(restore(replace(record, combinations={}), do))
 
     def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """Let every worker hold the adapter at a path; returns what rank 0 said of it.
@@ -65,20 +69,19 @@ class Client(Changes):
             ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
             FileNotFoundError: If there is nothing at the path.
         """
-        loading = self._loading(named(name), located(path), bool(compare))
-        return self._do(loading)  # type: ignore[no-any-return]
+        return self._do(self._load(named(name), located(path), bool(compare)))
 
     def unload(self, name: str) -> None:
         """Let every worker forget an adapter that is not active."""
-        self._do(self._unloading(named(name)))
+        self._do(self._unload(named(name)))
 
     def list(self) -> dict[str, Any]:
         """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
-        return self._do(self._call("shira_list")).first  # type: ignore[no-any-return]
+        return self._do(self._call("shira_list")).first
 
     def fingerprint(self) -> Sequence[dict[str, Any]]:
         """Return, for each rank, hashes of its weights: ``base``, and as they are."""
-        return self._do(self._call("shira_fingerprint")).each  # type: ignore[no-any-return]
+        return self._do(self._call("shira_fingerprint")).each
 
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make adapters active on all ranks, in place of those that are.
@@ -95,7 +98,7 @@ class Client(Changes):
         which = wanted(weights, scale)
         with self._lock:
             self._check_idle()
-            self._do(self._switching(which, self.llm.llm_engine.reset_encoder_cache))
+            self._do(self._switch(which, self.llm.llm_engine.reset_encoder_cache))
 
     def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Raise what `activate` would raise of these adapters and scales; nothing changes."""
@@ -133,30 +136,27 @@ class Client(Changes):
         level = slept(level)
         with self._lock:
             self._check_idle()
-            self._do(self._sleeping(level))
+            self._do(self._sleep(level))
 
     def wake_up(self) -> None:
         """Call ``llm.wake_up``, after level 2 with the weights reloaded before any request runs."""
         with self._lock:
-            self._do(self._waking())
-            self._do(self._dropping_caches(self.llm.llm_engine.reset_encoder_cache))
+            self._do(self._wake_up())
+            self._do(self._drop_caches(self.llm.llm_engine.reset_encoder_cache))
 
     def _check_idle(self) -> None:
         if self.llm.llm_engine.has_unfinished_requests():
             raise ServeError("requests are unfinished: wait_for_completion() before switching")
 
-    def _do(self, steps: Steps) -> Any:
+    def _do(self, change: Coroutine[Any, Any, T]) -> T:
         with self._lock:  # answers are told apart by nothing but their order
-            answer = None
-            try:
-                while True:
-                    what, call = steps.send(answer)
-                    try:
-                        answer = _answer(self.llm, call)
-                    except Exception as error:
-                        raise unreachable(what, error) from error
-            except StopIteration as end:
-                return end.value
+            return completed(change)
+
+    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return _answer(self.llm, call)
+        except Exception as error:
+            raise unreachable(what, error) from error
 
 
 def _answer(llm: Any, call: Callable[[], Any]) -> Any:

@@ -10,8 +10,8 @@ reads it finds the state before a change or after it::
      "combinations": {"mix": {"french": 0.5, "german": 0.5}},
      "active": {"french": 1.0}}
 
-`restoring` says what to do next to give it back and is told how it went; `drive` and `drive_async`
-do it with whatever the engine is (`Client`, `AsyncClient`, a server). Imports no engine.
+`restore` gives it to whatever the engine is (`Client`, `AsyncClient`, a server), step by step.
+Imports no engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -34,13 +34,6 @@ from shira.store.json_text import parse_object
 _FORMAT = "shira_journal"
 _VERSION = 1
 _LARGEST = 16 * 2**20  # bytes
-
-
-Step = tuple[str, tuple[Any, ...]]
-"""``("load", (name, path))``, ``("unload", (name,))``, ``("combine", (name, weights))`` or
-``("activate", (weights,))``."""
-
-Steps = Generator[Step, Any, None]
 
 ACTIVE = "(active)"
 """In the place of a name: what was active could not be made active again."""
@@ -149,11 +142,16 @@ def set_aside(path: str | os.PathLike[str]) -> Path:
     return aside
 
 
-def restoring(record: Record) -> Steps:
-    """Yield what gives an engine a record, step by step; ``load`` is sent the engine's report.
+async def restore(record: Record, do: Callable[..., Awaitable[Any]]) -> None:
+    """Give an engine what a record has.
 
     An adapter that is gone, damaged or no longer the one of before is left out and named at the
     end; the others are restored.
+
+    Args:
+        record: What it held.
+        do: Takes a step: ``do("load", name, path)``, which returns the engine's report,
+            ``do("unload", name)``, ``do("combine", name, weights)`` or ``do("activate", weights)``.
 
     Raises:
         RestoreError: At the end, if something could not be restored.
@@ -162,9 +160,9 @@ def restoring(record: Record) -> Steps:
     failed: dict[str, Exception] = {}
     for name, kept in record.adapters.items():
         try:
-            report = yield "load", (name, kept.path)
+            report = await do("load", name, kept.path)
             if report["digest"] != kept.digest:
-                yield "unload", (name,)
+                await do("unload", name)
                 raise AdapterError(
                     f"the adapter at {kept.path!r} has changed since it was loaded as {name!r} "
                     f"(digest {report['digest']}, then {kept.digest}); load it again to "
@@ -172,55 +170,23 @@ def restoring(record: Record) -> Steps:
                 )
         except (ShiraError, OSError) as error:
             if isinstance(error, ServeError):
-                yield "activate", ({},)  # raises if it is the engine that failed, not the adapter
+                await do("activate", {})  # raises if it is the engine that failed, not the adapter
             failed[name] = error
     for name, terms in record.combinations.items():
         try:
             _check_there(terms, failed)
-            yield "combine", (name, terms)
+            await do("combine", name, terms)
         except ShiraError as error:
             failed[name] = error
     if record.active:
         try:
             _check_there(record.active, failed)
-            yield "activate", (record.active,)
+            await do("activate", record.active)
         except ShiraError as error:
             failed[ACTIVE] = error
     if failed:
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RestoreError(f"not restored: {told}", failed)
-
-
-def drive(todo: Steps, do: Callable[..., Any]) -> None:
-    """Take the steps; ``do(kind, *arguments)`` takes one."""
-    step = _after(todo, None)
-    while step is not None:
-        outcome: Any
-        try:
-            outcome = do(step[0], *step[1])
-        except Exception as error:
-            outcome = error
-        step = _after(todo, outcome)
-
-
-async def drive_async(todo: Steps, do: Callable[..., Awaitable[Any]]) -> None:
-    """Take the steps as `drive` does, with an asynchronous ``do``."""
-    step = _after(todo, None)
-    while step is not None:
-        outcome: Any
-        try:
-            outcome = await do(step[0], *step[1])
-        except Exception as error:
-            outcome = error
-        step = _after(todo, outcome)
-
-
-def _after(todo: Steps, outcome: Any) -> Step | None:
-    """Return the step that follows the outcome of the one before; None: there is none."""
-    try:
-        return todo.throw(outcome) if isinstance(outcome, Exception) else todo.send(outcome)
-    except StopIteration:
-        return None
 
 
 def _check_there(terms: Any, failed: dict[str, Exception]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError, shown
 from shira.serve import journal
 from shira.serve.http.service import AdapterService, Served
-from shira.serve.journal import Kept, Record, drive_async, restoring
+from shira.serve.journal import Kept, Record, restore
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class DurableService(AdapterService):
         self.lost = {name: Lost(what, "not yet") for name, what in known.items()}
         failed: dict[str, str] = {}
         try:
-            await drive_async(restoring(kept), self._restore_step)
+            await restore(kept, self._restore_step)
         except RestoreError as error:
             failed = {name: str(why) for name, why in error.failed.items()}
         self.lost = {n: Lost(known[n], why) for n, why in failed.items() if n in known}
