@@ -247,3 +247,36 @@ def test_docstrings_say_what_is_done():
                 first = text.split()[0].strip("`*:,.")
                 assert first not in {"What", "Whether", "Where", "Which", "How"}, f"{name}: {text}"
                 assert "meant" not in text, f"{name}: {text}"
+
+
+# Tests of what goes through several modules, by the part whose promise they hold; the others are
+# called as the module or the package that they test.
+TOPICS = {
+    "": "docs doctests readme site tree",
+    "cli": "hostile_text inputs_are_kept main snapshots train_docs",
+    "convert": "docs merging_models whole",
+    "fusing": "docs",
+    "measure": "extremes overlap",
+    "ops": "packed",
+    "serve": "docs restoring vllm_loading",
+    "store": "stock_peft",
+    "switch": "docs failures imports properties whole",
+    "tuner": (
+        "calibrate check_ranks compile computed_weight describe diffusers exactness interrupts "
+        "lifecycle memory offload own_forward parity register steps switch training usage weighted "
+        "whole"
+    ),
+}
+
+
+def test_tests_mirror_the_tree():
+    tests = Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        part, name = path.parent.relative_to(tests).as_posix().replace(".", ""), path.stem[5:]
+        place = ROOT / part / name
+        if not (ROOT / part).is_dir() or place.is_dir() or place.with_suffix(".py").exists():
+            continue  # of what is not in src, or of a module
+        topics = [path.parent.name, *TOPICS.get(part, "").split()]
+        assert name in topics, f"{path}: no module of this name; a topic goes into TOPICS"
+    for part in {name.split(".")[0] for name in MODULES} - {"__init__", "__main__", "_version"}:
+        assert (tests / part).is_dir() or (tests / f"test_{part}.py").exists(), f"no tests: {part}"
