@@ -181,15 +181,13 @@ class AdapterScheduler:
         if _now() < closes:
             self._let_in(self._active)
             self._timer = asyncio.get_running_loop().call_at(closes, self._proceed)
-        if not self._running:
-            self._next_turn(other)
-
-    def _next_turn(self, adapter: Hashable) -> None:
-        if isinstance(adapter, _Alone):
+        if self._running:
+            return
+        if isinstance(other, _Alone):
             self._alone = True
-            self._let_in(adapter)
+            self._let_in(other)
         else:
-            self._switching = asyncio.get_running_loop().create_task(self._switch(adapter))
+            self._switching = asyncio.get_running_loop().create_task(self._switch(other))
 
     async def _switch(self, adapter: Hashable) -> None:
         try:

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from shira.errors import ConfigError
@@ -26,6 +27,7 @@ from shira.errors import ConfigError
 _LOOK = 0.1  # seconds between two looks at the child
 _SIGNALS = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 class Restarts:
@@ -149,7 +151,10 @@ class Supervisor:
         """Start the server and wait for its end; its status, and whether it was ready once."""
         began, ready = time.monotonic(), False
         process = subprocess.Popen(
-            self.command, env=self.env, start_new_session=True, preexec_fn=_end_with(os.getpid())
+            self.command,
+            env=self.env,
+            start_new_session=True,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
         kill_at: float | None = None
         try:
@@ -217,30 +222,24 @@ def _send(group: int, number: int) -> bool:
 
 @contextmanager
 def _adopting() -> Iterator[None]:
-    """Orphans below this process become its children (Linux), so that it can bury them."""
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    """Have orphans below this process become its children (Linux), so that it can bury them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-def _end_with(parent: int) -> Callable[[], None] | None:
-    """Lets a child end in order when its parent was killed, where the system can (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
+def _end_with(parent: int) -> None:
+    """Let this child end in order when its parent was killed, where the system can (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent:
+        os._exit(1)
 
-    def in_the_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
 
-    return in_the_child
+def _prctl(option: int, value: int) -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(option, value, 0, 0, 0)
 
 
 def _how(status: int) -> str:

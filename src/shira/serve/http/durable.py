@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError, shown
 from shira.serve import journal
-from shira.serve.http.service import AdapterService, Served
+from shira.serve.http.service import AdapterService
 from shira.serve.journal import Kept, Record, restore
 
 _logger = logging.getLogger(__name__)
@@ -88,14 +88,6 @@ class DurableService(AdapterService):
         await self._write()  # now, so that a file that cannot be written is known at the start
         return failed
 
-    def resolve(self, model: object) -> str | None:
-        """As `AdapterService.resolve`; of a name that was lost the error says why."""
-        try:
-            return super().resolve(model)
-        except UnknownAdapterError:
-            self._explain(model)
-            raise
-
     async def _load(self, name: object, path: object, adapters: object) -> dict[str, Any]:
         """Load; nothing is loaded if the journal cannot be written."""
         described = await super()._load(name, path, adapters)
@@ -153,19 +145,14 @@ class DurableService(AdapterService):
         )
         return Record()
 
-    def _served(self, name: object) -> Served:
-        try:
-            return super()._served(name)
-        except UnknownAdapterError:
-            self._explain(name)
-            raise
-
-    def _explain(self, name: object) -> None:
+    def _unknown(self, name: object, message: str) -> UnknownAdapterError:
+        """Say of a name that was lost why."""
         if isinstance(name, str) and name in self.lost:
-            raise UnknownAdapterError(
+            message = (
                 f"The model `{name}` could not be restored when the server was started again: "
                 f"{self.lost[name].why}"
-            ) from None
+            )
+        return super()._unknown(name, message)
 
     async def _switch(self, adapter: str | None) -> None:
         await super()._switch(adapter)

@@ -43,11 +43,9 @@ def below(folder: Path, path: object) -> Path:
     try:
         path.encode()  # a lone surrogate may name a file, but cannot be told of in UTF-8
         return _followed(folder.resolve(), path)
-    except FileNotFoundError:
+    except (AdapterError, FileNotFoundError):
         raise
-    except (OSError, RuntimeError, UnicodeError, ValueError) as error:  # loops, names too long, NUL
-        if isinstance(error, AdapterError):
-            raise
+    except (OSError, RuntimeError, ValueError) as error:  # loops, names too long, NUL
         raise AdapterError(f"the path {path!r:.300} cannot be followed") from error
 
 
@@ -84,10 +82,9 @@ def adapter_name(name: object) -> str:
             digit.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        shown = repr(name) if len(repr(name)) < 150 else repr(name)[:150] + "..."
         raise AdapterError(
             "an adapter's name is 1 to 128 letters, digits or . _ : - and begins with a letter or "
-            f"digit, unlike {shown}"
+            f"digit, unlike {name!r:.150}"
         )
     return name
 

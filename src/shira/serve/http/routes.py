@@ -44,6 +44,11 @@ BODY_LIMIT = 64 * 2**10
 
 Call = Callable[..., Awaitable[dict[str, Any]]]
 
+
+class TooLargeError(AdapterError):
+    """A body that has more bytes, or more items, than the server reads."""
+
+
 # The fields of each route: those it must have, those it may.
 _FIELDS: dict[str, tuple[set[str], set[str]]] = {
     LOAD: ({"name"}, {"path", "adapters"}),
@@ -52,11 +57,18 @@ _FIELDS: dict[str, tuple[set[str], set[str]]] = {
 }
 OWN_PATHS = frozenset(_FIELDS)
 
+# Status and kind of an error: of the first line that it fits.
+_KINDS: tuple[tuple[Any, int, str], ...] = (
+    ((UnknownAdapterError, FileNotFoundError), 404, "NotFoundError"),
+    (NameTakenError, 409, "ConflictError"),
+    (PathRefusedError, 403, "PermissionDeniedError"),
+    (TooLargeError, 413, "BadRequestError"),
+    ((AdapterError, ConfigError, FileFormatError), 400, "BadRequestError"),
+    (ShiraError, 503, "ServiceUnavailableError"),  # an engine that cannot now
+    (BaseException, 500, "InternalServerError"),
+)
+
 _LONGEST = 4000  # characters of a message, of which a client's own words may be the most
-
-
-class TooLargeError(AdapterError):
-    """A body that has more bytes, or more items, than the server reads."""
 
 
 async def answer(
@@ -109,31 +121,10 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     What the caller can mend is told in full; what he cannot (a defect, an engine that has died) is
     told by its kind alone when it is none of shira's.
     """
-    status, kind = _kind(error)
+    _, status, kind = next(line for line in _KINDS if isinstance(error, line[0]))
     if isinstance(error, ShiraError | FileNotFoundError):
         message = str(error)
     else:
         message = f"the server failed: {type(error).__name__}"
-    return status, body(message, kind, status)
-
-
-def body(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """Return the JSON value of an error; lone surrogates are shown as escapes."""
-    message = message[:_LONGEST].encode(errors="backslashreplace").decode()
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
-
-
-def _kind(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, UnknownAdapterError | FileNotFoundError):
-        return 404, "NotFoundError"
-    if isinstance(error, NameTakenError):
-        return 409, "ConflictError"
-    if isinstance(error, PathRefusedError):
-        return 403, "PermissionDeniedError"
-    if isinstance(error, TooLargeError):
-        return 413, "BadRequestError"
-    if isinstance(error, AdapterError | ConfigError | FileFormatError):
-        return 400, "BadRequestError"
-    if isinstance(error, ShiraError):  # an engine that cannot now
-        return 503, "ServiceUnavailableError"
-    return 500, "InternalServerError"
+    message = message[:_LONGEST].encode(errors="backslashreplace").decode()  # lone surrogates
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}

@@ -106,7 +106,7 @@ class AdapterService:
             return None
         shown = model if isinstance(model, str) else type(model).__name__
         hint = did_you_mean(shown, [*self.base_models, *self.served])
-        raise UnknownAdapterError(f"The model `{shown:.300}` does not exist.{hint}")
+        raise self._unknown(model, f"The model `{shown:.300}` does not exist.{hint}")
 
     async def load(
         self, name: object, path: object = None, adapters: object = None
@@ -242,10 +242,12 @@ class AdapterService:
 
     def _served(self, name: object) -> Served:
         if not isinstance(name, str) or name not in self.served:
-            raise UnknownAdapterError(
-                f"no adapter {name!r:.300} is served.{did_you_mean(str(name), self.served)}"
-            )
+            hint = did_you_mean(str(name), self.served)
+            raise self._unknown(name, f"no adapter {name!r:.300} is served.{hint}")
         return self.served[name]
+
+    def _unknown(self, name: object, message: str) -> UnknownAdapterError:
+        return UnknownAdapterError(message)
 
     def _combination(self, adapters: object) -> dict[str, float]:
         if not isinstance(adapters, Mapping) or not adapters:

@@ -137,8 +137,12 @@ class Turns:
                     "would go on after the turn of its adapter"
                 )
             if adapter is not None:
-                data = await _timely(size, _dumped, {**request, "model": service.base_models[0]})
+                request["model"] = service.base_models[0]
+                data = (await _timely(size, json.dumps, request)).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
+        except RecursionError:
+            await _refuse(send, AdapterError("the body is nested too deeply"))
+            return
         except AdapterError as error:
             await _refuse(send, error)
             return
@@ -185,11 +189,8 @@ def _has_left(gone: asyncio.Future[Message]) -> bool:
 
 
 async def _give_up(entering: asyncio.Future[Any], turn: Any) -> None:
-    if not entering.cancel():  # it is over already
-        if not entering.cancelled() and entering.exception() is None:
-            await turn.__aexit__(None, None, None)
-        return
-    await asyncio.wait({entering})
+    if entering.cancel():  # it is not over yet
+        await asyncio.wait({entering})
     if not entering.cancelled() and entering.exception() is None:
         await turn.__aexit__(None, None, None)
 
@@ -250,28 +251,15 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
     Raises:
         TooLargeError: If it may have more items than the limit.
-        AdapterError: If it is nested more deeply than Python can follow.
+        RecursionError: If it is nested more deeply than Python can follow.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > ITEM_LIMIT:
         raise TooLargeError(f"the body has more than {ITEM_LIMIT} items, the most that are read")
     try:
         value = json.loads(data)
-    except RecursionError:
-        raise _too_deep() from None
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _dumped(value: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(value).encode()
-    except RecursionError:
-        raise _too_deep() from None
-
-
-def _too_deep() -> AdapterError:
-    return AdapterError("the body is nested too deeply")
 
 
 def _path(scope: Message) -> str:
@@ -287,10 +275,7 @@ def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
 
 
 async def _refuse(send: Send, error: BaseException) -> None:
-    await _reply(send, *describe(error))
-
-
-async def _reply(send: Send, status: int, value: dict[str, Any]) -> None:
+    status, value = describe(error)
     data = encoded(value)
     headers = [
         (b"content-type", b"application/json"),
