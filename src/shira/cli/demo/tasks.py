@@ -17,7 +17,7 @@ import re
 import sysconfig
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ _SKIPPED_FOLDERS = frozenset(
 _PROPERTIES = frozenset({"cached_property", "property"})
 _MAX_FILE_BYTES = 300_000
 _MAX_A_FILE = 8  # of one label, so that no single file makes up a class
+_MIN_WORDS = 6  # of a docstring; fewer say too little to be told apart
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ def source_files(root: Path, *, seed: int, limit: int) -> list[Path]:
 
 
 def read_docstrings(
-    path: Path, *, library: str, source: str, max_words: int = 60, min_words: int = 6
+    path: Path, *, library: str, source: str, max_words: int = 60
 ) -> list[Docstring]:
     """Return the docstrings of one source file, cleaned and cut to `max_words` words.
 
-    A file that cannot be parsed has none. Docstrings of fewer than `min_words` words say too little
-    to be told apart and are left out.
+    A file that cannot be parsed has none.
     """
     if path.stat().st_size > _MAX_FILE_BYTES:
         return []
@@ -124,7 +124,7 @@ def read_docstrings(
     return [
         Docstring(text, library, kind, source)
         for kind, raw in [("module", ast.get_docstring(tree) or ""), *_documented(tree)]
-        if len((text := clean(raw, max_words=max_words)).split()) >= min_words
+        if len((text := clean(raw, max_words=max_words)).split()) >= _MIN_WORDS
     ]
 
 
@@ -166,7 +166,8 @@ def collect(
 ) -> list[Docstring]:
     """Return every distinct docstring of `files_per_library` source files of each library.
 
-    The seed decides which files; a library that is not installed is left out.
+    The seed decides which files; a library that is not installed is left out. Of docstrings that
+    begin with the same plain words the first is taken (libraries copy their own).
     """
     todo = [
         (library, root, path)
@@ -174,11 +175,12 @@ def collect(
         if (root := library_root(library)) is not None
         for path in source_files(root, seed=seed, limit=files_per_library)
     ]
-    found = []
+    found: dict[tuple[str, ...], Docstring] = {}
     for library, root, path in track(todo, "reading docstrings"):
         source = f"{library}/{path.relative_to(root).as_posix()}"
-        found += read_docstrings(path, library=library, source=source)
-    return list(_distinct(found))
+        for doc in read_docstrings(path, library=library, source=source):
+            found.setdefault(tuple(_PLAIN_WORD.findall(doc.text.lower()))[:16], doc)
+    return list(found.values())
 
 
 def split_of(source: str, *, seed: int, test_share: float) -> str:
@@ -239,13 +241,3 @@ def _balanced(
     chosen = [doc for docs in drawn for doc in docs[: min(map(len, drawn))]]
     random.Random(f"{seed} {field} order").shuffle(chosen)
     return tuple(chosen)
-
-
-def _distinct(docstrings: Iterable[Docstring]) -> Iterator[Docstring]:
-    """Leave out docstrings whose first plain words were seen before (libraries copy their own)."""
-    seen: set[tuple[str, ...]] = set()
-    for doc in docstrings:
-        key = tuple(_PLAIN_WORD.findall(doc.text.lower()))[:16]
-        if key not in seen:
-            seen.add(key)
-            yield doc

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from shira.cli.train.data import Data, collator
 from shira.cli.train.model import adapt, adapter_config, load_base
 from shira.cli.train.run import set_warmup, training_arguments
 from shira.cli.train.trainer import CheckedTrainer
+from shira.store.names import WEIGHTS_NAME
 
 _BATCH = 64  # texts to predict at once
 
@@ -61,6 +62,7 @@ def train_task(
     rows = [{"input_ids": row, "labels": y} for row, y in zip(ids, answers, strict=True)]
     data = Data(rows, None, head_labels(outputs))
     device = torch.device("cpu")
+    folder = root / task.name
     runs = []
     for adapted in (False, True):
         what = f"{task.name}: {'SHiRA' if adapted else 'frozen encoder'}"
@@ -74,6 +76,10 @@ def train_task(
         started = time.perf_counter()
         trainer = _train(model, data, tokenizer, settings, what)
         seconds = time.perf_counter() - started
+        if adapted:
+            model.save_pretrained(folder)
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
         texts = [doc.text for doc in task.test]
         logits = predict_logits(model, tokenizer, texts, settings, f"{what}, predicting")
         right = logits.argmax(dim=1) == torch.tensor([task.answer(doc) for doc in task.test])
@@ -84,16 +90,10 @@ def train_task(
             trained_in_encoder=sum(n for name, n in trained.items() if not _in_head(name)),
             total=total,
             seconds=seconds,
-            file_bytes=None,
+            file_bytes=(folder / WEIGHTS_NAME).stat().st_size if adapted else None,
         )
         runs.append(run)
-    folder = root / task.name
-    model.save_pretrained(folder)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
-    frozen, shira = runs
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    return frozen, replace(shira, file_bytes=size), logits
+    return runs[0], runs[1], logits
 
 
 def _train(
@@ -103,9 +103,10 @@ def _train(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in named if _in_head(name)]
     deltas = [p for name, p in named if not _in_head(name)]
-    groups: list[dict[str, Any]] = [{"params": head, "lr": settings.head_learning_rate}]
-    if deltas:
-        groups.append({"params": deltas, "lr": settings.learning_rate})
+    groups = [
+        {"params": head, "lr": settings.head_learning_rate},
+        {"params": deltas, "lr": settings.learning_rate},
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = training_arguments(
             options, Path(scratch), save_strategy="no", **_grouped_by_length()
