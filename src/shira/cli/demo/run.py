@@ -162,20 +162,13 @@ def _task_table(task: Task, runs: Mapping[str, Run]) -> Table:
 
 
 def _write_examples(root: Path, task: Task) -> None:
-    lines = [
-        json.dumps(
-            {
-                "text": doc.text,
-                "label": task.labels[task.answer(doc)],
-                "split": split,
-                "source": doc.source,
-            }
-        )
+    rows = [
+        {"text": doc.text, "label": getattr(doc, task.name), "split": split, "source": doc.source}
         for split, docs in (("train", task.train), ("test", task.test))
         for doc in docs
     ]
-    path = root / EXAMPLES.format(task=task.name)
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    write_atomically(root / EXAMPLES.format(task=task.name), text.encode())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS, Settings
 from shira.cli.demo.training import head_labels, predict_logits
 from shira.cli.output import no_accelerator_note, offline, quieten
-from shira.cli.progress import Steps
+from shira.cli.progress import track
 from shira.cli.train.model import load_base, load_tokenizer
 
 
@@ -110,12 +110,10 @@ def _switch(model: Any, tasks: Sequence[str], times: int) -> list[float]:
     seconds = []
     model.set_adapter(tasks[-1])
     model.merge_adapter()
-    with Steps("switching adapters", times) as steps:
-        for turn in range(times):
-            started = time.perf_counter()
-            switch(model, tasks[turn % len(tasks)])
-            seconds.append(time.perf_counter() - started)
-            steps.update(turn + 1)
+    for turn in track(range(times), "switching adapters"):
+        started = time.perf_counter()
+        switch(model, tasks[turn % len(tasks)])
+        seconds.append(time.perf_counter() - started)
     model.unmerge_adapter()
     return seconds
 

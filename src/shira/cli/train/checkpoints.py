@@ -59,8 +59,7 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
     )
     broken: list[str] = []
     for _, _, path in reversed(found):
-        why = _broken(path)
-        if why is None:
+        if (why := _broken(path)) is None:
             for told in broken:
                 say(f"{told}; going on from {path.name}")
             return path

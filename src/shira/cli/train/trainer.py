@@ -127,11 +127,12 @@ def classification_figures(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
     said, true = logits.argmax(axis=-1), np.asarray(prediction.label_ids)
-    scores = []
-    for label in range(logits.shape[-1]):
-        hits = int(((said == label) & (true == label)).sum())
-        scores.append(2 * hits / max(int((said == label).sum() + (true == label).sum()), 1))
-    return {"accuracy": float((said == true).mean()), "macro_f1": float(np.mean(scores))}
+    hits, told, there = (
+        np.bincount(labels, minlength=logits.shape[-1])
+        for labels in (said[said == true], said, true)
+    )
+    scores = 2 * hits / np.maximum(told + there, 1)
+    return {"accuracy": float((said == true).mean()), "macro_f1": float(scores.mean())}
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]
