@@ -77,23 +77,6 @@ def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
             yield _values(_read(file, stored, first, min(size, count - first)), stored)
 
 
-def write_entries(file: BinaryIO, stored: Stored, flat: Tensor, values: Tensor) -> None:
-    """Overwrite ``(k,)`` entries of a stored tensor in a copy of its file.
-
-    The copy is open for reading and writing without a buffer; indices increase.
-    """
-    disk = _bits(stored)
-    where, new = flat.numpy(), bits(values).numpy()
-    for low, high in windows(where, disk.itemsize):
-        first = int(where[low])
-        span = _read(file, stored, first, int(where[high - 1]) + 1 - first)
-        span[where[low:high] - first] = new[low:high]
-        file.seek(stored.start + first * disk.itemsize)
-        rest = span.data.cast("B")
-        while rest:
-            rest = rest[file.write(rest) :]
-
-
 def bits(values: Tensor) -> Tensor:
     """Return the values as integers of their width, which tell 0.0 from -0.0."""
     widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -176,12 +159,8 @@ def rewrite(
 ) -> Written:
     """Write a copy with the edits made, in the place of whatever is at ``output``.
 
-    Args:
-        checkpoint: What to copy.
-        edits: At most one a tensor.
-        output: From `check_output`; a folder if the checkpoint is one, else a file.
-        progress: Told of each piece.
-        last: Called when the copy is complete, right before it takes its place.
+    There is at most one edit a tensor; the output is from `check_output`; ``last`` is called when
+    the copy is complete, right before it takes its place.
 
     Raises:
         OSError: If the disk is full and the like; nothing has changed then.
@@ -199,26 +178,24 @@ def rewrite(
         for source, name in files.items():
             target = temporary / name if name else temporary
             target.parent.mkdir(parents=True, exist_ok=True)
-            for size in copy_file(source, target, flush=source not in by_file):
+            for size in copy_file(source, target, by_file.get(source, ())):
                 count += size
                 if progress is not None:
                     progress(count, total)
-            if source in by_file:
-                _patch(target, by_file[source])
         last()
     patched = [name or source.name for source, name in files.items() if source in by_file]
     plain = [name or source.name for source, name in files.items() if source not in by_file]
     return Written(tuple(patched), tuple(plain), tuple(left_out), total)
 
 
-def copy_file(source: Path, target: Path, *, flush: bool = True) -> Iterator[int]:
-    """Copy the bytes and permissions of a file; give the number of bytes of each piece.
+def copy_file(source: Path, target: Path, edits: Sequence[Edit] = ()) -> Iterator[int]:
+    """Copy a file, its permissions too, and make the edits; give the bytes of each piece copied.
 
     Symbolic links are followed. The kernel copies where it can (and shares the bytes where the file
-    system can), so no memory is needed; else they go through a small buffer. With ``flush`` the
-    bytes are on the disk at the end; a caller that writes on flushes later.
+    system can), so no memory is needed; else they go through a small buffer. At the end the bytes
+    are on the disk.
     """
-    with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+    with open(source, "rb", buffering=0) as old, open(target, "w+b", buffering=0) as new:
         size = left = os.fstat(old.fileno()).st_size
         copy = getattr(os, "copy_file_range", None)
         while left and copy is not None:
@@ -235,19 +212,23 @@ def copy_file(source: Path, target: Path, *, flush: bool = True) -> Iterator[int
         while piece := old.read(2**20):
             new.write(piece)
             yield len(piece)
-        if flush:
-            os.fsync(new.fileno())
+        for edit in edits:
+            write_entries(new, edit)
+        os.fsync(new.fileno())
     shutil.copymode(source, target)
 
 
-def _patch(path: Path, edits: Sequence[Edit]) -> None:
-    mode = path.stat().st_mode
-    path.chmod(mode | 0o600)  # files of a cache may be read-only
-    with open(path, "r+b", buffering=0) as file:
-        for edit in edits:
-            write_entries(file, edit.stored, edit.flat, edit.values)
-        os.fsync(file.fileno())
-    path.chmod(mode)
+def write_entries(file: BinaryIO, edit: Edit) -> None:
+    """Overwrite entries in a copy of their file, open for reading and writing, unbuffered."""
+    where, new = edit.flat.numpy(), bits(edit.values).numpy()
+    for low, high in windows(where, new.itemsize):
+        first = int(where[low])
+        span = _read(file, edit.stored, first, int(where[high - 1]) + 1 - first)
+        span[where[low:high] - first] = new[low:high]
+        file.seek(edit.stored.start + first * span.itemsize)
+        rest = span.data.cast("B")
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def _files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:

@@ -27,7 +27,7 @@ from shira.checkpoints.entries import Progress
 from shira.checkpoints.models import Model, OnDisk, Source, match_names, source_of
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
-from shira.masks.budget import budget_or_none, largest_entries
+from shira.masks.budget import Budget
 from shira.support import Support
 
 SPARSE = 0.5
@@ -150,20 +150,15 @@ def extract(
         >>> found.exact, found.adapter["w"].support.indices.tolist()
         (True, [1, 5])
     """
-    budget = budget_or_none(density, r, everywhere)
+    budget = Budget(density, r, everywhere)
     old, new = source_of(base), source_of(tuned)
     names, excluded = _chosen(old, new, include, exclude)
     reader = _Reader(old, new, names, progress)
-    if budget is None:
+    if not budget.given:
         supports = _all_that_differ(reader)
     else:
         shapes = {name: old.shapes[name] for name in names}
-        found = largest_entries(
-            {name: reader.scores(name) for name in names},
-            shapes,
-            {name: budget.entries(shape) for name, shape in shapes.items()},
-            budget.everywhere,
-        )
+        found = budget.largest({name: reader.scores(name) for name in names}, shapes)
         supports = {name: Support._trusted(shapes[name], flat) for name, flat in found.items()}
     return _assemble(reader, supports, excluded)
 

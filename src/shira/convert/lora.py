@@ -26,7 +26,7 @@ from shira.checkpoints.models import Model, Source, names_in, source_of
 from shira.convert.lora_file import Factors, oriented, read_lora
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, MaskError, WrongBaseError
-from shira.masks.budget import Budget, budget_or_none, largest_entries
+from shira.masks.budget import Budget
 from shira.support import Support
 
 BLOCK = 2**21
@@ -126,7 +126,7 @@ def from_lora(
         >>> found.adapter["w"].support.indices.tolist(), found.energy_share
         ([0, 1, 2, 3], 1.0)
     """
-    budget = budget_or_none(density, r, everywhere)
+    budget = Budget(density, r, everywhere)
     source = None if base is None else source_of(base, all_names=True)
     if isinstance(lora, (str, os.PathLike)):
         folder = os.fspath(lora)
@@ -158,9 +158,9 @@ def from_lora(
 
 
 def sparsify(
-    factors: Sequence[Factors], budget: Budget | None = None, progress: Progress | None = None
+    factors: Sequence[Factors], budget: Budget, progress: Progress | None
 ) -> tuple[dict[str, SparseDelta], tuple[KeptUpdate, ...]]:
-    """Keep the largest entries of LoRA updates; without a budget as many as A and B have.
+    """Keep the largest entries of LoRA updates; if the budget is open as many as A and B have.
 
     Returns:
         Deltas by parameter name, float32 (float64 for float64 factors), without those that are
@@ -184,14 +184,10 @@ def sparsify(
                 progress(done, total)
             yield block.abs_().reshape(-1)
 
-    if budget is None:
-        counts = {n: min(math.prod(f.shape), f.rank * sum(f.shape)) for n, f in updates.items()}
-    else:
-        counts = {name: budget.entries(shape) for name, shape in shapes.items()}
+    as_lora = {n: min(math.prod(f.shape), f.rank * sum(f.shape)) for n, f in updates.items()}
     magnitudes = {name: scores(one) for name, one in updates.items()}
-    everywhere = budget is not None and budget.everywhere
     try:
-        chosen = largest_entries(magnitudes, shapes, counts, everywhere)
+        chosen = budget.largest(magnitudes, shapes, as_lora)
     except MaskError as error:
         raise AdapterError(f"{now!r}: {error}") from error
     deltas, kept = {}, []

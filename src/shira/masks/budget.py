@@ -76,7 +76,7 @@ def check_fits(shape: Sequence[int], k: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of entries a conversion keeps, by density or as LoRA counts.
+    """The number of entries a conversion keeps: by density, as LoRA counts, or left open.
 
     Attributes:
         density: Share of each tensor's entries.
@@ -85,7 +85,8 @@ class Budget:
             not on the largest of each.
 
     Raises:
-        ConfigError: If both or neither of ``density`` and ``r`` are given, or one is out of range.
+        ConfigError: If both ``density`` and ``r`` are given, one is out of range, or
+            ``everywhere`` stands alone.
     """
 
     density: float | None = None
@@ -93,12 +94,19 @@ class Budget:
     everywhere: bool = False
 
     def __post_init__(self) -> None:
-        if (self.density is None) == (self.r is None):
+        if self.density is not None and self.r is not None:
             raise ConfigError("a budget is either a density or an r, as LoRA's")
         if self.density is not None and not 0 < self.density <= 1:
             raise ConfigError(f"density is a share above 0 and up to 1, not {self.density}")
         if self.r is not None and self.r < 1:
             raise ConfigError(f"r is at least 1, not {self.r}")
+        if self.everywhere and not self.given:
+            raise ConfigError("a budget everywhere needs a density or an r")
+
+    @property
+    def given(self) -> bool:
+        """False if it is left open."""
+        return self.density is not None or self.r is not None
 
     def entries(self, shape: tuple[int, ...]) -> int:
         """Return how many entries of a tensor of this shape, at most all of them."""
@@ -109,47 +117,32 @@ class Budget:
             return numel
         return min(numel, self.r * sum(matrix_shape(shape)))
 
+    def largest(
+        self,
+        scores: Mapping[str, Iterable[Tensor]],
+        shapes: Mapping[str, tuple[int, ...]],
+        otherwise: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Find the entries of highest score, given in flat pieces as `top_k` takes them.
 
-def budget_or_none(density: float | None, r: int | None, everywhere: bool) -> Budget | None:
-    """Return the budget that a caller gave; None if that is nothing.
+        A budget that is left open is ``otherwise`` so many entries of each tensor.
 
-    Raises:
-        ConfigError: As `Budget`, and if ``everywhere`` stands alone.
-    """
-    if density is None and r is None:
-        if everywhere:
-            raise ConfigError("a budget everywhere needs a density or an r")
-        return None
-    return Budget(density, r, everywhere)
+        Returns:
+            Increasing flat indices into each tensor, int64.
 
-
-def largest_entries(
-    scores: Mapping[str, Iterable[Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    counts: Mapping[str, int],
-    everywhere: bool,
-) -> dict[str, Tensor]:
-    """Find the entries of highest score.
-
-    Args:
-        scores: Of each tensor, in flat pieces, as `top_k` takes them.
-        shapes: Of the tensors.
-        counts: How many entries of each.
-        everywhere: Take as many in all from wherever they are highest.
-
-    Returns:
-        Increasing flat indices into each tensor, int64.
-
-    Raises:
-        MaskError: If a score is NaN.
-    """
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    if everywhere:
-        return top_k_of_all(scores, sizes, sum(counts.values()))
-    return {
-        name: top_k_of_all({name: blocks}, sizes, counts[name])[name]
-        for name, blocks in scores.items()
-    }
+        Raises:
+            MaskError: If a score is NaN.
+        """
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        counts = otherwise
+        if self.given or counts is None:
+            counts = {name: self.entries(shape) for name, shape in shapes.items()}
+        if self.everywhere:
+            return top_k_of_all(scores, sizes, sum(counts.values()))
+        return {
+            name: top_k_of_all({name: blocks}, sizes, counts[name])[name]
+            for name, blocks in scores.items()
+        }
 
 
 def _of(name: str) -> str:
