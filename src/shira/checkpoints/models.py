@@ -68,11 +68,7 @@ class Prefix:
 
 
 def match_names(names: Collection[str], keys: Collection[str]) -> Prefix | None:
-    """Find the one change of prefix with which all names are among the keys; None without one.
-
-    Raises:
-        WrongBaseError: If there are several.
-    """
+    """Find the one change of prefix with which all names are among the keys; None without one."""
     keys = set(keys)
     if all(name in keys for name in names):
         return Prefix()
@@ -114,12 +110,7 @@ def locate_deltas(
     checkpoint: Checkpoint,
     whole: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Stored], Prefix]:
-    """Find the stored tensors of deltas and whole tensors, as `locate` does, of their shapes.
-
-    Raises:
-        WrongBaseError: As `locate`, and if a tensor has another shape.
-        MergeError: As `locate`.
-    """
+    """Find the stored tensors of deltas and whole tensors, as `locate` does, of their shapes."""
     try:
         located, prefix = locate((*deltas, *whole), checkpoint)
     except WrongBaseError as error:
@@ -253,9 +244,6 @@ class OnDisk:
 
         On disk that is an embedding that the output head shares: the config of a language model
         does not say that the two are apart, and there is no second tensor of the shape.
-
-        Raises:
-            MergeError: If there is one.
         """
         tensors = self.checkpoint.tensors
         for name in names:
@@ -317,10 +305,7 @@ class InMemory:
     def entries(self, name: str, flat: Tensor) -> Tensor:
         """See `OnDisk`."""
         tensor = self._tensors[name]
-        where = flat.to(tensor.device)
-        if tensor.is_contiguous():
-            return tensor.view(-1).index_select(0, where).cpu()
-        return torch.take(tensor, where.long()).cpu()
+        return torch.take(tensor, flat.to(tensor.device).long()).cpu()
 
 
 Source: TypeAlias = OnDisk | InMemory
@@ -329,9 +314,7 @@ Source: TypeAlias = OnDisk | InMemory
 def source_of(model: Model, *, all_names: bool = False) -> Source:
     """Open the tensors of a model.
 
-    Args:
-        model: Where they are.
-        all_names: List a parameter of a module under each of its names, not the first alone.
+    ``all_names`` lists a parameter of a module under each of its names, not the first alone.
 
     Raises:
         FileNotFoundError: If there is nothing at the path.
@@ -352,11 +335,7 @@ def source_of(model: Model, *, all_names: bool = False) -> Source:
 
 
 def names_in(source: Source, names: Sequence[str], whose: str) -> dict[str, str]:
-    """Return what a model calls each weight; ``whose`` is what changes them, for the message.
-
-    Raises:
-        WrongBaseError: If it lacks one, or they fit in several ways.
-    """
+    """Return what a model calls each weight; ``whose`` is what changes them, for the message."""
     prefix = match_names(names, source.shapes) if names else Prefix()
     if prefix is None:
         odd = next((name for name in names if name not in source.shapes), names[0])

@@ -216,9 +216,8 @@ def _read_index(path: Path) -> Mapping[str, str]:
 def _config_of(file: Path) -> Mapping[str, Any]:
     """Return the config beside a checkpoint; empty if there is none.
 
-    Raises:
-        FileFormatError: If it cannot be read: it says which files are the checkpoint, and whether
-            the output head is tied to the embedding.
+    One that cannot be read is refused: it says which files are the checkpoint, and whether the
+    output head is tied to the embedding.
     """
     if not file.exists():
         return {}

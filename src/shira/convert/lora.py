@@ -165,9 +165,6 @@ def sparsify(
     Returns:
         Deltas by parameter name, float32 (float64 for float64 factors), without those that are
         zero; and what was kept of each weight.
-
-    Raises:
-        AdapterError: If two are of one weight, or a value is not finite.
     """
     updates = {one.name: one for one in factors}
     if len(updates) < len(factors):

@@ -31,6 +31,7 @@ from shira.store.peft import read_whole
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_FACTOR = re.compile(r"(.*)\.(?:lora_[AB]\.weight|(lora_embedding_)[AB])", re.DOTALL)
 
 # Config fields whose update is not scaling * B A, with what they are called.
 _OTHER_UPDATES = {
@@ -150,10 +151,6 @@ def oriented(
     PEFT goes by the type of the layer, and the config may not tell (it is written as the user gave
     it): a Conv1D stores its weight transposed. A weight that is not square tells by its shape; a
     square one is taken as the others are.
-
-    Raises:
-        WrongBaseError: If a weight has another shape either way round.
-        AdapterError: If a square one cannot be told.
     """
     turned, squares = {}, []
     for one in factors:
@@ -220,20 +217,17 @@ def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
     modules: dict[str, bool] = {}
     others = []
     for name in header.tensors:
-        for kinds, embedding in ((_LINEAR, False), (_EMBEDDING, True)):
-            kind = next((kind for kind in kinds if name.endswith(f".{kind}")), None)
-            if kind is not None:
-                key = name[: -len(kind) - 1]
-                for twin in kinds:
-                    if f"{key}.{twin}" not in header.tensors:
-                        raise FileFormatError(f"{header.path}: missing tensor '{key}.{twin}'")
-                modules[key] = embedding
-                break
+        if found := _FACTOR.fullmatch(name):
+            key, embedding = found[1], found[2] is not None
+            for twin in _EMBEDDING if embedding else _LINEAR:
+                if f"{key}.{twin}" not in header.tensors:
+                    raise FileFormatError(f"{header.path}: missing tensor '{key}.{twin}'")
+            modules[key] = embedding
+        elif "lora_magnitude_vector" in name or name.endswith(".lora_B.bias"):
+            raise AdapterError(
+                f"{header.path}: {name!r} is not supported: the update is not scaling * B A"
+            )
         else:
-            if "lora_magnitude_vector" in name or name.endswith(".lora_B.bias"):
-                raise AdapterError(
-                    f"{header.path}: {name!r} is not supported: the update is not scaling * B A"
-                )
             others.append(name)
     return modules, others
 

@@ -130,23 +130,14 @@ def load_patches(path: str | os.PathLike[str]) -> list[SparsePatch]:
 
 
 class Kind(NamedTuple):
-    """One kind of file with some entries of each of several weights.
+    """One kind of file with some entries of each of several weights."""
 
-    Attributes:
-        name: Its ``format``.
-        what: The name of such files in messages.
-        values: The end of the name of a weight's values: ``".values"``.
-        about: The entry of the metadata that tells of each weight.
-        dtypes: Dtypes of the values.
-        shape_of: The weight's shape, of what is told of it; `ValueError` if there is none.
-    """
-
-    name: str
-    what: str
-    values: str
-    about: str
-    dtypes: Collection[str]
-    shape_of: Callable[[Any], tuple[int, ...]]
+    name: str  # its ``format``
+    what: str  # in messages
+    values: str  # the end of the name of a weight's values
+    about: str  # the entry of the metadata that tells of each weight
+    dtypes: Collection[str]  # of the values
+    shape_of: Callable[[Any], tuple[int, ...]]  # of what is told; ValueError if there is none
 
 
 class Entries(NamedTuple):
@@ -174,12 +165,7 @@ def write_entry_file(
 
 
 def read_entry_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
-    """Read and check a file of entries.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        FileFormatError: If it is damaged, or of another kind.
-    """
+    """Read and check a file of entries."""
     with open_regular(path) as file:
         header = read_header(file, path)
         told = header.metadata

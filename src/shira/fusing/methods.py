@@ -89,11 +89,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def method_of(name: str, given: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Return the row of `METHODS`, and its options with defaults filled in.
-
-    Raises:
-        ConfigError: If there is no such method, or it has no such option, or not in this range.
-    """
+    """Return the row of `METHODS`, and its options, checked, with defaults filled in."""
     if name not in METHODS:
         raise ConfigError(
             f"unknown method {name!r}; there are {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"

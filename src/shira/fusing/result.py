@@ -35,9 +35,6 @@ def check_together(
 
     A fingerprint says nothing of other positions than its own, so it is compared where two
     adapters have the same ones. The names are for errors.
-
-    Raises:
-        AdapterError, WrongBaseError: If they do not belong together.
     """
     for (a, a_name), (b, b_name) in itertools.combinations(zip(adapters, names, strict=True), 2):
         common = [(name, a[name].support, b[name].support) for name in a if name in b]
@@ -80,10 +77,7 @@ def whole_tensors(
 ) -> dict[str, Tensor]:
     """Return the whole tensors of the adapter called ``whole``; if None, of all, which must agree.
 
-    Raises:
-        ConfigError: If ``whole`` is the name of none of them, or of several.
-        AdapterError: If two differ in a tensor, a tensor is of an adapter at another weight than 1,
-            or what one has whole has a delta in another.
+    What one has whole must not have a delta in another.
     """
     chosen = list(range(len(adapters)))
     if whole is not None:

@@ -162,11 +162,7 @@ def block_diagonal_support(
 
 
 def check_options(block_size: Any = None, score: Any = "random") -> None:
-    """Refuse options that are not possible.
-
-    Raises:
-        MaskError: If the block size is no positive integer, or the score unknown.
-    """
+    """Refuse options that are not possible."""
     number = isinstance(block_size, int) and not isinstance(block_size, bool)
     if block_size is not None and (not number or block_size < 1):
         raise MaskError(f"block_size is a positive integer, not {block_size!r}")

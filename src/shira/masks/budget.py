@@ -58,11 +58,7 @@ def budget_from_density(numel: int, density: float, *, name: str = "") -> int:
 
 
 def check_fits(shape: Sequence[int], k: int) -> int:
-    """Return the entries of a weight of this shape, after making sure that k of them can be chosen.
-
-    Raises:
-        MaskError: If k is negative or larger than the weight.
-    """
+    """Return the entries of a weight of this shape, after making sure that it has k of them."""
     numel = math.prod(shape)
     if k < 0:
         raise MaskError(f"a mask has a number of entries, so k is at least 0, not {k}")

@@ -73,9 +73,6 @@ def top_k_of_all(
 
     Returns:
         int64 ``(k_i,)`` for each: increasing flat indices of its entries among the k.
-
-    Raises:
-        MaskError: As `top_k`.
     """
     blocks = itertools.chain.from_iterable(scores.values())
     flat = top_k(blocks, k) if k else torch.empty(0, dtype=torch.int64)
@@ -106,11 +103,7 @@ def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
 
 
 def check_scored(tensor: Tensor, what: str) -> Tensor:
-    """Return a weight or gradient to score, detached, if it has values to look at.
-
-    Raises:
-        MaskError: If it is not a floating point tensor, or is on the meta device.
-    """
+    """Return a weight or gradient to score, detached, if it has values to look at."""
     if not isinstance(tensor, Tensor):
         raise MaskError(f"the {what} is a tensor, not {type(tensor).__name__}")
     if not tensor.is_floating_point():

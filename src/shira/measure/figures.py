@@ -28,8 +28,7 @@ _Values = TypeVar("_Values", torch.Tensor, Floats)
 def near_one(values: _Values) -> tuple[_Values, int]:
     """Divide float64 values ``(k,)`` by a power of two: the largest is from 1/2 up to 1.
 
-    Returns:
-        The values, and the exponent of the power.
+    Also returns the exponent of the power.
     """
     exponent = math.frexp(float(abs(values).max()))[1] if len(values) else 0
     half = exponent // 2  # the power itself may be beyond float64
@@ -69,11 +68,7 @@ def cosine_of(common: Scaled, square_a: Scaled, square_b: Scaled) -> float:
 
 
 def check_finite(values: torch.Tensor, whose: str) -> None:
-    """Refuse values of which no figure can be made.
-
-    Raises:
-        AdapterError: If one is NaN or infinite; it names ``whose`` they are.
-    """
+    """Refuse values of which no figure can be made; ``whose`` they are is for the message."""
     odd = int((~torch.isfinite(values)).sum())
     if odd:
         raise AdapterError(

@@ -73,10 +73,7 @@ class SparseMatrix:
     """A matrix as the entries of it, without the rows and columns that have none.
 
     Kept by row and by column, so that both a product and the transposed one are a gather and sums
-    of runs.
-
-    Args:
-        entries: At least one, sorted by row.
+    of runs. There is at least one entry, and they are sorted by row.
     """
 
     def __init__(self, entries: Entries) -> None:

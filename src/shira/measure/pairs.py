@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
+from shira.fusing.adapters import Progress
 from shira.fusing.result import check_together
 from shira.fusing.steps import select
 from shira.measure.figures import (
@@ -31,9 +32,6 @@ from shira.measure.figures import (
 )
 from shira.measure.matrix import EFFORT, TOLERANCE, entries_of, product_norm, zero_share
 from shira.support import Support, matrix_shape
-
-Progress = Callable[[int, int], None]
-"""Called with how many parameters are done, and of how many."""
 
 
 def overlap(
