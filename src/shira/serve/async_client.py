@@ -55,12 +55,12 @@ class AsyncClient(Changes):
     async def list(self) -> dict[str, Any]:
         """As `Client.list`."""
         async with self._lock:
-            return (await self._call("shira_list")).first
+            return (await self._call("shira_list"))[0]
 
     async def fingerprint(self) -> Sequence[dict[str, Any]]:
         """As `Client.fingerprint`."""
         async with self._lock:
-            return (await self._call("shira_fingerprint")).each
+            return await self._call("shira_fingerprint")
 
     async def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Activate as `Client` does, after running requests; new ones queue meanwhile."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from shira.errors import ConfigError, ServeError
 from shira.serve.journal import Kept, Record
-from shira.serve.messages import Reports, checked
+from shira.serve.messages import checked
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Shared:
     gate: Any
     discarded: bool = False
     stale: bool = False
-    reports: Reports = field(default_factory=lambda: Reports([{"active": {}, "state": "base"}]))
+    reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
     kept: dict[str, Kept] = field(default_factory=dict)
 
 
@@ -102,12 +102,12 @@ class Changes:
     @property
     def active(self) -> dict[str, float]:
         """Scale by name of what is active; empty for the base."""
-        return dict(self._shared.reports.active)
+        return dict(self._shared.reports[0]["active"])
 
     @property
     def salt(self) -> str:
-        """The ``cache_salt`` of the present state."""
-        return self._shared.reports.salt
+        """The ``cache_salt`` of the present state: equal if equal states compute equal answers."""
+        return f"shira-{self._shared.reports[0]['state']}"
 
     @property
     def record(self) -> Record:
@@ -122,13 +122,13 @@ class Changes:
         """Call into the engine; `unreachable` has the error if it does not answer."""
         raise NotImplementedError
 
-    async def _call(self, method: str, *args: Any) -> Reports:
+    async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answers = await self._ask(method, partial(self._engine.collective_rpc, method, args=args))
         self._shared.reports = checked(answers, method)
         return self._shared.reports
 
     async def _load(self, name: str, path: str, compare: bool) -> dict[str, Any]:
-        said = (await self._call("shira_load", name, path, compare)).first
+        said = (await self._call("shira_load", name, path, compare))[0]
         self._shared.kept[name] = Kept(path, said["digest"])
         return said
 
@@ -138,10 +138,10 @@ class Changes:
 
     async def _switch(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> None:
         self._shared.stale = False
-        said = await self._call("shira_activate", weights)
+        said = (await self._call("shira_activate", weights))[0]
         if self.cache == "reset" and not await self._drop_caches(reset_encoder_cache):
             self._shared.stale = True  # until what was active is so again
-            await self._call("shira_activate", said.first["previous"])
+            await self._call("shira_activate", said["previous"])
             self._shared.stale = False
             raise ServeError(
                 "vLLM did not drop its prefix cache (blocks are in use), so old weights would have "

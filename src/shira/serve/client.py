@@ -77,11 +77,11 @@ class Client(Changes):
 
     def list(self) -> dict[str, Any]:
         """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
-        return self._do(self._call("shira_list")).first
+        return self._do(self._call("shira_list"))[0]
 
     def fingerprint(self) -> Sequence[dict[str, Any]]:
         """Return, for each rank, hashes of its weights: ``base``, and as they are."""
-        return self._do(self._call("shira_fingerprint")).each
+        return self._do(self._call("shira_fingerprint"))
 
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make adapters active on all ranks, in place of those that are.

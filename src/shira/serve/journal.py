@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 from shira.delta import checked_scale
 from shira.errors import AdapterError, FileFormatError, RestoreError, ServeError, ShiraError
 from shira.store.atomic import write_atomically
-from shira.store.json_text import parse_object
+from shira.store.json_text import read_object
 
 _FORMAT = "shira_journal"
 _VERSION = 1
@@ -102,12 +102,9 @@ def read(path: str | os.PathLike[str]) -> Record:
         OSError: If it cannot be read.
     """
     try:
-        found = os.stat(path)  # before it is opened: a pipe would wait for its other end
+        value = read_object(path, "journal", _LARGEST)
     except FileNotFoundError:
         return Record()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-        _refuse(path, f"it is no regular file of at most {_LARGEST} bytes")
-    value = parse_object(Path(path).read_bytes(), path, "journal")
     if value.get(_FORMAT) != _VERSION:
         _refuse(path, f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
     return Record(

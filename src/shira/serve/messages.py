@@ -101,29 +101,8 @@ def gather(processes: Processes, value: Any) -> list[Any]:
         raise ServeError(f"another rank cannot be reached: {error}") from error
 
 
-class Reports(NamedTuple):
-    """The answers of all workers, each of them well."""
-
-    each: Sequence[dict[str, Any]]
-
-    @property
-    def first(self) -> dict[str, Any]:
-        """Rank 0's answer."""
-        return self.each[0]
-
-    @property
-    def active(self) -> Mapping[str, float]:
-        """Scale by name of what is active."""
-        return self.first["active"]  # type: ignore[no-any-return]
-
-    @property
-    def salt(self) -> str:
-        """A ``cache_salt`` for the state: equal exactly if equal states compute equal answers."""
-        return f"shira-{self.first['state']}"
-
-
-def checked(answers: Sequence[Any], method: str) -> Reports:
-    """Return the answers, if each worker's went well.
+def checked(answers: Sequence[Any], method: str) -> list[dict[str, Any]]:
+    """Return the answers, rank 0's first, if each worker's went well.
 
     Raises:
         ShiraError: What the workers refused, as the error it was there.
@@ -142,7 +121,7 @@ def checked(answers: Sequence[Any], method: str) -> Reports:
     if len({answer["state"] for answer in answers}) != 1:
         states = {answer["rank"]: answer["active"] for answer in answers}
         raise ServeError(f"{method}: ranks are in different states: {states}. Restart the engine")
-    return Reports(list(answers))
+    return list(answers)
 
 
 def wanted(weights: Weights, scale: float = 1.0) -> dict[str, float]:

@@ -145,7 +145,8 @@ class Switch:
                 raise AdapterError(f"an adapter {name!r} is loaded already; unload it first")
             layers = [m for m in self.module.modules() if "merged_adapters" in vars(m)]
             refuse_merged(layers)
-            self._follow_moves()
+            self._weights.settle()
+            self._weights.follow(self._forget)
             index = Targets(self.module)
             names = resolve(name, adapter, index, self._targets, allow_tied)
             prepared = Prepared(name, adapter, names, check_base)
@@ -194,7 +195,7 @@ class Switch:
             if scales == self._weights.state.active:
                 return
             refuse_merged(self._adapter_layers)
-            self._follow_moves()
+            self._weights.follow(self._forget)
             self._go(State(scales, self._plan(scales)))
 
     def deactivate(self, *, force: bool = False) -> None:
@@ -209,7 +210,7 @@ class Switch:
         with self.lock:
             self._weights.settle()
             if self._weights.state.active:
-                self._follow_moves()
+                self._weights.follow(self._forget)
                 self._go(State(), check=not force)
 
     @contextmanager
@@ -313,10 +314,6 @@ class Switch:
         """Know these weights and no others."""
         self._weights.remember(targets)
         self._targets = {target.name: target for target in targets}
-
-    def _follow_moves(self) -> None:
-        self._weights.settle()
-        self._weights.follow(self._forget)
 
     def _forget(self, target: Target) -> None:
         self._combinations.clear()
