@@ -326,11 +326,6 @@ def count_write(weight: Tensor, earlier: WriteCount | None = None) -> WriteCount
     return WriteCount(earlier.before, earlier.writes + 1)
 
 
-def one_write(weight: Tensor) -> WriteCount:
-    """Return the count of one write before it is made, to take it back after an interrupt."""
-    return WriteCount(None if weight.is_inference() else weight._version, 1)
-
-
 def take_back(weight: Tensor, count: WriteCount) -> None:
     """Take counted writes back, once the weight holds the bits of before them again."""
     if count.before is None or weight.is_inference():

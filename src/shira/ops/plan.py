@@ -153,8 +153,8 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     Args:
         indices: ``(2, k_i)`` integers each: rows and columns, sorted by row, then column; or
             packed.
-        shape: Shape of the weight.
-        stride: Strides of the weight, in entries.
+        shape: Of the weight.
+        stride: Of the weight, in entries.
 
     Raises:
         SupportError: If coordinates are out of range, unsorted or repeated.

@@ -29,7 +29,6 @@ from shira.ops.memory import (
     make_private,
     memory_of,
     offsets_of,
-    one_write,
     overlaps_itself,
     settle,
     take_back,
@@ -144,10 +143,8 @@ class Undo:
     def restore(self, weight: Tensor, commit: Callable[[], None]) -> None:
         """Put the originals back; the weight may have been moved or cast since.
 
-        Args:
-            weight: Into which the merge wrote.
-            commit: Notes that the originals are back; called once or twice. An interrupt does not
-                keep the two apart: they are then both done before it is raised.
+        ``commit`` notes that; called once or twice. An interrupt does not keep the two apart: they
+        are then both done before it is raised.
         """
         make_private(weight)
         write_to(weight.data, _Restoring(self, weight, commit), lambda data: None, lasting=True)
@@ -223,7 +220,7 @@ class _Merging:
 
     def __init__(self, write: Write, weight: Tensor, undone: Callable[[], None]) -> None:
         self.write, self.weight, self.undone = write, weight, undone
-        self.count = one_write(weight)
+        self.count = WriteCount(None if weight.is_inference() else weight._version, 1)
         self.put_in = write.put_in
 
     def put_back(self) -> None:

@@ -37,17 +37,10 @@ class Inside(NamedTuple):
 
 
 def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> Tensor:
-    """Return what an adapted layer computes with, in the place of its base weight.
+    """Return an `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
 
-    Args:
-        weight: The base weight as it is now.
-        deltas: ``(k_i,)`` of each adapter in effect, scale included. None at all stands for a batch
-            in which samples have their own: there is no such weight, and computing with the result
-            is an error.
-        inside: Of the layer, with the positions of each.
-
-    Returns:
-        An `AdaptedWeight`; where torch traces instead of computing, a plain tensor.
+    No deltas at all stand for a batch in which samples have their own: there is no such weight, and
+    computing with the result is an error.
     """
     if not runs_eagerly(*deltas):
         return _made(weight, deltas, inside)

@@ -120,17 +120,11 @@ def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Tensor | None:
-    """Return ``(k,)`` values of the base under an adapter's entries.
+    """Return the base's values at a support, ``(k,)``, also if the layer is adapted.
 
-    Args:
-        layer: The base layer, or an adapted one.
-        support: On a weight of that shape.
-        gather: Make a weight whole that FSDP2 has sharded, which is a collective call.
-
-    Returns:
-        In the weight's dtype and on its device. None where the values are not there as numbers: on
-        the meta device, or packed by quantization. What Accelerate has offloaded or ZeRO-3 has
-        partitioned is fetched, weight by weight.
+    None where they are not there as numbers: on the meta device, or packed by quantization. What
+    Accelerate has offloaded or ZeRO-3 has partitioned is fetched; ``gather`` makes a weight whole
+    that FSDP2 has sharded, which is a collective call.
     """
     base = base_of(layer)
     if backend_of(base) is not None:
@@ -143,14 +137,7 @@ def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Ten
 
 
 def pristine(layer: nn.Module) -> nn.Module:
-    """Return the base layer, to be looked at: a copy that holds the base if adapters are in it.
-
-    The copy has a weight of m x n entries of its own: a mask that looks at the weight looks at all
-    of it.
-
-    Args:
-        layer: The base layer, or an adapted one.
-    """
+    """Return the base layer, to look at; if adapters are in it, a copy with the base's weight."""
     base, copied = base_of(layer), None
     with readable(base):
         weight = stored_weight(layer)
@@ -168,10 +155,7 @@ def pristine(layer: nn.Module) -> nn.Module:
 def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> None:
     """Put the base's values into a layer's weight in a state dict that was taken while merged.
 
-    Args:
-        state_dict: Changed in place; its tensors are not.
-        key: Of the weight.
-        layer: With the adapters merged that were merged when the state dict was taken.
+    The layer has the same adapters merged as then. No tensor of the state dict is written to.
     """
     undo, given = getattr(layer, "_undo", None), state_dict.get(key)
     if not isinstance(given, Tensor):
@@ -194,10 +178,7 @@ def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> No
 def values_at(weight: Tensor, support: Support, *overwritten: Overwritten) -> Tensor | None:
     """Return ``(k,)`` entries of a weight, or None if it does not hold them all as numbers.
 
-    Args:
-        weight: Perhaps with adapters in it.
-        support: The entries.
-        overwritten: See `shira.ops.patch.restored`; without, entries are what they are now.
+    They are what they are now, but for what was ``overwritten``: see `shira.ops.patch.restored`.
     """
     if (
         weight.is_meta
@@ -278,12 +259,7 @@ class Way(enum.Enum):
 
 
 def way_to_call(module: nn.Module, known: Collection[Callable[..., Any]] | None) -> Way:
-    """Return how to call a base layer.
-
-    Args:
-        module: The base layer.
-        known: The forwards for which there is a product; None: for whatever it has.
-    """
+    """Return how to call a base layer, given the forwards that have a product (None: all have)."""
     own = module.__dict__
     if known is not None:
         if "forward" not in own:

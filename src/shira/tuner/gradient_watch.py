@@ -24,11 +24,7 @@ _NAMED = 8
 
 
 class GradientWatch:
-    """The wait for the first backward pass of a model, whose layers hold it until then.
-
-    Args:
-        model: With new adapters.
-    """
+    """The wait for the first backward pass of a model, whose layers hold it until then."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)

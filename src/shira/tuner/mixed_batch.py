@@ -29,10 +29,7 @@ def adapter_names_in_effect(
 ) -> Iterator[None]:
     """Hand every adapted layer ``adapter_names`` with its input, while the context lasts.
 
-    Args:
-        model: The tuner.
-        adapter_names: One name for each sample; ``"__base__"`` for none. ``None``: do nothing.
-        num_beams: In a beam search each sample stands so many times; in the encoder once.
+    In a beam search each sample stands ``num_beams`` times, in the encoder once.
 
     Raises:
         AdapterError: If the model is in training mode.
@@ -93,13 +90,7 @@ def adapter_names_in_effect(
 def mixed_batch_forward(
     layer: Any, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call an adapted layer, each sample through its own adapter.
-
-    Args:
-        layer: A `ShiraLayer`.
-        adapter_names: One for each sample; one that the layer lacks stands for the base.
-        args: The layer's; the samples first.
-        kwargs: The same.
+    """Call an adapted layer, each sample through its own adapter, or the base if it has none here.
 
     Raises:
         AdapterError: If there are more or fewer names than samples, or the layer's forward cannot

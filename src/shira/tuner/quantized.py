@@ -37,10 +37,8 @@ from shira.store.names import full_shape
 def backend_of(layer: nn.Module, **kwargs: Any) -> Any:
     """Return PEFT's quantization backend of a base layer, or None if it is not quantized.
 
-    Args:
-        layer: The base layer.
-        **kwargs: What PEFT knows of the model's quantization. torchao's way of packing again may be
-            missing from it (a model quantized by hand): only merging would need it.
+    PEFT's ``kwargs`` may lack torchao's way of packing again (a model quantized by hand): only
+    merging would need it.
     """
     repack = kwargs.get("get_apply_tensor_subclass") or _refuse_to_repack
     return resolve_quantization_backend(layer, get_apply_tensor_subclass=repack)
@@ -53,14 +51,9 @@ def can_unpack(backend: Any) -> bool:
 
 
 def unpacked(layer: nn.Module) -> Tensor | None:
-    """Return the values of a base layer's weight, to look at: dequantized if it is packed.
+    """Return a base layer's weight, detached, to look at: a new dense one if it is packed.
 
-    Args:
-        layer: The base layer, quantized or not.
-
-    Returns:
-        A tensor of the weight's full shape, detached; for a packed weight a new one of m * n
-        entries. None for a packed weight whose backend cannot unpack it.
+    None for a packed weight whose backend cannot unpack it.
     """
     backend = backend_of(layer)
     if backend is None:

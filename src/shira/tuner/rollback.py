@@ -10,7 +10,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
@@ -26,22 +25,23 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
 
     What modules hold is put back: submodules, parameters and their ``requires_grad``, modes,
     configurations, hooks. The values of tensors are not: who writes to them checks before.
-
-    Args:
-        model: Whose modules the body may replace.
-        kind: Put back only if the model has a module of this class then.
+    All this only if the model then has a module of this ``kind``.
     """
-    modules = [(module, _contents(module.__dict__)) for module in model.modules()]
+    modules = []
+    for module in model.modules():
+        attributes = dict(module.__dict__)
+        containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
+        modules.append((module, attributes, [(value, copy.copy(value)) for value in containers]))
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         if not any(isinstance(module, kind) for module in model.modules()):
             raise
-        for module, (attributes, containers) in modules:
+        for module, attributes, copies in modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for container, before in containers:
+            for container, before in copies:
                 container.clear()
                 if isinstance(container, list):
                     container.extend(before)
@@ -52,18 +52,8 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
         raise
 
 
-def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """Return attributes, and copies of the containers among them, which stay the same objects."""
-    containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
-    return dict(attributes), [(value, copy.copy(value)) for value in containers]
-
-
 class MergeState:
-    """The layers of a model, and what is merged into each, as they are now.
-
-    Args:
-        model: That PEFT merges into, or unloads.
-    """
+    """The layers of a model, and what is merged into each, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
         self._children = [(module._modules, dict(module._modules)) for module in model.modules()]
