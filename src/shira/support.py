@@ -190,7 +190,9 @@ class Support:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Support):
             return NotImplemented
-        return self.shape == other.shape and torch.equal(self.indices, other.indices)
+        return self is other or (
+            self.shape == other.shape and torch.equal(self.indices, other.indices)
+        )
 
     __hash__ = None  # type: ignore[assignment]  # holds a tensor
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from shira.checkpoints.opening import Checkpoint, Stored
 from shira.errors import ConfigError, FileFormatError
 from shira.store.atomic import replacing
-from shira.store.header import WHOLE_DTYPES
+from shira.store.header import INTEGERS, WHOLE_DTYPES
 
 Progress = Callable[[int, int], None]
 """Told how much is done (bytes, entries) and how much there is in all."""
@@ -79,8 +79,7 @@ def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
 
 def bits(values: Tensor) -> Tensor:
     """Return the values as integers of their width, which tell 0.0 from -0.0."""
-    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.view(widths[values.element_size()])
+    return values.view(INTEGERS[values.itemsize])
 
 
 def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:
@@ -131,9 +130,7 @@ class Written:
 def check_output(checkpoint: Checkpoint, output: str | os.PathLike[str], overwrite: bool) -> Path:
     """Return the output's path, after making sure that what is there may be replaced.
 
-    Raises:
-        ConfigError: If it is there already and may not be overwritten, or is a folder of something
-            else. (`check_outputs` keeps it apart from what is read.)
+    (`check_outputs` keeps it apart from what is read.)
     """
     target = Path(os.path.abspath(output))
     if not (target.exists() or target.is_symlink()):

@@ -138,7 +138,9 @@ def derived_metadata(
         gone += ("modules_to_save",)
     same_mask = all(
         any(name in source for name in deltas)
-        and all(name not in source or _same_support(source[name], d) for name, d in deltas.items())
+        and all(
+            name not in source or source[name].support == d.support for name, d in deltas.items()
+        )
         for source in sources
     )
     if not same_mask:
@@ -184,14 +186,10 @@ def _fingerprints(sources: Sequence[Adapter], deltas: Mapping[str, SparseDelta])
         for source in sources:
             if name not in (source.metadata.get(FINGERPRINT_FIELD) or {}):
                 continue
-            if name in source and _same_support(source[name], delta):
+            if name in source and source[name].support == delta.support:
                 for field in (FINGERPRINT_FIELD, ROUNDED_FIELD):
                     known = source.metadata.get(field) or {}
                     if name in known:
                         kept.setdefault(field, {})[name] = known[name]
                 break
     return kept
-
-
-def _same_support(a: SparseDelta, b: SparseDelta) -> bool:
-    return a.support is b.support or a.support == b.support

@@ -24,12 +24,9 @@ BLOCK = 2**22
 def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
     """Return flat indices of the k highest scores; of equal scores the first.
 
-    The answer depends on the scores alone, not on the device or on how they are cut into blocks.
-
-    Args:
-        blocks: The scores in order of their flat index, cut into 1-D float32 or float64 tensors of
-            any lengths, of at least k entries together, on one device.
-        k: How many, at least 1.
+    The answer depends on the scores alone, not on the device or on how they are cut into blocks:
+    1-D float32 or float64 tensors of any lengths, in order of their flat index, on one device. k is
+    at least 1.
 
     Returns:
         int64 ``(k,)``, increasing, on the scores' device.

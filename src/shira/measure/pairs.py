@@ -286,7 +286,7 @@ def _mean(parameters: Sequence[ParameterOverlap]) -> Estimate:
 
 def _shared_entries(a: Support, b: Support) -> tuple[Tensor, Tensor]:
     """Find the shared positions of two supports: int64 ``(shared,)`` entries of each, in order."""
-    if a is b or a == b:
+    if a == b:
         everything = torch.arange(a.nnz, device=a.indices.device)
         return everything, everything
     merged, order = torch.sort(torch.cat((a.indices, b.indices)), stable=True)

@@ -55,7 +55,7 @@ WHOLE_DTYPES: Mapping[str, torch.dtype] = {
 """Dtypes of whole tensors; the integers are those of buffers."""
 
 _READABLE = {**WHOLE_DTYPES, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 WORDS: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _READABLE.items()}
 """Safetensors' words for the dtypes that are read and written."""
 
@@ -191,7 +191,7 @@ def tensor_of(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU as a file has them: the reverse of `tensor_of`."""
-    bits = tensor.reshape(-1).view(_INTEGERS[tensor.itemsize]).numpy()
+    bits = tensor.reshape(-1).view(INTEGERS[tensor.itemsize]).numpy()
     if sys.byteorder == "big":
         bits = bits.byteswap()
     return bits.view(np.uint8).data
