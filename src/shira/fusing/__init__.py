@@ -4,15 +4,13 @@
 ::
 
     adapters    fuse, restrict, cast, fill_to_rank: what the operators of `Adapter` call
-    methods     the table of fusing methods
-    steps       the pure functions that methods are made of
+    methods     the pure functions that make methods, and the table of them
     result      what goes together, and what is true of the result
 """
 
 from __future__ import annotations
 
 from shira.fusing.adapters import cast, fill_to_rank, fuse, restrict
-from shira.fusing.methods import METHODS, Method
-from shira.fusing.steps import keep_largest
+from shira.fusing.methods import METHODS, Method, keep_largest
 
 __all__ = ["METHODS", "Method", "cast", "fill_to_rank", "fuse", "keep_largest", "restrict"]

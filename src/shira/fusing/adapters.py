@@ -16,9 +16,16 @@ import torch
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
-from shira.fusing.methods import Method, method_of, parameters_of
+from shira.fusing.methods import (
+    Method,
+    digest,
+    keep_largest,
+    method_of,
+    parameters_of,
+    select,
+    uniform,
+)
 from shira.fusing.result import check_together, derived_metadata, record, whole_tensors
-from shira.fusing.steps import digest, keep_largest, select, uniform
 from shira.support import Support, matrix_shape
 
 Progress = Callable[[int, int], None]

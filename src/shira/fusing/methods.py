@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of ways to fuse: `METHODS`. A row says how each delta is thinned and how they combine.
+"""The ways to fuse: pure functions, and `METHODS`, the table of which method takes which.
 
 ============== =============== ================= ================================================
 method         each delta      together          source
@@ -14,23 +14,210 @@ magnitude      as it is        sum, then pruned  the largest k of the sum
 magnitude_prune trimmed        weighted sum      PEFT's combination type of that name
 ============== =============== ================= ================================================
 
-A further method is a function in a file of its own and a row here.
+Some functions make one delta sparser before it is combined: TIES' trim, DARE's drop, DELLA's
+MagPrune. Their ``density`` is the share of the delta's own entries that stay (PEFT's and mergekit's
+word). Others make one delta of several: the weighted sum and mean, and TIES' elected mean. These
+work on the union of the supports, where a position that a delta lacks is a zero of it; sums are
+made in float32 (float64 if a delta is) in the order given, each product rounded before it is added.
+
+A further method is a function in a file of its own and a row in the table.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from shira.base import accumulation_dtype
 from shira.delta import SparseDelta
 from shira.errors import ConfigError, did_you_mean
-from shira.fusing.steps import drop, elected_mean, mag_prune, trim, weighted_mean, weighted_sum
+from shira.masks.topk import top_k, top_k_of_all
+from shira.support import Support, align, matrix_shape
 
 EPSILON = 0.1
 """Default width of DELLA's range of probabilities."""
+
+
+def trim(delta: SparseDelta, density: float) -> SparseDelta:
+    """Keep the ``int(density * k)`` entries of largest magnitude; of equal ones the first.
+
+    TIES-Merging, arXiv 2306.01708, section 3, step 1; PEFT's ``magnitude_based_pruning``.
+    """
+    count = int(density * delta.nnz)
+    if count >= delta.nnz:
+        return delta
+    if not count:
+        return select(delta, torch.zeros(0, dtype=torch.int64, device=delta.values.device))
+    return select(delta, top_k([magnitude(delta)], count))
+
+
+def drop(delta: SparseDelta, density: float, draw: Tensor) -> SparseDelta:
+    """Keep each entry with probability ``density`` and divide it by that: the mean stays.
+
+    DARE, arXiv 2311.03099, section 3: drop and rescale. ``draw`` is float64 ``(k,)``, uniform in
+    [0, 1), on the CPU.
+    """
+    return _sample(delta, torch.full_like(draw, density), draw)
+
+
+def mag_prune(delta: SparseDelta, density: float, epsilon: float, draw: Tensor) -> SparseDelta:
+    """Do as `drop`, but keep large entries more often than small ones.
+
+    DELLA, arXiv 2406.11617, section 3.1 (MagPrune): within a row, the probability to stay goes
+    from ``density - epsilon / 2`` for the smallest to ``density + epsilon / 2`` for the largest;
+    what stays is divided by its own probability.
+    """
+    rank = row_rank(delta).cpu()  # (k,) from 0 to 1
+    return _sample(delta, (density - epsilon / 2) + epsilon * rank, draw)
+
+
+def weighted_sum(deltas: Sequence[SparseDelta], weights: Sequence[float]) -> SparseDelta:
+    """Return ``sum_i weights[i] * deltas[i]`` on the union (task arithmetic, arXiv 2212.04089)."""
+    union, places = align([delta.support for delta in deltas])
+    wide = accumulation_dtype(*(delta.values.dtype for delta in deltas))
+    total = torch.zeros(union.nnz, dtype=wide, device=union.indices.device)
+    for delta, weight, place in zip(deltas, weights, places, strict=True):
+        _add(total, place, delta.values.detach().to(wide) * weight)
+    return SparseDelta(union, total)
+
+
+def weighted_mean(
+    deltas: Sequence[SparseDelta], weights: Sequence[float], total_weight: float
+) -> SparseDelta:
+    """Return `weighted_sum` over the weights of all adapters, those without the parameter too."""
+    total = weighted_sum(deltas, weights)
+    return SparseDelta(total.support, total.values / total_weight)
+
+
+def elected_mean(
+    deltas: Sequence[SparseDelta], weights: Sequence[float], majority_sign_method: str = "total"
+) -> SparseDelta:
+    """Elect a sign at each position, and average the weighted values that have it.
+
+    TIES-Merging, arXiv 2306.01708, section 3, steps 2 and 3, in PEFT's form: the vote is among the
+    values before they are weighted, a tie elects plus, and the sum of those that agree is divided
+    by their number. ``"total"`` elects the sign of the sum, ``"frequency"`` that of most values.
+    """
+    union, places = align([delta.support for delta in deltas])
+    wide = accumulation_dtype(*(delta.values.dtype for delta in deltas))
+    total = torch.zeros(union.nnz, dtype=wide, device=union.indices.device)
+    values = [delta.values.detach().to(wide) for delta in deltas]
+    for value, place in zip(values, places, strict=True):
+        _add(total, place, value.sign() if majority_sign_method == "frequency" else value)
+    elected = torch.where(total >= 0, 1.0, -1.0).to(wide)  # (union.nnz,)
+    total.zero_()
+    agreeing = torch.zeros_like(total)
+    for value, weight, place in zip(values, weights, places, strict=True):
+        agrees = value.sign() == (elected if place is None else elected[place])
+        _add(total, place, torch.where(agrees, value * weight, 0.0))
+        _add(agreeing, place, agrees.to(wide))
+    return SparseDelta(union, total / agreeing.clamp(min=1))
+
+
+def keep_largest(deltas: Mapping[str, SparseDelta], k: int) -> dict[str, SparseDelta]:
+    """Keep the k entries of largest magnitude over all parameters together.
+
+    Values keep their bits, parameters their place. Of equal magnitudes the first are kept,
+    parameters counted in the order of their names, so that the order in which they come does not
+    matter. A parameter may end with no entry.
+
+    Args:
+        deltas: By parameter name, on one device.
+        k: How many entries to keep in all.
+
+    Example:
+        >>> delta = SparseDelta(Support((2, 3), torch.tensor([0, 4])), torch.tensor([1.0, -2.0]))
+        >>> keep_largest({"w": delta}, 1)["w"].support.indices
+        tensor([4], dtype=torch.int32)
+    """
+    if k >= sum(delta.nnz for delta in deltas.values()):
+        return dict(deltas)
+    ordered = sorted(deltas)
+    kept = top_k_of_all(
+        {name: [magnitude(deltas[name])] for name in ordered},
+        {name: deltas[name].nnz for name in ordered},
+        k,
+    )
+    return {
+        name: select(delta, kept[name].to(delta.values.device)) for name, delta in deltas.items()
+    }
+
+
+def select(delta: SparseDelta, entries: Tensor) -> SparseDelta:
+    """Return the delta on some of its entries: int64 in increasing order, or a boolean mask."""
+    support = Support._trusted(delta.support.shape, delta.support.indices[entries])
+    return SparseDelta(support, delta.values[entries])
+
+
+def magnitude(delta: SparseDelta) -> Tensor:
+    """Return the values' magnitudes ``(k,)`` in float32, or float64 if the values are."""
+    return delta.values.detach().to(accumulation_dtype(delta.values.dtype)).abs()
+
+
+def row_rank(delta: SparseDelta) -> Tensor:
+    """Rank each entry by magnitude among those of its row, as the weight is stored.
+
+    Returns:
+        float64 ``(k,)``: 0 for the smallest of a row, 1 for the largest, 0.5 if it is the only one.
+    """
+    rows, cols = matrix_shape(delta.support.shape)
+    row = delta.support.indices.long() // max(cols, 1)  # (k,) sorted
+    order = torch.argsort(magnitude(delta), stable=True)
+    order = order[torch.argsort(row[order], stable=True)]  # by row, in it by magnitude
+    count = torch.bincount(row, minlength=rows)
+    start = count.cumsum(0) - count
+    rank = torch.empty(delta.nnz, dtype=torch.float64, device=row.device)
+    rank[order] = (torch.arange(delta.nnz, device=row.device) - start[row]).double()
+    last = (count[row] - 1).double()
+    return torch.where(last > 0, rank / last.clamp(min=1), 0.5)
+
+
+def digest(delta: SparseDelta) -> bytes:
+    """Hash a delta's shape, positions, dtype and values; the same on every device.
+
+    Random draws are keyed by it, and it gives deltas an order of their own in which sums are made,
+    so that ``fuse([a, b])`` and ``fuse([b, a])`` are the same, bit for bit.
+    """
+    made = hashlib.blake2b(f"{delta.support.shape} {delta.values.dtype}".encode(), digest_size=16)
+    for tensor in (delta.support.indices, delta.values):
+        made.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return made.digest()
+
+
+def uniform(count: int, seed: int, name: str, delta: bytes, occurrence: int = 0) -> Tensor:
+    """Draw float64 numbers ``(count,)`` in [0, 1) for a delta's entries, on the CPU.
+
+    They are keyed by the seed, the parameter's name and the delta's `digest`, the same on every
+    platform and with every version of numpy; no global generator is used. ``occurrence`` tells
+    deltas apart that are equal in every bit.
+    """
+    text = f"{int(seed)}\0{occurrence}\0{name}\0".encode("utf-8", "surrogatepass") + delta
+    key = hashlib.blake2b(text, digest_size=16, person=b"shira.fuse").digest()
+    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
+    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _sample(delta: SparseDelta, chance: Tensor, draw: Tensor) -> SparseDelta:
+    kept = (draw < chance).nonzero().squeeze(1)
+    stays = select(delta, kept.to(delta.values.device))
+    wide = stays.values.to(accumulation_dtype(delta.values.dtype))
+    return SparseDelta(stays.support, wide / chance[kept].to(wide))
+
+
+def _add(total: Tensor, place: Tensor | None, values: Tensor) -> None:
+    """Add ``(k,)`` values at places that occur once each; None is everywhere."""
+    if place is None:
+        total += values
+    else:
+        total.index_add_(0, place, values)
 
 
 @dataclass(frozen=True)

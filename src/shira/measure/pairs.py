@@ -15,8 +15,8 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError
 from shira.fusing.adapters import Progress
+from shira.fusing.methods import select
 from shira.fusing.result import check_together
-from shira.fusing.steps import select
 from shira.measure.figures import (
     Estimate,
     Overlap,
