@@ -140,9 +140,11 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
         "dataloader_pin_memory": not on_cpu,
         "ddp_broadcast_buffers": False,  # the entries are the same everywhere and never change
         "ddp_find_unused_parameters": False,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         **{name: getattr(options, name) for name in _NAMED_ALIKE},
     }
+    if options.gradient_checkpointing:  # else not said: later releases deprecate the name
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         arguments["ddp_backend"] = "gloo"
     return TrainingArguments(**{**arguments, **more})
@@ -150,7 +152,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
 
 _NAMED_ALIKE = (
     *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
-    *("seed", "logging_steps", "eval_steps", "save_total_limit", "gradient_checkpointing"),
+    *("seed", "logging_steps", "eval_steps", "save_total_limit"),
 )
 
 
