@@ -67,10 +67,9 @@ def run_demo(root: Path, settings: Settings) -> bool:
     tokenizer = load_tokenizer(settings.options())
     runs, logits = {}, {}
     for slot, task in enumerate(tasks):
-        frozen, adapted, logits[task.name] = train_task(
+        runs[task.name], logits[task.name] = train_task(
             task, tokenizer, settings, outputs=outputs, slot=slot, root=root
         )
-        runs[task.name] = {"frozen": frozen, "shira": adapted}
     write_atomically(root / PREDICTIONS, to_bytes(logits))
     results |= {
         "tasks": [task.name for task in tasks],

