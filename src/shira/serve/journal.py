@@ -24,7 +24,7 @@ import stat
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from shira.delta import checked_scale
 from shira.errors import AdapterError, FileFormatError, RestoreError, ServeError, ShiraError
@@ -105,16 +105,16 @@ def read(path: str | os.PathLike[str]) -> Record:
         value = read_object(path, "journal", _LARGEST)
     except FileNotFoundError:
         return Record()
-    if value.get(_FORMAT) != _VERSION:
-        _refuse(path, f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
-    return Record(
-        {name: _kept(path, name, kept) for name, kept in _table(path, value, "adapters").items()},
-        {
-            name: _scales(path, name, terms)
-            for name, terms in _table(path, value, "combinations").items()
-        },
-        _scales(path, "active", value.get("active")),
-    )
+    try:
+        if value.get(_FORMAT) != _VERSION:
+            raise ValueError(f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
+        return Record(
+            {name: _kept(name, kept) for name, kept in _table(value, "adapters").items()},
+            {name: _scales(name, terms) for name, terms in _table(value, "combinations").items()},
+            _scales("active", value.get("active")),
+        )
+    except ValueError as error:
+        raise FileFormatError(f"{os.fspath(path)} is no journal of adapters: {error}") from None
 
 
 def set_aside(path: str | os.PathLike[str]) -> Path:
@@ -196,29 +196,25 @@ def _checked(scales: Mapping[str, float]) -> dict[str, float]:
     return {name: checked_scale(name, scale) for name, scale in scales.items()}
 
 
-def _table(path: str | os.PathLike[str], value: dict[str, Any], key: str) -> dict[str, Any]:
+def _table(value: dict[str, Any], key: str) -> dict[str, Any]:
     found = value.get(key)
     if not isinstance(found, dict):
-        _refuse(path, f'"{key}" is {found!r:.80}, not an object')
+        raise ValueError(f'"{key}" is {found!r:.80}, not an object')
     return found
 
 
-def _kept(path: str | os.PathLike[str], name: str, value: Any) -> Kept:
+def _kept(name: str, value: Any) -> Kept:
     if not isinstance(value, dict) or set(value) != set(Kept._fields):
-        _refuse(path, f"adapter {name!r} is {value!r:.80}, not a path and a digest")
+        raise ValueError(f"adapter {name!r} is {value!r:.80}, not a path and a digest")
     if not all(isinstance(each, str) for each in value.values()):
-        _refuse(path, f"path and digest of adapter {name!r} are texts, unlike {value!r:.80}")
+        raise ValueError(f"path and digest of adapter {name!r} are texts, unlike {value!r:.80}")
     return Kept(**value)
 
 
-def _scales(path: str | os.PathLike[str], name: str, value: Any) -> dict[str, float]:
+def _scales(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
-        _refuse(path, f"{name!r} is {value!r:.80}, not scales by name")
+        raise ValueError(f"{name!r} is {value!r:.80}, not scales by name")
     try:
         return _checked(value)
     except AdapterError as error:
-        _refuse(path, f"in {name!r}, {error}")
-
-
-def _refuse(path: str | os.PathLike[str], what: str) -> NoReturn:
-    raise FileFormatError(f"{os.fspath(path)} is no journal of adapters: {what}")
+        raise ValueError(f"in {name!r}, {error}") from None

@@ -25,7 +25,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 from shira.errors import ConfigError
@@ -151,14 +151,10 @@ class AdapterScheduler:
                         self._alone = False
                     self._leave()
             else:
-                self._forget(adapter, waiter)
+                with suppress(KeyError, ValueError):  # it is in the queue no more
+                    self._queues[adapter].remove(waiter)
+                self._proceed()
             raise
-
-    def _forget(self, adapter: Hashable, waiter: _Waiter) -> None:
-        queue = self._queues.get(adapter)
-        if queue is not None and waiter in queue:
-            queue.remove(waiter)
-        self._proceed()
 
     def _leave(self) -> None:
         self._running -= 1

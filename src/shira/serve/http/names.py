@@ -42,26 +42,23 @@ def below(folder: Path, path: object) -> Path:
         )
     try:
         path.encode()  # a lone surrogate may name a file, but cannot be told of in UTF-8
-        return _followed(folder.resolve(), path)
+        root = folder.resolve()
+        real = (root / path).resolve()
+        # The same answer whether there is something outside or not: nothing is told of it.
+        if root not in real.parents:
+            raise PathRefusedError(
+                f"the path {path!r} does not lie below the folder of adapters; "
+                "name adapters by their path inside it"
+            )
+        if not real.exists():
+            raise FileNotFoundError(f"there is no adapter at {path!r} in the folder of adapters")
+        if real.is_dir():
+            _check_links(root, real, path)
+        return real
     except (AdapterError, FileNotFoundError):
         raise
     except (OSError, RuntimeError, ValueError) as error:  # loops, names too long, NUL
         raise AdapterError(f"the path {path!r:.300} cannot be followed") from error
-
-
-def _followed(root: Path, path: str) -> Path:
-    real = (root / path).resolve()
-    # The same answer whether there is something outside or not: nothing is told of it.
-    if root not in real.parents:
-        raise PathRefusedError(
-            f"the path {path!r} does not lie below the folder of adapters; "
-            "name adapters by their path inside it"
-        )
-    if not real.exists():
-        raise FileNotFoundError(f"there is no adapter at {path!r} in the folder of adapters")
-    if real.is_dir():
-        _check_links(root, real, path)
-    return real
 
 
 def _check_links(root: Path, folder: Path, path: str) -> None:
