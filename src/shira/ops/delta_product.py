@@ -42,7 +42,7 @@ def _sparse_product(
     plan = plan_for([indices], (rows, cols), (cols, 1))
     with no_autocast(x):
         if transposed:
-            by_column = _columns(plan)
+            by_column = plan.memo("columns", _columns, plan)
             matrix = _csr(by_column, delta.index_select(0, by_column.order).to(wide), (cols, rows))
         else:
             matrix = _csr(_rows(plan), delta.to(wide), (rows, cols))
@@ -176,11 +176,6 @@ def _rows(plan: Plan) -> Pattern:
 
 
 def _columns(plan: Plan) -> _Columns:
-    """Return the entries by column, kept with the plan."""
-    return plan.memo("columns", _make_columns, plan)
-
-
-def _make_columns(plan: Plan) -> _Columns:
     _, row, col = plan.pattern()
     order = torch.argsort(col, stable=True)
     crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)

@@ -147,12 +147,10 @@ def write_to(
 
     Args:
         memory: What is written to.
-        write: What to write. Made, with room for the values of before, in advance.
-        meanwhile: Called with ``memory`` when all is written, before another thread can see it.
+        write: Made, with room for the values of before, in advance.
+        meanwhile: Called with ``memory`` when all is written, before another thread can see it;
+            its result is returned.
         lasting: Leave the written values there, unless ``meanwhile`` raises.
-
-    Returns:
-        What ``meanwhile`` returns.
 
     Raises:
         SharedMemoryError: If the memory is read-only or shared with other processes.

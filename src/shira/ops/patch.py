@@ -116,7 +116,7 @@ class Exchange:
             ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
         """
         if self.before is not None or self.after is not None:
-            write_to(self.weight, self, _nothing, lasting=True)
+            write_to(self.weight, self, lambda memory: None, lasting=True)
 
     def compare(self) -> None:
         """Compare the entries as `run` would; writes nothing.
@@ -216,10 +216,6 @@ class Exchanges:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether tensors of one dtype hold the same bits, NaN and signs of zero included."""
     return torch.equal(_bits(a.contiguous()), _bits(b.contiguous()))
-
-
-def _nothing(memory: Tensor) -> None:
-    pass
 
 
 def _parts(patch: Patch | None) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -27,7 +27,7 @@ from shira.errors import SupportError
 from shira.ops import native
 from shira.ops.gaps import from_gaps, gaps_of, is_packed, support_of
 from shira.ops.memory import offsets_of
-from shira.support import Support, align, matrix_shape
+from shira.support import align, matrix_shape
 
 T = TypeVar("T")
 
@@ -159,7 +159,10 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     Raises:
         SupportError: If coordinates are out of range, unsorted or repeated.
     """
-    supports = [_support(coordinates, shape) for coordinates in indices]
+    try:
+        supports = [support_of(coordinates, shape) for coordinates in indices]
+    except SupportError as error:
+        raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
     union, places = align(supports)
     members = places if len(supports) > 1 else None
     matrix, device, kept, packed = matrix_shape(shape), union.indices.device, None, None
@@ -169,9 +172,10 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         alone = members is None and not is_packed(indices[0])
         kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
     gaps = gaps_of(union, packed) if device.type == "cpu" else None
-    return Plan(
-        (*shape,), (*stride,), matrix, union.nnz, device, gaps, kept, members, _tiles(union)
-    )
+    layout, tiles = block_layout(union), None
+    if layout is not None:
+        tiles = Tiles(layout.block_size, layout.row_block.int(), layout.col_block.int())
+    return Plan((*shape,), (*stride,), matrix, union.nnz, device, gaps, kept, members, tiles)
 
 
 def _pattern(coordinates: Tensor, rows: int) -> Pattern:
@@ -181,26 +185,12 @@ def _pattern(coordinates: Tensor, rows: int) -> Pattern:
     return Pattern(crow, row, col)
 
 
-def _tiles(support: Support) -> Tiles | None:
-    layout = block_layout(support)
-    if layout is None:
-        return None
-    return Tiles(layout.block_size, layout.row_block.int(), layout.col_block.int())
-
-
 def _alias(tensor: Tensor) -> Tensor:
     """Return the same memory, but no view, which would keep the key of its cache entry alive."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(
         tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
     )
-
-
-def _support(coordinates: Tensor, shape: Sequence[int]) -> Support:
-    try:
-        return support_of(coordinates, shape)
-    except SupportError as error:
-        raise SupportError(f"the indices of an active adapter are unusable: {error}") from error
 
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter

@@ -175,9 +175,8 @@ def merge_into(
 
     Args:
         weight: The base weight, perhaps with other adapters merged already.
-        deltas: ``(k_i,)`` for each adapter that is to be in the weight afterwards, those that are
-            in it already among them.
-        indices: int32 ``(2, k_i)`` for each, or packed.
+        deltas: Of each adapter that is to be in it afterwards, those that are already among them.
+        indices: The same, as `shira.ops.linear` takes them.
         earlier: Of the adapters that are in it now.
         commit: Notes what undoes this merge; called with ``earlier`` when that counts again.
         check: Is given all replacement values ``(k,)`` before anything is written, and may raise.

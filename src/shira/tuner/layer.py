@@ -148,7 +148,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         inference_mode: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter that trains these entries, or put a new one in its place."""
+        """Add an adapter to the layer, or put a new one in its place.
+
+        Args:
+            adapter_name: Its name.
+            support: Which entries it trains.
+            r: The rank it is said to have.
+            config: ``init_weights``.
+            inference_mode: Leave it frozen.
+            **kwargs: What PEFT hands on of the quantization; not needed here.
+        """
         self._positions_unchecked = True
         self.r[adapter_name] = r
         self.scaling[adapter_name] = 1.0
@@ -199,7 +208,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         super().delete_adapter(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable the adapters; enabled again, they are trainable where they were."""
+        """Enable or disable the adapters; enabled again, they are trainable where they were.
+
+        Args:
+            enabled: Whether forwards are to use the active adapters.
+        """
         if not enabled and not self._disable_adapters:
             trained = {name: value.requires_grad for name, value in self.shira_weight.items()}
             self._trained_when_disabled = list(self.active_adapters), trained
@@ -329,7 +342,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             self._undo.restore(weight, lambda: self._note_merged([], None))
 
     def merge_only(self, adapter_names: Sequence[str]) -> None:
-        """Have just these adapters merged, from the originals; none is to unmerge."""
+        """Have just these adapters merged, from the originals.
+
+        Args:
+            adapter_names: Which; none is to unmerge.
+        """
         names = list(adapter_names)
         if self.merged_adapters:
             self.unmerge()

@@ -75,19 +75,10 @@ def quantized_linear(
 ) -> Tensor:
     """Compute ``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
 
-    An ``autograd.Function`` that keeps the layer, not a custom op, as an op takes no module: under
-    ``torch.compile`` the graph breaks around it.
-
-    Args:
-        x: ``(..., in)``.
-        layer: The quantized base layer. Its ``compute_dtype``, if it has one (bitsandbytes 4-bit,
-            HQQ), is the dtype of the product; else that of ``x``.
-        backend: Its `backend_of`; one that `can_unpack`.
-        deltas: ``(k_i,)`` for each active adapter, scale included.
-        indices: int32 ``(2, k_i)`` for each: rows and columns of the full weight, sorted.
-
-    Returns:
-        ``(..., out)`` in the dtype of ``x``.
+    In the layer's ``compute_dtype``, if it has one (bitsandbytes 4-bit, HQQ), else in that of
+    ``x``; deltas and indices as `shira.ops.linear` takes them. An ``autograd.Function`` that keeps
+    the layer, not a custom op, as an op takes no module: under ``torch.compile`` the graph breaks
+    around it.
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
