@@ -163,7 +163,7 @@ def test_modules_mappings_and_files_agree(tmp_path):
 
 
 def test_pieces_join(tmp_path, monkeypatch):
-    monkeypatch.setattr("shira.checkpoints.models.BLOCK", 7)
+    monkeypatch.setattr("shira.checkpoints.models.PIECE", 7)
     base = {"w": torch.randn(9, 11), "empty": torch.empty(0, 3)}
     adapter = make_adapter(base, ["w"], k=40)
     tuned = applied(base, adapter)

@@ -36,7 +36,7 @@ Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Checkpoint | Mapping[str
 Model: TypeAlias = "str | os.PathLike[str] | Checkpoint | nn.Module | Mapping[str, Tensor]"
 """A checkpoint as `open_checkpoint` takes it, a module, or a state dict."""
 
-BLOCK = 2**20
+PIECE = 2**20
 """Entries of a piece of a tensor: 4 MiB of float32."""
 
 _HEADS = ("lm_head.weight", "decoder.weight", "embed_out.weight", "output.weight")
@@ -262,8 +262,8 @@ class OnDisk:
         return FLOATS[self.checkpoint.tensors[name].dtype]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Give a tensor as 1-D pieces of `BLOCK` entries, in row-major order, on the CPU."""
-        return read_blocks(self.checkpoint.tensors[name], BLOCK)
+        """Give a tensor as 1-D pieces of `PIECE` entries, in row-major order, on the CPU."""
+        return read_blocks(self.checkpoint.tensors[name], PIECE)
 
     def entries(self, name: str, flat: Tensor) -> Tensor:
         """Return ``(k,)`` values of a tensor at increasing flat indices, on the CPU."""
@@ -299,8 +299,8 @@ class InMemory:
         """See `OnDisk`."""
         # One that is not contiguous is copied whole, and only while it is looked at.
         whole = self._tensors[name].reshape(-1)
-        for low in range(0, whole.numel(), BLOCK):
-            yield whole[low : low + BLOCK].cpu()
+        for low in range(0, whole.numel(), PIECE):
+            yield whole[low : low + PIECE].cpu()
 
     def entries(self, name: str, flat: Tensor) -> Tensor:
         """See `OnDisk`."""

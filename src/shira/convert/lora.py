@@ -22,7 +22,7 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.base import fingerprint_fields
 from shira.checkpoints.entries import Progress
-from shira.checkpoints.models import Model, Source, names_in, source_of
+from shira.checkpoints.models import PIECE, Model, Source, names_in, source_of
 from shira.convert.lora_file import Factors, oriented, read_lora
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, MaskError, WrongBaseError
@@ -208,20 +208,17 @@ def update_blocks(one: Factors) -> Iterator[Tensor]:
     """
     left, right = one.sides()
     rows = max(1, BLOCK // max(1, right.shape[1]))
-    for low in range(0, len(left), rows):
-        yield (left[low : low + rows] @ right).mul_(one.scaling)
+    for some in torch.split(left, rows):
+        yield (some @ right).mul_(one.scaling)
 
 
 def values_at(one: Factors, flat: Tensor) -> Tensor:
     """Return ``(k,)`` entries of the update at flat indices, each a sum of r products."""
     left, right = one.sides()
-    columns = right.t().contiguous()
-    found = torch.empty(flat.numel(), dtype=left.dtype)
-    for low in range(0, flat.numel(), _PAIRS):
-        piece = flat[low : low + _PAIRS].long()
-        pairs = left[piece // one.shape[1]] * columns[piece % one.shape[1]]
-        found[low : low + _PAIRS] = pairs.sum(1).mul_(one.scaling)
-    return found
+    columns, width = right.t().contiguous(), one.shape[1]
+    pieces = torch.split(flat.long(), _PAIRS)
+    sums = [(left[at // width] * columns[at % width]).sum(1) for at in pieces]
+    return torch.cat(sums).mul_(one.scaling)
 
 
 def energy_of(one: Factors) -> float:
@@ -266,14 +263,8 @@ def _check_copies(
 
 def _is(copy: Tensor, source: Source, name: str) -> bool:
     """Return whether a copy is the base's tensor, rounded to the narrower dtype of the two."""
-    if tuple(copy.shape) != source.shapes[name]:
-        return False
-    flat, at = copy.reshape(-1), 0
-    for block in source.blocks(name):
-        part = flat[at : at + block.numel()]
-        at += block.numel()
-        if not (
-            torch.equal(part.to(block.dtype), block) or torch.equal(part, block.to(part.dtype))
-        ):
-            return False
-    return True
+    pairs = zip(torch.split(copy.reshape(-1), PIECE), source.blocks(name), strict=False)
+    return tuple(copy.shape) == source.shapes[name] and all(
+        torch.equal(part.to(block.dtype), block) or torch.equal(part, block.to(part.dtype))
+        for part, block in pairs
+    )
