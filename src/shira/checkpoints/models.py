@@ -97,8 +97,6 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
         MergeError: If it has none of its own because it is tied, or packed by quantization.
     """
     names = list(names)
-    if not names:
-        return {}, Prefix()
     prefix = match_names(names, checkpoint.tensors)
     if prefix is None:
         raise _not_found(names, checkpoint)
@@ -336,7 +334,7 @@ def source_of(model: Model, *, all_names: bool = False) -> Source:
 
 def names_in(source: Source, names: Sequence[str], whose: str) -> dict[str, str]:
     """Return what a model calls each weight; ``whose`` is what changes them, for the message."""
-    prefix = match_names(names, source.shapes) if names else Prefix()
+    prefix = match_names(names, source.shapes)
     if prefix is None:
         odd = next((name for name in names if name not in source.shapes), names[0])
         packed = f" (it has one of {source.others[odd]})" if odd in source.others else ""

@@ -25,7 +25,7 @@ from shira.fusing.methods import (
     select,
     uniform,
 )
-from shira.fusing.result import check_together, derived_metadata, record, whole_tensors
+from shira.fusing.result import FUSED, check_together, derived, record, whole_tensors
 from shira.support import Support, matrix_shape
 
 Progress = Callable[[int, int], None]
@@ -124,7 +124,7 @@ def fuse(
         options = {"k": _budget(adapters, deltas, given)}
         deltas = keep_largest(deltas, options["k"])
     made = record(method, adapters, names, factors, options)
-    return Adapter(deltas, derived_metadata(adapters, deltas, tensors, made), tensors)
+    return derived(adapters, deltas, tensors, made)
 
 
 def restrict(
@@ -157,8 +157,7 @@ def restrict(
             _check_known(adapter, wanted)
         deltas = {name: delta for name, delta in adapter.items() if name in wanted}
         tensors = {name: tensor for name, tensor in adapter.tensors.items() if name in wanted}
-    kept = {name: value for name, value in adapter.metadata.items() if name == "fused"}
-    return Adapter(deltas, {**derived_metadata([adapter], deltas, tensors), **kept}, tensors)
+    return derived([adapter], deltas, tensors, adapter.metadata.get(FUSED))
 
 
 def cast(adapter: Adapter, dtype: torch.dtype | None, device: torch.device | str | None) -> Adapter:
@@ -257,8 +256,7 @@ def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]
             return adapter
         deltas = keep_largest(adapter, count)
         made = record("magnitude", [adapter], [name], [1.0], {"k": count})
-        tensors = adapter.tensors
-        return Adapter(deltas, derived_metadata([adapter], deltas, tensors, made), tensors)
+        return derived([adapter], deltas, adapter.tensors, made)
     if "density" in given:
         warnings.warn(
             f"there is nothing to fuse {name} with, so it is returned unchanged and density="

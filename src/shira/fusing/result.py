@@ -114,16 +114,13 @@ def whole_tensors(
     return {name: adapters[at].tensors[name] for name, at in found.items()}
 
 
-def derived_metadata(
+def derived(
     sources: Sequence[Adapter],
     deltas: Mapping[str, SparseDelta],
     tensors: Mapping[str, Tensor],
-    made: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the metadata of an adapter of these deltas and whole tensors, made of others.
-
-    ``made`` is from `record`, and goes under `FUSED`.
-    """
+    made: Mapping[str, Any] | None,
+) -> Adapter:
+    """Return an adapter of these deltas and whole tensors, made of others; `record` says how."""
     first, *others = (source.metadata for source in sources)
     result = {
         field: value
@@ -150,8 +147,8 @@ def derived_metadata(
         result["mask_type"] = FUSED
     result |= _fingerprints(sources, deltas)
     if made is not None:
-        result[FUSED] = dict(made)
-    return result
+        result[FUSED] = made
+    return Adapter(deltas, result, tensors)
 
 
 def record(
