@@ -16,7 +16,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shira.errors import shown
+from shira.errors import MissingDependencyError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,6 +204,15 @@ def no_accelerator_note() -> None:
 
 def _says_something(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()
+
+
+@contextmanager
+def needed_for(what: str, install: str) -> Iterator[None]:
+    """Say what to install where something needs a package whose import fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} needs {error.name}: pip install {install}") from error
 
 
 def offline() -> None:

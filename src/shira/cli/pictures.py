@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from shira.adapter import Adapter
-from shira.cli.output import shape_text
+from shira.cli.output import needed_for, shape_text
 from shira.cli.summary import Summary, known_shapes, without_number
 from shira.delta import SparseDelta
-from shira.errors import ConfigError, MissingDependencyError, shown
+from shira.errors import ConfigError, shown
 from shira.store.atomic import write_atomically
 from shira.support import Support, matrix_shape
 
@@ -35,10 +35,8 @@ _ACROSS = 4
 
 def new_figure(size: tuple[float, float], what: str) -> Any:
     """Return an empty figure of a width and height in inches; ``what`` needs matplotlib."""
-    try:
+    with needed_for(what, "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(f"{what} needs matplotlib: pip install matplotlib") from error
     return Figure(figsize=size, layout="constrained")
 
 

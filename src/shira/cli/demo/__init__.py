@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from shira.errors import MissingDependencyError
-
 EXAMPLES = (
     "shira demo                            # about three minutes on two cores",
     "shira demo --output /tmp/demo --seed 1",
@@ -47,7 +45,7 @@ def command(
     Exits with status 1 if a proof fails.
     """
     from shira.cli.demo.settings import QUICK, Settings
-    from shira.cli.output import no_accelerator_note, offline, share_cores
+    from shira.cli.output import needed_for, no_accelerator_note, offline, share_cores
 
     given = {
         "seed": seed,
@@ -61,11 +59,7 @@ def command(
     offline()
     share_cores()
     no_accelerator_note()
-    try:
+    with needed_for("the demo", "'shira[demo]'"):
         from shira.cli.demo.run import run_demo
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the demo needs {error.name}: pip install 'shira[demo]'"
-        ) from error
     if not run_demo(output, settings):
         raise typer.Exit(1)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shira.cli.options import one_of
-from shira.errors import ConfigError, MissingDependencyError, did_you_mean
+from shira.cli.output import needed_for
+from shira.errors import ConfigError, did_you_mean
 
 
 class Task(NamedTuple):
@@ -143,12 +144,8 @@ def resolve(given: Mapping[str, Any], config: Path | None) -> TrainOptions:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
+    with needed_for("--config", "'shira[train]'"):
         import yaml
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--config needs PyYAML, which is not installed: pip install 'shira[train]'"
-        ) from error
     with path.open("rb") as file:
         raw = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from shira.cli.options import one_of
-from shira.cli.output import console, no_accelerator_note, quieten
+from shira.cli.output import console, needed_for, no_accelerator_note, quieten
 from shira.cli.progress import say
 from shira.cli.train import checkpoints
 from shira.cli.train import model as models
 from shira.cli.train.data import collator, load_data
 from shira.cli.train.options import TrainOptions
 from shira.cli.train.outputs import Result, write_outputs
-from shira.errors import ConfigError, MissingDependencyError, ShiraError
+from shira.errors import ConfigError, ShiraError
 
 
 def run_training(options: TrainOptions) -> None:
@@ -33,7 +33,9 @@ def run_training(options: TrainOptions) -> None:
     checkpoint = checkpoints.find_checkpoint(output, options.resume)
     checkpoints.check_output(output, options, checkpoint)
     no_accelerator_note()
-    _check_installed()
+    for package in ("transformers", "peft", "accelerate", "datasets", "matplotlib"):
+        with needed_for("training", "'shira[train]'"):
+            __import__(package)
     from shira import PeftModel
     from shira.cli.train.trainer import CheckedTrainer, classification_figures, writing
 
@@ -182,16 +184,6 @@ def _scheduler(name: str, evaluates: bool) -> str:
             f"--scheduler {name} goes by the evaluation: give --eval-file or --eval-fraction"
         )
     return name
-
-
-def _check_installed() -> None:
-    for package in ("transformers", "peft", "accelerate", "datasets", "matplotlib"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"training needs {error.name}, which is not installed: pip install 'shira[train]'"
-            ) from error
 
 
 def _say_result(output: Path, result: Result) -> None:
