@@ -56,9 +56,8 @@ _FILE_ERRORS: dict[str, type[OSError]] = {
 class Processes(Protocol):
     """The processes that hold parts of one model."""
 
-    @property
-    def rank(self) -> int:
-        """This one's number."""
+    rank: int
+    """This one's number."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return everyone's value, by rank; each process calls it in the same order."""

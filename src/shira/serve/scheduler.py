@@ -70,23 +70,15 @@ class AdapterScheduler:
         self.switches = 0
         """How often an adapter was switched to."""
         self._activate = activate
-        self._active = active
-        self._running = 0
+        self.active = active
+        """The adapter whose turn it is."""
+        self.running = 0
+        """Requests that were let in and have not ended."""
         self._alone = False
         self._arrivals = 0
         self._queues: dict[Hashable, deque[_Waiter]] = {}
         self._switching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def active(self) -> Hashable:
-        """The adapter whose turn it is."""
-        return self._active
-
-    @property
-    def running(self) -> int:
-        """Requests that were let in and have not ended."""
-        return self._running
 
     @property
     def waiting(self) -> dict[Hashable, int]:
@@ -126,7 +118,7 @@ class AdapterScheduler:
     def assume(self, active: Hashable) -> None:
         """Say which adapter is active now; for use inside `alone`."""
         assert self._alone, "assume() without alone()"
-        self._active = active
+        self.active = active
 
     def fail(self, adapter: Hashable, error: Exception) -> int:
         """Let all who wait for an adapter end with an error, as when it is unloaded; how many."""
@@ -157,7 +149,7 @@ class AdapterScheduler:
             raise
 
     def _leave(self) -> None:
-        self._running -= 1
+        self.running -= 1
         self._proceed()
 
     def _proceed(self) -> None:
@@ -168,16 +160,16 @@ class AdapterScheduler:
             self._timer = None
         if self._switching is not None or self._alone:
             return
-        others = [key for key in self._queues if key != self._active]
+        others = [key for key in self._queues if key != self.active]
         if not others:
-            self._let_in(self._active)
+            self._let_in(self.active)
             return
         other = min(others, key=lambda key: self._queues[key][0].number)  # waits longest
         closes = self._queues[other][0].since + (0 if isinstance(other, _Alone) else self.patience)
         if _now() < closes:
-            self._let_in(self._active)
+            self._let_in(self.active)
             self._timer = asyncio.get_running_loop().call_at(closes, self._proceed)
-        if self._running:
+        if self.running:
             return
         if isinstance(other, _Alone):
             self._alone = True
@@ -197,7 +189,7 @@ class AdapterScheduler:
             self.fail(adapter, RuntimeError(f"switching to {adapter!r} was cancelled"))
             raise
         self._switching = None
-        self._active = adapter
+        self.active = adapter
         self.switches += 1
         self._let_in(adapter)
         self._proceed()
@@ -206,7 +198,7 @@ class AdapterScheduler:
         for waiter in self._queues.pop(adapter, ()):
             if not waiter.let_in.done():  # else cancelled, about to be forgotten
                 waiter.let_in.set_result(None)
-                self._running += 1
+                self.running += 1
 
 
 def _now() -> float:

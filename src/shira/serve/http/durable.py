@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from shira.errors import FileFormatError, RestoreError, ServeError, UnknownAdapterError, shown
 from shira.serve import journal
@@ -22,13 +22,6 @@ from shira.serve.http.service import AdapterService
 from shira.serve.journal import Kept, Record, restore
 
 _logger = logging.getLogger(__name__)
-
-
-class Lost(NamedTuple):
-    """A name that was served before and could not be restored."""
-
-    what: Kept | Mapping[str, float]
-    why: str
 
 
 class DurableService(AdapterService):
@@ -42,7 +35,9 @@ class DurableService(AdapterService):
     def __init__(self, *args: Any, journal: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.journal = journal
-        self.lost: dict[str, Lost] = {}
+        self.lost: dict[str, str] = {}
+        """Why a name that was served before could not be restored."""
+        self._before = Record()  # what the journal said at the start
         self.set_aside: dict[str, str] | None = None
         """Name of the file, and why it was set aside; None: nothing was."""
         self._written: Record | None = None
@@ -50,10 +45,9 @@ class DurableService(AdapterService):
 
     def record(self) -> Record:
         """Return what the journal should say now; what was lost is still in it."""
-        adapters = {n: lost.what for n, lost in self.lost.items() if isinstance(lost.what, Kept)}
-        combinations = {
-            n: lost.what for n, lost in self.lost.items() if not isinstance(lost.what, Kept)
-        }
+        before = self._before
+        adapters = {n: kept for n, kept in before.adapters.items() if n in self.lost}
+        combinations = {n: terms for n, terms in before.combinations.items() if n in self.lost}
         active: Mapping[str, float] = {}
         for name, served in self.served.items():
             if served.path is None:
@@ -71,20 +65,19 @@ class DurableService(AdapterService):
             ServeError: If the journal cannot be written or set aside, the engine is lost, or the
                 server has no folder of adapters.
         """
-        kept = await asyncio.to_thread(self._read)
-        if kept.adapters and self.folder is None:
+        self._before = before = await asyncio.to_thread(self._read)
+        if before.adapters and self.folder is None:
             raise ServeError(
                 f"the journal {self.journal} has adapters, but this server was given no folder of "
                 "adapters"
             )
-        known: dict[str, Kept | Mapping[str, float]] = {**kept.combinations, **kept.adapters}
-        self.lost = {name: Lost(what, "not yet") for name, what in known.items()}
+        self.lost = dict.fromkeys([*before.combinations, *before.adapters], "not yet")
         failed: dict[str, str] = {}
         try:
-            await restore(kept, self._restore_step)
+            await restore(before, self._restore_step)
         except RestoreError as error:
             failed = {name: str(why) for name, why in error.failed.items()}
-        self.lost = {n: Lost(known[n], why) for n, why in failed.items() if n in known}
+        self.lost = {name: why for name, why in failed.items() if name in self.lost}
         await self._write()  # now, so that a file that cannot be written is known at the start
         return failed
 
@@ -107,7 +100,7 @@ class DurableService(AdapterService):
         if lost is None:
             described = await super()._unload(name)
         else:
-            described = {"id": name, "object": "adapter", "not_restored": lost.why}
+            described = {"id": name, "object": "adapter", "not_restored": lost}
         await self._write()
         return described
 
@@ -121,7 +114,7 @@ class DurableService(AdapterService):
         """List as `AdapterService` does, with what was not restored and a journal set aside."""
         return {
             **super().list(),
-            "not_restored": {name: lost.why for name, lost in self.lost.items()},
+            "not_restored": dict(self.lost),
             "journal_set_aside": self.set_aside,
         }
 
@@ -150,7 +143,7 @@ class DurableService(AdapterService):
         if isinstance(name, str) and name in self.lost:
             message = (
                 f"The model `{name}` could not be restored when the server was started again: "
-                f"{self.lost[name].why}"
+                f"{self.lost[name]}"
             )
         return super()._unknown(name, message)
 
