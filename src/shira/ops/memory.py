@@ -25,6 +25,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -235,9 +236,6 @@ class SharedMemoryError(TargetError):
 class MemoryMap:
     """The process's mappings, read once, when first needed (Linux); elsewhere torch's own word."""
 
-    def __init__(self) -> None:
-        self._mappings: list[tuple[int, int, bool]] | None = None  # start, end, written privately
-
     def is_private(self, tensor: Tensor) -> bool:
         """Return whether the tensor's memory can be written without anyone else seeing it."""
         if tensor.device.type != "cpu" or tensor.is_meta:
@@ -254,15 +252,15 @@ class MemoryMap:
         return private
 
     def _maps_private(self, tensor: Tensor) -> bool:
-        if self._mappings is None:
-            self._mappings = self._read_maps()
         address = tensor.data_ptr()
         at = bisect.bisect_right(self._mappings, address, key=lambda mapping: mapping[0]) - 1
         if at >= 0 and address < self._mappings[at][1]:
             return self._mappings[at][2]
         return not tensor.untyped_storage().is_shared()
 
-    def _read_maps(self) -> list[tuple[int, int, bool]]:
+    @cached_property
+    def _mappings(self) -> list[tuple[int, int, bool]]:
+        """Start and end of each, and whether writes to it are private."""
         try:
             lines = Path("/proc/self/maps").read_text().splitlines()
         except OSError:
