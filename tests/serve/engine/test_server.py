@@ -157,15 +157,17 @@ def test_a_worker_killed_in_the_middle(guide):
 
     async def main():
         async with httpx.AsyncClient(base_url=guide.url, timeout=60) as client:
+            children = psutil.Process(guide.process.pid).children(recursive=True)
+            named = [(child, " ".join([child.name(), *child.cmdline()])) for child in children]
+            # a single worker lives in the core
+            workers = [child for child, name in named if re.search("Worker|EngineCore", name)]
             asking = [
                 asyncio.ensure_future(ask(client, ["german", "base-model"][i % 2], 0, tokens=100))
                 for i in range(24)
             ]
             await asyncio.sleep(0.1)
-            for child in psutil.Process(guide.process.pid).children(recursive=True):
-                name = " ".join([child.name(), *child.cmdline()])
-                if "Worker" in name or "EngineCore" in name:  # a single one lives in the core
-                    child.kill()
+            for worker in workers:
+                worker.kill()
             return await asyncio.gather(*asking, return_exceptions=True)
 
     answers = asyncio.run(main())
