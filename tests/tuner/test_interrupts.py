@@ -219,6 +219,7 @@ class Busy:
             self.model(self.x)
 
     def backward(self):
+        torch.set_grad_enabled(True)  # an interrupt that a finalizer swallowed may have left it off
         self.model(self.x).float().sum().backward()
 
     def merge_and_unmerge(self):
@@ -268,7 +269,6 @@ def test_at_random_times(way, dtype):
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
-                torch.set_grad_enabled(True)  # one within torch.no_grad's own exit leaves it off
                 busy.check()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
