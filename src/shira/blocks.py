@@ -87,8 +87,8 @@ class BlockLayout:
     col_block: Tensor
     """int64 ``(blocks,)``: column in the block grid of ``ceil(cols / b)`` columns."""
     cut: int | None
-    """How many entries of the last block there are, in row-major order inside the block: its first
-    rows and the beginning of the next. At least 1 and fewer than the block has; None: all of them.
+    """The number of entries that the last block has, in row-major order inside the block: its
+    first rows and the beginning of the next. At least 1 and fewer than a whole block; None: all.
     """
 
     def __len__(self) -> int:

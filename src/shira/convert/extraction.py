@@ -64,7 +64,7 @@ class Extraction:
     Attributes:
         adapter: The adapter.
         changes: Tensor by tensor, those without a difference left out.
-        unchanged: How many tensors are the same in both models.
+        unchanged: The number of tensors that are the same in both models.
         excluded: Tensors that the caller left out.
         only_in_base: Tensors that the tuned model lacks.
         only_in_tuned: Tensors that the base lacks, such as a new head.

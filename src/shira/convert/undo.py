@@ -44,8 +44,8 @@ class Unmerged:
 
     Attributes:
         output: Where the restored checkpoint is.
-        tensors: How many tensors had entries put back.
-        entries: How many entries.
+        tensors: The number of tensors that had entries put back.
+        entries: The number of entries.
         written: The files.
     """
 

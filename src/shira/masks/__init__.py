@@ -131,7 +131,7 @@ def choose(
     Args:
         mask_type: A key of `MASKS`.
         shape: Shape of the weight as stored.
-        k: How many entries.
+        k: The number of entries.
         weight: The weight, for kinds that look at it.
         gradient: Its accumulated gradient, for kinds that look at it.
         seed: For the random kinds.

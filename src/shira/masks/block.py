@@ -38,7 +38,7 @@ SIZES = (128, 64, 32, 16, 8)
 _AT_LEAST = 4  # blocks by default: fewer would leave most rows and columns untouched
 
 SCORES = ("random", "magnitude", "grad", "snip")
-"""What blocks can be chosen by; the names are those of the masks that score single entries."""
+"""Scores to choose blocks by; the names are those of the masks that score single entries."""
 
 
 def block_support(
@@ -67,7 +67,7 @@ def block_support(
 
     Args:
         shape: Shape of the weight as stored.
-        k: How many entries.
+        k: The number of entries.
         seed: Any integer; for ``random``.
         name: The parameter's name, so that two weights of equal shape get independent masks.
         weight: The weight, for ``magnitude`` and ``snip``.
@@ -128,7 +128,7 @@ def block_diagonal_support(
     Args:
         shape: Shape of the weight as stored; more than two dimensions count as a matrix of
             ``shape[0]`` rows.
-        k: How many entries.
+        k: The number of entries.
         block_size: Rows and columns of a block; see above.
 
     Returns:

@@ -50,7 +50,7 @@ def random_support(
 
     Args:
         shape: Shape of the weight as stored.
-        k: How many entries.
+        k: The number of entries.
         seed: Any integer.
         name: The parameter's name, so that two weights of equal shape get independent masks.
         slot: Masks of equal shape, k, seed and name in different slots never overlap.

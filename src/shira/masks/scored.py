@@ -30,7 +30,7 @@ def magnitude_support(weight: Tensor, k: int, *, largest: bool = True) -> Suppor
 
     Args:
         weight: The weight as stored, of any shape, strides and floating dtype.
-        k: How many entries.
+        k: The number of entries.
         largest: False takes the smallest instead.
 
     Returns:
@@ -52,7 +52,7 @@ def grad_support(gradient: Tensor, k: int) -> Support:
     Args:
         gradient: Of the weight's shape: gradients, or their magnitudes, summed over calibration
             batches. The sign does not count.
-        k: How many entries.
+        k: The number of entries.
 
     Returns:
         A support of exactly k entries, on the gradient's device.
@@ -72,7 +72,7 @@ def snip_support(weight: Tensor, gradient: Tensor, k: int) -> Support:
     Args:
         weight: The weight as stored.
         gradient: Of the same shape, as for `grad_support`; may be on another device.
-        k: How many entries.
+        k: The number of entries.
 
     Returns:
         A support of exactly k entries, on the weight's device.

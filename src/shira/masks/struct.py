@@ -43,7 +43,7 @@ def struct_support(
 
     Args:
         shape: Shape of the weight as stored.
-        k: How many entries.
+        k: The number of entries.
         axis: Whether the lines are rows or columns of the weight as stored.
         offset: The first line; counts round the end, so that it may exceed the number of lines.
 

@@ -47,7 +47,7 @@ class Product:
     """
 
     keeps_x = False
-    """Whether the gradient of x needs x."""
+    """True if the gradient of x needs x."""
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,

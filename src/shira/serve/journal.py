@@ -43,7 +43,7 @@ class Kept(NamedTuple):
     """An adapter that was loaded from a file."""
 
     path: str
-    """Where from, as who loaded it put it."""
+    """The path, as who loaded it put it."""
     digest: str
     """Hash of its names, shapes, positions and values, as the engine reported it."""
 

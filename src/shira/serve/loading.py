@@ -29,7 +29,7 @@ from shira.switch.entries import Entry, make_entry
 from shira.switch.weights import Plan
 
 Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
-"""Where this process keeps the weight of that name and shape."""
+"""Returns the place of the weight of a name and shape in this process."""
 
 Stored = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""

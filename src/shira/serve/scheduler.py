@@ -68,7 +68,7 @@ class AdapterScheduler:
             raise ConfigError(f"patience is a number of seconds, 0 or more, not {patience!r}")
         self.patience = patience
         self.switches = 0
-        """How often an adapter was switched to."""
+        """The number of switches so far."""
         self._activate = activate
         self.active = active
         """The adapter whose turn it is."""

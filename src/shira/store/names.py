@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shira.errors import AdapterError
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own module names, in a `PeftModel` and in its files."""
+"""PEFT's prefix of the base model's own module names, in a `PeftModel` and in its files."""
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -27,7 +27,7 @@ CONFIG_NAME = "adapter_config.json"
 
 VALUES = "shira_weight"
 INDICES = "shira_indices"
-"""What a layer calls its values and positions, and a file the tensors with them."""
+"""Names of a layer's values and positions, and of the tensors with them in a file."""
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PARALLEL = frozenset({"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"})

@@ -50,7 +50,7 @@ class Record:
 
     Attributes:
         shape: Of the weight.
-        k: How many entries.
+        k: The number of entries.
         values: Dtype of the stored values, in safetensors' words.
         indices: One of `CODINGS`.
         scale: Of int8 values; None for others.

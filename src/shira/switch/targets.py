@@ -283,7 +283,7 @@ class Prepared:
     names: Mapping[Target, str]
     """The adapter's name of each weight."""
     check_base: bool
-    """Whether the base's fingerprint must agree."""
+    """True if the base's fingerprint must agree."""
     entries: dict[Target, Entry] = field(default_factory=dict)
     """By weight, ready to be written; one that is missing is made by `complete`."""
 

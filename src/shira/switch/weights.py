@@ -44,7 +44,7 @@ class Place(Protocol):
 P = TypeVar("P", bound=Place)
 
 Plan = Mapping[P, Patch]
-"""What is in each weight; one that is not there holds the base."""
+"""The patch in each weight; one that is not there holds the base."""
 
 
 class ChangedWeightError(ChangedEntryError):

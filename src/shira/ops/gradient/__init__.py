@@ -47,7 +47,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     density: float
     tiled: bool = False
-    """Whether the support fills square tiles, as those of block masks do."""
+    """True if the support fills square tiles, as those of block masks do."""
 
 
 class Choice(NamedTuple):

@@ -70,7 +70,7 @@ class Gaps(NamedTuple):
     marks: Tensor
     """int64 ``(blocks + 1, 2)``, contiguous: `shira.ops.gaps.marks`."""
     nnz: int
-    """How many entries there are (k)."""
+    """The number of entries, k."""
 
 
 class Loaded(NamedTuple):

@@ -56,9 +56,9 @@ class Served(NamedTuple):
     weights: Mapping[str, float]
     """Scale by name of loaded adapters."""
     path: str | None
-    """Where it was loaded from, as the client put it; None for several adapters together."""
+    """The path it was loaded from, as the client put it; None for several adapters together."""
     report: Mapping[str, Any]
-    """What the engine said of it."""
+    """The engine's report of it."""
 
 
 class AdapterService:
