@@ -62,7 +62,7 @@ test: $(STAMP)
 	$(PYTEST) $(PYTEST_ARGS)
 
 # No training runs, engines, servers, browsers or other processes.
-FAST := $(addprefix tests/test_,adapter.py base.py blocks.py delta.py doctests.py errors.py gaps.py support.py tree.py) \
+FAST := $(addprefix tests/test_,adapter.py base.py blocks.py delta.py doctests.py errors.py support.py tree.py) \
 	$(addprefix tests/,masks ops fusing measure checkpoints store switch) \
 	$(addprefix tests/tuner/test_,config.py indices.py lifecycle.py loading.py targets.py usage.py)
 

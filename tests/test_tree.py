@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,17 @@ def test_tests_mirror_the_tree():
         assert name in topics, f"{path}: no module of this name; a topic goes into TOPICS"
     for part in {name.split(".")[0] for name in MODULES} - {"__init__", "__main__", "_version"}:
         assert (tests / part).is_dir() or (tests / f"test_{part}.py").exists(), f"no tests: {part}"
+
+
+def test_the_makefile_names_tests_that_exist():
+    top = Path(__file__).parents[1]
+    kinds = ("fast", "lowest", "wheel", "quantized", "triton", "vllm-servers")
+    told = subprocess.check_output(
+        ["make", "--dry-run", *(f"test-{kind}" for kind in kinds)],
+        cwd=top,
+        env={**os.environ, "MAKEFLAGS": ""},
+        text=True,
+    )
+    named = {word for word in told.split() if word.startswith("tests/")}
+    assert "tests/masks" in named
+    assert not [name for name in named if not (top / name).exists()]
