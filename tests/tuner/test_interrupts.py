@@ -161,6 +161,27 @@ def test_merge_of_a_second_adapter(way):
         assert at_every_point(merge, check, every=8) > 100
 
 
+def test_scale_of_a_merged_adapter(way):
+    scene = Scene(targets=("linear",))
+    layer = scene.base.linear
+    layer.merge()
+
+    def rescale():
+        layer.set_scale("default", 2.0)
+
+    def check():
+        with torch.no_grad():
+            found = scene.model(scene.ids)
+            if layer.merged:
+                layer.unmerge()
+            assert torch.equal(scene.model(scene.ids), found)
+        assert scene.base_is_untouched()
+        layer.set_scale("default", 1.0)
+        layer.merge()
+
+    assert at_every_point(rescale, check, every=9) > 10
+
+
 def test_merge_and_unload(way):
     scene, whole = Scene(), []
 

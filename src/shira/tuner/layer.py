@@ -183,9 +183,13 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """
         if adapter not in self.scaling:
             return
-        self.scaling[adapter] = checked_scale(adapter, scale)
-        if adapter in self.merged_adapters:
-            self.merge_only(self.merged_adapters)
+        scale = checked_scale(adapter, scale)
+        merged = list(self.merged_adapters) if adapter in self.merged_adapters else []
+        if merged:  # first, so that what is merged has the scale that is noted, at any interrupt
+            self.unmerge()
+        self.scaling[adapter] = scale
+        if merged:
+            self.merge(adapter_names=merged)
 
     def support(self, adapter_name: str) -> Support:
         """Return the entries that an adapter trains."""
