@@ -218,6 +218,22 @@ def test_a_module_that_is_cast(active, dtype):
         assert equal(module, expected(base, adapters, now))
 
 
+@pytest.mark.parametrize("active", [{}, {"a": 1.0}])
+def test_unloading_another_adapter_after_a_cast(active):
+    module = net()
+    base, switch = snapshot(module), Switch(module)
+    adapters = {name: random_adapter(module, seed) for seed, name in enumerate("ab")}
+    for name, adapter in adapters.items():
+        switch.load(name, adapter)
+    switch.activate(active)
+    module.to(torch.bfloat16)
+    base = {name: weight.to(torch.bfloat16) for name, weight in base.items()}
+    switch.unload("b")
+    for now in ({}, {"a": 1.0}, {}):
+        switch.activate(now)
+        assert equal(module, expected(base, adapters, now))
+
+
 def test_a_module_that_is_laid_out_anew():
     module = net()
     base, switch = snapshot(module), Switch(module)

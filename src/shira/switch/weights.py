@@ -180,8 +180,12 @@ class PatchedWeights(Generic[P]):
         _note(before, after)
 
     def remember(self, places: Iterable[P]) -> None:
-        """Note how these weights, and no others, are laid out now, for `follow`."""
-        self._layouts = {place: layout_of(place.weight) for place in places}
+        """Note how these weights, and no others, are laid out, for `follow`.
+
+        Of one that is known already the note stays: it may have been cast since.
+        """
+        known = self._layouts
+        self._layouts = {place: known.get(place) or layout_of(place.weight) for place in places}
 
     def follow(self, forget: Callable[[P], None]) -> None:
         """Follow weights that were cast or moved to another device since `remember`.
@@ -213,7 +217,8 @@ class PatchedWeights(Generic[P]):
         self.state = State(self.state.active, plan)
         for place in moved:
             forget(place)
-        self.remember(self._layouts)  # last: until then it can all be done again
+        # Last: until then it can all be done again.
+        self._layouts.update({place: layout_of(place.weight) for place in moved})
 
 
 def _check_follows(place: Place, before: Layout, now: Layout, patched: bool) -> None:
