@@ -200,6 +200,29 @@ def test_weights_shared_with_other_processes_are_not_written_to():
     assert not torch.equal(module.vector, before)
 
 
+@pytest.mark.parametrize("when", ["before loading", "after loading"])
+def test_a_part_of_a_shared_matrix_keeps_its_layout_in_memory_of_its_own(when):
+    shared = torch.randn(10, 12)
+    module = nn.Module()
+    module.weight = nn.Parameter(shared[:, ::2])
+    base, switch, adapter = snapshot(module), Switch(module), random_adapter(module, 0, ["weight"])
+    before = shared.clone()
+    if when == "before loading":
+        shared.share_memory_()
+        with pytest.warns(UserWarning, match="1 weights, 'weight' first"):
+            switch.load("a", adapter)
+    else:
+        switch.load("a", adapter)
+        module.weight.data = shared.share_memory_()[:, ::2]
+        with pytest.warns(UserWarning, match="1 weights, 'weight' first"):
+            switch.activate("a")
+    switch.activate("a")
+    assert equal(module, expected(base, {"a": adapter}, {"a": 1.0}))
+    assert torch.equal(shared, before)
+    switch.deactivate()
+    assert equal(module, base)
+
+
 @pytest.mark.parametrize("active", [{}, {"a": 1.0, "b": 0.5}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_module_that_is_cast(active, dtype):

@@ -173,6 +173,20 @@ def test_what_does_not_fit_changes_nothing(
     assert (switch.loaded, same(model, base)) == ((), True)
 
 
+def test_buffers_that_are_tied_and_shared_with_other_processes() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model[1].running_mean = model[0].running_mean.share_memory_()
+    shared = model[0].running_mean[:]
+    whole = {f"{at}.running_mean": torch.ones(4) for at in range(2)}
+    switch = Switch(model)
+    with pytest.warns(UserWarning, match="1 weights, '0.running_mean' first"):
+        switch.load("a", Adapter({}, None, whole))
+    with switch.using("a"):
+        assert same(model, whole)
+        assert not shared.any()
+    assert not model[1].running_mean.any()
+
+
 def test_a_delta_is_not_for_a_buffer() -> None:
     delta = random_adapter(Headed(), 1, ("vector",))["vector"]
     with pytest.raises(AdapterError, match=r"no parameter 'norm.running_mean'"):

@@ -96,14 +96,20 @@ class Targets:
         """Find what shares memory with a weight (tied weights, views).
 
         Returns:
-            Names whose memory overlaps the weight's, but for its own; and of all parameters those
-            that are exactly this weight, itself included, in the model's order.
+            Names whose memory overlaps the weight's, but for its own; and all parameters and
+            buffers that are exactly this weight, itself included: parameters first, each in the
+            model's order.
         """
         own = _block(target.name, target.weight)
         blocks = self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
         overlapping = {b.name for b in blocks if b.start < own.end and own.start < b.end}
         same = dict.fromkeys(b.name for b in blocks if b[1:] == own[1:])
-        tied = [self._by_name[name] for name in same if name in self._by_name]
+        tied = [
+            found[name]
+            for found in (self._by_name, self._buffers)
+            for name in same
+            if name in found
+        ]
         return sorted(overlapping - {own.name}), tied
 
 
@@ -184,7 +190,11 @@ def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
     """
     moved = shared_memory(targets)
     for target in moved:
-        own = target.weight.detach().clone()
+        weight = target.weight.detach()
+        # of the same strides, for what was made for the weight as it was
+        own = torch.empty_strided(
+            weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+        ).copy_(weight)
         for same in index.sharing(target)[1]:
             same.weight.data = own
     if moved:
