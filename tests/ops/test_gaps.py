@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,3 +155,17 @@ def test_no_wider_unit_than_allowed() -> None:
         units = gaps.encode(indices, widest=widest)
         assert units.dtype.itemsize <= gaps.UNITS[widest].itemsize
         assert gaps.decode(units, 2**20).tolist() == indices.tolist()
+
+
+def test_units_that_lie_apart_in_memory_are_those_that_are_read() -> None:
+    apart = np.array([3, 200, 3, 200, 3, 200], np.uint8)[::2]
+    assert gaps.decode(apart, 100).tolist() == [3, 7, 11]
+    packed = torch.from_numpy(apart)
+    support = gaps.from_gaps(packed, (10, 10))
+    assert gaps.gaps_of(support, packed).units.is_contiguous()
+
+
+def test_on_the_cpu_whatever_the_default_device() -> None:
+    indices = np.arange(0, 50_000, 7, dtype=np.int32)
+    with torch.device("meta"):
+        assert gaps.decode(gaps.encode(indices), 50_000).tolist() == indices.tolist()

@@ -89,6 +89,33 @@ def test_a_product_with_and_without_the_kernels_has_the_same_bits(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_results_do_not_depend_on_torchs_default_dtype_and_device(dtype):
+    kernels = native.load().library
+    indices = random_indices((60, 50), 900)
+    plan = make_plan([indices], (60, 50), (50, 1))
+    left, right = torch.randn(8, 60), torch.randn(8, 50)
+    weight, delta = torch.randn(60, 50), torch.randn(plan.nnz)
+    before, keys = weight.clone(), torch.arange(4, device="cpu")
+    want = kernels.entries(left, right, *plan.compressed())
+    points = kernels.permute(0, 500, 900, (30, 30), keys)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = kernels.entries(left, right, *plan.compressed())
+            again = kernels.permute(0, 500, 900, (30, 30), keys)
+            write = native.DeltaWrite(kernels, weight, plan.gaps, delta)
+            write.put_in()
+            write.put_back()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, want)
+    assert torch.equal(again, points)
+    assert torch.equal(weight, before)
+
+
+@needs_kernels
 def test_one_pool_of_threads():
     code = (
         "import torch; from shira.ops import native; native.load();"

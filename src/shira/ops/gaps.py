@@ -76,7 +76,7 @@ def decode(units: Units, numel: int, count: int | None = None) -> Ints:
     """Return the indices that `encode` was given.
 
     Args:
-        units: ``(n,)`` of one of the dtypes of `UNITS`, contiguous.
+        units: ``(n,)`` of one of the dtypes of `UNITS`.
         numel: Size of the weight; every index is below it.
         count: How many indices there should be, if known.
 
@@ -88,6 +88,7 @@ def decode(units: Units, numel: int, count: int | None = None) -> Ints:
             or fewer indices; nothing of the size of what they claim was allocated.
     """
     kernels = _kernels()
+    units = np.ascontiguousarray(units)  # C walks along their memory
     if kernels is not None and units.itemsize <= 2:
         found = count_of(units) if count is None else count
         if found <= len(units):
@@ -178,6 +179,7 @@ def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:
     """Return a support on the CPU as the compiled kernels take it; ``packed`` is it, packed."""
     if packed is None:
         packed = torch.from_numpy(encode(support.indices.numpy(), widest="U16"))
+    packed = packed.contiguous()  # C walks along their memory
     return native.Gaps(packed, torch.from_numpy(marks(packed.numpy())), support.nnz)
 
 
