@@ -171,6 +171,21 @@ def test_caches_that_are_not_dropped_take_the_switch_back(llm):
     assert llm.ranks.active == client.active == {"a": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"), [(RuntimeError("busy"), ServeError), (KeyboardInterrupt(), None)]
+)
+def test_caches_whose_dropping_fails_take_the_switch_back(llm, monkeypatch, error, raised):
+    def fail(reset_connector):
+        raise error
+
+    client = Client(llm)
+    client.activate("a")
+    monkeypatch.setattr(llm, "reset_prefix_cache", fail)
+    with pytest.raises(raised or type(error)):
+        client.activate("b")
+    assert llm.ranks.active == client.active == {"a": 1.0}
+
+
 def test_no_switch_and_no_sleep_while_requests_are_unfinished(llm):
     client = Client(llm)
     llm.busy = True
@@ -262,6 +277,11 @@ def test_workers_without_the_extension(llm):
     llm.ranks.fail["shira_list"] = RuntimeError("'CPUWorker' object has no attribute 'shira_list'")
     with pytest.raises(ServeError, match="worker_extension_cls"):
         Client(llm)
+
+
+def test_an_engine_that_is_none():
+    with pytest.raises(ServeError, match="worker_extension_cls"):
+        Client(SimpleNamespace)
 
 
 def test_an_engine_that_died(llm):
@@ -472,20 +492,26 @@ def test_async_failures_resume_and_say_so():
     run(steps)
 
 
-def test_what_could_not_be_taken_back_stays_paused():
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("lost", [True, False])
+def test_only_what_could_be_taken_back_is_resumed(refused, lost):
     async def steps():
         engine = AsyncEngine()
         client = await AsyncClient.of(engine)
-        engine.engine.drops = False
 
         async def reset(reset_connector):
-            engine.engine.ranks.fail["shira_activate"] = RuntimeError("worker died")
-            return False
+            if lost:
+                engine.engine.ranks.fail["shira_activate"] = RuntimeError("worker died")
+            if refused:
+                return False
+            raise RuntimeError("no answer")
 
         engine.reset_prefix_cache = reset
-        with pytest.raises(ServeError, match="worker died"):
+        first = "no answer" if not refused else "worker died" if lost else "taken back"
+        with pytest.raises(ServeError, match=first):
             await client.activate("a")
-        assert engine.paused
+        assert engine.paused == lost
+        assert engine.engine.ranks.active == ({"a": 1.0} if lost else {})
 
     run(steps)
 

@@ -3,8 +3,8 @@
 
 vLLM invalidates nothing when weights change: blocks of its prefix cache that the old weights filled
 answer for the new ones. A switch is therefore: wait until no request runs (new ones queue), switch
-all ranks or none, drop the caches and check that vLLM did, go on. Where the caches cannot be
-dropped the switch is taken back.
+all ranks or none, drop the caches and check that vLLM did, go on. Where the caches are not dropped,
+for whatever reason, the switch is taken back.
 
 `Changes` writes the steps as coroutines that ask the engine by `Changes._ask`. The one of
 `shira.serve.async_client.AsyncClient` awaits; that of `shira.serve.client.Client` returns without,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -123,7 +124,7 @@ class Changes:
         raise NotImplementedError
 
     async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        answers = await self._ask(method, partial(self._engine.collective_rpc, method, args=args))
+        answers = await self._ask(method, lambda: self._engine.collective_rpc(method, args=args))
         self._shared.reports = checked(answers, method)
         return self._shared.reports
 
@@ -139,14 +140,26 @@ class Changes:
     async def _switch(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> None:
         self._shared.stale = False
         said = (await self._call("shira_activate", weights))[0]
-        if self.cache == "reset" and not await self._drop_caches(reset_encoder_cache):
-            self._shared.stale = True  # until what was active is so again
-            await self._call("shira_activate", said["previous"])
-            self._shared.stale = False
+        if self.cache == "salt":
+            return
+        self._shared.stale = True  # until they are dropped, or what was active is so again
+        try:
+            dropped = await self._drop_caches(reset_encoder_cache)
+        except BaseException:
+            with suppress(Exception):  # the first error counts
+                await self._take_back(said["previous"])
+            raise
+        if not dropped:
+            await self._take_back(said["previous"])
             raise ServeError(
                 "vLLM did not drop its prefix cache (blocks are in use), so old weights would have "
                 "answered for new ones; the switch was taken back"
             )
+        self._shared.stale = False
+
+    async def _take_back(self, previous: Mapping[str, float]) -> None:
+        await self._call("shira_activate", previous)
+        self._shared.stale = False
 
     async def _drop_caches(self, reset_encoder_cache: Any) -> bool:
         await self._ask("reset_encoder_cache", reset_encoder_cache)
