@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -48,10 +49,15 @@ class MaskSpec:
     select: Callable[..., Support]
     check_values: Callable[..., None] | None = None
 
-    @property
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters of `select`."""
+        return tuple(inspect.signature(self.select).parameters)
+
+    @cached_property
     def options(self) -> tuple[str, ...]:
         """The keyword options that it takes."""
-        return tuple(p for p in inspect.signature(self.select).parameters if p not in _GIVEN)
+        return tuple(name for name in self.parameters if name not in _GIVEN)
 
     def needs_with(self, options: Mapping[str, Any] | None) -> frozenset[str]:
         """Return what it looks at, given its options: a ``score`` needs what that mask does."""
@@ -174,12 +180,11 @@ def choose(
             raise MaskError(
                 f"{where}the {need} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}"
             )
-    parameters = inspect.signature(spec.select).parameters
-    if "seed" in parameters and seed is None and not spec.needs_with(options):
+    if "seed" in spec.parameters and seed is None and not spec.needs_with(options):
         raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
     values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
     try:
-        return spec.select(**{key: values[key] for key in parameters if key in values})
+        return spec.select(**{key: values[key] for key in spec.parameters if key in values})
     except MaskError as error:
         raise MaskError(f"{where}{error}") from error
 

@@ -324,9 +324,10 @@ class ShiraModel(BaseTuner):
             MergeError: If there is one.
         """
         super()._check_merge_allowed()
-        for layer in layers_of(self.model).values():
+        layers = layers_of(self.model).values()
+        for layer in layers:
             layer.check_mergeable(list(layer.shira_weight))
-        refuse_merging_shared_weights(self.model)
+        refuse_merging_shared_weights(self.model, layers)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -56,10 +56,11 @@ class MergeState:
     """The layers of a model, and what is merged into each, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._children = [(module._modules, dict(module._modules)) for module in model.modules()]
+        modules = list(model.modules())
+        self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._merged = {
             module: list(module.merged_adapters)
-            for module in model.modules()
+            for module in modules
             if isinstance(module, ShiraLayer)
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -260,7 +260,8 @@ def _refuse_other_places(targets: Iterable[tuple[str, nn.Module]], model: nn.Mod
             if first.setdefault(id(part), (id(owner), key)) != (id(owner), key)
         ]
         for key, value in vars(owner).items():
-            others += [(key, part) for part in _modules_in(value) if key not in _OF_TORCH]
+            if key not in _OF_TORCH:
+                others += [(key, part) for part in _modules_in(value)]
         for key, part in others:
             if id(part) in names:
                 name = names[id(part)]
@@ -305,13 +306,12 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
             )
 
 
-def refuse_merging_shared_weights(model: nn.Module) -> None:
-    """Refuse to merge into a weight that a module which is not adapted has too.
+def refuse_merging_shared_weights(model: nn.Module, layers: Collection[ShiraLayer]) -> None:
+    """Refuse to merge into the weight of a layer that a module which is not adapted has too.
 
     Raises:
         MergeError: If there is one.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, ShiraLayer)]
     owners = {
         weight.data_ptr(): layer.weight_name.removesuffix(".weight")
         for layer in layers
