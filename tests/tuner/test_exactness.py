@@ -165,6 +165,35 @@ def test_moving_a_merged_model_between_dtypes():
     assert same_weights(base_weights(story.model), want)
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_laying_a_merged_model_out_anew_in_memory(back):
+    torch.manual_seed(0)
+    first, second = torch.contiguous_format, torch.channels_last
+    if back:
+        first, second = second, first
+    conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=first)
+    before = conv.weight.detach().clone()
+    config = ShiraConfig(r=1, target_modules=["0"], init_weights=False)
+    model = get_peft_model(torch.nn.Sequential(conv), config)
+    model.add_adapter("b", config)
+    merged = [adapted(model, names) for names in (["default"], ["default", "b"])]
+    model.merge_adapter(["default"])
+    model.to(memory_format=second)
+    assert torch.equal(conv.weight, merged[0])
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(["b"])  # finds the originals below the first
+    assert torch.equal(conv.weight, merged[1])
+    model.unmerge_adapter()
+    assert torch.equal(conv.weight, before)
+
+
+def adapted(model, names):
+    model.merge_adapter(names)
+    weight = model.base_model.model[0].base_layer.weight.detach().clone()
+    model.unmerge_adapter()
+    return weight
+
+
 def test_safe_merge_refuses_nan_and_changes_nothing():
     story = Story(torch.float32)
     layer = story.model.base_model.model.lin

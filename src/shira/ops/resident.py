@@ -141,7 +141,7 @@ class Undo:
     count: WriteCount
 
     def restore(self, weight: Tensor, commit: Callable[[], None]) -> None:
-        """Put the originals back; the weight may have been moved or cast since.
+        """Put the originals back; the weight may have been moved, cast or laid out anew since.
 
         ``commit`` notes that; called once or twice. An interrupt does not keep the two apart: they
         are then both done before it is raised.
@@ -150,10 +150,10 @@ class Undo:
         write_to(weight.data, _Restoring(self, weight, commit), lambda data: None, lasting=True)
 
     def record(self, weight: Tensor) -> Overwritten:
-        """Return what was overwritten; the weight may have been moved or cast since. O(k)."""
+        """Return what was overwritten, of the weight as it is now: see `restore`. O(k)."""
         flat = self.plan.flat().to(weight.device)
         originals = self.originals.to(weight.device, weight.dtype)
-        offsets = offsets_of(flat, self.plan.weight_shape, self.plan.stride)
+        offsets = offsets_of(flat, weight.shape, weight.stride())
         if offsets is not flat:
             offsets, order = offsets.sort()
             originals = originals[order]
@@ -242,7 +242,8 @@ class _Restoring:
         if kernels is not None and plan.gaps is not None:
             kernels.leave(self.data, plan.gaps, self.originals)
         else:
-            offsets = plan.offsets().to(self.data.device)
+            flat = plan.flat().to(self.data.device)
+            offsets = offsets_of(flat, self.data.shape, self.data.stride())
             memory_of(self.data).index_copy_(0, offsets, self.originals)
         take_back(self.weight, self.undo.count)
         self.commit()
