@@ -162,8 +162,10 @@ def test_logits_of_a_language_model(make):
             torch.testing.assert_close(mixed[sample], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_an_input_of_another_dtype_is_refused_as_elsewhere():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_an_input_of_another_dtype_is_refused_as_elsewhere(dtype):
     model = adapted(mlp(), ["lin0"])
-    x = torch.randn(6, model.lin0.in_features, dtype=torch.float64)
-    with pytest.raises(TargetError, match=r"the input is torch.float64 but the weight is"):
-        model(x, adapter_names=NAMES)
+    x = torch.ones(6, model.lin0.in_features, dtype=dtype)
+    for names in (NAMES, ["fr"] * 6):
+        with pytest.raises(TargetError, match=rf"the input is {dtype} but the weight is"):
+            model(x, adapter_names=names)

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shira import ops
 from shira.base import replacement
-from shira.tuner.base_layer import Way, members, weight_of
+from shira.tuner.base_layer import Way, members
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
 
@@ -61,7 +61,7 @@ class Linear(ShiraLayer):
 
     def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         added = ops.sparse_product(
-            self._cast_input(x, weight_of(self.get_base_layer())).reshape(-1, x.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
             self._delta(adapter),
             self.shira_indices.kept(adapter),
             self.weight_shape,
@@ -121,6 +121,9 @@ class Embedding(ShiraLayer):
     def _way(self, base: Any) -> Way:
         # a gradient that is scaled by frequency is left to torch
         return Way.OWN if base.scale_grad_by_freq else super()._way(base)
+
+    def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x  # row numbers
 
     def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
         base: Any = self.get_base_layer()

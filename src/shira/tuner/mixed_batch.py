@@ -137,8 +137,7 @@ def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _on_top_of_base(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """Call the base once for all samples, and put each adapter on top for its own."""
-    if x.is_floating_point():
-        layer._cast_input(x, weight_of(layer.get_base_layer()))  # refuses another dtype
+    x = layer._cast_input(x, weight_of(layer.get_base_layer()))
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
     for name, samples in groups.items():
