@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict, defaultdict
 
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_the_models_own_loss_and_saving(tmp_path):
     assert again.peft_config["default"].mask_type == "snip"
     one = adapted.base_model.model.model.layers[1].self_attn.q_proj.support("default")
     assert again.base_model.model.model.layers[1].self_attn.q_proj.support("default") == one
+
+
+def test_batches_are_taken_from_any_mapping_and_left_as_they_are():
+    class Rows(UserDict):
+        def to(self, *_, **__):
+            raise AssertionError("the batch itself is moved")
+
+    given = {"x": BATCHES[0]}
+    chosen = [
+        calibrate(mlp(), config(), [batch], loss_fn=lambda model, b: loss_fn(model, b["x"]))
+        for batch in (given, defaultdict(list, given), Rows(given))
+    ]
+    assert all(one.mask_fn.supports == chosen[0].mask_fn.supports for one in chosen)
 
 
 def test_the_model_is_left_as_it_was():

@@ -242,6 +242,8 @@ def _gradient_magnitudes(
             handles.append(layer.weight.register_post_accumulate_grad_hook(partial(collect, name)))
         count = 0
         for batch in batches:
+            # a mapping of its own: some move in place, and some cannot be made of their entries
+            batch = dict(batch) if isinstance(batch, Mapping) else batch
             loss = loss_fn(model, send_to_device(batch, next(model.parameters()).device))
             loss.backward()  # type: ignore[no-untyped-call]
             count += 1
