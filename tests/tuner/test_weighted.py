@@ -116,6 +116,16 @@ def test_config_counts_as_peft_does():
     assert set(config.base_fingerprint) == {"lin1.weight", "lin2.weight"}
 
 
+def test_model_and_task_are_those_of_the_first_adapter():
+    first = ShiraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM", revision="main")
+    model = get_peft_model(llama(), first, adapter_name="a")
+    model.add_adapter("b", ShiraConfig(r=1, target_modules=["v_proj"]))
+    model.add_weighted_adapter(["a", "b"], [1, 1], "ab")
+    for field in ("task_type", "revision", "base_model_name_or_path"):
+        assert getattr(model.peft_config["ab"], field) == getattr(model.peft_config["a"], field)
+    assert model.peft_config["ab"].task_type == "CAUSAL_LM"
+
+
 def test_one_mask_stays_that_mask():
     config = ShiraConfig(r=2, target_modules=["lin1"], random_seed=3)
     model = get_peft_model(mlp(), config, adapter_name="a")

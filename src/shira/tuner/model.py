@@ -287,6 +287,8 @@ class ShiraModel(BaseTuner):
             seed=seed,
         )
         config.modules_to_save = [n for n, (_, owners) in trained_whole.items() if owners] or None
+        for field in ("task_type", "base_model_name_or_path", "revision"):  # of the one model
+            setattr(config, field, getattr(self.peft_config[adapters[0]], field))
         with as_it_was(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
