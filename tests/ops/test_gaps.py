@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -169,3 +171,19 @@ def test_on_the_cpu_whatever_the_default_device() -> None:
     indices = np.arange(0, 50_000, 7, dtype=np.int32)
     with torch.device("meta"):
         assert gaps.decode(gaps.encode(indices), 50_000).tolist() == indices.tolist()
+
+
+@pytest.mark.parametrize("numel", [10, 2**31])
+def test_decoding_takes_about_what_the_indices_take(numel: int) -> None:
+    """Also units that are refused: a file may hold two bytes for each."""
+    units = np.full(2_000_000, 3, np.uint8)
+    tracemalloc.start()
+    try:
+        found = gaps.decode(units, numel)
+        assert found[-1] == 4 * len(units) - 1
+    except SupportError:
+        assert numel == 10
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 6 * len(units)

@@ -49,6 +49,8 @@ BLOCK = 2048
 LEAST_DENSITY = 1 / 200
 """Below this positions are not packed. At it they take 1.4 bytes each, 1.8 at the worst."""
 
+_PIECE = 2**16  # units that numpy decodes at a time
+
 Ints = NDArray[np.signedinteger[Any]]
 Units = NDArray[np.unsignedinteger[Any]]
 
@@ -95,6 +97,7 @@ def decode(units: Units, numel: int, count: int | None = None) -> Ints:
             indices: Ints = np.empty(found, index_type(numel))
             if kernels.decode_gaps(torch.from_numpy(units), numel, torch.from_numpy(indices)):
                 return indices
+            del indices
     return _decode_in_numpy(units, numel, count)  # or it says what is wrong
 
 
@@ -196,11 +199,18 @@ def _decode_in_numpy(units: Units, numel: int, count: int | None) -> Ints:
     found = count_of(units)
     if count not in (None, found):
         raise SupportError(f"stands for {found} entries, but there are {count} values")
-    left_out = np.cumsum(units, dtype=np.int64)[units != _largest(units.dtype)]
-    indices: Ints = left_out + np.arange(found)
-    if found and indices[-1] >= numel:
-        raise SupportError(f"index {indices[-1]} is out of range: the weight has {numel} entries")
-    return indices.astype(index_type(numel), copy=False)
+    indices: Ints = np.empty(found, index_type(numel))
+    done = left_out = 0
+    for at in range(0, len(units), _PIECE):  # a file may be all gaps, and these are eight times it
+        piece = units[at : at + _PIECE]
+        sums = np.cumsum(piece, dtype=np.int64)
+        part = sums[piece != _largest(units.dtype)]
+        part += left_out + np.arange(done, done + len(part))
+        if len(part) and part[-1] >= numel:
+            raise SupportError(f"index {part[-1]} is out of range: the weight has {numel} entries")
+        indices[done : done + len(part)] = part
+        done, left_out = done + len(part), left_out + int(sums[-1])
+    return indices
 
 
 def _largest(dtype: np.dtype[Any]) -> int:
