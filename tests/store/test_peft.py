@@ -264,6 +264,18 @@ def test_a_recorded_shape_unlike_the_base_is_a_wrong_base(tmp_path: Path) -> Non
     validate_against(read_peft(tmp_path), {"a.weight": (4, 5), "b.weight": (1,)})
 
 
+def test_values_on_the_meta_device_are_refused_by_name(tmp_path: Path) -> None:
+    meta = SparseDelta(Support((4, 5), torch.tensor([2])), torch.ones(1, device="meta"))
+    head = {"head.weight": torch.ones(2, 2, device="meta")}
+    for adapter, name in (
+        (Adapter({"x.weight": meta}), "x.weight"),
+        (Adapter({"x.weight": delta((4, 5), [2])}, None, head), "head.weight"),
+    ):
+        with pytest.raises(AdapterError, match=f"'{name}' is on the meta device"):
+            adapter.save(tmp_path / "folder", "peft")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_metadata_round_trip(tmp_path: Path) -> None:
     metadata = {
         "mask_type": "random",

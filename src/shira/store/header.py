@@ -286,8 +286,13 @@ def stored(
         choices: Dtypes that values can be stored in; of a whole tensor none.
 
     Raises:
-        AdapterError: If the dtype cannot be stored, or a value is not finite in it.
+        AdapterError: If the dtype cannot be stored, a value is not finite in it, or there are no
+            values: on the meta device.
     """
+    if tensor.is_meta:
+        raise AdapterError(
+            f"{name!r} is on the meta device and has no values to save; load the model first"
+        )
     if choices and dtype is None and tensor.dtype not in choices:
         raise AdapterError(
             f"values of {name!r} are {tensor.dtype}; give dtype= to store them in one of "

@@ -126,7 +126,12 @@ def write_object(value: Mapping[str, Any], metadata: Mapping[str, Any], **style:
             raise ConfigError(
                 f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
             ) from error
-    text = json.dumps(value, allow_nan=False, **style)
+    try:
+        text = json.dumps(value, allow_nan=False, **style)
+    except TypeError as error:  # keys of several types, which have no order
+        raise ConfigError(
+            f"the adapter's metadata cannot be written as JSON: {error}; its keys are texts"
+        ) from error
     try:
         parse_object(text, "the adapter", "metadata")
     except FileFormatError as error:
