@@ -77,6 +77,13 @@ def test_merged_and_undone(base, tmp_path):
         unmerge(base, tmp_path / "undo", tmp_path / "no")
 
 
+def test_the_default_device_does_not_matter(base, tmp_path):
+    whole = adapter()
+    with torch.device("meta"):
+        merge(whole, base, tmp_path / "merged")
+    assert torch.equal(read(tmp_path / "merged")["head.weight"], HEAD.float())
+
+
 def test_files_of_either_format_merge_alike(base, tmp_path):
     adapter().save(tmp_path / "compact.safetensors")
     adapter().save(tmp_path / "peft", "peft")

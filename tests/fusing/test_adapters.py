@@ -370,3 +370,9 @@ def test_nothing_to_fill():
     assert r == 2
     assert torch.equal(same["w"].support.indices, a["w"].support.indices)
     assert fill_to_rank(Adapter({}))[1] == Adapter({})
+
+
+def test_nothing_is_kept_on_whatever_the_default_device():
+    one = Adapter({"w": delta((4, 5), {3: 1.0})})
+    with torch.device("meta"):
+        assert one.prune(k=0)["w"].values.tolist() == []

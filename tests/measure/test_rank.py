@@ -106,3 +106,11 @@ def test_largest_singular_value_of_one_direction_ends_by_itself():
     assert found.error == 0
     zero = largest_singular_value(lambda v: 0 * left, lambda u: 0 * right, matrix.shape)
     assert (zero.value, zero.error) == (0, 0)
+
+
+def test_the_default_device_does_not_matter():
+    part = random_delta((700, 900), 5000, 1)
+    want = numerical_rank(part)
+    with torch.device("meta"):
+        assert numerical_rank(part) == want
+    assert not want.exact  # from a sketch

@@ -435,6 +435,7 @@ def test_a_folder_stands_for_the_file_in_it(tmp_path: Path) -> None:
         ([math.inf], {"dtype": torch.int8}, AdapterError, r"a\.weight.*1 infinite"),
         (torch.tensor([1e300], dtype=torch.float64), {"dtype": torch.int8}, AdapterError, "infin"),
         (torch.ones(1).to(torch.float8_e5m2), {}, AdapterError, "float8_e5m2"),
+        (torch.ones(1, device="meta"), {}, AdapterError, r"a\.weight.*meta device.*load the model"),
     ],
 )
 def test_what_cannot_be_written_leaves_the_old_file(
@@ -457,6 +458,15 @@ def test_metadata_that_is_no_json(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save(Adapter({}, {}), tmp_path / "empty.safetensors")
     assert Adapter.load(tmp_path / "empty.safetensors") == Adapter({})
+
+
+@pytest.mark.parametrize("metadata", [{"what": {1: 2, "b": 3}}, {1: 2}])
+def test_metadata_whose_keys_have_no_order_are_refused_by_pefts_format(
+    tmp_path: Path, metadata: Any
+) -> None:
+    with pytest.raises(ConfigError, match=r"metadata cannot be written as JSON.*keys are texts"):
+        save(Adapter({}, metadata), tmp_path / "folder", format="peft")
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_that_are_views_of_something(tmp_path: Path) -> None:
@@ -537,6 +547,15 @@ def test_the_extremes_of_float32(values: list[float]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_any_floating_dtype(dtype: torch.dtype) -> None:
     check_int8(torch.randn(10_000, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    for values in (torch.tensor([1.0, -2.0]), torch.zeros(2)):
+        want = quantize(values)
+        with torch.device("meta"):
+            steps, scale = quantize(values)
+        assert torch.equal(steps, want[0])
+        assert scale == want[1]
 
 
 def test_the_bound_is_no_wider_than_half_a_step_needs() -> None:

@@ -270,7 +270,8 @@ def _change(
         new = SparseDelta(adapter[name].support, values).replacement(old, scale)
     else:
         tensor = adapter.tensors[name]
-        flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()))
+        numel = tensor.numel()
+        flat = torch.arange(numel, dtype=index_dtype(numel), device="cpu")
         old = read_entries(stored, flat)
         new = tensor.reshape(-1).cpu().to(old.dtype)
     over = int((old.isfinite() & ~new.isfinite()).sum())
@@ -285,7 +286,7 @@ def _change(
     if values is None:
         told = MergedWhole(*place, shape=stored.shape, changed=int(changed.sum()))
     else:
-        nonzero = values != 0 if scale else torch.zeros(values.numel(), dtype=torch.bool)
+        nonzero = values != 0 if scale else torch.zeros_like(values, dtype=torch.bool)
         told = MergedDelta(
             *place,
             nnz=values.numel(),

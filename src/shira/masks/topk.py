@@ -72,7 +72,7 @@ def top_k_of_all(
         int64 ``(k_i,)`` for each: increasing flat indices of its entries among the k.
     """
     blocks = itertools.chain.from_iterable(scores.values())
-    flat = top_k(blocks, k) if k else torch.empty(0, dtype=torch.int64)
+    flat = top_k(blocks, k) if k else torch.empty(0, dtype=torch.int64, device="cpu")
     found, start = {}, 0
     for name in scores:
         ends = torch.tensor([start, start + sizes[name]], device=flat.device)

@@ -120,7 +120,7 @@ def _sketch(matrix: SparseMatrix, size: int, seed: int) -> Floats:
         order = np.argsort(col, kind="stable")
         row, col, value, long, short = col[order], row[order], value[order], short, long
     width = size + _OVERSAMPLING
-    half = torch.zeros(short, 2 * width, dtype=torch.float64)  # (S A)^T
+    half = torch.zeros(short, 2 * width, dtype=torch.float64, device="cpu")  # (S A)^T
     for low in range(0, long, _BLOCK):
         high = min(low + _BLOCK, long)
         here = slice(*np.searchsorted(row, (low, high)))
@@ -128,6 +128,7 @@ def _sketch(matrix: SparseMatrix, size: int, seed: int) -> Floats:
             torch.from_numpy(np.stack((col[here], row[here] - low))),
             torch.from_numpy(value[here]),
             (short, high - low),
+            device="cpu",
             check_invariants=False,
         )
         half += torch.sparse.mm(

@@ -427,9 +427,9 @@ def quantize(values: Tensor) -> tuple[Tensor, float]:
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     if not largest:
-        return torch.zeros(values.numel(), dtype=torch.int8), 0.0
+        return torch.zeros_like(values, dtype=torch.int8), 0.0
     step = min(max(largest / 127, _LEAST_SCALE), LARGEST_SCALE)
-    scale = float(torch.tensor(step, dtype=torch.float32))
+    scale = float(np.float32(step))
     steps = values.to(torch.float64, copy=True)
     return steps.div_(scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
