@@ -103,6 +103,7 @@ def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
 def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path):
     assert shira(*write, "--max-steps", 6, "--save-steps", 3).status == 0
     out = tmp_path / "out"
+    assert not list(out.rglob("tokenizer*"))  # in no checkpoint either: it would be most of it
     unbroken = Adapter.load(out)
     # as if it had been killed while it wrote the last checkpoint
     cut = out / "checkpoints" / "checkpoint-6" / "optimizer.pt"

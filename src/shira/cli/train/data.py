@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +247,11 @@ def _texts(values: Sequence[Any]) -> list[str]:
 def collator(options: TrainOptions, tokenizer: Any) -> Any:
     """Return what pads rows to the longest and stacks them: int64 tensors ``(B, longest)``.
 
-    Labels of tokens are padded with -100; labels of classes are ``(B,)``.
+    Labels of tokens are padded with -100; labels of classes are ``(B,)``. It shows no tokenizer,
+    which a Trainer would write into each checkpoint, many times the size of an adapter.
     """
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if options.task == "text-classification":
-        return DataCollatorWithPadding(tokenizer)
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return partial(DataCollatorWithPadding(tokenizer))
+    return partial(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
