@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,11 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
 from shira.ops.patch import Exchange
+from shira.serve.messages import OneProcess
 from shira.serve.value_sender import FixedSupport, ValueSender, Wire
 from shira.serve.worker import Route
 from shira.support import Support
+from tests.interrupts import at_every_point
 
 from .test_worker import SHAPES, Cluster, adapter_for, merge
 
@@ -212,6 +215,31 @@ def test_a_rank_that_fails_in_writing_leaves_the_values_of_before(monkeypatch):
     cluster.activate({})
     cluster.activate({"a": 1.0})
     cluster.expect(merge(cluster.base, {"a": adapter}, {"a": 1.0}))
+
+
+def test_an_interrupted_update_leaves_the_values_that_the_state_tells():
+    cluster, new = Cluster(1), {}
+    (held,) = cluster.held
+    held.processes = OneProcess()
+    adapter = adapter_for(cluster.base, 0)
+    held.load("a", lambda: adapter)
+    held.activate({"a": 1.0})
+    (route,) = routes(cluster, "a", adapter)
+    for seed in (5, 6):
+        other = with_values(adapter, seed)
+        values = FixedSupport.of(adapter).flat(other)
+        route.update(values)
+        new[held.state] = values, merge(cluster.base, {"a": other}, {"a": 1.0})
+    (first, _), (second, _) = new.values()
+
+    def check():
+        cluster.expect(new[held.state][1])
+        route.update(first)
+
+    check()
+    assert at_every_point(functools.partial(route.update, second), check, every=3) > 100
+    held.activate({})
+    cluster.expect(cluster.base)
 
 
 # --- the wire, and the sender over it ------------------------------------------------------------

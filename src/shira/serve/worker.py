@@ -325,13 +325,15 @@ class Route:
         """
         worker = self.worker
         before, after = agree(worker.processes, lambda: self._exchanged(values))
-        worker.adapters[self.name] = after
-        if self.name in worker.active:
-            try:
+        there = worker._weights.state
+        try:
+            worker.adapters[self.name] = after
+            if self.name in worker.active:
                 worker.activate(worker.active)
-            except Exception:
+        except BaseException:
+            if worker._weights.state is there:
                 worker.adapters[self.name] = before
-                raise
+            raise
 
     def _ordered(self, adapter: Mapping[str, SparseDelta], digest: str) -> dict[Storage, Tensor]:
         loaded, fixed = self.worker.require(self.name), FixedSupport.of(adapter)
