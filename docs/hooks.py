@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,5 @@ def command_line() -> str:
             if parameter.default not in (None, False) and "default" not in about:
                 about += f" (default {parameter.default})"
             lines.append(f"| {shown} | {about} |")
-        examples = (command.epilog or "").replace("\b", "").replace("Examples:", "")
-        lines += ["", "```text", *(line.strip() for line in examples.split("\n") if line), "```"]
+        lines += ["", "```text", *importlib.import_module(COMMANDS[name]).EXAMPLES, "```"]
     return "\n".join(lines) + "\n"

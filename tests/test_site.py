@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -94,6 +95,14 @@ def test_every_command_and_option_is_in_the_reference():
     assert re.findall(r"^## shira ([\w-]+)$", page, re.MULTILINE) == list(COMMANDS)
     assert "| `--density` | Share of the entries of each linear layer to train." in page
     assert "(default 42)" in page
+
+
+def test_the_reference_is_the_same_when_built_on_a_terminal(monkeypatch):
+    command_line = runpy.run_path(str(DOCS / "hooks.py"))["command_line"]
+    plain = command_line()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert command_line() == plain
+    assert "jq .pairs[0].jaccard" in plain
 
 
 def test_lines_of_code_fit_the_page():
