@@ -287,6 +287,18 @@ def test_tied_weights():
     assert torch.equal(adapted.base_model.model.embed.weight, before)
 
 
+def test_a_weight_whose_entries_share_memory_is_not_merged_into():
+    base = nn.Sequential(nn.Linear(6, 6))
+    base[0].weight.data = base[0].weight.data[:1].expand(6, 6)
+    before = base[0].weight.clone()
+    model = get_peft_model(base, ShiraConfig(r=1, target_modules=["0"], init_weights=False))
+    expected = model(torch.ones(2, 6))
+    with pytest.raises(MergeError, match=r"0\.weight: adapters \['default'\].*share memory"):
+        model.merge_adapter()
+    assert torch.equal(base[0].base_layer.weight, before)
+    assert torch.equal(model(torch.ones(2, 6)), expected)
+
+
 def test_a_layer_of_another_tuner_is_refused():
     from peft import LoraConfig
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
-from shira.ops.memory import settle, under_way
+from shira.ops.memory import overlaps_itself, settle, under_way
 from shira.ops.resident import Undo, merge_into
 from shira.store.names import INDICES, VALUES, full_shape, is_sharded
 from shira.support import Support, matrix_shape
@@ -308,8 +308,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Check that adapters can be written into the base weight.
 
         Raises:
-            MergeError: If it is packed by quantization, computed from other parameters, or this
-                process has a part of it only.
+            MergeError: If it is packed by quantization, computed from other parameters, its entries
+                share memory, or this process has a part of it only.
         """
         base, backend = self.get_base_layer(), self.quantization_backend
         if backend is not None:
@@ -330,6 +330,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             why = (
                 "a weight of which this process has a part only (FSDP2, ZeRO-3); save the adapter, "
                 "and merge it into a model in one process"
+            )
+        elif overlaps_itself(weight_of(base)):
+            why = (
+                "a weight whose entries share memory (an expanded tensor), so that writing one "
+                "writes others. Clone the weight first, or keep the adapter unmerged"
             )
         else:
             return
