@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -281,3 +282,22 @@ class MLP(nn.Module):
 PeftModel.from_pretrained(MLP(), {str(tmp_path)!r})
 """
     program(code)
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "words"),
+    [
+        (INDICES, lambda t: t + 0.5, "no whole number"),
+        (INDICES, lambda t: t + 100, "outside a weight"),
+        (INDICES, lambda t: t[:, 1:], "do not fit"),
+        (WEIGHTS, lambda t: t / 0, "not finite"),
+    ],
+)
+def test_an_unusable_state_dict_is_refused_by_the_name_of_its_tensor(of, change, words):
+    model = get_peft_model(mlp(), ShiraConfig(r=2, target_modules=["lin1"], random_seed=3))
+    randomize(model)
+    state = get_peft_model_state_dict(model)
+    expected = model(X)
+    with pytest.raises(FileFormatError, match=rf"{of}\.default: .*{words}"):
+        set_peft_model_state_dict(model, {**state, of: change(state[of])})
+    assert torch.equal(model(X), expected)

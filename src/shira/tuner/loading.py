@@ -308,18 +308,20 @@ def _sorted(layer: ShiraLayer, key: str, values: Tensor, indices: Tensor) -> tup
     """Return checked values in the order of their positions, and these.
 
     Raises:
-        FileFormatError: If they cannot be those of the layer; names the key of the values.
+        FileFormatError: If they cannot be those of the layer; names the tensor, of which ``key`` is
+            that of the values.
     """
     try:
         if values.dim() != 1 or not values.is_floating_point():
             raise EntryError(
                 f"values are (k,) floating point, not {tuple(values.shape)} {values.dtype}"
             )
+        check_values(values)
+        key = key.replace(VALUES, INDICES)
         if indices.shape != (2, len(values)):
             raise EntryError(
                 f"indices of shape {tuple(indices.shape)} do not fit {len(values)} values"
             )
-        check_values(values)
         coordinates, values = in_order(indices, values)
         return values, Support.from_coordinates(layer.weight_shape, coordinates)
     except (EntryError, SupportError) as error:
