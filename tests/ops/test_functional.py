@@ -189,6 +189,17 @@ def test_inference_mode():
     assert torch.equal(again, reference.linear(x, outside, None, [v], [i]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and through torch
+def test_weight_made_in_inference_mode_outside_of_it(dtype):
+    with torch.inference_mode():
+        weight = torch.randn(5, 6, dtype=dtype)
+    x, before = torch.randn(3, 6, dtype=dtype), weight.clone()
+    v, i = values(4, dtype).detach(), random_indices((5, 6), 4)
+    got = ops.linear(x, weight, None, [v], [i])
+    assert torch.equal(got, reference.linear(x, weight, None, [v], [i]))
+    assert torch.equal(weight, before)
+
+
 def test_threads_do_not_interleave_on_one_weight():
     weight = torch.randn(64, 64)
     before = weight.clone()

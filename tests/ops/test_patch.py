@@ -169,3 +169,22 @@ def test_the_base_under_patches():
         found = base_at(weight, at, outer, None, inner, Overwritten(at[:0], base.reshape(-1)[:0]))
         assert found.tolist() == at.tolist()
     assert base_at(weight, at[:0], outer, inner).numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_mode_of_torch_is_entered(monkeypatch, dtype):
+    """An interrupt would leave its guard behind, which sets the gradient mode later on."""
+    with torch.inference_mode():
+        made_in_it = torch.zeros(300, dtype=dtype)
+    for weight in (torch.zeros(300, dtype=dtype), made_in_it):
+        patch = patch_on(weight, {3, 7, 8}, seed=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.no_grad, "__enter__", None)
+            patched.setattr(torch.inference_mode, "__enter__", None)
+            exchange(weight, None, patch)
+            assert torch.equal(weight, after_all(torch.zeros(300, dtype=dtype), patch))
+            undone = Exchange(weight, patch, None)
+            undone.run()
+            assert not weight.any()
+            undone.roll_back()
+            assert torch.equal(weight, after_all(torch.zeros(300, dtype=dtype), patch))

@@ -240,7 +240,6 @@ class Busy:
             self.model(self.x)
 
     def backward(self):
-        torch.set_grad_enabled(True)  # an interrupt that a finalizer swallowed may have left it off
         self.model(self.x).float().sum().backward()
 
     def merge_and_unmerge(self):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,10 @@ def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
         support = Support.from_coordinates(shape, coordinates)
     except SupportError:  # a placeholder; whoever uses it says what is wrong
         return coordinates
-    with torch.inference_mode(False):  # made in a first forward without gradients, used in others
+    # Made in a first forward without gradients, used in others. Elsewhere no mode of torch's is
+    # entered: see `shira.ops.patch.Exchange.put_in`.
+    inference = torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inference else nullcontext():
         return torch.from_numpy(encode(support.indices.numpy(), widest="U8"))
 
 

@@ -40,11 +40,25 @@ T = TypeVar("T")
 
 
 def memory_of(data: Tensor) -> Tensor:
-    """Return the entries of a tensor in the order of memory, as a 1-D view."""
+    """Return the entries of a tensor in the order of memory, as a 1-D view.
+
+    It may be written to in any mode of torch's, which lets tensors that were made in inference mode
+    be written to there alone.
+    """
+    if data.is_inference():
+        data = alias_of(data)
     if data.is_contiguous():
         return data.view(-1)
     extent = 1 + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))
     return data.as_strided((extent,), (1,))
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same memory that is no view, and shares nothing else."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 def offsets_of(flat: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:

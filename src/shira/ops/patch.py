@@ -141,24 +141,24 @@ class Exchange:
 
     def put_in(self) -> None:
         """See `Write`."""
-        with torch.no_grad(), torch.inference_mode(self.weight.is_inference()):
-            memory, kernels = memory_of(self.weight.data), self._kernels()
-            if kernels is None:
-                self._put_in_with_torch(_bits(memory))
-                return
-            before, after = _parts(self.before), _parts(self.after)
-            wrong = kernels.swap(memory, before, after, self.check, self._done)
+        # Not within torch.inference_mode: an interrupt at its edge leaves its guard behind, which,
+        # when the traceback goes, sets the caller's gradient mode to what it was here.
+        memory, kernels = memory_of(self.weight.data), self._kernels()
+        if kernels is None:
+            self._put_in_with_torch(_bits(memory))
+            return
+        before, after = _parts(self.before), _parts(self.after)
+        wrong = kernels.swap(memory, before, after, self.check, self._done)
         if wrong >= 0:
             raise ChangedEntryError(self, wrong)
 
     def put_back(self) -> None:
         """See `Write`."""
-        with torch.no_grad(), torch.inference_mode(self.weight.is_inference()):
-            memory, kernels = memory_of(self.weight.data), self._kernels()
-            if kernels is not None and self._done.value:
-                kernels.swap(memory, _parts(self.after), _parts(self.before), False, self._done)
-            for at, bits in self._there:
-                _bits(memory).index_copy_(0, at, bits)
+        memory, kernels = memory_of(self.weight.data), self._kernels()
+        if kernels is not None and self._done.value:
+            kernels.swap(memory, _parts(self.after), _parts(self.before), False, self._done)
+        for at, bits in self._there:
+            _bits(memory).index_copy_(0, at, bits)
         self._done.value, self._there = 0, []
 
     def _kernels(self) -> native.Kernels | None:

@@ -26,7 +26,7 @@ from shira.blocks import block_layout
 from shira.errors import SupportError
 from shira.ops import native
 from shira.ops.gaps import from_gaps, gaps_of, is_packed, support_of
-from shira.ops.memory import offsets_of
+from shira.ops.memory import alias_of, offsets_of
 from shira.support import align, matrix_shape
 
 T = TypeVar("T")
@@ -167,7 +167,8 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
     members = places if len(supports) > 1 else None
     matrix, device, kept, packed = matrix_shape(shape), union.indices.device, None, None
     if all(map(is_packed, indices)) and device.type == "cpu":
-        packed = _alias(indices[0]) if members is None else None
+        # no view, which would keep the key of the plan's cache entry alive
+        packed = alias_of(indices[0]) if members is None else None
     else:
         alone = members is None and not is_packed(indices[0])
         kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
@@ -179,18 +180,10 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
 
 
 def _pattern(coordinates: Tensor, rows: int) -> Pattern:
-    row, col = (_alias(half.to(torch.int32)) for half in coordinates)
+    row, col = (alias_of(half.to(torch.int32)) for half in coordinates)
     crow = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
     crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
     return Pattern(crow, row, col)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """Return the same memory, but no view, which would keep the key of its cache entry alive."""
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(
-        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-    )
 
 
 _KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
