@@ -100,6 +100,19 @@ def test_the_page_says_what_inspect_and_overlap_say(written, two):
     assert [made["name"] for made in maps] == [name for path in two for name in Adapter.load(path)]
 
 
+def test_unlike_heads_are_a_clash(shira, headed, tmp_path):
+    folder, _ = headed
+    page = tmp_path / "page.html"
+    answer = shira(
+        "report", folder / "poems", folder / "code", folder / "law", "--fast", "-o", page
+    )
+    assert answer.status == 0, answer.err
+    clashes = re.findall(r"Does it clash\?</th><td>(.*?)</td>", page.read_text(encoding="utf-8"))
+    told = "Each replaces score.weight by a tensor of its own."
+    assert [told in clash for clash in clashes] == [True, False, True, False, False, False]
+    assert not any(clash.startswith("Not") and told in clash for clash in clashes)
+
+
 def test_the_page_loads_nothing(written):
     page = written.read_text(encoding="utf-8")
     outline = Outline(page)

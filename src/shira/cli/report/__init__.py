@@ -153,7 +153,7 @@ def template(source: str | None = None) -> Any:
 
 def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[str, str]]:
     """Yield what a person wants to know first: question and answer."""
-    from shira.cli.output import megabytes, percent
+    from shira.cli.output import megabytes, percent, some
     from shira.cli.summary import BASE_FIELD
 
     summary, figures = described.summary, described.summary.all.figures
@@ -179,13 +179,18 @@ def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[
         if described.name in (pair.a, pair.b):
             other = pair.b if pair.a == described.name else pair.a
             mine = pair.nnz_a if pair.a == described.name else pair.nnz_b
+            unlike = [name for name, state in pair.whole.items() if state == "different"]
             clash = f"Not with {other}: they share no entry."
+            if unlike:
+                clash = f"With {other} it shares no entry."
             if pair.shared:
                 clash = (
                     f"With {other} it shares {pair.shared:,} entries, "
                     f"{percent(pair.shared, mine)} of its own; at {pair.sign_conflicts:,} of them "
                     "the signs differ."
                 )
+            if unlike:
+                clash += f" Each replaces {some(unlike)} by a tensor of its own."
             yield "Does it clash?", clash
 
 
