@@ -83,7 +83,8 @@ class Loaded(NamedTuple):
 class Kernels:
     """The functions of the library, for the best instruction set that this CPU has.
 
-    Tensors are on the CPU. Callers see to shapes, dtypes and bounds; nothing is checked here.
+    Tensors are on the CPU. Callers see to shapes, dtypes and bounds; nothing is checked here. What
+    C writes to is made of an operand (``new_empty``) and a dtype, whatever torch's defaults are.
     """
 
     def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
@@ -106,8 +107,9 @@ class Kernels:
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads, k = torch.get_num_threads(), col.numel()
         (tokens, rows), cols = left.shape, right.shape[1]
-        out = _array(k, torch.float32)
-        scratch = _array(self._entries_scratch(tokens, cols, k, threads), torch.uint8)
+        out = left.new_empty(k, dtype=torch.float32)
+        size = self._entries_scratch(tokens, cols, k, threads)
+        scratch = left.new_empty(size, dtype=torch.uint8)
         self._call["entries"](
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
             crow.data_ptr(), col.data_ptr(), out.data_ptr(), scratch.data_ptr(),
@@ -126,8 +128,8 @@ class Kernels:
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
-        out, count = _array(col.numel(), torch.float32), block_row.numel()
-        scratch = _array(self._tiles_scratch(count, size, threads), torch.uint8)
+        out, count = left.new_empty(col.numel(), dtype=torch.float32), block_row.numel()
+        scratch = left.new_empty(self._tiles_scratch(count, size, threads), dtype=torch.uint8)
         self._call["tiles"](
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
             crow.data_ptr(), col.data_ptr(), block_row.data_ptr(), block_col.data_ptr(),
@@ -154,8 +156,8 @@ class Kernels:
             None if they are not wanted; ``(k,)`` the column of each.
         """
         k, units = gaps.nnz, gaps.units
-        crow = _array(shape[0] + 1, torch.int32)
-        col = _array(k, torch.int32)
+        crow = units.new_empty(shape[0] + 1, dtype=torch.int32)
+        col = units.new_empty(k, dtype=torch.int32)
         row = torch.empty_like(col) if rows else None
         self._call["coordinates"](
             units.data_ptr(), units.itemsize, units.numel(), gaps.marks.data_ptr(), *shape,
@@ -176,7 +178,7 @@ class Kernels:
             ((unit, counts[i]) for i, unit in enumerate((1, 2, 4)) if unit <= widest),
             key=lambda pair: pair[0] * pair[1],
         )
-        units = _array(count, _UNITS[width])
+        units = indices.new_empty(count, dtype=_UNITS[width])
         self._call["encode_gaps"](address, size, k, units.data_ptr(), width)
         return units
 
@@ -240,7 +242,7 @@ class Kernels:
         On a grid of so many rows and columns; keys are 64-bit words, contiguous.
         """
         wide = numel > 2**31
-        images = _array(count, torch.int64 if wide else torch.int32)
+        images = keys.new_empty(count, dtype=torch.int64 if wide else torch.int32)
         self._call["permute"](
             start, count, numel, *grid, keys.data_ptr(), keys.numel(), images.data_ptr(),
             int(wide), _threads(count),
@@ -249,7 +251,7 @@ class Kernels:
 
     def ascending(self, points: Tensor, numel: int) -> None:
         """Sort, in place, distinct int32 points of ``[0, numel)``; takes ``numel / 8`` bytes."""
-        marks = torch.zeros((numel + 63) // 64, dtype=torch.int64, device="cpu")
+        marks = points.new_zeros((numel + 63) // 64, dtype=torch.int64)
         self._call["ascending"](points.data_ptr(), points.numel(), marks.data_ptr(), marks.numel())
 
 
@@ -267,7 +269,7 @@ class DeltaWrite:
         if delta.dtype != torch.float32 or not delta.is_contiguous():
             delta = delta.float().contiguous()
         self._kernels, self._weight, self._gaps, self._delta = kernels, weight, gaps, delta
-        self.originals = _array(gaps.nnz, weight.dtype)
+        self.originals = weight.new_empty(gaps.nnz)
         # The C call itself says that it has written: an interrupt may come right after it, before
         # anything in Python could.
         self._inside = ctypes.c_int(0)
@@ -324,11 +326,6 @@ def kernels_for(instruction_set: str) -> Kernels:
 def second_level_cache() -> int:
     """Return the bytes of a core's second-level cache, which `entries` goes by: for benchmarks."""
     return int(ctypes.CDLL(str(LIBRARY)).shira_second_level_cache())
-
-
-def _array(count: int, dtype: torch.dtype) -> Tensor:
-    # on the CPU and of this dtype, whatever torch's defaults are: C writes to its address
-    return torch.empty(count, dtype=dtype, device="cpu")
 
 
 def _rows_contiguous(operand: Tensor) -> Tensor:
