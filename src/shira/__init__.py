@@ -98,23 +98,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'shira' has no attribute {name!r}.{did_you_mean(name, __all__)}"
         )
-    module = _import(_WHERE[name])
-    value = getattr(module, name)
-    globals()[name] = value  # the next look-up is a plain one
-    return value
-
-
-def _import(module: str) -> Any:
     try:
-        return importlib.import_module(module)
+        value = getattr(importlib.import_module(_WHERE[name]), name)
     except ModuleNotFoundError as error:
-        if module != "shira.tuner" or error.name not in ("peft", "transformers", "accelerate"):
+        if error.name not in ("peft", "transformers", "accelerate"):
             raise
         from shira.errors import MissingDependencyError
 
         raise MissingDependencyError(
             f"training needs {error.name}, which is not installed: pip install 'shira[peft]'"
         ) from error
+    globals()[name] = value  # the next look-up is a plain one
+    return value
 
 
 def __dir__() -> list[str]:

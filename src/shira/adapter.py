@@ -9,7 +9,6 @@ and returns it, so it lies below them all; reading, writing, arithmetic and comp
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -129,14 +128,7 @@ class Adapter(Mapping[str, SparseDelta]):
         return f"Adapter({len(self)} parameters, nnz={self.nnz}, density={self.density:.4g}{whole})"
 
     def require_sparse(self, what: str) -> None:
-        """Refuse an adapter with whole tensors, for what knows deltas alone.
-
-        Args:
-            what: The subject of the message: ``"a patch file"``.
-
-        Raises:
-            AdapterError: If it has some; names them.
-        """
+        """Refuse (`AdapterError`) whole tensors, for ``what`` knows deltas alone: a patch file."""
         if self.tensors:
             raise AdapterError(
                 f"{what} cannot hold whole tensors, and the adapter has {listed(self.tensors)} "
@@ -145,15 +137,7 @@ class Adapter(Mapping[str, SparseDelta]):
             )
 
     def require_scale_one(self, name: str, scale: float) -> None:
-        """Refuse whole tensors at another scale than 1: they have none.
-
-        Args:
-            name: What to call the adapter.
-            scale: At which it would be used.
-
-        Raises:
-            AdapterError: If it has some, and the scale is another.
-        """
+        """Refuse (`AdapterError`) whole tensors at another scale than 1: they have none."""
         if self.tensors and scale != 1.0:
             raise AdapterError(
                 f"{name} has whole tensors ({listed(self.tensors)}), which have no scale, so it is "
@@ -168,9 +152,7 @@ class Adapter(Mapping[str, SparseDelta]):
         """
         if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
             return NotImplemented
-        from shira.fusing import fuse
-
-        return fuse([self], [factor])
+        return _fuse([self], [factor])
 
     __rmul__ = __mul__
 
@@ -191,11 +173,7 @@ class Adapter(Mapping[str, SparseDelta]):
 
         Whole tensors are carried; two different ones of one name are refused.
         """
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        from shira.fusing import fuse
-
-        return fuse([self, other])
+        return _fuse([self, other]) if isinstance(other, Adapter) else NotImplemented
 
     def __radd__(self, other: object) -> Adapter:
         """Return the adapter for 0, with which ``sum(adapters)`` begins."""
@@ -203,11 +181,7 @@ class Adapter(Mapping[str, SparseDelta]):
 
     def __sub__(self, other: Adapter) -> Adapter:
         """Return ``fuse([self, other], [1, -1])``; what cancels stays as an entry of value 0."""
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        from shira.fusing import fuse
-
-        return fuse([self, other], [1.0, -1.0])
+        return _fuse([self, other], [1.0, -1.0]) if isinstance(other, Adapter) else NotImplemented
 
     def restrict(
         self,
@@ -243,15 +217,9 @@ class Adapter(Mapping[str, SparseDelta]):
         Raises:
             ConfigError: If neither or both are given, or not possible.
         """
-        from shira.fusing import fuse
-
         if k is None and density is None:
             raise ConfigError("say how much is to stay: k entries, or a density")
-        if k is None:
-            assert density is not None
-            if not (isinstance(density, (int, float)) and math.isfinite(density)):
-                raise ConfigError(f"density is a share in (0, 1], not {density!r}")
-        return fuse([self], method="magnitude", k=k, density=density)
+        return _fuse([self], method="magnitude", k=k, density=density)
 
     def to(
         self, dtype: torch.dtype | None = None, *, device: torch.device | str | None = None
@@ -354,3 +322,9 @@ class Adapter(Mapping[str, SparseDelta]):
         from shira.store import save
 
         save(self, path, format=format, dtype=dtype, indices=indices)
+
+
+def _fuse(adapters: list[Adapter], *args: Any, **options: Any) -> Adapter:
+    from shira.fusing import fuse
+
+    return fuse(adapters, *args, **options)

@@ -41,42 +41,24 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def replacement(base: Tensor, delta: Tensor) -> Tensor:
-    """Return ``round(base + delta)``: summed in float32 (float64 if either is), rounded once.
-
-    Args:
-        base: ``(k,)`` values of the base weight.
-        delta: ``(k,)`` what is added, of any floating dtype.
-
-    Returns:
-        ``(k,)`` in the dtype of ``base``, on its device.
-    """
+    """Return ``round(base + delta)``: summed in float32 (float64 if either is), rounded once."""
     wide = accumulation_dtype(base.dtype, delta.dtype)
     return (base.to(wide) + delta.to(wide)).to(base.dtype)
 
 
 def fingerprint(values: Tensor) -> str:
-    """Return a short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``.
-
-    Args:
-        values: ``(k,)`` values of the base weight at an adapter's positions, in their own dtype.
-    """
+    """Return a short hash of base values, to know the base by: ``"<dtype>:<16 hex digits>"``."""
     raw = values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
     return f"{str(values.dtype).removeprefix('torch.')}:{digest}"
 
 
 def fingerprint_fields(base: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what an adapter's metadata records of the base that it is made on.
+    """Return what an adapter's metadata records of its base's values at the entries, by parameter.
 
     Beside the hash of the values themselves it has the hashes of the values rounded to the
     narrower dtypes in which models are loaded, for a copy of the base in one of those does not
     show the exact values any more.
-
-    Args:
-        base: ``(k,)`` values at the adapter's entries, in the base's dtype, by parameter name.
-
-    Returns:
-        `FINGERPRINT_FIELD` and `ROUNDED_FIELD`; without parameters, nothing.
     """
     exact, rounded = {}, {}
     for name, values in base.items():
@@ -118,12 +100,11 @@ def judge(metadata: Mapping[str, Any], name: str, values: Tensor, held: Tensor |
         return "not recorded"
     verdict: Verdict = "cannot be told"
     if held is not None:
-        values_held = held.detach().cpu()
-
-        def in_dtype(dtype: str) -> str:
-            return fingerprint(values_held.to(_FLOATS[dtype]))
-
-        verdict = _compare(recorded, rounded, fingerprint(values_held), in_dtype)
+        there = held.detach().cpu()
+        own = fingerprint(there)
+        verdict = _compare(
+            recorded, rounded, own, lambda dtype: fingerprint(there.to(_FLOATS[dtype]))
+        )
     if verdict in ("another", "cannot be told") and not bool(values.any()):
         return "untrained"
     return verdict
@@ -137,17 +118,10 @@ def accept(
     *,
     warn: bool = True,
 ) -> None:
-    """Refuse a base that is another one, and warn of one that cannot be told.
+    """Refuse (`WrongBaseError`) a base that is another one, and warn of one that cannot be told.
 
-    Args:
-        metadata: The adapter's.
-        verdicts: From `judge`, by parameter name.
-        where: What to begin the message with: the file or name of the adapter or the base.
-        remedy: How to use the adapter on another base all the same.
-        warn: Whether to warn; a caller that reports the verdicts need not.
-
-    Raises:
-        WrongBaseError: If one of the verdicts is ``"another"``.
+    The verdicts are `judge`'s. Messages begin with ``where`` and end with how to use the adapter on
+    another base all the same; a caller that reports the verdicts need not warn.
     """
     base = metadata.get("base_model_name_or_path")
     told = f"; it was trained on {base!r}" if base else ""
@@ -170,16 +144,7 @@ def accept(
 
 
 def judge_together(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Verdict:
-    """Tell whether two adapters with the same entries of a parameter were made on one base.
-
-    Args:
-        a: Metadata of the one.
-        b: Metadata of the other.
-        name: The parameter.
-
-    Returns:
-        As `judge`, for a base of which what ``b`` records is known.
-    """
+    """Tell as `judge` from the metadata of two adapters with the same entries of a parameter."""
     (recorded, rounded), (own, others) = _recorded(a, name), _recorded(b, name)
     if recorded is None or own is None:
         return "not recorded"
@@ -199,13 +164,9 @@ def _recorded(metadata: Mapping[str, Any], name: str) -> tuple[str | None, list[
 def _compare(
     recorded: str, rounded: Sequence[str], own: str, in_dtype: Callable[[str], str | None]
 ) -> Verdict:
-    """Compare what is recorded of one base with another base.
+    """Compare the fingerprints of one base, also of it rounded, with another base's ``own``.
 
-    Args:
-        recorded: The one's fingerprint.
-        rounded: Fingerprints of the same values in narrower dtypes.
-        own: The other's.
-        in_dtype: From a dtype to the fingerprint of the other's values in it; None if not known.
+    ``in_dtype`` gives that of the other's values in a dtype; None if it is not known.
     """
     if own == recorded:
         return "same"

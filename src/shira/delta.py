@@ -87,15 +87,7 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def checked_scale(adapter: str, scale: object) -> float:
-    """Return the factor on an adapter as a float; the one rule for switching and serving.
-
-    Args:
-        adapter: Name of the adapter, for messages.
-        scale: An integer, a float, or another real number; not a bool.
-
-    Raises:
-        AdapterError: If it is no number, not finite, or too large for a float.
-    """
+    """Return the factor on an adapter as a float, if it is a finite real number and no bool."""
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise AdapterError(f"the scale of {adapter!r} is a number, not {scale!r:.100}")
     try:

@@ -149,9 +149,7 @@ def _is_near(name: str, other: str) -> bool:
     if len(parts) != len(others):
         return difflib.SequenceMatcher(None, name, other).ratio() >= _CUTOFF_OF_ANOTHER_FORM
     return all(
-        part == other
-        or part.startswith(other)
-        or difflib.SequenceMatcher(None, part, other).ratio() >= _CUTOFF
+        part.startswith(other) or difflib.SequenceMatcher(None, part, other).ratio() >= _CUTOFF
         for part, other in zip(parts, others, strict=True)
     )
 

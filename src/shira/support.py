@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,7 +172,7 @@ class Support:
 
     def union(self, other: Support) -> Support:
         """Return the entries of either."""
-        return align([self, other]).union
+        return align([self, other])[0]
 
     def intersection(self, other: Support) -> Support:
         """Return the entries of both."""
@@ -200,22 +199,10 @@ class Support:
         return f"Support(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g})"
 
 
-class Aligned(NamedTuple):
-    """Supports of one weight brought together; see `align`."""
+def align(supports: Sequence[Support]) -> tuple[Support, tuple[Tensor | None, ...]]:
+    """Return the union of supports of one shape, and the place in it of each one's entries.
 
-    union: Support
-    places: tuple[Tensor | None, ...]
-    """int64 ``(k_i,)`` for each: its entries' places in the union; None: it is the union."""
-
-
-def align(supports: Sequence[Support]) -> Aligned:
-    """Return the union of some supports, and the place of each one's entries in it.
-
-    Args:
-        supports: At least one, of one shape, on one device.
-
-    Raises:
-        SupportError: If they are of weights of different shape.
+    Places are int64 ``(k_i,)``, or None for one that is the union itself.
 
     Example:
         >>> a, b = (Support((10,), torch.tensor(at)) for at in ([2, 5, 9], [5, 7]))
@@ -227,20 +214,13 @@ def align(supports: Sequence[Support]) -> Aligned:
     for other in others:
         _check_same_shape(first, other)
     if all(other is first or other == first for other in others):
-        return Aligned(first, (None,) * len(supports))
+        return first, (None,) * len(supports)
     indices, places = align_indices([support.indices for support in supports])
-    return Aligned(Support._trusted(first.shape, indices), places)
+    return Support._trusted(first.shape, indices), places
 
 
 def align_indices(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the sorted union of indices, and the place of each part's in it.
-
-    Args:
-        parts: ``(k_i,)`` integers, in each part unique.
-
-    Returns:
-        The union ``(k,)``, and int64 ``(k_i,)`` for each part. One sort of all together.
-    """
+    """Return the sorted union of indices that are unique in each part, and each part's places."""
     merged, order = torch.sort(torch.cat(list(parts)), stable=True)
     indices, place = torch.unique_consecutive(merged, return_inverse=True)
     places = torch.empty_like(place)

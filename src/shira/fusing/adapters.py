@@ -25,7 +25,14 @@ from shira.fusing.methods import (
     select,
     uniform,
 )
-from shira.fusing.result import FUSED, check_together, derived, record, whole_tensors
+from shira.fusing.result import (
+    FUSED,
+    check_adapters,
+    check_together,
+    derived,
+    record,
+    whole_tensors,
+)
 from shira.support import Support, matrix_shape
 
 Progress = Callable[[int, int], None]
@@ -98,33 +105,44 @@ def fuse(
     """
     adapters, names = _checked_adapters(adapters, names)
     factors = _checked_weights(weights, len(adapters), method)
-    given = {
+    options = {
         "density": density,
         "k": k,
         "epsilon": epsilon,
         "majority_sign_method": majority_sign_method,
         "seed": seed,
     }
-    given = {option: value for option, value in given.items() if value is not None}
+    given = {option: value for option, value in options.items() if value is not None}
     chosen, settings = method_of(method, given)
     settings["total_weight"] = math.fsum(factors)
     check_together(adapters, names, check_base=check_base)
-    if len(adapters) == 1 and factors == [1.0] and whole in (None, names[0]):
-        return _alone(adapters[0], names[0], chosen, given)
+    alone = len(adapters) == 1 and factors == [1.0] and whole in (None, names[0])
+    if alone and not chosen.budget and density is not None:
+        warnings.warn(
+            f"there is nothing to fuse {names[0]} with, so it is returned unchanged and density="
+            f"{density} has no effect; Adapter.prune makes one adapter sparser",
+            stacklevel=2,
+        )
+    if alone and not (chosen.budget and given):
+        return adapters[0]
     tensors = whole_tensors(adapters, names, factors, whole)
     parameters = list(dict.fromkeys(name for adapter in adapters for name in adapter))
     deltas: dict[str, SparseDelta] = {}
     for done, name in enumerate(parameters, 1):
         parts = [(a[name], w) for a, w in zip(adapters, factors, strict=True) if name in a]
-        deltas[name] = _fuse_parameter(name, parts, chosen, settings)
+        deltas[name] = parts[0][0] if alone else _fuse_parameter(name, parts, chosen, settings)
         if progress is not None:
             progress(done, len(parameters))
     options = {option: settings[option] for option in chosen.options if option != "k"}
     if chosen.budget:
-        options = {"k": _budget(adapters, deltas, given)}
-        deltas = keep_largest(deltas, options["k"])
-    made = record(method, adapters, names, factors, options)
-    return derived(adapters, deltas, tensors, made)
+        count = max(adapter.nnz for adapter in adapters) if k is None else k
+        if density is not None:
+            numel = sum(delta.support.numel for delta in deltas.values())
+            count = int(density * numel * (1 + 1e-12))  # 0.29 * 100 is 28.999...
+        if alone and count >= adapters[0].nnz:
+            return adapters[0]
+        options, deltas = {"k": count}, keep_largest(deltas, count)
+    return derived(adapters, deltas, tensors, record(method, adapters, names, factors, options))
 
 
 def restrict(
@@ -217,12 +235,7 @@ def _checked_adapters(
     adapters = list(adapters)
     if not adapters:
         raise AdapterError("there is nothing to fuse: no adapter was given")
-    for adapter in adapters:
-        if not isinstance(adapter, Adapter):
-            raise AdapterError(
-                f"fuse takes adapters, not {type(adapter).__name__}; Adapter.load reads one, "
-                "Adapter.from_model takes one out of a model"
-            )
+    check_adapters(*adapters)
     names = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
     if len(names) != len(adapters):
         raise ConfigError(f"{len(adapters)} adapters need as many names, not {len(names)}")
@@ -231,12 +244,10 @@ def _checked_adapters(
 
 def _checked_weights(weights: Sequence[float] | None, count: int, method: str) -> list[float]:
     """Return a finite factor for each adapter."""
-    if weights is None:
-        weights = [1.0] * count
-    if isinstance(weights, (str, Adapter)) or not hasattr(weights, "__iter__"):
-        raise ConfigError(f"weights are a list of numbers, not {type(weights).__name__}")
+    if isinstance(weights, str):
+        raise ConfigError(f"weights are a list of numbers, not {weights!r}")
     try:
-        factors = [float(weight) for weight in weights]
+        factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"weights are numbers: {error}") from error
     if len(factors) != count:
@@ -246,24 +257,6 @@ def _checked_weights(weights: Sequence[float] | None, count: int, method: str) -
     if method == "mean" and math.fsum(factors) == 0:
         raise ConfigError(f"the weights of a mean must not add up to 0, as {factors} do")
     return factors
-
-
-def _alone(adapter: Adapter, name: str, method: Method, given: Mapping[str, Any]) -> Adapter:
-    """Return one adapter at weight 1, or prune it to a budget that was asked for."""
-    if method.budget and given:
-        count = _budget([adapter], adapter, given)
-        if count >= adapter.nnz:
-            return adapter
-        deltas = keep_largest(adapter, count)
-        made = record("magnitude", [adapter], [name], [1.0], {"k": count})
-        return derived([adapter], deltas, adapter.tensors, made)
-    if "density" in given:
-        warnings.warn(
-            f"there is nothing to fuse {name} with, so it is returned unchanged and density="
-            f"{given['density']} has no effect; Adapter.prune makes one adapter sparser",
-            stacklevel=3,
-        )
-    return adapter
 
 
 def _fuse_parameter(
@@ -289,16 +282,6 @@ def _fuse_parameter(
             deltas[i] = method.sparsify(delta, **known)
     known = {option: settings[option] for option in parameters_of(method.combine)}
     return method.combine(deltas, [weight for _, weight in parts], **known)
-
-
-def _budget(
-    adapters: Sequence[Adapter], deltas: Mapping[str, SparseDelta], given: Mapping[str, Any]
-) -> int:
-    """Return how many entries the result may have."""
-    if "density" in given:
-        numel = sum(delta.support.numel for delta in deltas.values())
-        return int(given["density"] * numel * (1 + 1e-12))  # 0.29 * 100 is 28.999...
-    return int(given.get("k", max(adapter.nnz for adapter in adapters)))
 
 
 def _check_known(adapter: Adapter, names: Iterable[str]) -> None:

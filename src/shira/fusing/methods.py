@@ -39,7 +39,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.delta import SparseDelta
 from shira.errors import ConfigError, did_you_mean
-from shira.masks.topk import top_k, top_k_of_all
+from shira.masks.topk import top_k_of_all
 from shira.support import Support, align, matrix_shape
 
 EPSILON = 0.1
@@ -51,12 +51,7 @@ def trim(delta: SparseDelta, density: float) -> SparseDelta:
 
     TIES-Merging, arXiv 2306.01708, section 3, step 1; PEFT's ``magnitude_based_pruning``.
     """
-    count = int(density * delta.nnz)
-    if count >= delta.nnz:
-        return delta
-    if not count:
-        return select(delta, torch.zeros(0, dtype=torch.int64, device=delta.values.device))
-    return select(delta, top_k([magnitude(delta)], count))
+    return keep_largest({"": delta}, int(density * delta.nnz))[""]
 
 
 def drop(delta: SparseDelta, density: float, draw: Tensor) -> SparseDelta:
@@ -163,11 +158,7 @@ def magnitude(delta: SparseDelta) -> Tensor:
 
 
 def row_rank(delta: SparseDelta) -> Tensor:
-    """Rank each entry by magnitude among those of its row, as the weight is stored.
-
-    Returns:
-        float64 ``(k,)``: 0 for the smallest of a row, 1 for the largest, 0.5 if it is the only one.
-    """
+    """Rank each entry by magnitude in its row: float64 from 0 to 1, 0.5 if it is the only one."""
     rows, cols = matrix_shape(delta.support.shape)
     row = delta.support.indices.long() // max(cols, 1)  # (k,) sorted
     order = torch.argsort(magnitude(delta), stable=True)
@@ -289,7 +280,9 @@ def method_of(name: str, given: Mapping[str, Any]) -> tuple[Method, dict[str, An
                 f"{', '.join(method.options) or 'none'}"
             )
     density = given.get("density", method.density)
-    if density is not None and not 0 < density <= 1:
+    if density is not None and not (
+        isinstance(density, (int, float, np.number)) and 0 < density <= 1
+    ):
         raise ConfigError(f"density is a share in (0, 1], not {density!r}")
     count = given.get("k")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):

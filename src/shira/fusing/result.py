@@ -28,6 +28,16 @@ FUSED = "fused"
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
+def check_adapters(*adapters: object) -> None:
+    """Refuse what is no adapter."""
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(
+                f"an adapter is expected, not {type(adapter).__name__}; Adapter.load reads one, "
+                "Adapter.from_model takes one out of a model"
+            )
+
+
 def check_together(
     adapters: Sequence[Adapter], names: Sequence[str], *, check_base: bool = True
 ) -> None:

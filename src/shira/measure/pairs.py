@@ -13,10 +13,9 @@ from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.delta import SparseDelta, same_tensor
-from shira.errors import AdapterError
 from shira.fusing.adapters import Progress
 from shira.fusing.methods import select
-from shira.fusing.result import check_together
+from shira.fusing.result import check_adapters, check_together
 from shira.measure.figures import (
     Estimate,
     Overlap,
@@ -78,12 +77,7 @@ def overlap(
         >>> found.shared, round(found.cosine, 3), found.awom.value, found.awor.value
         (1, 0.5, 1.4142135623730951, 0.7777777777777778)
     """
-    for adapter in (a, b):
-        if not isinstance(adapter, Adapter):
-            raise AdapterError(
-                f"overlap compares adapters, not {type(adapter).__name__}; Adapter.load reads one, "
-                "Adapter.from_model takes one out of a model"
-            )
+    check_adapters(a, b)
     check_together((a, b), names, check_base=check_base)
     parameters = list(dict.fromkeys((*a, *b)))
     found, sums = [], []
@@ -191,9 +185,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
         >>> compare(a, b).differing, compare(a, b).largest_difference
         (1, 3.0)
     """
-    for adapter in (a, b):
-        if not isinstance(adapter, Adapter):
-            raise AdapterError(f"adapters are compared, not {type(adapter).__name__}")
+    check_adapters(a, b)
     common = {name: (a[name], b[name]) for name in a if name in b}
     unlike_shape = [n for n, (x, y) in common.items() if x.support.shape != y.support.shape]
     unlike_dtype = []
