@@ -25,7 +25,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple
 
 from shira.errors import ConfigError
@@ -35,8 +35,6 @@ Activate = Callable[[Any], Awaitable[Any]]
 
 
 class _Waiter(NamedTuple):
-    number: int
-    """In the order of arrival."""
     since: float
     """Event loop time of arrival."""
     let_in: asyncio.Future[None]
@@ -75,7 +73,6 @@ class AdapterScheduler:
         self.running = 0
         """Requests that were let in and have not ended."""
         self._alone = False
-        self._arrivals = 0
         self._queues: dict[Hashable, deque[_Waiter]] = {}
         self._switching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -90,30 +87,44 @@ class AdapterScheduler:
         }
 
     @asynccontextmanager
-    async def using(self, adapter: Hashable) -> AsyncIterator[None]:
-        """Have an adapter active inside the context.
+    async def using(
+        self, adapter: Hashable, *, unless: asyncio.Future[Any] | None = None
+    ) -> AsyncIterator[bool]:
+        """Have an adapter active inside the context; false if its turn was given up.
+
+        Args:
+            adapter: The adapter.
+            unless: The turn is given up if this is done before it comes.
 
         Raises:
             Exception: What ``activate`` raised, if the adapter could not be switched to.
         """
-        await self._enter(adapter)
+        waiter = _Waiter(_now(), asyncio.get_running_loop().create_future())
+        self._queues.setdefault(adapter, deque()).append(waiter)
+        self._proceed()
         try:
-            yield
+            if not waiter.let_in.done():
+                first = [waiter.let_in] if unless is None else [waiter.let_in, unless]
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if unless is not None and unless.done():
+                yield False
+            else:
+                waiter.let_in.result()
+                yield True
         finally:
-            self._leave()
+            if not waiter.let_in.done():
+                self._queues[adapter].remove(waiter)
+            elif waiter.let_in.exception() is None:
+                self._alone = False
+                self.running -= 1
+            self._proceed()
 
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
+    def alone(self) -> AbstractAsyncContextManager[bool]:
         """Have no request running inside the context, and none let in; its turn comes as others'.
 
         For what changes the weights otherwise. See `assume` for when it changed what is active.
         """
-        await self._enter(_Alone())
-        try:
-            yield
-        finally:
-            self._alone = False
-            self._leave()
+        return self.using(_Alone())
 
     def assume(self, active: Hashable) -> None:
         """Say which adapter is active now; for use inside `alone`."""
@@ -124,33 +135,9 @@ class AdapterScheduler:
         """Let all who wait for an adapter end with an error, as when it is unloaded; how many."""
         queue = self._queues.pop(adapter, None) or ()
         for waiter in queue:
-            if not waiter.let_in.done():
-                waiter.let_in.set_exception(error)
+            waiter.let_in.set_exception(error)
         self._proceed()
         return len(queue)
-
-    async def _enter(self, adapter: Hashable) -> None:
-        waiter = _Waiter(self._arrivals, _now(), asyncio.get_running_loop().create_future())
-        self._arrivals += 1
-        self._queues.setdefault(adapter, deque()).append(waiter)
-        self._proceed()
-        try:
-            await waiter.let_in
-        except asyncio.CancelledError:
-            if waiter.let_in.done() and not waiter.let_in.cancelled():
-                if waiter.let_in.exception() is None:  # let in and cancelled before it woke up
-                    if isinstance(adapter, _Alone):
-                        self._alone = False
-                    self._leave()
-            else:
-                with suppress(KeyError, ValueError):  # it is in the queue no more
-                    self._queues[adapter].remove(waiter)
-                self._proceed()
-            raise
-
-    def _leave(self) -> None:
-        self.running -= 1
-        self._proceed()
 
     def _proceed(self) -> None:
         """Let in who may; start a switch if it is time, or set the alarm for when it will be."""
@@ -164,7 +151,7 @@ class AdapterScheduler:
         if not others:
             self._let_in(self.active)
             return
-        other = min(others, key=lambda key: self._queues[key][0].number)  # waits longest
+        other = min(others, key=lambda key: self._queues[key][0].since)  # waits longest
         closes = self._queues[other][0].since + (0 if isinstance(other, _Alone) else self.patience)
         if _now() < closes:
             self._let_in(self.active)
@@ -196,9 +183,8 @@ class AdapterScheduler:
 
     def _let_in(self, adapter: Hashable) -> None:
         for waiter in self._queues.pop(adapter, ()):
-            if not waiter.let_in.done():  # else cancelled, about to be forgotten
-                waiter.let_in.set_result(None)
-                self.running += 1
+            waiter.let_in.set_result(None)
+            self.running += 1
 
 
 def _now() -> float:

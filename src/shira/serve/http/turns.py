@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -150,49 +151,17 @@ class Turns:
             await self.app(scope, _Replay(data, receive), send)
             return
         gone = asyncio.ensure_future(receive())  # nothing but the end of the connection may come
-        turn = service.scheduler.using(adapter)
-        try:
-            if not await _enter_unless(turn, gone):
+        async with AsyncExitStack() as stack:
+            stack.callback(gone.cancel)
+            try:
+                turn = service.scheduler.using(adapter, unless=gone)
+                if not await stack.enter_async_context(turn):
+                    return
+            except Exception as error:
+                await _refuse(send, error)
                 return
-        except Exception as error:
-            gone.cancel()
-            await _refuse(send, error)
-            return
-        token = answering.set(adapter)
-        try:
+            stack.callback(answering.reset, answering.set(adapter))
             await self.app(scope, _Replay(data, receive, gone), send)
-        finally:
-            answering.reset(token)
-            gone.cancel()
-            await turn.__aexit__(None, None, None)
-
-
-async def _enter_unless(turn: Any, gone: asyncio.Future[Message]) -> bool:
-    """Wait for the turn; False if the client went away first, and then it is given up."""
-    entering = asyncio.ensure_future(turn.__aenter__())
-    try:
-        await asyncio.wait({entering, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not _has_left(gone):
-            await entering
-            return True
-    except asyncio.CancelledError:
-        await _give_up(entering, turn)
-        raise
-    await _give_up(entering, turn)
-    return False
-
-
-def _has_left(gone: asyncio.Future[Message]) -> bool:
-    if not gone.done():
-        return False
-    return gone.exception() is not None or gone.result()["type"] == "http.disconnect"
-
-
-async def _give_up(entering: asyncio.Future[Any], turn: Any) -> None:
-    if entering.cancel():  # it is not over yet
-        await asyncio.wait({entering})
-    if not entering.cancelled() and entering.exception() is None:
-        await turn.__aexit__(None, None, None)
 
 
 class _Replay:
