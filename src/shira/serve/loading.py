@@ -11,7 +11,7 @@ checkpoint's, where it is at hand; and all of them together must be those of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,21 +39,16 @@ _REMEDY = "save it without base_fingerprint in its metadata"
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter as one process holds it.
-
-    Attributes:
-        entries: What it changes in each storage.
-        digest: Hash of the whole adapter: names, shapes, positions, values.
-        nnz: Entries of the whole adapter.
-        parameters: How many weights the whole adapter changes.
-        checked: How many of them are known to have the base that the adapter was made on.
-    """
+    """An adapter as one process holds it."""
 
     entries: Mapping[Storage, Entry]
+    """Its part of the adapter; all that follows is of the whole."""
     digest: str
+    """Hash of names, shapes, positions, values."""
     nnz: int
     parameters: int
     checked: int
+    """Number of parameters known to have the base that the adapter was made on."""
 
     @property
     def nnz_here(self) -> int:
@@ -76,26 +71,17 @@ class Piece(NamedTuple):
         return base_at(self.storage.weight, where, active.get(self.storage)).cpu()
 
 
-def nothing_stored(name: str, indices: Tensor) -> None:
-    """Have no checkpoint to compare with."""
-
-
 def load(
     read: Callable[[], Adapter],
     place: Place,
     active: Plan[Storage],
     processes: Processes,
-    stored: Stored = nothing_stored,
+    stored: Stored | None,
 ) -> LoadedAdapter:
     """Return what this process keeps of an adapter; every process calls it for the same one.
 
-    Raises:
-        FileNotFoundError: If there is no adapter.
-        FileFormatError: If it is damaged.
-        PlacementError: If a weight cannot be placed entry by entry, or an entry has no place.
-        AdapterError: If it has whole tensors, two of its weights are one, or processes read
-            different adapters.
-        WrongBaseError: If it was made for another base.
+    Errors are those of ``read``, and `AdapterError` (`PlacementError`, `WrongBaseError`) for one
+    that does not fit the model.
     """
 
     def place_it() -> tuple[Adapter, str, dict[str, list[Piece]], dict[Storage, Entry]]:
@@ -103,7 +89,8 @@ def load(
         adapter.require_sparse("a served model")
         pieces = {name: locate(place, name, delta.support) for name, delta in adapter.items()}
         entries = _entries_of(adapter, pieces, active)
-        _check_layout(adapter, pieces, active, stored)
+        if stored is not None:
+            _check_layout(adapter, pieces, active, stored)
         return adapter, digest_of(adapter), pieces, entries
 
     adapter, digest, pieces, entries = agree(processes, place_it)
@@ -142,6 +129,19 @@ def locate(place: Place, name: str, support: Support) -> list[Piece]:
     ]
 
 
+def in_order(
+    pieces: Mapping[str, Sequence[Piece]],
+) -> Iterator[tuple[Storage, list[tuple[str, Piece]], Tensor, Tensor]]:
+    """Yield each storage, the pieces in it, their positions sorted, and the order that sorts."""
+    by_storage: dict[Storage, list[tuple[str, Piece]]] = {}
+    for name, each in pieces.items():
+        for piece in each:
+            by_storage.setdefault(piece.storage, []).append((name, piece))
+    for storage, parts in by_storage.items():
+        positions, order = torch.cat([piece.positions for _, piece in parts]).sort()
+        yield storage, parts, positions, order
+
+
 def entry_at(storage: Storage, positions: Tensor, values: Tensor, active: Plan[Storage]) -> Entry:
     """Return the entry of ``(k,)`` deltas at ascending positions of a storage; as `make_entry`."""
     weight = storage.weight
@@ -162,16 +162,11 @@ def digest_of(adapter: Adapter) -> str:
 
 
 def _entries_of(
-    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage]
+    adapter: Adapter, pieces: Mapping[str, Sequence[Piece]], active: Plan[Storage]
 ) -> dict[Storage, Entry]:
     """Join what lies in one storage; two entries at one position are refused."""
-    by_storage: dict[Storage, list[tuple[str, Piece]]] = {}
-    for name, each in pieces.items():
-        for piece in each:
-            by_storage.setdefault(piece.storage, []).append((name, piece))
     joined = {}
-    for storage, parts in by_storage.items():
-        positions, order = torch.cat([piece.positions for _, piece in parts]).sort()
+    for storage, parts, positions, order in in_order(pieces):
         values = torch.cat([adapter[name].values[piece.entries] for name, piece in parts])[order]
         if bool((positions[1:] == positions[:-1]).any()):
             names = " and ".join(dict.fromkeys(repr(name) for name, _ in parts))

@@ -2,8 +2,7 @@
 """Messages of the processes of an engine: what clients ask, what workers answer, how all agree.
 
 `named`, `located`, `wanted` and `slept` check what a client asks, before it is sent and where it
-arrives. Each worker answers with a dict (see ``shira.serve.vllm``). `checked` turns failures into
-the errors they were and insists that all workers are in the same state.
+arrives. Each worker answers with a dict (see ``shira.serve.vllm``), all of which `checked` reads.
 
 `agree` runs a step in every process of a model and lets it count only if it went well in all of
 them; the same error is raised everywhere otherwise. A switch is two of them: prepare and check,
@@ -13,6 +12,7 @@ they talk is a `Processes`: one alone, or whatever groups an engine has. Plain v
 
 from __future__ import annotations
 
+import builtins
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -42,15 +42,13 @@ class Failure(NamedTuple):
     def error(self, *, name_rank: bool = False) -> Exception:
         """Return the error, of its type if it was ours or about a file, else a `ServeError`."""
         where = f"rank {self.rank}: " if name_rank else ""
-        kind = _FILE_ERRORS.get(self.kind, getattr(errors, self.kind, None))
-        if isinstance(kind, type) and issubclass(kind, (ShiraError, OSError)):
+        kind = getattr(errors, self.kind, getattr(builtins, self.kind, None))
+        if isinstance(kind, type) and issubclass(kind, _TOLD):
             return kind(f"{where}{self.message}")
         return ServeError(f"{where}{self.kind}: {self.message}")
 
 
-_FILE_ERRORS: dict[str, type[OSError]] = {
-    kind.__name__: kind for kind in (FileNotFoundError, IsADirectoryError, PermissionError)
-}
+_TOLD = (ShiraError, FileNotFoundError, IsADirectoryError, PermissionError)
 
 
 class Processes(Protocol):
@@ -74,21 +72,16 @@ class OneProcess:
 
 
 def agree(processes: Processes, step: Callable[[], T]) -> T:
-    """Run a step in every process; return its result if it went well in all of them.
-
-    Raises:
-        Exception: The error of the first process in which it did not, in every process.
-        ServeError: If another process cannot be reached.
-    """
+    """Run a step in every process; return its result, or raise the first one's error in all."""
     result, failure, cause = None, None, None
     try:
         result = step()
     except Exception as error:
         failure, cause = Failure.of(error, processes.rank), error
     everyone = gather(processes, failure)
-    failures = [Failure(*each) for each in everyone if each is not None]
-    if failures:
-        raise failures[0].error(name_rank=len(everyone) > 1) from cause
+    first = next(filter(None, everyone), None)
+    if first is not None:
+        raise first.error(name_rank=len(everyone) > 1) from cause
     return result  # type: ignore[return-value]  # the step went well
 
 
@@ -101,12 +94,7 @@ def gather(processes: Processes, value: Any) -> list[Any]:
 
 
 def checked(answers: Sequence[Any], method: str) -> list[dict[str, Any]]:
-    """Return the answers, rank 0's first, if each worker's went well.
-
-    Raises:
-        ShiraError: What the workers refused, as the error it was there.
-        ServeError: If ranks are not in the same state.
-    """
+    """Return the answers, rank 0's first, if each went well; else raise the error it was there."""
     for answer in answers:
         if not isinstance(answer, Mapping) or "ok" not in answer:
             raise ServeError(f"{method}: a worker answered {answer!r}, which is no report")
@@ -124,12 +112,7 @@ def checked(answers: Sequence[Any], method: str) -> list[dict[str, Any]]:
 
 
 def wanted(weights: Weights, scale: float = 1.0) -> dict[str, float]:
-    """Return what shall be active, as scale by name.
-
-    Raises:
-        AdapterError: If it is of another type, a name is none, a scale is not a finite number, or a
-            scale is given beside a mapping.
-    """
+    """Return what shall be active, as scale by name; `AdapterError` if it is nothing such."""
     if isinstance(weights, str):
         weights, scale = {weights: scale}, 1.0
     if scale != 1.0:
@@ -140,11 +123,7 @@ def wanted(weights: Weights, scale: float = 1.0) -> dict[str, float]:
 
 
 def named(name: object) -> str:
-    """Check an adapter's name, and return it.
-
-    Raises:
-        AdapterError: If it is not 1 to 1000 characters of text that can be printed.
-    """
+    """Check an adapter's name, and return it."""
     if not isinstance(name, str) or not 0 < len(name) <= 1000 or not name.isprintable():
         raise AdapterError(
             "an adapter's name is a text that is not empty, of at most 1000 characters that can be "
@@ -154,11 +133,7 @@ def named(name: object) -> str:
 
 
 def located(path: object) -> str:
-    """Check the path of an adapter, and return it as text.
-
-    Raises:
-        AdapterError: If no file can have it.
-    """
+    """Check the path of an adapter, and return it as text."""
     try:
         text = os.fsdecode(path)  # type: ignore[arg-type]  # a TypeError tells
         text.encode()
@@ -170,11 +145,7 @@ def located(path: object) -> str:
 
 
 def slept(level: object) -> int:
-    """Check a level of sleep, and return it.
-
-    Raises:
-        ConfigError: If vLLM has no such level.
-    """
+    """Check a level of sleep, and return it; `ConfigError` if vLLM has none such."""
     if isinstance(level, bool) or level not in (0, 1, 2):
         raise ConfigError(f"vLLM sleeps at level 0, 1 or 2, not {level!r:.100}")
     return int(level)  # type: ignore[call-overload, no-any-return]

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shira.errors import PlacementError
 
@@ -107,10 +108,7 @@ def boxes_between(source: Tensor, target: Tensor) -> list[Box]:
 
     One box; several where the source is expanded (one entry goes to several places); none if the
     views are empty. ``source`` is a view of the checkpoint's weight, which begins its storage.
-
-    Raises:
-        ValueError: If different entries of the source view are one entry of the weight other than
-            by expansion (overlapping strides), or those of the target are.
+    `ValueError` if entries of a view are one in any other way (overlapping strides).
     """
     if not source.numel():
         return []
@@ -152,19 +150,8 @@ def trace(
 ) -> tuple[Placement, ...]:
     """Return the places where a model keeps the weight that its checkpoint calls ``name``.
 
-    Args:
-        model: Has ``load_weights``; none of its weights is written.
-        name: The checkpoint's name of the weight.
-        shape: The whole weight's shape in the checkpoint.
-        dtype: The dtype in which the model keeps it.
-
-    Returns:
-        A placement for each part; none if this process keeps no part of it (another stage of a
-        pipeline does, or the loader skips the name).
-
-    Raises:
-        PlacementError: If the loader does not know the name, refuses the shape, or does not place
-            the weight verbatim.
+    None if this process keeps no part of it (another stage of a pipeline does, or the loader skips
+    the name); `PlacementError` if the loader does not take it, or not verbatim. Nothing is written.
     """
     probe = torch.empty(tuple(shape), dtype=dtype, device="meta")
     before = list(_tensors_of(model))
@@ -256,7 +243,9 @@ class _Recorder(TorchDispatchMode):
             if self._is_probe(tensor):
                 raise self._refuse(f"it changes the weight by {func}")
         out = func(*args, **kwargs)
-        if self._any_probe(args) and not self._any_probe((out,)):
+        if any(map(self._is_probe, tree_leaves(args))) and not any(
+            map(self._is_probe, tree_leaves(out))
+        ):
             self.derived = str(func)
         return out
 
@@ -268,13 +257,6 @@ class _Recorder(TorchDispatchMode):
             raise self._refuse(f"it casts the weight from {source.dtype} to {target.dtype}")
         self.copies.append((target, source.expand(target.shape)))
         return target
-
-    def _any_probe(self, values: Iterable[object]) -> bool:
-        """Return whether one of the values, or of those in a list, is a view of the weight."""
-        flat = (
-            v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])
-        )
-        return any(map(self._is_probe, flat))
 
     def _is_probe(self, value: object) -> bool:
         return isinstance(value, Tensor) and storage_key(value) == self.probe
@@ -291,9 +273,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterab
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            for tensor in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(tensor, Tensor):
-                    yield tensor
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 class _InPlace(NamedTuple):
@@ -316,7 +296,7 @@ def _tensors_of(model: Model) -> Iterator[_InPlace]:
 
 
 def _put_back(before: list[_InPlace]) -> str:
-    """Undo the replacement of whole parameters; return the name of one, if any was replaced."""
+    """Undo the replacement of whole parameters; return the name of the last one, if any was."""
     replaced = ""
     for _, where, name, tensor, data in before:
         if where.get(name) is not tensor or storage_key(tensor) != storage_key(data):

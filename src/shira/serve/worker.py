@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,14 +33,7 @@ from shira.errors import (
     did_you_mean,
 )
 from shira.ops.patch import same_bits
-from shira.serve.loading import (
-    LoadedAdapter,
-    Stored,
-    entry_at,
-    load,
-    locate,
-    nothing_stored,
-)
+from shira.serve.loading import LoadedAdapter, Stored, entry_at, in_order, load, locate
 from shira.serve.messages import OneProcess, Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
@@ -67,13 +61,11 @@ class WorkerAdapters:
         dtype: torch.dtype,
         processes: Processes | None = None,
         refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
-        stored: Stored = nothing_stored,
+        stored: Stored | None = None,
     ) -> None:
-        self.model = model
-        self.dtype = dtype
+        self.model, self.dtype = model, dtype
         self.processes: Processes = processes or OneProcess()
-        self.refuse = refuse
-        self.stored = stored
+        self.refuse, self.stored = refuse, stored
         self.adapters: dict[str, LoadedAdapter] = {}
         self.discarded = False
         self._weights: PatchedWeights[Storage] = PatchedWeights()
@@ -95,47 +87,44 @@ class WorkerAdapters:
     def load(
         self, name: str, read: Callable[[], Adapter], *, compare: bool = True
     ) -> LoadedAdapter:
-        """Hold an adapter under a name; nothing served changes. Errors: see `loading.load`.
+        """Hold an adapter under a free name; nothing served changes. Errors: see `loading.load`.
 
         Args:
             name: A name that is free.
             read: Reads and validates the adapter.
-            compare: Whether to compare some base values with the checkpoint's; False if the
-                weights have been trained on since.
-
-        Raises:
-            AdapterError: If the name is taken.
-            ServeError: If the weights are discarded.
+            compare: False if the weights are no longer those of the checkpoint.
         """
-        agree(self.processes, lambda: self._check_new(name))
+
+        def read_new() -> Adapter:
+            self._check_awake()
+            if named(name) in self.adapters:
+                raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
+            return read()
+
         here = storage_keys(self.model)
         self._placements = {
             asked: found
             for asked, found in self._placements.items()
             if all(placement.storage.key in here for placement in found)
         }
-        stored = self.stored if compare else nothing_stored
+        stored = self.stored if compare else None
         active = self._weights.state.plan
-        self.adapters[name] = load(read, self.place, active, self.processes, stored)
+        self.adapters[name] = load(read_new, self.place, active, self.processes, stored)
         return self.adapters[name]
 
     def unload(self, name: str) -> None:
-        """Forget an adapter.
+        """Forget an adapter; `AdapterError` if it is active."""
 
-        Raises:
-            UnknownAdapterError: If there is none of this name.
-            AdapterError: If it is active.
-        """
-        named(name)
-        agree(self.processes, lambda: self._check_unused(name))
+        def check_unused() -> None:
+            self.require(named(name))
+            if name in self.active:
+                raise AdapterError(f"adapter {name!r} is active: deactivate it before unloading")
+
+        agree(self.processes, check_unused)
         del self.adapters[name]
 
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make these adapters active, each times its scale, and no others.
-
-        Args:
-            weights: A name, ``{name: scale, ...}``, or None for the base.
-            scale: With a single name, its factor.
 
         Raises:
             UnknownAdapterError: If one is not loaded.
@@ -144,13 +133,12 @@ class WorkerAdapters:
             ServeError: If the weights are discarded, or a process failed to write; nothing has
                 changed then.
         """
-        scales = wanted(weights, scale)
-        self._write(agree(self.processes, lambda: self._checked(scales)))
+        self._write(self.check(weights, scale))
 
-    def check(self, weights: Weights, scale: float = 1.0) -> None:
-        """Raise what `activate` would raise, and change nothing."""
+    def check(self, weights: Weights, scale: float = 1.0) -> State[Storage]:
+        """Raise what `activate` would raise, and change nothing; return the state after it."""
         scales = wanted(weights, scale)
-        agree(self.processes, lambda: self._checked(scales))
+        return agree(self.processes, lambda: self._checked(scales))
 
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""
@@ -161,12 +149,8 @@ class WorkerAdapters:
         """Apply what was active to the base's weights, loaded anew into the same memory.
 
         Args:
-            check: Whether the new base must have the values of the old one at the entries of the
-                loaded adapters. False for a base that was trained on.
-
-        Raises:
-            WrongBaseError: If it has not.
-            ServeError: If the weights lie in other memory, so that adapters must be loaded again.
+            check: Refuse a base that has other values than the old one at the entries of the
+                loaded adapters (`WrongBaseError`). False for a base that was trained on.
         """
         self.adapters, after = agree(self.processes, lambda: self._anew(check))
         self._weights.forget()
@@ -186,9 +170,8 @@ class WorkerAdapters:
                 now.update(chunk.view(torch.uint8).numpy().data)
                 if patch is not None:
                     here = (patch.offsets >= start) & (patch.offsets < start + chunk.numel())
-                    chunk = chunk.clone()  # of a storage on the CPU it is a view
                     at = patch.offsets[here].long().cpu() - start
-                    chunk[at] = patch.originals[here].cpu()
+                    chunk = chunk.index_copy(0, at, patch.originals[here].cpu())
                 base.update(chunk.view(torch.uint8).numpy().data)
         return {"base": base.hexdigest(), "weights": now.hexdigest()}
 
@@ -266,16 +249,6 @@ class WorkerAdapters:
                     "deactivate, unload and load it again"
                 )
 
-    def _check_new(self, name: str) -> None:
-        self._check_awake()
-        if named(name) in self.adapters:
-            raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
-
-    def _check_unused(self, name: str) -> None:
-        self.require(name)
-        if name in self.active:
-            raise AdapterError(f"adapter {name!r} is active: deactivate it before unloading")
-
 
 def _state_of(adapters: Mapping[str, LoadedAdapter], scales: Mapping[str, float]) -> State[Storage]:
     members = [(name, scale, adapters[name].entries) for name, scale in scales.items()]
@@ -293,11 +266,8 @@ class Route:
         worker: The worker's adapters.
         name: Of the one that is updated; it is loaded already.
         read: Reads an adapter with its positions, as `WorkerAdapters.load`.
-        digest: The hash of the positions that the sender has; see `FixedSupport.digest`.
-
-    Raises:
-        UnknownAdapterError: If no such adapter is loaded.
-        AdapterError: If the positions read, the sender's, and the worker's are not the same.
+        digest: Of the sender's positions, which must be those that are read and those that the
+            worker keeps (else `AdapterError`); see `FixedSupport.digest`.
     """
 
     def __init__(
@@ -310,22 +280,18 @@ class Route:
         self.worker, self.name = worker, name
         self.nnz = 0
         self._key = digest.encode()[:64]
-        self._offsets: dict[Storage, Tensor] = {}
         self._order = agree(worker.processes, lambda: self._ordered(read(), digest))
+        """The worker's offsets in each storage, and which of the k values go there."""
 
     def update(self, values: Tensor) -> None:
-        """Exchange the adapter's values, in the weights too if it is active.
+        """Exchange the adapter's ``(k,)`` values, in the weights too if it is active, or nothing.
 
-        Args:
-            values: ``(k,)`` deltas of the whole adapter, finite, on the CPU.
-
-        Raises:
-            AdapterError: If there are not k of them, or one is not finite; nothing has changed.
-            ServeError: As `WorkerAdapters.activate`; the values are those of before.
+        Errors are those of `WorkerAdapters.activate`, and `AdapterError` if there are not k of
+        them, or one is not finite.
         """
         worker = self.worker
-        before, after = agree(worker.processes, lambda: self._exchanged(values))
-        there = worker._weights.state
+        after = agree(worker.processes, lambda: self._exchanged(values))
+        before, there = worker.adapters[self.name], worker._weights.state
         try:
             worker.adapters[self.name] = after
             if self.name in worker.active:
@@ -335,7 +301,9 @@ class Route:
                 worker.adapters[self.name] = before
             raise
 
-    def _ordered(self, adapter: Mapping[str, SparseDelta], digest: str) -> dict[Storage, Tensor]:
+    def _ordered(
+        self, adapter: Mapping[str, SparseDelta], digest: str
+    ) -> dict[Storage, tuple[Tensor, Tensor]]:
         loaded, fixed = self.worker.require(self.name), FixedSupport.of(adapter)
         if fixed.digest != digest:
             raise AdapterError(
@@ -343,26 +311,24 @@ class Route:
                 f"at the path {fixed.digest}: save the adapter that is trained"
             )
         self.nnz = fixed.nnz
-        self._offsets = {storage: entry.patch.offsets for storage, entry in loaded.entries.items()}
-        found: dict[Storage, list[tuple[Tensor, Tensor]]] = {}
-        first = 0
-        for name, support in fixed.supports.items():
-            for storage, entries, positions in locate(self.worker.place, name, support):
-                found.setdefault(storage, []).append((entries.cpu() + first, positions.cpu()))
-            first += support.nnz
-        order, same = {}, found.keys() == self._offsets.keys()
-        for storage, pieces in found.items():
-            positions, by = torch.cat([where for _, where in pieces]).sort()
-            order[storage] = torch.cat([entries for entries, _ in pieces])[by]
-            same = same and torch.equal(positions, self._offsets[storage].cpu().long())
-        if not same:
+        counts = accumulate((support.nnz for support in fixed.supports.values()), initial=0)
+        first = dict(zip(fixed.supports, counts, strict=False))
+        pieces = {name: locate(self.worker.place, name, s) for name, s in fixed.supports.items()}
+        order = {}
+        for storage, parts, positions, by in in_order(pieces):
+            entry = loaded.entries.get(storage)
+            if entry is None or not torch.equal(positions, entry.patch.offsets.cpu().long()):
+                break
+            entries = torch.cat([piece.entries + first[name] for name, piece in parts])
+            order[storage] = entry.patch.offsets, entries[by]
+        if order.keys() != loaded.entries.keys():
             raise AdapterError(
                 f"adapter {self.name!r} was loaded with other positions than those at the path"
             )
         return order
 
-    def _exchanged(self, values: Tensor) -> tuple[LoadedAdapter, LoadedAdapter]:
-        """Return the adapter as it is, and with other values; nothing is written."""
+    def _exchanged(self, values: Tensor) -> LoadedAdapter:
+        """Return the adapter with other values; nothing is written."""
         if values.shape != (self.nnz,) or not values.is_floating_point():
             raise AdapterError(
                 f"adapter {self.name!r} has {self.nnz} values, not "
@@ -372,12 +338,13 @@ class Route:
         loaded = self.worker.require(self.name)
         entries = {}
         for storage, (_, old) in loaded.entries.items():
-            if old.offsets is not self._offsets.get(storage):
+            offsets, order = self._order.get(storage, (None, ...))
+            if old.offsets is not offsets:
                 raise AdapterError(
                     f"adapter {self.name!r} was loaded anew since the positions were agreed on"
                 )
-            new = values[self._order[storage]].to(storage.weight.device)
+            new = values[order].to(storage.weight.device)
             entries[storage] = Entry(new, make_patch(old.offsets, old.originals, new))
         raw = values.detach().contiguous().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
-        return loaded, loaded._replace(entries=entries, digest=digest)
+        return loaded._replace(entries=entries, digest=digest)
