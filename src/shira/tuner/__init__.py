@@ -119,11 +119,7 @@ def _put_around(owner: ModuleType | type, name: str, function: Callable[..., Any
 
 
 def _check_version(version: str) -> None:
-    """Refuse a PEFT that is too old, and warn of one that no test has seen.
-
-    Raises:
-        MissingDependencyError: If it is older than `LOWEST`.
-    """
+    """Refuse a PEFT that is too old, and warn of one that no test has seen."""
     if Version(version) < Version(LOWEST):
         raise MissingDependencyError(
             f"shira needs PEFT {LOWEST} or newer, but {version} is installed: "
@@ -248,9 +244,6 @@ def refuse_over_shira(model: nn.Module) -> None:
 
     The methods that PEFT mixes call the layer below and add to it or turn its input; DoRA, and most
     others, read the base weight, and SHiRA's adapter would have no effect.
-
-    Raises:
-        TargetError: If there is one.
     """
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer) or isinstance(module, ShiraLayer):

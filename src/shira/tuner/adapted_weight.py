@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_map_only
 
 from shira import ops
@@ -62,10 +63,9 @@ class LatestReading:
         """Return the latest reading, or `adapted_weight` anew if anything it depends on changed."""
         if not runs_eagerly(*deltas):
             return adapted_weight(weight, deltas, inside)
-        key: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
-        key += [weight.device, *versions_of(weight, *deltas), *map(id, inside.indices)]
-        for tensor in (weight, *deltas):
-            key += [id(tensor), tensor.requires_grad, tensor.dtype]
+        key = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), weight.device]
+        key += [*versions_of(weight, *deltas), *map(id, inside.indices)]
+        key += [(id(t), t.requires_grad, t.dtype) for t in (weight, *deltas)]
         kept = self._kept  # once: another thread may put its own in the place
         if kept is not None and kept[0] == key:
             return kept[1]
@@ -142,12 +142,7 @@ class AdaptedWeight(Tensor):
         return _made(self._weight, self._deltas, self._inside)
 
     def _check(self) -> None:
-        """Refuse to compute with what is not one weight, or no longer that of the forward.
-
-        Raises:
-            AdapterError: If samples have their own adapters; or, in a backward pass, if weight or
-                values were written to since this was read.
-        """
+        """Refuse to compute with what is not one weight, or no longer that of the forward."""
         _refuse_several(self._deltas, self._inside)
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and self._seen != versions_of(self._weight, *self._deltas):
@@ -239,12 +234,9 @@ def _conv2d(
     x = None if isinstance(padding, str) else _input_of(input, weight, bias)
     if x is None:
         return None
-    geometry = {
-        name: (value, value) if isinstance(value, int) else tuple(value)
-        for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
-    }
     base, indices = weight._weight, weight._inside.indices
-    return ops.conv2d(x, base, bias, weight._deltas, indices, groups=groups, **geometry)
+    window = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
+    return ops.conv2d(x, base, bias, weight._deltas, indices, groups=groups, **window)
 
 
 def _embedding(

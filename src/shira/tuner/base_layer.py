@@ -107,9 +107,8 @@ def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     spectral_norm improves its estimate, a buffer, at each reading in training mode.
     """
-    computing = [m._modules.get("parametrizations") for m in modules]
-    parts = [part for some in computing if some is not None for part in some.modules()]
-    training = [part for part in parts if part.training]
+    computing = filter(None, (m._modules.get("parametrizations") for m in modules))
+    training = [part for some in computing for part in some.modules() if part.training]
     for part in training:
         part.training = False
     try:
@@ -138,16 +137,17 @@ def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Ten
 
 def pristine(layer: nn.Module) -> nn.Module:
     """Return the base layer, to look at; if adapters are in it, a copy with the base's weight."""
-    base, copied = base_of(layer), None
+    base: nn.Module = base_of(layer)
     with readable(base):
         weight = stored_weight(layer)
         settle(weight)
-        for record in _overwritten(layer, weight):
-            copied = weight.detach().clone() if copied is None else copied
+        overwritten = _overwritten(layer, weight)
+        if not overwritten:
+            return base
+        copied = weight.detach().clone()
+        for record in overwritten:
             memory_of(copied).index_copy_(0, record.offsets.long(), record.originals)
-    if copied is None:
-        return base  # type: ignore[no-any-return]
-    stand_in: nn.Module = copy.copy(base)
+    stand_in = copy.copy(base)
     stand_in._parameters = {**base._parameters, "weight": nn.Parameter(copied, requires_grad=False)}
     return stand_in
 
@@ -207,16 +207,14 @@ def device_of_work(module: nn.Module) -> torch.device | None:
     if not has_offloaded_params(module):
         return None
     hook: Any = module._hf_hook
-    device: Any = hook.execution_device
-    return torch.device("cpu" if device is None else device)
+    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
 
 
 def onloaded(values: nn.ParameterDict, name: str, what: str) -> Tensor:
     """Return an adapter's values in a layer, brought from where Accelerate has put them.
 
-    Raises:
-        TargetError: If they are offloaded and to be trained: the gradient would be lost. The
-            message begins with ``what``.
+    Values to be trained are refused, as their gradient would be lost; the message begins with
+    ``what``.
     """
     here: Tensor = values[name]
     if not here.is_meta or not has_offloaded_params(values):
@@ -318,11 +316,7 @@ def call_with_weight(
 
 
 def input_of(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the one input of a layer that takes one, however it is passed.
-
-    Raises:
-        TypeError: If there are other arguments, as the layer itself would.
-    """
+    """Return the one input of a layer that takes one, however it is passed."""
     forward = type(base).forward
     bound = inspect.signature(forward).bind(base, *args, **kwargs).arguments
     if len(bound) != 2:
@@ -338,11 +332,9 @@ def _with_entry(
     entries: dict[str, Any], name: str, value: Any, call: Callable[..., Any], *args: Any, **kw: Any
 ) -> Any:
     """Return ``call(*args, **kw)``, while ``entries[name]`` is ``value``, and put that back."""
-    put_back = (
-        partial(entries.__setitem__, name, entries[name])
-        if name in entries
-        else partial(entries.pop, name, None)
-    )
+    put_back = partial(entries.pop, name, None)
+    if name in entries:
+        put_back = partial(entries.__setitem__, name, entries[name])
     try:
         entries[name] = value
         result = call(*args, **kw)

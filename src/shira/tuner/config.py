@@ -290,11 +290,7 @@ class BuiltinMask:
 
 
 def as_ours(config: Any) -> ShiraConfig:
-    """Return one of PEFT's own configurations, made before shira was imported, as ours.
-
-    Args:
-        config: A `ShiraConfig`, which is returned itself, or a stock one with its ``mask_fn``.
-    """
+    """Return one of PEFT's own configurations, made before shira was imported, as ours."""
     if isinstance(config, ShiraConfig) or not isinstance(config, StockConfig):
         return config  # type: ignore[no-any-return]
     known = {field.name for field in dataclasses.fields(ShiraConfig)}

@@ -78,11 +78,7 @@ class IndexDict(BufferDict):
         return indices
 
     def support(self, adapter_name: str) -> Support:
-        """Return the positions as a support.
-
-        Raises:
-            SupportError: If they are out of range, unsorted or repeated.
-        """
+        """Return the positions as a support, checked."""
         indices = self._buffers[adapter_name]
         assert indices is not None
         return support_of(indices, self._shape)
@@ -202,11 +198,7 @@ def digests_of(layers: Iterable[Any]) -> Digests:
 
 
 def compare(digests: Digests, group: dist.ProcessGroup | None) -> None:
-    """Compare hashes between the processes of a group: 8 bytes from each, more if they differ.
-
-    Raises:
-        RankMismatchError: On every rank, if a parameter that two ranks have differs.
-    """
+    """Compare hashes between the processes of a group: 8 bytes from each, more if they differ."""
     ordered = sorted((key, sorted(hashes)) for key, hashes in digests.items())
     total = hashlib.blake2b(repr(ordered).encode(), digest_size=8).hexdigest()
     if len(set(_gather(total, group))) > 1:
@@ -217,9 +209,6 @@ def raise_if_different(by_rank: Sequence[Digests]) -> None:
     """Raise if a parameter that two ranks have differs between them.
 
     A parameter that only some ranks have (stages of a pipeline) is no contradiction.
-
-    Raises:
-        RankMismatchError: Naming adapter, parameter and ranks.
     """
     different: dict[tuple[str, str], tuple[int, int]] = {}
     first: dict[tuple[str, str], int] = {}

@@ -9,7 +9,8 @@ them back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -96,7 +97,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.shira_weight = nn.ParameterDict({})
         self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self._disable_adapters = False
-        self._trained_when_disabled: tuple[list[str], dict[str, bool]] | None = None
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
         self.base_reloaded = False
@@ -217,16 +217,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         Args:
             enabled: Whether forwards are to use the active adapters.
         """
-        if not enabled and not self._disable_adapters:
-            trained = {name: value.requires_grad for name, value in self.shira_weight.items()}
-            self._trained_when_disabled = list(self.active_adapters), trained
-        super().enable_adapters(enabled)
-        if enabled:
-            active, trained = self._trained_when_disabled or ([], {})
-            self._trained_when_disabled = None
-            for name in trained if active == list(self.active_adapters) else ():
-                if name in self.shira_weight:
-                    self.shira_weight[name].requires_grad_(trained[name])
+        with trainable_as_before(self, self.shira_weight, enabled):
+            super().enable_adapters(enabled)
 
     def _delta(self, adapter: str) -> Tensor:
         return self._scaled(adapter, self.shira_weight[adapter])
@@ -484,11 +476,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         raise NotImplementedError
 
     def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the input in autocast's dtype, or in the weight's, which it must have already.
-
-        Raises:
-            TargetError: If it has another, which torch's own layers refuse too.
-        """
+        """Return the input in autocast's dtype, or in the weight's, which it must have already."""
         if x.dtype == weight.dtype and not torch._C._is_any_autocast_enabled():
             return x
         cast = product_input(x, weight)
@@ -518,6 +506,20 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def extra_repr(self) -> str:
         """Describe a quantized base, as PEFT's layers do."""
         return str(quantization_extra_repr(self))
+
+
+@contextmanager
+def trainable_as_before(layer: Any, values: nn.Module, enabled: bool) -> Iterator[None]:
+    """Leave values trainable where they were, when the body enables a layer that was disabled."""
+    if not enabled and not layer.disable_adapters:
+        trained = {name: value.requires_grad for name, value in values.named_parameters()}
+        layer._trained_when_disabled = list(layer.active_adapters), trained
+    yield
+    if enabled:
+        active, trained = layer.__dict__.pop("_trained_when_disabled", (None, {}))
+        for name, value in values.named_parameters():
+            if name in trained and active == list(layer.active_adapters):
+                value.requires_grad_(trained[name])
 
 
 def _merge_what_was_merged(layer: ShiraLayer, _: Any) -> None:

@@ -52,15 +52,9 @@ def weights_of(model_id: str, options: Mapping[str, Any]) -> str | None:
 
 
 def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
-    """Return the supports of the adapter whose config this is, checked against the model.
+    """Return the supports of the adapter whose config this is, all of its file checked.
 
-    Returns:
-        Supports by parameter name, or None if the config was not read by ``from_pretrained``, and
-        so knows no file beside it.
-
-    Raises:
-        FileFormatError: If the file is damaged, or its targets are not those of config and model.
-        WrongBaseError: If it was made for other weights.
+    None if the config was not read by ``from_pretrained``, and so knows no file beside it.
     """
     source = None if config._source is None else config._source()
     if source is None:
@@ -82,9 +76,6 @@ def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> N
     """Check the file that is about to be loaded into an adapter that is there already.
 
     Nothing is checked if there is no configuration beside it, which PEFT does not need then.
-
-    Raises:
-        FileFormatError, WrongBaseError: As `read_incoming`.
     """
     where = {name: options[name] for name in WHERE if name in options}
     try:
@@ -168,19 +159,10 @@ def named_for_loading(
     ignore_mismatched_sizes: bool = False,
     loaded_whole: bool = False,
 ) -> dict[str, Tensor]:
-    """Return an adapter's state dict with the names by which PEFT loads it.
+    """Return an adapter's state dict with the names by which PEFT loads it, whole tensors checked.
 
-    Args:
-        model: With the adapter's layers in place.
-        adapter_name: The adapter.
-        state_dict: As an adapter's file has it, or with the prefixes of another wrapping.
-        ignore_mismatched_sizes: As PEFT has it: leave out whole tensors of other shapes.
-        loaded_whole: PEFT has seen to modules that the adapter trains whole: do not look at them.
-
-    Raises:
-        FileFormatError: If a tensor of a module that the adapter trains whole is missing, a whole
-            tensor is none of the model's, or has another shape.
-        AdapterError: If two keys mean the same tensor.
+    With ``ignore_mismatched_sizes`` PEFT leaves out those of other shapes; if it has
+    ``loaded_whole`` the modules that the adapter trains whole, they are not looked at.
     """
     named = by_own_names(model, dict(state_dict))
     if is_elsewhere(named):
@@ -222,13 +204,9 @@ def named_for_loading(
 def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Check what is about to be loaded into the layers, and make room where the size differs.
+    """Return what is about to be loaded into the layers, checked, with positions sorted.
 
-    Returns:
-        The state dict, which has the names of the model's own, with positions sorted.
-
-    Raises:
-        FileFormatError: If values or positions of a layer are unusable; nothing was loaded.
+    Room is made where the size differs, once all is checked.
     """
     layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
     known = {
@@ -274,11 +252,7 @@ def check_state_dict(
 
 
 def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
-    """Check what transformers' own ``load_adapter`` has put into a model, past PEFT's functions.
-
-    Raises:
-        FileFormatError: If something was missing or left over, or a layer's tensors are unusable.
-    """
+    """Check what transformers' own ``load_adapter`` has put into a model, past PEFT's functions."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, ShiraConfig):
         return
@@ -305,12 +279,7 @@ def _is_sparse(key: str) -> bool:
 
 
 def _sorted(layer: ShiraLayer, key: str, values: Tensor, indices: Tensor) -> tuple[Tensor, Support]:
-    """Return checked values in the order of their positions, and these.
-
-    Raises:
-        FileFormatError: If they cannot be those of the layer; names the tensor, of which ``key`` is
-            that of the values.
-    """
+    """Return a layer's values, which are called ``key``, in the order of their positions; these."""
     try:
         if values.dim() != 1 or not values.is_floating_point():
             raise EntryError(

@@ -62,21 +62,10 @@ class SupportTable:
 
 
 def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -> Support:
-    """Choose the entries to train in one layer.
+    """Choose the entries to train in one layer, which may be adapted already; on the CPU.
 
-    Args:
-        config: Its mask function, budget, seed and options.
-        layer: The layer to adapt, or an adapted one that gets a further adapter; masks see the
-            base, also while adapters are merged into its weight.
-        name: The weight's parameter name in the base model: part of the key of random masks.
-        r: The layer's rank (``rank_pattern`` may give layers their own).
-
-    Returns:
-        A support on the CPU. For an adapter that is about to be read from a file, whose mask cannot
-        be made again, one of the right size.
-
-    Raises:
-        MaskError: If there is no mask function, or what it returns does not fit.
+    Masks see the base, also while adapters are merged into its weight. An adapter that is about to
+    be read from a file, whose mask cannot be made again, gets one of the right size.
     """
     mask_fn = config.mask_fn
     from_gradients = isinstance(mask_fn, BuiltinMask) and "gradient" in config.mask_needs

@@ -30,11 +30,6 @@ def adapter_names_in_effect(
     """Hand every adapted layer ``adapter_names`` with its input, while the context lasts.
 
     In a beam search each sample stands ``num_beams`` times, in the encoder once.
-
-    Raises:
-        AdapterError: If the model is in training mode.
-        UnknownAdapterError: If a name is not that of an adapter.
-        MergeError: If an adapter is merged, also into a layer that is only read.
     """
     if adapter_names is None:
         yield
@@ -90,13 +85,7 @@ def adapter_names_in_effect(
 def mixed_batch_forward(
     layer: Any, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call an adapted layer, each sample through its own adapter, or the base if it has none here.
-
-    Raises:
-        AdapterError: If there are more or fewer names than samples, or the layer's forward cannot
-            be called for the samples of each adapter apart.
-        MergeError: If an adapter is merged.
-    """
+    """Call a layer, each sample through its own adapter, or the base if that is not here."""
     way = layer._way(layer.base_layer)
     known = way is not Way.OWN
     x, *more = [input_of(layer.base_layer, args, kwargs)] if known else [*args, *kwargs.values()]

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -26,13 +26,13 @@ from shira.tuner.base_layer import at_rest, base_of, base_values, readable
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import GradientWatch
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
-from shira.tuner.layer import ShiraLayer
+from shira.tuner.layer import ShiraLayer, trainable_as_before
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import Incoming, check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
-from shira.tuner.rollback import MergeState, as_it_was
+from shira.tuner.rollback import as_it_was, merged_as_it_was
 from shira.tuner.saving import (
     describe,
     fused_adapter,
@@ -69,7 +69,6 @@ class ShiraModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         adapted = "peft_config" in model.__dict__
-        self.__dict__["_trained_whole"] = {}  # while adapters are disabled, by wrapper
         try:
             with as_it_was(model):
                 super().__init__(model, *args, **kwargs)
@@ -187,30 +186,24 @@ class ShiraModel(BaseTuner):
                 for field, value in describe(config, self.model, name).items():
                     setattr(config, field, value)
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
-        before = MergeState(self.model)
-        try:
+        with merged_as_it_was(self.model):
             model = unload(*args, **kwargs)
             ignore_in_ddp(model)
-        except BaseException:
-            before.restore()
-            raise
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge into all layers, as PEFT's; if that fails or is interrupted, into none."""
-        before = MergeState(self.model)
-        try:
+        with merged_as_it_was(self.model):
             super().merge_adapter(*args, **kwargs)
-        except BaseException:
-            before.restore()
-            raise
 
     def unmerge_adapter(self) -> None:
         """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged."""
         try:
             super().unmerge_adapter()
         except BaseException:
-            MergeState(self.model).unmerge()
+            for layer in layers_of(self.model).values():
+                with onload_layer(layer):
+                    layer.merge_only([])
             raise
 
     def add_weighted_adapter(
@@ -397,18 +390,11 @@ class ShiraModel(BaseTuner):
 
         The layers do it themselves (`ShiraLayer.enable_adapters`), modules trained whole do not.
         """
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        for wrapper in wrappers:
-            if not enabled and not wrapper.disable_adapters:
-                self._trained_whole[wrapper] = (
-                    list(wrapper.active_adapters),
-                    [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()],
-                )
-        super()._enable_adapter_layers(enabled)
-        for wrapper in wrappers if enabled else ():
-            active, trained = self._trained_whole.pop(wrapper, (None, ()))
-            for parameter, requires_grad in trained if active == wrapper.active_adapters else ():
-                parameter.requires_grad_(requires_grad)
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    stack.enter_context(trainable_as_before(module, module, enabled))
+            super()._enable_adapter_layers(enabled)
 
 
 class _Configs(dict[str, Any]):
@@ -423,14 +409,7 @@ class _Configs(dict[str, Any]):
 def choose_entries(
     config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None = None
 ) -> Support:
-    """Check that a target can be adapted and choose its entries; changes nothing.
-
-    Those in ``incoming`` come from a file.
-
-    Raises:
-        TargetError: If there is no adapted layer for it.
-        MaskError: If the mask does not fit.
-    """
+    """Check that a target can be adapted and choose its entries: those of a file, if there is one."""
     check_target(key, target)
     name = weight_name(base_module_name(key))
     if incoming is not None and name in incoming:

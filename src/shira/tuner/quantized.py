@@ -63,9 +63,7 @@ def unpacked(layer: nn.Module) -> Tensor | None:
     return unpack(layer, backend)
 
 
-@torch.compiler.disable(
-    reason="a packed weight is unpacked by its own library; shira breaks the graph around that"
-)
+@torch.compiler.disable(reason="a packed weight is unpacked by its own library")
 def quantized_linear(
     x: Tensor,
     layer: nn.Module,
@@ -76,13 +74,8 @@ def quantized_linear(
     """Compute ``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
 
     In the layer's ``compute_dtype``, if it has one (bitsandbytes 4-bit, HQQ), else in that of
-    ``x``; deltas and indices as `shira.ops.linear` takes them. An ``autograd.Function`` that keeps
-    the layer, not a custom op, as an op takes no module: under ``torch.compile`` the graph breaks
-    around it.
-
-    Raises:
-        SupportError: If indices are out of range, unsorted or repeated.
-        TargetError: If the backend unpacks to another shape.
+    ``x``. An ``autograd.Function`` that keeps the layer, not a custom op, as an op takes no module:
+    under ``torch.compile`` the graph breaks around it.
     """
     dtype = getattr(layer, "compute_dtype", None) or x.dtype
     bias = cast("Tensor | None", layer.bias)

@@ -52,30 +52,19 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
         raise
 
 
-class MergeState:
-    """The layers of a model, and what is merged into each, as they are now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
-        self._merged = {
-            module: list(module.merged_adapters)
-            for module in modules
-            if isinstance(module, ShiraLayer)
-        }
-
-    def restore(self) -> None:
-        """Put the layers back, and take out of each what was merged since."""
-        for modules, before in self._children:
+@contextmanager
+def merged_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put a model's layers back, and in each what was merged into it, if the body raises."""
+    children = [(module._modules, dict(module._modules)) for module in model.modules()]
+    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
+    merged = [(layer, list(layer.merged_adapters)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for modules, before in children:
             modules.update(before)
-        for layer, names in self._merged.items():
+        for layer, names in merged:
             if layer.merged_adapters != names:
                 with onload_layer(layer):
                     layer.merge_only(names)
-
-    def unmerge(self) -> None:
-        """Unmerge all layers that are still merged."""
-        for layer in self._merged:
-            if layer.merged:
-                with onload_layer(layer):
-                    layer.unmerge()
+        raise

@@ -78,10 +78,7 @@ def describe(
     not, as the nearest ``r``.
 
     Of weights of which this process has a part only, ``known`` says what is known; with ``gather``
-    they are read, weight by weight, which is a collective call.
-
-    Returns:
-        Empty if the model has no such adapter.
+    they are read, weight by weight, which is a collective call. Without such an adapter: ``{}``.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
@@ -142,13 +139,6 @@ def whole_state(
     The configuration is described by this adapter from then on. A collective call where the state
     dict is that of a sharded model (FSDP2, ZeRO-3); none where the caller has gathered it already,
     as Accelerate and Trainer do.
-
-    Returns:
-        Values, and modules that the adapter trains whole, in one piece; positions as PEFT has them.
-
-    Raises:
-        AdapterError: If the state dict lacks values of the adapter, or has other positions than the
-            model.
     """
     if is_elsewhere(state_dict):
         return state_dict
@@ -210,11 +200,7 @@ def whole_state(
 
 
 def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict, perhaps of another wrapping, with the names that PEFT has in this one.
-
-    Raises:
-        AdapterError: If two of its keys are of the same tensor.
-    """
+    """Return a state dict, perhaps of another wrapping, with PEFT's names in this one."""
     modules = [
         path_in_state(path)
         for path, module in model.named_modules()
@@ -239,9 +225,6 @@ def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[
     """Return an adapter's state dict with indices in int16 where they fit, values in a dtype.
 
     PEFT, stock PEFT too, casts back what it loads.
-
-    Raises:
-        AdapterError: If a value is not finite in the dtype.
     """
     result = {}
     for key, tensor in state_dict.items():
@@ -277,13 +260,8 @@ def fused_adapter(
 ) -> tuple[Adapter, ShiraConfig]:
     """Combine adapters of a model, times what `set_scale` has set in each layer.
 
-    Modules that they train whole are left out; the options are those of `shira.fuse`.
-
-    Returns:
-        The sparse adapter, and the configuration under which it is put into the model.
-
-    Raises:
-        ConfigError: If type, weights or options are not possible.
+    Modules that they train whole are left out. The configuration is that under which the result,
+    a sparse adapter, is put into the model.
     """
     if combination_type not in COMBINATIONS:
         hint = (

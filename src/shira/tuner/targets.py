@@ -45,13 +45,7 @@ def checked_targets(
 ) -> list[tuple[str, nn.Module]]:
     """Return the modules that a configuration names, if together they can be adapted.
 
-    Args:
-        config: Its ``target_modules`` are made names, if they are ``"all-linear"``.
-        model: To be adapted.
-        some: Refuse a configuration that matches nothing.
-
-    Raises:
-        TargetError: If the model, or what is matched of it, cannot be adapted.
+    ``"all-linear"`` is replaced by names. With ``some``, a configuration has to match something.
     """
     _refuse_model(model)
     _name_all_linear(config, model)
@@ -165,12 +159,9 @@ def _known_names(model: nn.Module) -> set[str]:
 
 
 def check_target(name: str, target: nn.Module) -> None:
-    """Check that an adapted layer can be put in the place of a module.
+    """Check that an adapted layer can stand in for a module, a base layer or an adapted one.
 
-    It is a base layer, or an adapted one that gets a further adapter.
-
-    Raises:
-        TargetError: If there is no layer type for it, or it would not act as its merged model.
+    It has to act as its merged model would.
     """
     base_layer = base_of(target)
     layer_class = layer_class_of(base_layer)
@@ -307,11 +298,7 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def refuse_merging_shared_weights(model: nn.Module, layers: Collection[ShiraLayer]) -> None:
-    """Refuse to merge into the weight of a layer that a module which is not adapted has too.
-
-    Raises:
-        MergeError: If there is one.
-    """
+    """Refuse to merge into the weight of a layer that a module which is not adapted has too."""
     owners = {
         weight.data_ptr(): layer.weight_name.removesuffix(".weight")
         for layer in layers
