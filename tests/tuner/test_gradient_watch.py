@@ -36,7 +36,7 @@ def test_layers_that_get_no_gradient_are_named_once(recwarn):
     assert not [w for w in recwarn if "gradient" in str(w.message)]
     with pytest.warns(
         UserWarning,
-        match=r"'default': no gradient reached 2 .*unused\.0\.weight, unused\.1\.weight",
+        match=r"'default': no gradient reached 2 .*'unused\.0\.weight', 'unused\.1\.weight'",
     ):
         model(X).sum().backward()
     recwarn.clear()
@@ -49,7 +49,7 @@ def test_layers_that_get_no_gradient_are_named_once(recwarn):
 
 def test_many_such_layers_are_one_warning():
     model = adapted(Half(30), r"used|unused\.\d+")
-    with pytest.warns(UserWarning, match=r"reached 30 of its layers.*and 22 more") as said:
+    with pytest.warns(UserWarning, match=r"reached 30 of its layers.*and 27 more") as said:
         model(X).sum().backward()
     assert len([w for w in said if "gradient" in str(w.message)]) == 1
 

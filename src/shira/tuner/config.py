@@ -144,7 +144,10 @@ class ShiraConfig(PeftConfig):
 
     def _builtin_mask_fn(self) -> MaskFn | None:
         if self.mask_type in MASKS:
-            self._check_options()
+            options = self.mask_options or {}
+            if "slot" in options:
+                raise ConfigError("the slot of a random mask is mask_slot, no option of the mask")
+            MASKS[self.mask_type].check(options)
             return BuiltinMask(self)
         if not isinstance(self.mask_type, str):
             raise ConfigError(f"mask_type is a name, not {self.mask_type!r}")
@@ -160,12 +163,6 @@ class ShiraConfig(PeftConfig):
                 stacklevel=4,
             )
         return None
-
-    def _check_options(self) -> None:
-        options = self.mask_options or {}
-        if "slot" in options:
-            raise ConfigError("the slot of a random mask is mask_slot, not one of mask_options")
-        MASKS[self.mask_type].check(options)
 
     def draw_seed(self) -> int:
         """Return the seed of the mask; drawn and recorded now if there was none."""
@@ -203,13 +200,9 @@ class ShiraConfig(PeftConfig):
             largest, module = rows * cols // max(1, rows + cols), name.removesuffix(".weight")
             tail = module.rpartition(".")[2]
             layer = module if tail.isdigit() else tail
-            advice = (
-                f". Give the layer a rank of its own, rank_pattern={{{layer!r}: {largest}}}, or a "
-                f"density instead of r, or leave it out: exclude_modules=[{layer!r}]"
-                if largest
-                else f", or leave the layer out: exclude_modules=[{layer!r}]"
-            )
-            raise MaskError(f"{error}{advice}") from None
+            own = f". Give it its own rank, rank_pattern={{{layer!r}: {largest}}}, or a density"
+            advice = f"or leave the layer out: exclude_modules=[{layer!r}]"
+            raise MaskError(f"{error}{own if largest else ''}, {advice}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary; what was not set of shira's own stays out of the file.

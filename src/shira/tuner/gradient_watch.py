@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shira.errors import listed
 from shira.ops.product import runs_eagerly
 from shira.tuner.layer import ShiraLayer
-
-_NAMED = 8
-"""Layers that a warning names; of more it gives the number."""
 
 
 class GradientWatch:
@@ -91,10 +89,9 @@ class GradientWatch:
                     idle.setdefault(name, []).append(layer.weight_name)
         self.stop()
         for name, weights in idle.items():
-            more = f" and {len(weights) - _NAMED} more" if len(weights) > _NAMED else ""
             warnings.warn(
                 f"adapter {name!r}: no gradient reached {len(weights)} of its layers in the first "
-                f"backward pass: {', '.join(sorted(weights)[:_NAMED])}{more}. Either they were not "
+                f"backward pass: {listed(sorted(weights))}. Either they were not "
                 "called (an expert without tokens, an unused part of the model), or the model uses "
                 "their weights in a way that autograd does not see; what is not reached is not "
                 "trained",

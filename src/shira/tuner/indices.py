@@ -55,6 +55,8 @@ class IndexDict(BufferDict):
         shape: Of the weight.
     """
 
+    _buffers: dict[str, Any]
+
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(persistent=True)
         self._shape = tuple(shape)
@@ -71,17 +73,14 @@ class IndexDict(BufferDict):
 
     def kept(self, adapter_name: str) -> Tensor:
         """Return the positions as they are kept: the same tensor at each call, for ops."""
-        indices = self._buffers[adapter_name]
-        assert indices is not None
+        indices: Tensor = self._buffers[adapter_name]
         if indices.dtype != torch.uint8 and not torch.compiler.is_compiling():
             indices = self._buffers[adapter_name] = pack(indices, self._shape)
         return indices
 
     def support(self, adapter_name: str) -> Support:
         """Return the positions as a support, checked."""
-        indices = self._buffers[adapter_name]
-        assert indices is not None
-        return support_of(indices, self._shape)
+        return support_of(self._buffers[adapter_name], self._shape)
 
     def values(self) -> Iterator[Tensor]:
         """Yield row and column, adapter by adapter."""
@@ -97,7 +96,6 @@ class IndexDict(BufferDict):
         real = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, indices in self._buffers.items():
-            assert indices is not None
             if indices.is_meta:
                 self._buffers[name] = real[name]
             elif not indices.is_cpu:
@@ -126,10 +124,7 @@ class IndexDict(BufferDict):
             super()._load_from_state_dict(*args)
             # the tensors as they were if they hold the same: plans go by them
             for name, indices in self._buffers.items():
-                old = before[name]
-                assert indices is not None
-                assert old is not None
-                new = indices.to(torch.int32)
+                old, new = before[name], indices.to(torch.int32)
                 if new.device != old.device or not torch.equal(new, unpack(old, self._shape)):
                     before[name] = new
         finally:
@@ -218,16 +213,14 @@ def raise_if_different(by_rank: Sequence[Digests]) -> None:
             # one of them may hold a further model with parameters of this name
             if not (hashes <= other or other <= hashes):
                 different.setdefault(key, (first[key], rank))
-    if not different:
-        return
-    (adapter, parameter), (one, two) = min(different.items())
-    raise RankMismatchError(
-        f"adapter {adapter!r}, parameter {parameter!r}: ranks {one} and {two} train different "
-        f"positions ({len(different)} of {len(first)} parameters differ). Averaging their "
-        "gradients would be wrong. Give the config a random_seed, or make masks from data on one "
-        "rank and send them to the others; masks that look at weights need equal weights on every "
-        "rank"
-    )
+    for (adapter, parameter), (one, two) in sorted(different.items()):
+        raise RankMismatchError(
+            f"adapter {adapter!r}, parameter {parameter!r}: ranks {one} and {two} train different "
+            f"positions ({len(different)} of {len(first)} parameters differ). Averaging their "
+            "gradients would be wrong. Give the config a random_seed, or make masks from data on "
+            "one rank and send them to the others; masks that look at weights need equal weights "
+            "on every rank"
+        )
 
 
 def ignore_in_ddp(model: nn.Module) -> None:

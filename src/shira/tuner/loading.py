@@ -208,9 +208,9 @@ def check_state_dict(
 
     Room is made where the size differs, once all is checked.
     """
-    layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
+    layers = layers_of(model, adapter_name)
     known = {
-        f"{path_in_state(path)}.{kind}.{name}"
+        f"{path}.{kind}.{name}"
         for path, layer in layers_of(model).items()
         for name in layer.shira_weight
         for kind in (VALUES, INDICES)

@@ -409,7 +409,7 @@ class _Configs(dict[str, Any]):
 def choose_entries(
     config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None = None
 ) -> Support:
-    """Check that a target can be adapted and choose its entries: those of a file, if there is one."""
+    """Check that a target can be adapted and choose its entries, unless a file has them."""
     check_target(key, target)
     name = weight_name(base_module_name(key))
     if incoming is not None and name in incoming:

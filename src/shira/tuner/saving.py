@@ -56,9 +56,9 @@ _OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 
 
 def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, ShiraLayer]:
-    """Return the layers that have an adapter, or any, by the model's own names."""
+    """Return the layers that have an adapter, or any, by the names that PEFT has for them."""
     return {
-        path: module
+        path_in_state(path): module
         for path, module in model.named_modules()
         if isinstance(module, ShiraLayer) and adapter_name in (None, *module.shira_weight)
     }
@@ -143,8 +143,8 @@ def whole_state(
     if is_elsewhere(state_dict):
         return state_dict
     state_dict = by_own_names(model, state_dict)
-    layers = {path_in_state(path): layer for path, layer in layers_of(model, adapter_name).items()}
-    keys = {f"{path}.shira_weight.{adapter_name}": layer for path, layer in layers.items()}
+    layers = layers_of(model, adapter_name)
+    keys = [f"{path}.{VALUES}.{adapter_name}" for path in layers]
     for key in keys:
         if key not in state_dict:
             like = min((given for given in state_dict if VALUES in given), default=None)
@@ -154,12 +154,12 @@ def whole_state(
                 f"it: pass that of the whole model{example}"
             )
     kept = f".modules_to_save.{adapter_name}."
-    own = {key: layer.shira_weight[adapter_name] for key, layer in keys.items()}
-    own |= {path_in_state(n): p for n, p in model.named_parameters() if kept in n}
+    own = {path_in_state(name): parameter for name, parameter in model.named_parameters()}
     parts = {
-        key: parameter
-        for key, parameter in own.items()
-        if is_partitioned(parameter) and key in state_dict and not state_dict[key].numel()
+        key: own[key]
+        for key, tensor in state_dict.items()
+        if (key in keys or kept in key) and not tensor.numel() and key in own
+        if is_partitioned(own[key])
     }
     with gathered(parts.values()):
         state_dict |= {key: parameter.detach().clone() for key, parameter in parts.items()}
@@ -294,9 +294,9 @@ def fused_adapter(
 
 def _scaled(model: nn.Module, adapter_name: str) -> Adapter:
     adapter = Adapter.from_model(model, adapter_name)
-    deltas = dict(adapter)
+    deltas = {}
     for path, layer in layers_of(model, adapter_name).items():
-        name, scale = weight_name(base_module_name(path)), layer.scaling[adapter_name]
-        if scale != 1.0:
-            deltas[name] = SparseDelta(deltas[name].support, deltas[name].values * scale)
+        name = weight_name(base_module_name(path))
+        values = adapter[name].values * layer.scaling[adapter_name]
+        deltas[name] = SparseDelta(adapter[name].support, values)
     return Adapter(deltas, adapter.metadata)
