@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save, save_file
 
 from shira.errors import FileFormatError
-from shira.store.header import EntryError, check_values, header_of, read_header, read_tensor
-from shira.store.json_text import open_regular
+from shira.store.header import EntryError, check_values, open_tensors
 from tests.hostile.peft_files import entry, raw_file
 
 READABLE = [
@@ -29,8 +28,8 @@ def test_tensors_are_read_as_the_library_reads_them(
 ) -> None:
     raw = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape)
     save_file({"first": torch.ones(3), "x": raw.to(dtype)}, tmp_path / "f")
-    with open_regular(tmp_path / "f") as file:
-        read = read_tensor(file, read_header(file, tmp_path / "f"), "x")
+    with open_tensors(tmp_path / "f") as file:
+        read = file.read("x")
     assert read.dtype == dtype
     assert torch.equal(read.view(torch.uint8) if shape else read, raw.to(dtype).view(torch.uint8)
                        if shape else raw.to(dtype))  # fmt: skip
@@ -40,14 +39,14 @@ def test_tensors_are_read_as_the_library_reads_them(
 def test_header_says_what_is_there(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float8_e4m3fn)},
               tmp_path / "f", metadata={"format": "pt"})  # fmt: skip
-    header = header_of(tmp_path / "f")
-    assert {name: (info.dtype, info.shape) for name, info in header.tensors.items()} == {
-        "a": ("F32", (2, 3)),
-        "b": ("F8_E4M3", (4,)),
-    }
-    assert header.metadata == {"format": "pt"}
-    with open_regular(tmp_path / "f") as file, pytest.raises(FileFormatError, match="F8_E4M3"):
-        read_tensor(file, header, "b")
+    with open_tensors(tmp_path / "f") as file:
+        assert {name: (told.dtype, told.shape) for name, told in file.tensors.items()} == {
+            "a": ("F32", (2, 3)),
+            "b": ("F8_E4M3", (4,)),
+        }
+        assert file.metadata == {"format": "pt"}
+        with pytest.raises(FileFormatError, match="F8_E4M3"):
+            file.read("b")
 
 
 @pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50, 0x80 + 2**16])
@@ -55,7 +54,8 @@ def test_a_length_that_looks_like_a_pickle_is_none(tmp_path: Path, length: int) 
     """The first bytes of a sound file may be 0x80 or 'PK'."""
     text = json.dumps({"a": entry("F32", [1], 0, 4)}).encode().ljust(length)
     (tmp_path / "f").write_bytes(raw_file(text, bytes(4)))
-    assert header_of(tmp_path / "f").tensors["a"].shape == (1,)
+    with open_tensors(tmp_path / "f") as file:
+        assert file.tensors["a"].shape == (1,)
     assert load((tmp_path / "f").read_bytes())["a"].tolist() == [0.0]
 
 
@@ -63,10 +63,11 @@ def test_a_length_that_looks_like_a_pickle_is_none(tmp_path: Path, length: int) 
 def test_sizes_of_less_than_a_byte(tmp_path: Path, dtype: str) -> None:
     bits = {"F4": 4, "F6_E2M3": 6}[dtype]
     (tmp_path / "f").write_bytes(raw_file({"a": entry(dtype, [8], 0, bits)}, bytes(bits)))
-    assert header_of(tmp_path / "f").tensors["a"].dtype == dtype
+    with open_tensors(tmp_path / "f") as file:
+        assert file.tensors["a"].dtype == dtype
     (tmp_path / "f").write_bytes(raw_file({"a": entry(dtype, [7], 0, bits)}, bytes(bits)))
-    with pytest.raises(FileFormatError, match="size"):
-        header_of(tmp_path / "f")
+    with pytest.raises(FileFormatError, match="size"), open_tensors(tmp_path / "f"):
+        pass
 
 
 SOUND = save({"a": torch.arange(4.0), "b": torch.arange(6, dtype=torch.int32).reshape(2, 3)})
@@ -90,12 +91,11 @@ def test_damage_is_refused_or_harmless(
     for content in (bytes(damaged), SOUND[:keep]):
         path.write_bytes(content)
         try:
-            with open_regular(path) as file:
-                header = read_header(file, path)
+            with open_tensors(path) as file:
                 read = {
-                    name: read_tensor(file, header, name)
-                    for name, info in header.tensors.items()
-                    if info.dtype in ("F32", "I32")
+                    name: file.read(name)
+                    for name, told in file.tensors.items()
+                    if told.dtype in ("F32", "I32")
                 }
         except FileFormatError:
             continue
@@ -109,11 +109,10 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "f"
     content = save({"a": torch.zeros(100_000)})  # more than Python reads ahead
     path.write_bytes(content)
-    with open_regular(path) as file:
-        header = read_header(file, path)
+    with open_tensors(path) as file:
         path.write_bytes(content[:-4])
         with pytest.raises(FileFormatError, match="'a': truncated"):
-            read_tensor(file, header, "a")
+            file.read("a")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

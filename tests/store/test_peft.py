@@ -180,7 +180,7 @@ def test_a_whole_tensor_is_there_once_and_of_the_bases_shape(tmp_path: Path) -> 
     with pytest.raises(FileFormatError, match=r"holds 'head.weight' twice"):
         read_peft(tmp_path)
     write_with(tmp_path, head__weight=torch.zeros(2))
-    with pytest.raises(WrongBaseError, match=r"whole of a 'head.weight' of shape \(2,\)"):
+    with pytest.raises(WrongBaseError, match=r"made for a 'head.weight' of shape \(2,\)"):
         Adapter.load(tmp_path, base={hostile.PARAMETER: hostile.SHAPE, "head.weight": (3,)})
 
 

@@ -11,8 +11,8 @@ Sits above ``store``; imports torch, numpy and safetensors only. One file an ide
 from __future__ import annotations
 
 from shira.checkpoints.models import Base, OnDisk, locate, shapes_of
-from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
-from shira.store.header import FLOATS
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
+from shira.store.header import FLOATS, Stored
 
 __all__ = [
     "FLOATS",

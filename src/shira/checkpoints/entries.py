@@ -13,6 +13,7 @@ ones.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +23,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shira.checkpoints.opening import Checkpoint, Stored
-from shira.errors import ConfigError, FileFormatError
+from shira.checkpoints.opening import Checkpoint
+from shira.errors import ConfigError
 from shira.store.atomic import replacing
-from shira.store.header import INTEGERS, WHOLE_DTYPES
+from shira.store.header import WHOLE_DTYPES, Stored, bits_of, read_bits, tensor_of
 
 Progress = Callable[[int, int], None]
 """Told how much is done (bytes, entries) and how much there is in all."""
@@ -58,28 +58,23 @@ def read_entries(stored: Stored, flat: Tensor) -> Tensor:
     Raises:
         FileFormatError: If the file has become shorter meanwhile.
     """
-    disk = _bits(stored)
+    disk = np.dtype(f"<i{WHOLE_DTYPES[stored.dtype].itemsize}")
     found = np.empty(flat.numel(), disk)
     where = flat.numpy()
     with open(stored.file, "rb", buffering=0) as file:
         for low, high in windows(where, disk.itemsize):
             first = int(where[low])
-            span = _read(file, stored, first, int(where[high - 1]) + 1 - first)
+            span = read_bits(file, stored, first, int(where[high - 1]) + 1 - first)
             found[low:high] = span[where[low:high] - first]
-    return _values(found, stored)
+    return tensor_of(found, stored)
 
 
 def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
     """Read a stored tensor in flat pieces of at most ``size`` entries."""
-    count = (stored.end - stored.start) // _bits(stored).itemsize
+    count = math.prod(stored.shape)
     with open(stored.file, "rb", buffering=0) as file:
         for first in range(0, count, size):
-            yield _values(_read(file, stored, first, min(size, count - first)), stored)
-
-
-def bits(values: Tensor) -> Tensor:
-    """Return the values as integers of their width, which tell 0.0 from -0.0."""
-    return values.view(INTEGERS[values.itemsize])
+            yield tensor_of(read_bits(file, stored, first, min(size, count - first)), stored)
 
 
 def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:
@@ -217,10 +212,10 @@ def copy_file(source: Path, target: Path, edits: Sequence[Edit] = ()) -> Iterato
 
 def write_entries(file: BinaryIO, edit: Edit) -> None:
     """Overwrite entries in a copy of their file, open for reading and writing, unbuffered."""
-    where, new = edit.flat.numpy(), bits(edit.values).numpy()
+    where, new = edit.flat.numpy(), bits_of(edit.values).numpy()
     for low, high in windows(where, new.itemsize):
         first = int(where[low])
-        span = _read(file, edit.stored, first, int(where[high - 1]) + 1 - first)
+        span = read_bits(file, edit.stored, first, int(where[high - 1]) + 1 - first)
         span[where[low:high] - first] = new[low:high]
         file.seek(edit.stored.start + first * span.itemsize)
         rest = span.data.cast("B")
@@ -246,25 +241,3 @@ def _files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:
             else:
                 behind.append(name)
     return along, behind
-
-
-def _bits(stored: Stored) -> np.dtype[np.signedinteger]:
-    """Return the integers as which the entries of a tensor are handled in its file."""
-    return np.dtype(f"<i{WHOLE_DTYPES[stored.dtype].itemsize}")
-
-
-def _values(found: NDArray[np.signedinteger], stored: Stored) -> Tensor:
-    native = found.astype(found.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(native).view(WHOLE_DTYPES[stored.dtype])
-
-
-def _read(file: BinaryIO, stored: Stored, first: int, count: int) -> NDArray[np.signedinteger]:
-    span = np.empty(count, _bits(stored))
-    file.seek(stored.start + first * span.itemsize)
-    rest = span.data.cast("B")
-    while rest:
-        got = file.readinto(rest)  # type: ignore[attr-defined]
-        if not got:
-            raise FileFormatError(f"{stored.file}: tensor {stored.key!r}: truncated while read")
-        rest = rest[got:]
-    return span

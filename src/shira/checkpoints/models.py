@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from shira.checkpoints.entries import read_blocks, read_entries
-from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, MergeError, WrongBaseError, did_you_mean, listed
-from shira.store.header import FLOATS
+from shira.store.header import FLOATS, Stored
 from shira.store.names import base_module_name, full_shape, unwrapped
 
 Base: TypeAlias = "nn.Module | str | os.PathLike[str] | Checkpoint | Mapping[str, Sequence[int]]"

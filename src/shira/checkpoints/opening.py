@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shira.errors import FileFormatError
-from shira.store.header import TensorInfo, header_of
+from shira.store.header import Stored, open_tensors
 from shira.store.json_text import open_regular, read_object
 
 _INDEX = ".safetensors.index.json"
@@ -38,19 +38,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_FORMATS = [*(f"*{kind}" for kind in _PICKLES), "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
 _CONFIG_LIMIT = 10_000_000  # bytes
 _INDEX_LIMIT = 200_000_000  # bytes; 100 is about one entry
-
-
-@dataclass(frozen=True)
-class Stored(TensorInfo):
-    """One tensor of a checkpoint.
-
-    Attributes:
-        key: Its name in the checkpoint.
-        file: The file that holds it.
-    """
-
-    key: str
-    file: Path
 
 
 @dataclass(frozen=True)
@@ -113,14 +100,15 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     else:
         files = (where,)
     tensors: dict[str, Stored] = {}
-    for file in files:
-        for key, info in header_of(file).tensors.items():
-            if key in tensors:
-                raise FileFormatError(
-                    f"{where}: both {tensors[key].file.name} and {file.name} hold {key!r}; give "
-                    "the path of one file"
-                )
-            tensors[key] = Stored(info.dtype, info.shape, info.start, info.end, key, file)
+    for path in files:
+        with open_tensors(path) as file:
+            for key in file.tensors:
+                if key in tensors:
+                    raise FileFormatError(
+                        f"{where}: both {tensors[key].file.name} and {path.name} hold {key!r}; "
+                        "give the path of one file"
+                    )
+            tensors.update(file.tensors)
     for key, name in placed.items():
         at = tensors[key].file.name if key in tensors else None
         if at != name:

@@ -14,7 +14,7 @@ file an idea::
 
 from __future__ import annotations
 
-from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
+from shira.checkpoints import Checkpoint, Stored, open_checkpoint
 from shira.convert.extraction import Change, Extraction, extract
 from shira.convert.lora import FromLora, KeptUpdate, from_lora
 from shira.convert.lora_file import Factors, is_lora, read_lora

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError
 from shira.store.config import CONFIG_LIMIT
-from shira.store.header import FLOATS, Header, check_values, read_header, read_tensor, refusing
+from shira.store.header import FLOATS, TensorFile, check_values, open_tensors, refusing
 from shira.store.json_text import open_regular, read_object
 from shira.store.names import CONFIG_NAME, WEIGHTS_NAME, base_module_name, weight_name
 from shira.store.patterns import check_patterns, matching
@@ -129,17 +129,15 @@ def read_lora(
     folder = Path(path)
     config = _read_config(folder / CONFIG_NAME)
     weights = folder / WEIGHTS_NAME
-    with open_regular(weights) as file:
-        header = read_header(file, weights)
-        modules, others = _sort_out(header)
+    with open_tensors(weights) as file:
+        modules, others = _sort_out(file)
         if not modules:
             raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
         _check_patterns(folder / CONFIG_NAME, config, [base_module_name(key) for key in modules])
         factors = [
-            _factors(file, header, config, key, embedding)
-            for key, embedding in sorted(modules.items())
+            _factors(file, config, key, embedding) for key, embedding in sorted(modules.items())
         ]
-        whole, copies = read_whole(file, header, others, {one.name for one in factors})
+        whole, copies = read_whole(file, others, {one.name for one in factors})
     return factors, config, whole | copies
 
 
@@ -212,48 +210,46 @@ def _check_patterns(
         raise FileFormatError(f"{path}: {error}") from error
 
 
-def _sort_out(header: Header) -> tuple[dict[str, bool], list[str]]:
+def _sort_out(file: TensorFile) -> tuple[dict[str, bool], list[str]]:
     """Return the adapted modules' keys, with whether they are embeddings, and other tensors."""
     modules: dict[str, bool] = {}
     others = []
-    for name in header.tensors:
+    for name in file.tensors:
         if found := _FACTOR.fullmatch(name):
             key, embedding = found[1], found[2] is not None
             for twin in _EMBEDDING if embedding else _LINEAR:
-                if f"{key}.{twin}" not in header.tensors:
-                    raise FileFormatError(f"{header.path}: missing tensor '{key}.{twin}'")
+                if f"{key}.{twin}" not in file.tensors:
+                    raise FileFormatError(f"{file.path}: missing tensor '{key}.{twin}'")
             modules[key] = embedding
         elif "lora_magnitude_vector" in name or name.endswith(".lora_B.bias"):
             raise AdapterError(
-                f"{header.path}: {name!r} is not supported: the update is not scaling * B A"
+                f"{file.path}: {name!r} is not supported: the update is not scaling * B A"
             )
         else:
             others.append(name)
     return modules, others
 
 
-def _factors(
-    file: BinaryIO, header: Header, config: Mapping[str, Any], key: str, embedding: bool
-) -> Factors:
+def _factors(file: TensorFile, config: Mapping[str, Any], key: str, embedding: bool) -> Factors:
     names = [f"{key}.{kind}" for kind in (_EMBEDDING if embedding else _LINEAR)]
     for name in names:
-        info = header.tensors[name]
+        info = file.tensors[name]
         if len(info.shape) > 2:
             raise AdapterError(
-                f"{header.path}: {name!r} has shape {info.shape}: LoRA of a convolution is not "
+                f"{file.path}: {name!r} has shape {info.shape}: LoRA of a convolution is not "
                 "supported; leave such modules out of its target_modules"
             )
         if info.dtype not in FLOATS:
-            raise FileFormatError(f"{header.path}: {name!r} has dtype {info.dtype}, not a float")
-    a, b = (read_tensor(file, header, name) for name in names)
+            raise FileFormatError(f"{file.path}: {name!r} has dtype {info.dtype}, not a float")
+    a, b = (file.read(name) for name in names)
     for name, tensor in zip(names, (a, b), strict=True):
-        with refusing(header.path, repr(name)):
+        with refusing(file.path, repr(name)):
             check_values(tensor)
     module = base_module_name(key)
     r = matching(config.get("rank_pattern"), module, config["r"])
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != r or b.shape[1] != r:
         raise FileFormatError(
-            f"{header.path}: {key!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of the "
+            f"{file.path}: {key!r}: A {tuple(a.shape)} and B {tuple(b.shape)} are not of the "
             f"config's rank {r}"
         )
     alpha = matching(config.get("alpha_pattern"), module, config["lora_alpha"])

@@ -26,19 +26,18 @@ from shira.checkpoints.entries import (
     Edit,
     Progress,
     Written,
-    bits,
     check_output,
     read_entries,
     rewrite,
 )
 from shira.checkpoints.models import OnDisk, locate_deltas
-from shira.checkpoints.opening import Checkpoint, Stored, open_checkpoint
+from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries
 from shira.convert.undo import replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.atomic import check_outputs
-from shira.store.header import FLOATS, WHOLE_DTYPES
+from shira.store.header import FLOATS, WHOLE_DTYPES, Stored, bits_of
 from shira.support import Support, index_dtype
 
 
@@ -280,7 +279,7 @@ def _change(
             f"{stored.file}: {name!r}: {over} of {new.numel()} sums are too large for "
             f"{stored.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
         )
-    changed = bits(new) != bits(old)
+    changed = bits_of(new) != bits_of(old)
     place = (name, stored.key, stored.file.name, str(old.dtype).removeprefix("torch."))
     told: MergedDelta | MergedWhole
     if values is None:

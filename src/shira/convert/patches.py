@@ -28,8 +28,8 @@ from shira.checkpoints.models import Model, names_in, source_of
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import AdapterError, FileFormatError, WrongBaseError
 from shira.store.atomic import write_atomically
-from shira.store.header import FLOATS, read_header, read_tensor, refusing
-from shira.store.json_text import open_regular, parse_object, shape_in
+from shira.store.header import FLOATS, open_tensors, refusing
+from shira.store.json_text import parse_object, shape_in
 from shira.support import Support
 
 _INDICES = ".indices"
@@ -166,33 +166,32 @@ def write_entry_file(
 
 def read_entry_file(path: str | os.PathLike[str], kind: Kind) -> list[Entries]:
     """Read and check a file of entries."""
-    with open_regular(path) as file:
-        header = read_header(file, path)
-        told = header.metadata
+    with open_tensors(path) as file:
+        told = file.metadata
         if told.get("format") != kind.name:
-            raise FileFormatError(f"{header.path}: not {kind.what}")
+            raise FileFormatError(f"{file.path}: not {kind.what}")
         if told.get("version") != "1":
             raise FileFormatError(
-                f"{header.path}: version {told.get('version')!r} of such files ({kind.name}) is "
+                f"{file.path}: version {told.get('version')!r} of such files ({kind.name}) is "
                 "not known, only '1'; update shira"
             )
-        about = parse_object(told.get(kind.about, ""), header.path, kind.about)
+        about = parse_object(told.get(kind.about, ""), file.path, kind.about)
         wanted = {name + part for name in about for part in (_INDICES, kind.values)}
-        if wanted != set(header.tensors):
-            odd = sorted(wanted ^ set(header.tensors))[0]
-            raise FileFormatError(f"{header.path}: tensor {odd!r} is missing or not listed")
+        if wanted != set(file.tensors):
+            odd = sorted(wanted ^ set(file.tensors))[0]
+            raise FileFormatError(f"{file.path}: tensor {odd!r} is missing or not listed")
         found = []
         for name, of_weight in about.items():
-            with refusing(header.path, repr(name)):
+            with refusing(file.path, repr(name)):
                 shape = kind.shape_of(of_weight)
-                if header.tensors[name + kind.values].dtype not in kind.dtypes:
+                if file.tensors[name + kind.values].dtype not in kind.dtypes:
                     raise ValueError(f"{kind.values[1:]} are {', '.join(kind.dtypes)}")
-                indices = read_tensor(file, header, name + _INDICES)
+                indices = file.read(name + _INDICES)
                 support = Support(shape, indices)
                 if indices.dtype != support.indices.dtype:
                     wanted_dtype = str(support.indices.dtype).removeprefix("torch.")
                     raise ValueError(f"indices are {wanted_dtype}")
-                values = read_tensor(file, header, name + kind.values)
+                values = file.read(name + kind.values)
                 if values.shape != (support.nnz,):
                     raise ValueError(
                         f"{support.nnz} indices need {kind.values[1:]} of shape ({support.nnz},), "

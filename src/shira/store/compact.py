@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,13 +42,15 @@ from shira.store.header import (
     HEADER_LIMIT,
     WHOLE_DTYPES,
     WORDS,
+    Bits,
     EntryError,
-    Header,
+    Stored,
+    TensorFile,
     bytes_of,
     check_values,
     check_whole,
-    read_bytes,
-    read_header,
+    open_tensors,
+    read_bits,
     refusing,
     stored,
     tensor_of,
@@ -201,19 +203,18 @@ def read_compact(path: str | os.PathLike[str], *, mapped: bool = False) -> Compa
         FileFormatError: If something in it is invalid; names file, parameter and cause.
     """
     where = _file_at(Path(path))
-    with open_regular(where) as file:
-        header = read_header(file, where)
-        table = _table(header, os.fstat(file.fileno()).st_size)
-        source = _Source(file, header, mapped)
+    with open_tensors(where) as file:
+        table = _table(file)
+        source = _Source(file, mapped)
         deltas = {name: _delta(source, name, record) for name, record in table.records.items()}
         whole = {name: source.values(f"{name}.{WHOLE}") for name in table.tensors}
         for name, tensor in whole.items():
             with refusing(where, f"whole tensor {name!r}"):
                 check_whole(tensor)
-    if f"{source.checksum:08x}" != header.metadata[CHECKSUM]:
+    if f"{source.checksum:08x}" != file.metadata[CHECKSUM]:
         raise FileFormatError(
             f"{where}: damaged: its checksum is {source.checksum:08x}, but "
-            f"{header.metadata[CHECKSUM][:40]!r} is recorded"
+            f"{file.metadata[CHECKSUM][:40]!r} is recorded"
         )
     return CompactFile(where, Adapter(deltas, table.metadata, whole), table.records, table.library)
 
@@ -224,73 +225,70 @@ def _file_at(path: Path) -> Path:
     return path / COMPACT_NAME if folder else path
 
 
-def _table(header: Header, size: int) -> Table:
+def _table(file: TensorFile) -> Table:
     """Return the table, with every tensor that it needs there, of the right dtype and shape."""
     for key in (TABLE, CHECKSUM):
-        if key not in header.metadata:
+        if key not in file.metadata:
             raise FileFormatError(
-                f"{header.path}: not in the compact format: its __metadata__ has no {key!r}"
+                f"{file.path}: not in the compact format: its __metadata__ has no {key!r}"
             )
-    table = parse(header.metadata[TABLE], header.path, size)
+    table = parse(file.metadata[TABLE], file.path, file.size)
     expected: dict[str, tuple[Collection[str], tuple[int, ...] | None]] = {}
     for name, record in table.records.items():
         expected[f"{name}.values"] = (record.values,), (record.k,)
         for kind in CODINGS[record.indices][1]:
-            if kind != "rest" or f"{name}.rest" in header.tensors:
+            if kind != "rest" or f"{name}.rest" in file.tensors:
                 expected[f"{name}.{kind}"] = gaps.UNITS, None
     for name, (dtype, shape) in table.tensors.items():
         expected[f"{name}.{WHOLE}"] = (dtype,), shape
-    for key in {**expected, **header.tensors}:
-        with refusing(header.path, f"tensor {key!r}"):
+    for key in {**expected, **file.tensors}:
+        with refusing(file.path, f"tensor {key!r}"):
             if key not in expected:
                 raise EntryError(f"the table does not name it.{did_you_mean(key, expected)}")
-            if key not in header.tensors:
-                hint = did_you_mean(key, header.tensors)
-                raise FileFormatError(f"{header.path}: missing tensor {key!r}.{hint}")
-            info, (dtypes, wanted) = header.tensors[key], expected[key]
-            if info.dtype not in dtypes:
+            if key not in file.tensors:
+                hint = did_you_mean(key, file.tensors)
+                raise FileFormatError(f"{file.path}: missing tensor {key!r}.{hint}")
+            there, (dtypes, wanted) = file.tensors[key], expected[key]
+            if there.dtype not in dtypes:
                 told = " or ".join(dtypes)
-                raise EntryError(f"dtype {info.dtype} is not {told}, as the table says")
-            if wanted is None and len(info.shape) != 1:
-                raise EntryError(f"shape {info.shape} is not (n,)")
-            if wanted not in (None, info.shape):
-                raise EntryError(f"shape {info.shape} is not {wanted}, as the table says")
+                raise EntryError(f"dtype {there.dtype} is not {told}, as the table says")
+            if len(there.shape) != 1 if wanted is None else there.shape != wanted:
+                told = "(n,)" if wanted is None else f"{wanted}, as the table says"
+                raise EntryError(f"shape {there.shape} is not {told}")
     return table
 
 
 class _Source:
     """The tensors of an open file, and the checksum of what was taken from it."""
 
-    def __init__(self, file: BinaryIO, header: Header, mapped: bool) -> None:
-        self.path, self._file, self._header = header.path, file, header
+    def __init__(self, file: TensorFile, mapped: bool) -> None:
+        self.path, self.file = file.path, file
         self._map = None
-        if mapped and header.tensors and sys.byteorder == "little":
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.checksum = zlib.crc32(header.metadata[TABLE].encode("utf-8", "surrogatepass"))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._header.tensors
+        if mapped and file.tensors and sys.byteorder == "little":
+            self._map = mmap.mmap(file.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.checksum = zlib.crc32(file.metadata[TABLE].encode())
 
     def values(self, name: str) -> Tensor:
         """Return a tensor that is kept: mapped if possible."""
-        info = self._header.tensors[name]
-        count = math.prod(info.shape)
-        if self._map is None or info.dtype == "I8" or not count or info.start % 8:
-            return tensor_of(self._raw(name), info)
-        self.checksum = zlib.crc32(memoryview(self._map)[info.start : info.end], self.checksum)
-        dtype = WHOLE_DTYPES[info.dtype]
-        kept = torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.start)
-        return kept.view(info.shape)
+        stored = self.file.tensors[name]
+        count = math.prod(stored.shape)
+        if self._map is None or stored.dtype == "I8" or not count or stored.start % 8:
+            return tensor_of(self._bits(stored), stored).view(stored.shape)
+        self.checksum = zlib.crc32(memoryview(self._map)[stored.start : stored.end], self.checksum)
+        dtype = WHOLE_DTYPES[stored.dtype]
+        kept = torch.frombuffer(self._map, dtype=dtype, count=count, offset=stored.start)
+        return kept.view(stored.shape)
 
     def units(self, name: str) -> gaps.Units:
         """Return a tensor that is decoded."""
-        units: gaps.Units = self._raw(name).view(gaps.UNITS[self._header.tensors[name].dtype])
+        stored = self.file.tensors[name]
+        units: gaps.Units = self._bits(stored).view(gaps.UNITS[stored.dtype])
         return units
 
-    def _raw(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        raw = read_bytes(self._file, self._header, name)
-        self.checksum = zlib.crc32(raw.data, self.checksum)
-        return raw
+    def _bits(self, stored: Stored) -> Bits:
+        bits = read_bits(self.file.file, stored)
+        self.checksum = zlib.crc32(bits.data, self.checksum)
+        return bits
 
 
 def _delta(source: _Source, name: str, record: Record) -> SparseDelta:
@@ -363,7 +361,7 @@ def _of_blocks(source: _Source, name: str, record: Record) -> Support:
     inside = int(blocks.entries_of(record.block, numbers, record.shape).sum())
     rest = np.empty(0, np.int64)
     with refusing(source.path, f"tensor '{name}.rest'"):
-        if f"{name}.rest" in source:
+        if f"{name}.rest" in source.file.tensors:
             rest = gaps.decode(source.units(f"{name}.rest"), record.numel).astype(np.int64)
     if inside + len(rest) != record.k:
         raise FileFormatError(

@@ -10,10 +10,11 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.header import COORDINATE_LIMIT, refusing
@@ -45,7 +46,13 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     with refusing(path, "the config"):
         check_patterns(config)
-    _check_shapes(path, config.get(SHAPES_FIELD))
+    shapes = {} if config.get(SHAPES_FIELD) is None else config[SHAPES_FIELD]
+    if not isinstance(shapes, dict):
+        raise FileFormatError(f"{path}: {SHAPES_FIELD} maps parameter names to shapes")
+    for name, sizes in shapes.items():
+        with refusing(path, f"{SHAPES_FIELD} of {name!r}"):
+            if max(matrix_shape(shape_in(sizes))) > COORDINATE_LIMIT:
+                raise ValueError(f"{str(sizes)[:80]} overflows int32 coordinates")
     check_fingerprints(path, config)
     return config
 
@@ -56,43 +63,38 @@ def recorded_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | N
     return None if shapes is None else {name: tuple(sizes) for name, sizes in shapes.items()}
 
 
-def compose_config(
-    shapes: Mapping[str, tuple[int, ...]],
-    counts: Mapping[str, int],
-    given: Mapping[str, Any],
-    whole: Sequence[str] = (),
-) -> str:
+def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
     """Return the text of a config that fits an adapter.
 
-    Args:
-        shapes: Of the base weights, by parameter name.
-        counts: Entries in each, by the same names.
-        given: What is known already; kept where it is true of the adapter. ``r`` is corrected if
-            all weights agree on another, ``target_modules`` if it does not match every weight, and
-            ``modules_to_save`` if it does not name just the modules of the whole tensors.
-        whole: Names of the whole tensors.
+    What is ``given`` is kept where it is true of the adapter. ``r`` is corrected if all weights
+    agree on another, ``target_modules`` if it does not match every weight, and ``modules_to_save``
+    if it does not name just the modules of the whole tensors.
 
     Raises:
         ConfigError: If a given field cannot stand in JSON, contradicts the adapter, or is a pattern
             that could take minutes to match.
     """
-    config = dict(given)
-    check_patterns(config)
-    if config.get("peft_type", "SHIRA") != "SHIRA":
-        raise ConfigError(f"peft_type is 'SHIRA' in a SHiRA adapter, not {config['peft_type']!r}")
-    config["peft_type"] = "SHIRA"
-    config.setdefault("base_model_name_or_path", None)
-    config.setdefault("task_type", None)
-    config.setdefault("inference_mode", True)
-    config["modules_to_save"] = _modules_of(whole, config.get("modules_to_save"))
-    config["r"] = common_rank(shapes, counts, config.get("r"))
+    check_patterns(given)
+    if given.get("peft_type", "SHIRA") != "SHIRA":
+        raise ConfigError(f"peft_type is 'SHIRA' in a SHiRA adapter, not {given['peft_type']!r}")
+    shapes = {name: delta.support.shape for name, delta in adapter.items()}
+    counts = {name: delta.nnz for name, delta in adapter.items()}
+    config = {
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        **given,
+        "peft_type": "SHIRA",
+        "modules_to_save": _modules_of(adapter.tensors, given.get("modules_to_save")),
+        "r": common_rank(shapes, counts, given.get("r")),
+        SHAPES_FIELD: {name: list(shape) for name, shape in shapes.items()},
+    }
     modules = [name.removesuffix(".weight") for name in shapes]
     if not _matches_all(config.get("target_modules"), modules):
         config["target_modules"] = sorted(modules)
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if config.get(field) is not None:
                 config[field] = None
-    config[SHAPES_FIELD] = {name: list(shape) for name, shape in shapes.items()}
     return write_object(config, config, indent=2, sort_keys=True) + "\n"
 
 
@@ -109,7 +111,7 @@ def common_rank(
     return max(1, round(sum(counts.values()) / max(1, sum(spans))))
 
 
-def _modules_of(whole: Sequence[str], given: Any) -> list[str] | None:
+def _modules_of(whole: Iterable[str], given: Any) -> list[str] | None:
     """Return the modules that PEFT has to wrap to load these tensors; the given ones if they do.
 
     Raises:
@@ -145,36 +147,18 @@ def _matches_all(targets: Any, modules: Sequence[str]) -> bool:
     )
 
 
-def _check_shapes(path: Path, shapes: Any) -> None:
-    if shapes is None:
-        return
-    if not isinstance(shapes, dict):
-        raise FileFormatError(f"{path}: {SHAPES_FIELD} maps parameter names to shapes")
-    for name, sizes in shapes.items():
-        with refusing(path, f"{SHAPES_FIELD} of {name!r}"):
-            shape_in(sizes)
-        if max(matrix_shape(sizes)) > COORDINATE_LIMIT:
-            raise FileFormatError(
-                f"{path}: {SHAPES_FIELD} of {name!r} overflows int32 coordinates: {str(sizes)[:80]}"
-            )
-
-
 def check_fingerprints(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse fingerprints of the base that are no mapping of names to them; None is none.
-
-    Raises:
-        FileFormatError: If they are not.
-    """
-    for field, several in ((FINGERPRINT_FIELD, False), (ROUNDED_FIELD, True)):
-        fingerprints = metadata.get(field)
-        if fingerprints is None:
-            continue
+    """Refuse fingerprints of the base that are no mapping of names to them; None is none."""
+    for field, what in (
+        (FINGERPRINT_FIELD, "'<dtype>:<16 hex digits>'"),
+        (ROUNDED_FIELD, "'<dtype>:<16 hex digits>', or a list of such"),
+    ):
+        fingerprints = {} if metadata.get(field) is None else metadata[field]
         if not isinstance(fingerprints, dict):
             raise FileFormatError(f"{path}: {field} maps parameter names to fingerprints")
         for name, told in fingerprints.items():
-            texts = told if several and isinstance(told, list) else [told]
+            texts = told if field == ROUNDED_FIELD and isinstance(told, list) else [told]
             if not all(isinstance(text, str) and _FINGERPRINT.fullmatch(text) for text in texts):
                 raise FileFormatError(
-                    f"{path}: {field} of {name!r} is '<dtype>:<16 hex digits>'"
-                    f"{', or a list of such' if several else ''}, not {str(told)[:80]!r}"
+                    f"{path}: {field} of {name!r} is {what}, not {str(told)[:80]!r}"
                 )

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,8 +55,9 @@ WHOLE_DTYPES: Mapping[str, torch.dtype] = {
 }
 """Dtypes of whole tensors; the integers are those of buffers."""
 
+Bits = NDArray[np.signedinteger[Any]]
 _READABLE = {**WHOLE_DTYPES, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 WORDS: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _READABLE.items()}
 """Safetensors' words for the dtypes that are read and written."""
 
@@ -67,16 +69,20 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """A header's entry for one tensor.
+class Stored:
+    """One tensor of a file.
 
     Attributes:
+        key: Its name in the file.
+        file: The file.
         dtype: In safetensors' words: ``"F32"``, ``"I16"``.
         shape: Its shape.
         start: Its first byte, counted from the start of the file.
         end: The byte behind its last.
     """
 
+    key: str
+    file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -84,18 +90,28 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
-    """A checked header.
-
-    Attributes:
-        path: The file.
-        tensors: By name, in the header's order.
-        metadata: The header's ``__metadata__``.
-    """
+class TensorFile:
+    """An open file whose header is checked: its size in bytes, tensors by name, metadata."""
 
     path: Path
-    tensors: Mapping[str, TensorInfo]
+    file: BinaryIO
+    size: int
+    tensors: Mapping[str, Stored]
     metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, in its stored dtype, on the CPU, in memory of its own.
+
+        Raises:
+            FileFormatError: If it is neither of integers nor F16, BF16, F32 or F64, or the file has
+                become shorter meanwhile.
+        """
+        stored = self.tensors[name]
+        if stored.dtype not in _READABLE:
+            raise FileFormatError(
+                f"{self.path}: tensor {name!r}: dtype {stored.dtype} is none that can stand here"
+            )
+        return tensor_of(read_bits(self.file, stored), stored).view(stored.shape)
 
 
 class EntryError(ValueError):
@@ -119,79 +135,67 @@ class refusing:  # used as a function; a generator would cost three times as muc
             raise FileFormatError(f"{os.fspath(self._path)}: {self._what}: {error}") from error
 
 
-def header_of(path: str | os.PathLike[str]) -> Header:
-    """Return the checked header of the file at ``path``; see `read_header`."""
-    with open_regular(path) as file:
-        return read_header(file, path)
-
-
-def read_header(file: BinaryIO, path: str | os.PathLike[str]) -> Header:
-    """Read and check the header of a safetensors file, open at its start.
+@contextmanager
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
+    """Open a safetensors file, after its header was checked.
 
     Raises:
+        FileNotFoundError: If there is none.
         FileFormatError: If the file is truncated or another kind of file, or its header is too
             large, no JSON object, or describes tensors that it cannot hold: dtypes unknown, sizes
             negative or unlike dtype and shape, byte ranges outside the file, overlapping or with
             gaps.
     """
     path = Path(path)
-    size = os.fstat(file.fileno()).st_size
-    length = _header_length(file.read(9), size, path)
-    file.seek(8)
-    raw = file.read(length)
-    if len(raw) < length:
-        raise FileFormatError(f"{path}: truncated: it ends within its header")
-    claims = parse_object(raw, path, "safetensors header", size)
-    del raw
-    metadata = claims.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
-    tensors = {}
-    for name, claim in claims.items():
-        with refusing(path, f"tensor {name!r}"):
-            tensors[name] = _checked_info(claim, 8 + length)
-    _check_ranges(path, tensors, 8 + length, size)
-    return Header(path, tensors, metadata)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = _header_length(file.read(9), size, path)
+        file.seek(8)
+        raw = file.read(length)
+        if len(raw) < length:
+            raise FileFormatError(f"{path}: truncated: it ends within its header")
+        claims = parse_object(raw, path, "safetensors header", size)
+        del raw
+        metadata = claims.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
+        tensors = {}
+        for name, claim in claims.items():
+            with refusing(path, f"tensor {name!r}"):
+                tensors[name] = _checked(claim, name, path, 8 + length)
+        _check_ranges(path, tensors, 8 + length, size)
+        yield TensorFile(path, file, size, tensors, metadata)
 
 
-def read_tensor(file: BinaryIO, header: Header, name: str) -> Tensor:
-    """Return one of the header's tensors, in its stored dtype, on the CPU, in memory of its own.
-
-    Raises:
-        FileFormatError: If it is neither of integers nor F16, BF16, F32 or F64, or the file has
-            become shorter meanwhile.
-    """
-    info = header.tensors[name]
-    if info.dtype not in _READABLE:
-        raise FileFormatError(
-            f"{header.path}: tensor {name!r}: dtype {info.dtype} is none that can stand here"
-        )
-    return tensor_of(read_bytes(file, header, name), info)
-
-
-def read_bytes(file: BinaryIO, header: Header, name: str) -> NDArray[np.uint8]:
-    """Return the bytes of one of the header's tensors; errors are those of `read_tensor`."""
-    info = header.tensors[name]
-    raw = np.empty(info.end - info.start, np.uint8)
-    file.seek(info.start)
-    if file.readinto(raw.data) != len(raw):  # type: ignore[attr-defined]
-        raise FileFormatError(f"{header.path}: tensor {name!r}: truncated while it was read")
-    return raw
+def read_bits(file: BinaryIO, stored: Stored, first: int = 0, count: int | None = None) -> Bits:
+    """Read a stored tensor, or ``count`` entries of it, as integers of their width: 1-D."""
+    width = _READABLE[stored.dtype].itemsize
+    raw = np.empty(width * (math.prod(stored.shape) if count is None else count), np.uint8)
+    file.seek(stored.start + first * width)
+    rest = raw.data
+    while rest:
+        got = file.readinto(rest)  # type: ignore[attr-defined]
+        if not got:
+            raise FileFormatError(f"{stored.file}: tensor {stored.key!r}: truncated while read")
+        rest = rest[got:]
+    return raw.view(f"<i{width}")
 
 
-def tensor_of(raw: NDArray[np.uint8], info: TensorInfo) -> Tensor:
-    """Return the tensor whose bytes in the file these are; it keeps them."""
-    dtype = _READABLE[info.dtype]
-    bits = raw.view(f"<i{dtype.itemsize}")
+def tensor_of(bits: Bits, stored: Stored) -> Tensor:
+    """Return the entries of a stored tensor that these bits are: 1-D, in the same memory."""
     native = bits.astype(bits.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(native).view(dtype).view(info.shape)
+    return torch.from_numpy(native).view(_READABLE[stored.dtype])
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """Return the values as integers of their width, which tell 0.0 from -0.0."""
+    return values.view(_INTEGERS[values.itemsize])
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU as a file has them: the reverse of `tensor_of`."""
-    bits = tensor.reshape(-1).view(INTEGERS[tensor.itemsize]).numpy()
+    """Return the bytes of a tensor on the CPU as a file has them."""
+    bits = bits_of(tensor.reshape(-1)).numpy()
     if sys.byteorder == "big":
         bits = bits.byteswap()
     return bits.view(np.uint8).data
@@ -246,16 +250,14 @@ def in_order(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if bool(inexact.any()):
             bad = coordinates[inexact][0].item()
             raise EntryError(f"index {bad} is no whole number below 2^24")
-    if coordinates.dtype == torch.uint64:  # as int64 the largest wrap
-        coordinates = coordinates.view(torch.int64)
-        if bool((wrapped := coordinates < 0).any()):
-            raise EntryError(f"index {int(coordinates[wrapped][0]) + 2**64} overflows int32")
-    row, column = coordinates.to(torch.int64)
-    for index in (row, column):
-        if index.numel() and int(index.min()) < 0:
-            raise EntryError(f"index {int(index.min())} is negative")
-        if index.numel() and int(index.max()) >= COORDINATE_LIMIT:
-            raise EntryError(f"index {int(index.max())} overflows int32")
+    wide = coordinates.to(torch.int64)
+    outside = (wide < 0) | (wide >= COORDINATE_LIMIT)
+    if bool(outside.any()):
+        index = int(wide[outside][0])
+        if coordinates.dtype == torch.uint64:  # the largest wrap
+            index %= 2**64
+        raise EntryError(f"index {index} {'is negative' if index < 0 else 'overflows int32'}")
+    row, column = wide
     key = row * COORDINATE_LIMIT + column
     if bool((key[1:] > key[:-1]).all()):
         return coordinates.to(torch.int32), values
@@ -335,7 +337,7 @@ def _header_length(start: bytes, size: int, path: Path) -> int:
     return length
 
 
-def _checked_info(claim: Any, data_start: int) -> TensorInfo:
+def _checked(claim: Any, key: str, path: Path, data_start: int) -> Stored:
     """Return one entry of the header; whether its byte range fits the file comes later."""
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
         raise EntryError("the header gives dtype, shape and data_offsets, nothing else")
@@ -354,10 +356,10 @@ def _checked_info(claim: Any, data_start: int) -> TensorInfo:
             f"shape {list(shape)} of {dtype} takes {-(-bits // 8)} bytes, "
             f"but data_offsets give it a size of {end - start}"
         )
-    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+    return Stored(key, path, dtype, shape, data_start + start, data_start + end)
 
 
-def _check_ranges(path: Path, tensors: Mapping[str, TensorInfo], at: int, size: int) -> None:
+def _check_ranges(path: Path, tensors: Mapping[str, Stored], at: int, size: int) -> None:
     """Check that the tensors' bytes follow one another from ``at`` to the end of the file."""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         cause = ""

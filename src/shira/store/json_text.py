@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -76,19 +77,21 @@ def parse_object(
         FileFormatError: If it is not JSON, or no object, or repeats a key, or has more items than a
             file of its size has use for.
     """
+    raw = raw.encode() if isinstance(raw, str) else raw
     size = len(raw) if size is None else size
-    memory = _memory(raw)
+    # About what the parsed text takes, a little too much rather than too little.
+    memory = raw.count(b"{") * _OBJECT + (raw.count(b"[") + raw.count(b",")) * _ITEM
     if memory > max(_FREE, _TIMES * size):
         raise FileFormatError(
             f"{os.fspath(path)}: the {what} is too large: its items would take about {memory} "
             f"bytes of memory, in a file of {size}"
         )
     try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        text = raw.decode()
         parsed = json.loads(
             text,
             object_pairs_hook=_no_repeated_keys,
-            parse_constant=_no_constant,
+            parse_constant=_number,
             parse_int=_integer if _LONG.search(text) else int,
             parse_float=_number,
         )
@@ -111,27 +114,19 @@ def parse_object(
 def write_object(value: Mapping[str, Any], metadata: Mapping[str, Any], **style: Any) -> str:
     """Return an object as JSON text that `parse_object` reads again.
 
-    Args:
-        value: The object.
-        metadata: The adapter's, that is in it, or is it.
-        **style: What else ``json.dumps`` is given.
-
     Raises:
-        ConfigError: If a field of the metadata, or a name in the object, cannot be written so.
+        ConfigError: If a field of the adapter's ``metadata``, which is in the object, or a name in
+            it cannot be written so.
     """
-    for field, content in metadata.items():
+    parts = {f"field {field!r} of the adapter's metadata": told for field, told in metadata.items()}
+    text = ""
+    for what, part in (*parts.items(), ("the adapter's metadata", value)):
         try:
-            json.dumps(content, allow_nan=False)
+            text = json.dumps(part, allow_nan=False, **style)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"field {field!r} of the adapter's metadata cannot be written as JSON: {error}"
+                f"{what} cannot be written as JSON, whose keys are texts: {error}"
             ) from error
-    try:
-        text = json.dumps(value, allow_nan=False, **style)
-    except TypeError as error:  # keys of several types, which have no order
-        raise ConfigError(
-            f"the adapter's metadata cannot be written as JSON: {error}; its keys are texts"
-        ) from error
     try:
         parse_object(text, "the adapter", "metadata")
     except FileFormatError as error:
@@ -156,21 +151,11 @@ def shape_in(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _memory(raw: bytes | str) -> int:
-    """Return about how many bytes the parsed text takes, a little too many rather than too few."""
-    if isinstance(raw, str):
-        return raw.count("{") * _OBJECT + (raw.count("[") + raw.count(",")) * _ITEM
-    return raw.count(b"{") * _OBJECT + (raw.count(b"[") + raw.count(b",")) * _ITEM
-
-
 def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"duplicate key {key!r}")
-            seen.add(key)
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {key!r}")
     return made
 
 
@@ -185,7 +170,3 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]} is no number that float64 has")
     return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -45,16 +45,14 @@ from shira.store.header import (
     FLOATS,
     WHOLE_DTYPES,
     EntryError,
-    Header,
+    TensorFile,
     check_values,
     check_whole,
     in_order,
-    read_header,
-    read_tensor,
+    open_tensors,
     refusing,
     stored,
 )
-from shira.store.json_text import open_regular
 from shira.store.names import (
     CONFIG_NAME,
     INDICES,
@@ -142,15 +140,14 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
     """
     weights, config_path = _locate(Path(path))
     config = read_config(config_path) if config_path else {}
-    with open_regular(weights) as file:
-        header = read_header(file, weights)
-        pairs, others = _sort_out(header)
+    with open_tensors(weights) as file:
+        pairs, others = _sort_out(file)
         if not pairs and recorded_shapes(config) != {}:
             raise FileFormatError(
                 f"{weights}: not a SHiRA adapter: none of its {len(others)} tensors is a {VALUES}"
             )
-        tensors = {module: _read_delta(file, header, key) for module, key in pairs.items()}
-        whole, copies = read_whole(file, header, others, {weight_name(name) for name in tensors})
+        tensors = {module: _read_delta(file, key) for module, key in pairs.items()}
+        whole, copies = read_whole(file, others, {weight_name(name) for name in tensors})
     read = PeftFile(weights, config, tensors, whole, copies)
     _check_complete(read)
     return read
@@ -170,23 +167,21 @@ def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> Non
     recorded = file.shapes or {}
     check_whole_shapes(file.path, {**file.whole, **file.copies}, shapes)
     for raw in file.tensors.values():
-        name = raw.weight_name
-        where = f"{file.path}: tensor '{raw.key}.{VALUES}'"
-        shape = check_shape(where, name, recorded.get(name), shapes)
-        for label, index, size in zip(
-            ("row", "column"), raw.coordinates, matrix_shape(shape), strict=True
-        ):
+        name, where = raw.weight_name, f"{file.path}: tensor '{raw.key}"
+        check_shape(f"{where}.{VALUES}'", name, recorded.get(name), shapes)
+        sizes = matrix_shape(tuple(shapes[name]))
+        for label, index, size in zip(("row", "column"), raw.coordinates, sizes, strict=True):
             if index.numel() and int(index.max()) >= size:
                 raise FileFormatError(
-                    f"{file.path}: tensor '{raw.key}.{INDICES}': {label} {int(index.max())} is out "
-                    f"of range: {name!r} of shape {shape} has {size} {label}s"
+                    f"{where}.{INDICES}': {label} {int(index.max())} is out of range: {name!r} of "
+                    f"shape {tuple(shapes[name])} has {size} {label}s"
                 )
 
 
 def check_shape(
-    where: str, name: str, recorded: tuple[int, ...] | None, shapes: Mapping[str, Sequence[int]]
-) -> tuple[int, ...]:
-    """Return the shape of a weight of the base, checked against the one that a file records.
+    where: str, name: str, made_for: tuple[int, ...] | None, shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Check the shape of a weight, as far as a file tells it, against the base's.
 
     Raises:
         FileFormatError: If the base has no such weight; ``where`` begins the message.
@@ -197,28 +192,20 @@ def check_shape(
             f"{where}: unknown target: the base model has no parameter {name!r}."
             f"{did_you_mean(name, shapes)}"
         )
-    shape = tuple(shapes[name])
-    if recorded not in (None, shape):
+    if made_for not in (None, tuple(shapes[name])):
         raise WrongBaseError(
-            f"{where}: wrong base: made for a {name!r} of shape {recorded}, but here it has {shape}"
+            f"{where}: wrong base: made for a {name!r} of shape {made_for}, but here it has "
+            f"{tuple(shapes[name])}"
         )
-    return shape
 
 
 def check_whole_shapes(
     path: Path, whole: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Check whole tensors against the shapes of those that they replace, as far as these are known.
-
-    Raises:
-        WrongBaseError: If one has another shape.
-    """
+    """Check whole tensors as `check_shape` does, but for those whose shapes are not known."""
     for name, tensor in whole.items():
-        if name in shapes and tuple(shapes[name]) != tensor.shape:
-            raise WrongBaseError(
-                f"{path}: wrong base: it holds the whole of a {name!r} of shape "
-                f"{tuple(tensor.shape)}, but here it has {tuple(shapes[name])}"
-            )
+        if name in shapes:
+            check_shape(f"{path}", name, tuple(tensor.shape), shapes)
 
 
 def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None) -> Adapter:
@@ -257,7 +244,7 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
 
 
 def read_whole(
-    file: BinaryIO, header: Header, keys: Iterable[str], sparse: Collection[str]
+    file: TensorFile, keys: Iterable[str], sparse: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read tensors of a PEFT file that no tuner has made: whole ones of the base model.
 
@@ -274,8 +261,8 @@ def read_whole(
     whole: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key in keys:
-        with refusing(header.path, f"tensor {key!r}"):
-            parts, name, dtype = key.split("."), base_module_name(key), header.tensors[key].dtype
+        with refusing(file.path, f"tensor {key!r}"):
+            parts, name, dtype = key.split("."), base_module_name(key), file.tensors[key].dtype
             if any(part.startswith(_FOREIGN) for part in parts) or not all(parts):
                 raise EntryError("not known: no SHiRA tensor and no tensor of a base model")
             if name in sparse and "base_layer" not in parts:
@@ -286,7 +273,7 @@ def read_whole(
             if dtype not in WHOLE_DTYPES:
                 choices = ", ".join(WHOLE_DTYPES)
                 raise EntryError(f"dtype {dtype} is not one of {choices} (a whole tensor)")
-            found[name] = read_tensor(file, header, key)
+            found[name] = file.read(key)
             check_whole(found[name])
     return whole, copies
 
@@ -326,19 +313,19 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     return weights, config
 
 
-def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
+def _sort_out(file: TensorFile) -> tuple[dict[str, str], list[str]]:
     """Return the key of each adapted module, and the tensors that are not SHiRA's."""
     keys: dict[str, str] = {}
     others = []
-    for name in header.tensors:
+    for name in file.tensors:
         key, _, kind = name.rpartition(".")
         if kind not in (VALUES, INDICES):
             others.append(name)
             continue
         twin = f"{key}.{INDICES if kind == VALUES else VALUES}"
         module = base_module_name(key)
-        with refusing(header.path, f"tensor {name!r}"):
-            if twin not in header.tensors:
+        with refusing(file.path, f"tensor {name!r}"):
+            if twin not in file.tensors:
                 raise EntryError(f"missing {twin!r}: values and indices come in pairs")
             if not all(module.split(".")):
                 raise EntryError("an empty module name")
@@ -347,47 +334,45 @@ def _sort_out(header: Header) -> tuple[dict[str, str], list[str]]:
     return keys, others
 
 
-def _read_delta(file: BinaryIO, header: Header, key: str) -> RawDelta:
+def _read_delta(file: TensorFile, key: str) -> RawDelta:
     names = f"{key}.{VALUES}", f"{key}.{INDICES}"
-    of_values, of_indices = (header.tensors[name] for name in names)
-    with refusing(header.path, f"tensor {names[0]!r}"):
+    of_values, of_indices = (file.tensors[name] for name in names)
+    with refusing(file.path, f"tensor {names[0]!r}"):
         if of_values.dtype not in FLOATS:
             choices = ", ".join(FLOATS)
             raise EntryError(f"dtype {of_values.dtype} is not one of {choices} (floating point)")
         if len(of_values.shape) != 1:
             raise EntryError(f"shape {of_values.shape} is not (k,)")
-        values = read_tensor(file, header, names[0])
+        values = file.read(names[0])
         check_values(values)
-    with refusing(header.path, f"tensor {names[1]!r}"):
+    with refusing(file.path, f"tensor {names[1]!r}"):
         k = len(values)
         if of_indices.dtype not in _READ_INDICES:
             choices = ", ".join(_READ_INDICES)
             raise EntryError(f"dtype {of_indices.dtype} is not one of {choices} (integers)")
         if of_indices.shape != (2, k):
             raise EntryError(f"shape {of_indices.shape} is not (2, {k}), as {k} values need")
-        coordinates, values = in_order(read_tensor(file, header, names[1]), values)
+        coordinates, values = in_order(file.read(names[1]), values)
     weight = weight_name(base_module_name(key))
     return RawDelta(values, coordinates, weight, key, of_indices.dtype)
 
 
 def _check_complete(file: PeftFile) -> None:
     """Check that the modules are those that the config lists in ``shira_shapes``, if it does."""
-    recorded = file.shapes
-    if recorded is None:
-        return
     present = {raw.weight_name: raw.key for raw in file.tensors.values()}
-    for name in (*recorded, *present):
-        cause = ""
+    recorded = present if file.shapes is None else file.shapes
+    for name in recorded:
         if name not in present:
-            cause = f"missing tensor: {CONFIG_NAME} lists {name!r}, but there is no {VALUES} for it"
-        elif name not in recorded:
-            cause = (
-                f"tensor '{present[name]}.{VALUES}': unknown target: {CONFIG_NAME} does not list "
-                f"{name!r}"
+            raise FileFormatError(
+                f"{file.path}: missing tensor: {CONFIG_NAME} lists {name!r}, but there is no "
+                f"{VALUES} for it.{did_you_mean(name, present)}"
             )
-        if cause:
-            known = present if name in recorded else recorded
-            raise FileFormatError(f"{file.path}: {cause}.{did_you_mean(name, known)}")
+    for name, key in present.items():
+        if name not in recorded:
+            raise FileFormatError(
+                f"{file.path}: tensor '{key}.{VALUES}': unknown target: {CONFIG_NAME} does not "
+                f"list {name!r}.{did_you_mean(name, recorded)}"
+            )
 
 
 def write_peft(
@@ -427,12 +412,7 @@ def write_peft(
         if given not in choices:
             raise ConfigError(f"{what} is one of {', '.join(map(str, choices[:-1]))}, not {given}")
     fields = {**adapter.metadata, **(config or {})}
-    text = compose_config(
-        {name: delta.support.shape for name, delta in adapter.items()},
-        {name: delta.nnz for name, delta in adapter.items()},
-        fields,
-        list(adapter.tensors),
-    )
+    text = compose_config(adapter, fields)
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():
         key = PEFT_PREFIX + _module_of(name)
