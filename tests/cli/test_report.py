@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_every_text_is_escaped():
     assert page.render(text='a<b>"&') == (
         '<p title="a&lt;b&gt;&#34;&amp;">a&lt;b&gt;&#34;&amp;</p>'
     )
-    assert page.render(text="a\x00\u202eb").endswith(">a\ufffd\ufffdb</p>")
+    assert page.render(text="a\x00\u202eb").endswith(r">a\x00\u202eb</p>")
     block = template("{{ value | tojson }}")
     assert "</" not in block.render(value=["</script>", "<!--"])
     assert json.loads(block.render(value=["</script>", "\u2028"])) == ["</script>", "\u2028"]
@@ -225,21 +226,21 @@ def test_every_text_is_escaped():
 def test_maps_hold_every_entry(shape, most):
     support = random_support(shape, 5, seed=1, name="w")
     made = mask_map("w", support, most)
-    cells = np.frombuffer(made.cells, np.uint8).reshape(made.down, made.across)
-    assert max(made.down, made.across) <= most
-    rows, cols = made.shape
-    wanted = np.zeros((made.down, made.across), bool)
+    rows, cols, down, across = (made[key] for key in ("rows", "cols", "down", "across"))
+    cells = np.frombuffer(b64decode(made["cells"]), np.uint8).reshape(down, across)
+    assert max(down, across) <= most
+    wanted = np.zeros((down, across), bool)
     for index in support.indices.tolist():
         row, col = divmod(index, cols)
-        wanted[row * made.down // rows, col * made.across // cols] = True
+        wanted[row * down // rows, col * across // cols] = True
     assert np.array_equal(cells > 0, wanted)
     assert cells.max() == 255
 
 
 def test_maps_of_nothing_and_of_many():
     empty = mask_map("w", Support((4, 4), torch.zeros(0, dtype=torch.int64)), 8)
-    assert (empty.top, empty.cells) == (0.0, bytes(16))
-    assert mask_map("w", Support((0, 4), torch.zeros(0, dtype=torch.int64)), 8).cells == b""
+    assert (empty["top"], b64decode(empty["cells"])) == (0.0, bytes(16))
+    assert mask_map("w", Support((0, 4), torch.zeros(0, dtype=torch.int64)), 8)["cells"] == ""
     assert side(1) == 384
     assert side(200) == 102
     assert side(10**6) == 24
@@ -316,7 +317,7 @@ def test_the_curve_of_either_log(tmp_path):
 
 LOOKS = """
   const root = page.documentElement, viewer = page.getElementById("viewer");
-  page.querySelector('[data-map="4"]').click();
+  page.querySelectorAll("[data-map]")[4].click();
   const large = page.getElementById("large"), box = large.getBoundingClientRect();
   const before = viewer.dataset.zoom;
   const at = {clientX: box.left + 3, clientY: box.top + 3, bubbles: true, cancelable: true};

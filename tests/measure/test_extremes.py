@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from fractions import Fraction
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shira import Adapter, overlap
-from shira.cli.figures import Figures
+from shira.cli.summary import Figures
 from shira.errors import AdapterError
 from shira.measure import compare, numerical_rank
 from shira.measure.figures import Scaled, dot, ldexp, near_one, total
@@ -95,8 +96,8 @@ def test_sums_of_squares(numbers):
 @few
 @given(lists)
 def test_means_and_spread(numbers):
-    found = Figures.of(torch.tensor(numbers, dtype=torch.float64)).summary()
-    halves = [Figures.of(torch.tensor(numbers[i::2], dtype=torch.float64)) for i in (0, 1)]
+    found = asdict(Figures.of([torch.tensor(numbers, dtype=torch.float64)]))
+    halves = [torch.tensor(numbers[i::2], dtype=torch.float64) for i in (0, 1)]
     assert all(value is None or math.isfinite(value) for value in found.values())
     if not numbers:
         assert found["mean_abs"] is None
@@ -108,8 +109,7 @@ def test_means_and_spread(numbers):
     variance = sum((x - mean) ** 2 for x in exactly) / len(numbers)
     size = max(map(abs, exactly))  # the difference of two sums: to half the digits
     assert abs(Fraction(found["std"]) - root(variance)) <= size / 10**7 + Fraction(5e-324)
-    together = (halves[0] + halves[1]).summary()
-    assert together["mean_abs"] == pytest.approx(found["mean_abs"], rel=1e-12, abs=5e-324)
+    assert Figures.of(halves).mean_abs == pytest.approx(found["mean_abs"], rel=1e-12, abs=5e-324)
 
 
 shared_values = st.lists(st.tuples(likely, likely), min_size=1, max_size=6)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shira.cli import options
+from shira.cli.output import console, facts, print_json, table, write
 
 if TYPE_CHECKING:
     from shira.cli.summary import Target
@@ -22,7 +24,7 @@ EXAMPLES = (
     "shira inspect adapter.safetensors --plot adapter.png",
 )
 
-_FEW = 12  # targets that are listed one by one even when grouping is asked for
+_FEW = 12  # targets that are listed one by one anyway
 _WIDE = 150  # columns of a terminal; a narrower one gets fewer figures rather than broken words
 _WIDE_ONLY = ("dtype", "min", "max", "std", "zeros")
 
@@ -53,7 +55,6 @@ def command(
     """
     from shira.checkpoints import open_checkpoint
     from shira.cli import summary as summaries
-    from shira.cli.output import facts, print_json, write
     from shira.store.atomic import check_outputs
 
     check_outputs({"--plot": plot}, [path], [base])
@@ -71,9 +72,8 @@ def command(
         write(f"{plot}: where the entries are, and a histogram of the values")
 
 
-def _show_targets(targets: tuple[Target, ...], *, each: bool) -> None:
+def _show_targets(targets: Sequence[Target], *, each: bool) -> None:
     """Print the adapted weights; like ones of different layers share a row unless ``each``."""
-    from shira.cli.output import console, table
     from shira.cli.summary import TEXT_COLUMNS, together, without_number
 
     if not targets:
@@ -81,11 +81,11 @@ def _show_targets(targets: tuple[Target, ...], *, each: bool) -> None:
     title = "Targets"
     if not each and len(targets) > _FEW:
         title = "Targets (* is a layer's number; --all lists each weight)"
-        groups: dict[tuple[object, ...], list[Target]] = {}
+        groups: dict[tuple[str, object, str], list[Target]] = {}
         for target in targets:
             key = (without_number(target.name), target.shape, target.dtype)
             groups.setdefault(key, []).append(target)
-        targets = tuple(together(str(key[0]), tuple(part)) for key, part in groups.items())
+        targets = [together(name, like) for (name, *_), like in groups.items()]
     out = console()
     rows = [target.cells() for target in targets]
     columns = [c for c in rows[0] if out.width >= _WIDE or c not in _WIDE_ONLY]

@@ -136,12 +136,16 @@ def shape_text(shape: Sequence[int] | None) -> str:
     return "?" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 
+def dtype_text(tensor: Tensor) -> str:
+    """Return a tensor's dtype to read: ``"float32"``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return shape, dtype and size of each whole tensor."""
     return {
-        name: f"{shape_text(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, "
-        f"{megabytes(tensor.nbytes)}"
-        for name, tensor in tensors.items()
+        name: f"{shape_text(t.shape)}, {dtype_text(t)}, {megabytes(t.nbytes)}"
+        for name, t in tensors.items()
     }
 
 

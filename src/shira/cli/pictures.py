@@ -7,20 +7,18 @@ made.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.cli.output import needed_for, shape_text
-from shira.cli.summary import Summary, known_shapes, without_number
-from shira.delta import SparseDelta
+from shira.cli.summary import Summary, without_number
 from shira.errors import ConfigError, shown
 from shira.store.atomic import write_atomically
 from shira.support import Support, matrix_shape
@@ -33,32 +31,23 @@ _MOST = 24  # heat maps in one picture
 _ACROSS = 4
 
 
-def new_figure(size: tuple[float, float], what: str) -> Any:
-    """Return an empty figure of a width and height in inches; ``what`` needs matplotlib."""
-    with needed_for(what, "matplotlib"):
-        from matplotlib.figure import Figure
-    return Figure(figsize=size, layout="constrained")
-
-
 def new_drawing(size: tuple[float, float], option: str, path: Path) -> Any:
-    """Return an empty figure for a PNG at the path of an option, whose folder must be there."""
-    figure = new_figure(size, option)
+    """Return an empty figure, in inches, for a PNG at the path of an option, in a folder."""
+    with needed_for(option, "matplotlib"):
+        from matplotlib.figure import Figure
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
-    return figure
+    return Figure(figsize=size, layout="constrained")
 
 
 def write_drawing(drawing: Any, path: Path, **options: Any) -> None:
     """Write a figure as a PNG, in the place of whatever file is at ``path``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(drawing)
     buffer = BytesIO()
     drawing.savefig(buffer, format="png", **options)
     write_atomically(path, buffer.getbuffer())
 
 
-def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> NDArray[np.float64]:
+def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> Map:
     """Return the share of the entries that are trained, in each of up to 96 x 96 parts.
 
     More than two dimensions count as a matrix of ``shape[0]`` rows. The parts, at most so many rows
@@ -75,40 +64,39 @@ def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> NDArr
     row, col = np.divmod(support.indices.cpu().numpy().astype(np.int64), cols)
     part = row * down // rows * across + col * across // cols
     counts = np.bincount(part, minlength=down * across).reshape(down, across)
-    return counts / np.outer(_sizes(rows, down), _sizes(cols, across))
+    heights, widths = (
+        np.diff(-(-np.arange(parts + 1, dtype=np.int64) * size // parts))
+        for size, parts in ((rows, down), (cols, across))
+    )
+    shares: Map = counts / np.outer(heights, widths)
+    return shares
 
 
 def histogram(
-    deltas: Iterable[SparseDelta], reach: float, bins: int = 101
+    parts: Sequence[Tensor], bins: int = 101
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count the values in each of ``bins`` equal parts of ``[-reach, reach]``; a reach of 0 is 1.
+    """Count values in ``bins`` equal parts from minus to plus the largest; of zeros, from -1 to 1.
 
     Returns:
         int64 ``(bins,)`` counts and float64 ``(bins + 1,)`` edges.
     """
+    reach = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
     edges = np.linspace(-1.0, 1.0, bins + 1) * (reach or 1.0)  # 2 * reach may be too large
     counts = np.zeros(bins, np.int64)
-    for delta in deltas:
-        values = delta.values.detach().to("cpu", torch.float64).numpy()
-        counts += np.histogram(values, edges)[0]
+    for part in parts:
+        counts += np.histogram(part.double().numpy(), edges)[0]
     return counts, edges
 
 
-def to_draw(values: NDArray[np.float64], label: str) -> tuple[NDArray[np.float64], str]:
-    """Return values for an axis, and its label; divided by the largest if matplotlib needs it.
+def axis_unit(values: NDArray[np.float64], label: str) -> tuple[float, str]:
+    """Return what to divide values by on an axis, and the axis's label.
 
-    Axes of numbers near the ends of float64 end in an error.
+    That is the largest where axes of such numbers, near the ends of float64, end in an error.
     """
     reach = float(np.abs(values).max(initial=0.0))
     if not reach or 1e-30 < reach < 1e30:
-        return values, label
-    return values / reach, f"{label} / {reach:.3g}"
-
-
-def _sizes(size: int, parts: int) -> NDArray[np.int64]:
-    """Return the rows (or columns) in each part: i belongs to part ``i * parts // size``."""
-    starts = -(-np.arange(parts + 1, dtype=np.int64) * size // parts)
-    return np.diff(starts)
+        return 1.0, label
+    return reach, f"{label} / {reach:.3g}"
 
 
 def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
@@ -117,32 +105,28 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
     Weights of like name and shape in different layers share a heat map, the mean of theirs, unless
     ``each``; of more than 24 maps the first are drawn and the title says of how many.
     """
-    adapter = Adapter.load(summary.path, base=known_shapes(summary, "--plot"))
-    maps = mean_maps(adapter, each=each)
+    maps = mean_maps(summary.required_adapter("--plot"), each=each)
     drawn = list(maps.items())[:_MOST]
     across = min(_ACROSS, max(1, len(drawn)))
-    down = -(-len(drawn) // across)
+    down = max(1, -(-len(drawn) // across))
     drawing = new_drawing((3.4 * across + 1.0, 3.0 * down + 2.6), "--plot", path)
-    parts: Any = drawing.subfigures(2, 1, height_ratios=[3.0 * max(1, down), 2.6])
-    top, bottom = parts
-    _draw_maps(top, drawn, len(maps), (max(1, down), across))
-    _draw_histogram(bottom, adapter, summary)
+    top, bottom = drawing.subfigures(2, 1, height_ratios=[3.0 * down, 2.6])
+    _draw_maps(top, drawn, len(maps), (down, across))
+    _draw_histogram(bottom, summary)
     write_drawing(drawing, path, dpi=110)
 
 
 def mean_maps(adapter: Adapter, *, each: bool) -> dict[str, Map]:
     """Return heat maps by title, of each weight or of those that differ in their layer only."""
-    sums: dict[tuple[str, tuple[int, ...]], tuple[Map, int]] = {}
+    maps: dict[tuple[str, tuple[int, ...]], list[Map]] = {}
     for name, delta in adapter.items():
         key = (name if each else without_number(name), delta.support.shape)
-        made = heat_map(delta.support)
-        total, count = sums.get(key, (np.zeros_like(made), 0))
-        sums[key] = (total + made, count + 1)
-    made_of = {count: f", mean of {count}" if count > 1 else "" for _, count in sums.values()}
-    return {
-        f"{shown(name)}\n{shape_text(shape)}{made_of[count]}": total / count
-        for (name, shape), (total, count) in sums.items()
-    }
+        maps.setdefault(key, []).append(heat_map(delta.support))
+    titled = {}
+    for (name, shape), like in maps.items():
+        of = f", mean of {len(like)}" if len(like) > 1 else ""
+        titled[f"{shown(name)}\n{shape_text(shape)}{of}"] = np.mean(like, axis=0)
+    return titled
 
 
 def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[int, int]) -> None:
@@ -150,28 +134,28 @@ def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[i
     figure.suptitle(title + (f" ({len(drawn)} of {of} drawn)" if len(drawn) < of else ""))
     if not drawn:
         return
+    from matplotlib.ticker import PercentFormatter
+
     reach = max((float(made.max()) for _, made in drawn if made.size), default=0.0) or 1.0
     grid = figure.subplots(*size, squeeze=False)
     image = None
-    for axes in grid.flat[len(drawn) :]:
+    for axes in grid.flat:
         axes.set_axis_off()
     for axes, (name, made) in zip(grid.flat, drawn, strict=False):
         axes.set_title(_wrapped(name), fontsize=7, parse_math=False)
-        axes.set_xticks([])
-        axes.set_yticks([])
         if made.size:
             image = axes.imshow(made, cmap="viridis", vmin=0.0, vmax=reach, aspect="auto")
     if image is not None:
-        figure.colorbar(image, ax=list(grid.flat), shrink=0.8, format=_percent)
+        figure.colorbar(image, ax=list(grid.flat), shrink=0.8, format=PercentFormatter(1.0))
 
 
-def _draw_histogram(figure: Any, adapter: Adapter, summary: Summary) -> None:
-    figures = summary.all.figures
-    counts, edges = histogram(adapter.values(), figures.reach)
-    edges, label = to_draw(edges, "value")
+def _draw_histogram(figure: Any, summary: Summary) -> None:
+    counts, edges = histogram(summary.all.values)
+    unit, label = axis_unit(edges, "value")
     axes = figure.add_subplot(xlabel=label, ylabel="entries")
-    axes.set_title(f"Values: {figures.count:,} entries, {figures.zeros:,} zeros", fontsize=9)
-    axes.stairs(counts, edges, fill=True)
+    zeros = summary.all.figures.zeros
+    axes.set_title(f"Values: {summary.all.nnz:,} entries, {zeros:,} zeros", fontsize=9)
+    axes.stairs(counts, edges / unit, fill=True)
     if counts.any():
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.8)
@@ -185,8 +169,3 @@ def _wrapped(name: str, width: int = 44) -> str:
         at = first.rfind(".", 0, width) + 1 or width
         first = f"{first[:at]}\n{first[at:]}"
     return first + newline + rest
-
-
-def _percent(share: float, _position: int) -> str:
-    digits = 0 if share >= 0.1 or not share else min(4, 1 - math.floor(math.log10(100 * share)))
-    return f"{100 * share:.{digits}f} %"

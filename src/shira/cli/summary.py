@@ -3,70 +3,122 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from math import prod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge
+from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge, replacement
 from shira.checkpoints import FLOATS, Checkpoint, shapes_of
 from shira.checkpoints.entries import read_entries
 from shira.checkpoints.models import locate_deltas
-from shira.cli.figures import Figures, vanishing
 from shira.cli.options import check_paths
-from shira.cli.output import file_bytes, megabytes, shape_text, share, whole_tensors
+from shira.cli.output import dtype_text, file_bytes, megabytes, shape_text, share, whole_tensors
 from shira.errors import ConfigError
 from shira.masks import MASK_FIELDS
-from shira.store import PeftFile, is_compact, read_compact, read_peft, to_adapter
+from shira.store import is_compact, read_compact, read_peft, to_adapter
 
 BASE_FIELD = "base_model_name_or_path"
-NEEDS_BASE = "needs --base"
+TEXT_COLUMNS = ("weight", "shape", "dtype")
+"""Columns of `Target.cells` that hold no number."""
+
+_NEEDS_BASE = "needs --base"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Figures of some values, with the population's standard deviation; None if there are none."""
+
+    min: float | None = None
+    max: float | None = None
+    mean_abs: float | None = None
+    std: float | None = None
+    zeros: int = 0
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value; 0 if there is none."""
+        return max(-(self.min or 0.0), self.max or 0.0)
+
+    @classmethod
+    def of(cls, parts: Iterable[Tensor]) -> Figures:
+        """Return the figures of finite values ``(k,)`` in one tensor or more, made in float64.
+
+        They are divided by the largest first, as float64 does not hold the squares of all values.
+        """
+        parts = [part.detach() for part in parts if part.numel()]
+        if not parts:
+            return cls()
+        low, high = min(float(p.min()) for p in parts), max(float(p.max()) for p in parts)
+        reach = max(-low, high) or 1.0
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in parts:
+            shares = part.double() / reach
+            sums += torch.stack([shares.sum(), shares.abs().sum(), shares.square().sum()])
+        mean, mean_abs, mean_square = (sums / sum(map(len, parts))).tolist()
+        deviation = math.sqrt(min(max(mean_square - mean**2, 0.0), 1.0))
+        zeros = sum(int((part == 0).sum()) for part in parts)
+        return cls(low, high, reach * min(mean_abs, 1.0), reach * deviation, zeros)
+
+
+def vanishing(base: Tensor, delta: Tensor) -> int:
+    """Count the deltas other than zero that change nothing in a bfloat16 copy of the base.
+
+    The base ``(k,)`` is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a
+    delta vanishes if ``round(base + delta)`` is that same number.
+    """
+    rounded = base.to(torch.bfloat16)
+    return int(((replacement(rounded, delta) == rounded) & (delta != 0)).sum())
+
+
+@dataclass(frozen=True)
 class Target:
-    """One adapted weight.
+    """One adapted weight, or several like ones.
 
     Attributes:
         name: The base model's own parameter name.
         shape: Of the weight; None where the file does not say and no base was given.
-        nnz: Number of its entries that the adapter changes (k).
-        dtype: Of the values, as ``"float32"``.
-        figures: Of the values.
+        dtype: Of the stored values, as ``"float32"``.
+        values: ``(k,)`` of each weight.
         fingerprint: Hash that the file records of the base values at the entries.
         vanishing: Deltas that a bfloat16 base swallows; None without the base.
         base: Verdict on the base that was given; None without one.
         indices: Coding of the indices in a compact file: ``"gaps"``, ``"blocks"``, ``"seed"``.
-        count: Number of like weights that it stands for.
     """
 
     name: str
     shape: tuple[int, ...] | None
-    nnz: int
     dtype: str
-    figures: Figures
+    values: tuple[Tensor, ...]
     fingerprint: str | None = None
     vanishing: int | None = None
     base: Verdict | None = None
     indices: str | None = None
-    count: int = 1
+
+    @cached_property
+    def figures(self) -> Figures:
+        """Figures of all values."""
+        return Figures.of(self.values)
 
     @property
-    def numel(self) -> int | None:
-        """Entries of the weight, or of all that it stands for."""
-        return None if self.shape is None else prod(self.shape) * self.count
+    def nnz(self) -> int:
+        """Number of entries that the adapter changes."""
+        return sum(map(len, self.values))
 
     @property
     def density(self) -> float | None:
-        """nnz / numel."""
-        return self.nnz / self.numel if self.numel else None
+        """Share of the weight's entries; None where its shape is not known."""
+        numel = 0 if self.shape is None else math.prod(self.shape) * len(self.values)
+        return self.nnz / numel if numel else None
 
     def as_json(self) -> dict[str, Any]:
         """Return everything, in what JSON can hold."""
@@ -77,7 +129,7 @@ class Target:
             "density": self.density,
             "dtype": self.dtype,
             "indices": self.indices,
-            "values": self.figures.summary(),
+            "values": asdict(self.figures),
             "vanishing_in_bfloat16": self.vanishing,
             "base_fingerprint": self.fingerprint,
             "base": self.base,
@@ -85,57 +137,49 @@ class Target:
 
     def cells(self) -> dict[str, str]:
         """Return its row of a table, by column."""
-        figures = {name: _number(value) for name, value in self.figures.summary().items()}
+        figures = self.figures
         return {
             "weight": self.name,
-            "weights": str(self.count),
+            "weights": str(len(self.values)),
             "shape": shape_text(self.shape),
             "k": f"{self.nnz:,}",
             "density": _percent(self.density),
             "dtype": self.dtype,
-            "min": figures["min"],
-            "max": figures["max"],
-            "mean abs": figures["mean_abs"],
-            "std": figures["std"],
-            "zeros": f"{self.figures.zeros:,}",
+            "min": _number(figures.min),
+            "max": _number(figures.max),
+            "mean abs": _number(figures.mean_abs),
+            "std": _number(figures.std),
+            "zeros": f"{figures.zeros:,}",
             "lost in bf16": "?" if self.vanishing is None else f"{self.vanishing:,}",
         }
 
 
-TEXT_COLUMNS = ("weight", "shape", "dtype")
-"""Columns of `Target.cells` that hold no number."""
-
-
 @dataclass(frozen=True)
 class Summary:
-    """An adapter: where it lies, its targets, its whole tensors, and what its config says."""
+    """An adapter: where it lies, its targets, its whole tensors, and what its config says.
+
+    ``adapter`` is None if the shapes of its weights are not known.
+    """
 
     path: Path
     format: str
     file_bytes: int
-    targets: tuple[Target, ...]
+    targets: Sequence[Target]
     metadata: Mapping[str, Any]
-    base: str | None
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor]
+    adapter: Adapter | None
+    base: Path | None
     library: str | None = None
 
-    @property
+    @cached_property
     def all(self) -> Target:
         """The targets as one."""
         return together("", self.targets)
 
     @property
-    def nnz(self) -> int:
-        """Entries in all."""
-        return sum(target.nnz for target in self.targets)
-
-    @property
     def density(self) -> float | None:
         """Entries over the entries of the weights; None where a shape is not known."""
-        sizes = [target.numel for target in self.targets]
-        if not sizes or None in sizes:
-            return None
-        return self.nnz / max(sum(size for size in sizes if size is not None), 1)
+        return self.adapter.density if self.adapter else None
 
     @property
     def unlike_base(self) -> list[str] | None:
@@ -143,6 +187,15 @@ class Summary:
         if not {t.base for t in self.targets} & {"same", "same after rounding", "another"}:
             return None
         return [target.name for target in self.targets if target.base == "another"]
+
+    def required_adapter(self, what: str) -> Adapter:
+        """Return the adapter; refuse ``what`` if a shape is not known."""
+        if self.adapter is None:
+            raise ConfigError(
+                f"{what} needs the shape of {self.targets[0].name!r}, which the file does not "
+                "record; give the base model with --base"
+            )
+        return self.adapter
 
     def as_json(self) -> dict[str, Any]:
         """Return everything, in what JSON can hold; unknown figures are null."""
@@ -152,20 +205,20 @@ class Summary:
             "written_by": self.library,
             "file_bytes": self.file_bytes,
             "parameters": len(self.targets),
-            "nnz": self.nnz,
+            "nnz": self.all.nnz,
             "density": self.density,
             "dtypes": sorted({target.dtype for target in self.targets}),
             "mask": {name: self.metadata.get(name) for name in MASK_FIELDS},
-            "values": self.all.figures.summary(),
+            "values": asdict(self.all.figures),
             "vanishing_in_bfloat16": self.all.vanishing,
             "base": {
                 "recorded": self.metadata.get(BASE_FIELD),
-                "compared_with": self.base,
+                "compared_with": None if self.base is None else str(self.base),
                 "targets_unlike": self.unlike_base,
             },
             "targets": [target.as_json() for target in self.targets],
             "whole_tensors": {
-                name: {"shape": list(t.shape), "dtype": _dtype(t), "bytes": t.nbytes}
+                name: {"shape": list(t.shape), "dtype": dtype_text(t), "bytes": t.nbytes}
                 for name, t in self.whole.items()
             },
             "config": {
@@ -177,26 +230,24 @@ class Summary:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Yield a name and a text for each thing to know; no name: more of the line before."""
-        every = self.all
-        cells = every.cells()
+        nnz, cells, lost = self.all.nnz, self.all.cells(), self.all.vanishing
         sparse = self.file_bytes - sum(tensor.nbytes for tensor in self.whole.values())
-        each = f", {sparse / self.nnz:.2f} bytes an entry" if self.nnz else ""
+        each = f", {sparse / nnz:.2f} bytes an entry" if nnz else ""
         yield "format", f"{self.format}, {megabytes(self.file_bytes)}{each}"
         if self.library is not None:
             codings = Counter(target.indices for target in self.targets)
             yield "written by", self.library
             yield "indices as", ", ".join(f"{way} ({n} weights)" for way, n in codings.items())
-        density = _percent(self.density, NEEDS_BASE)
-        yield "entries", f"{self.nnz:,} in {len(self.targets)} weights, density {density}"
+        density = _percent(self.density, _NEEDS_BASE)
+        yield "entries", f"{nnz:,} in {len(self.targets)} weights, density {density}"
         yield "values", ", ".join(sorted({target.dtype for target in self.targets}))
         yield (
             "",
             f"min {cells['min']}, max {cells['max']}, mean absolute {cells['mean abs']}, "
             f"std {cells['std']}, {cells['zeros']} zeros",
         )
-        changes = self.nnz - every.figures.zeros
-        lost = every.vanishing
-        told = NEEDS_BASE if lost is None else share(lost, changes, "deltas other than zero")
+        changes = nnz - self.all.figures.zeros
+        told = _NEEDS_BASE if lost is None else share(lost, changes, "deltas other than zero")
         yield "lost in bfloat16", told
         yield "mask", self.mask
         yield "base", str(self.metadata.get(BASE_FIELD) or "not recorded")
@@ -232,108 +283,73 @@ def without_number(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def together(name: str, targets: tuple[Target, ...]) -> Target:
-    """Return several targets as one of the shape and dtype of the first, with counts added up."""
-    first = targets[0] if targets else Target(name, None, 0, "-", Figures())
+def together(name: str, targets: Sequence[Target]) -> Target:
+    """Return several targets as one, of the shape and dtype of the first."""
+    first = targets[0] if targets else Target(name, None, "-", ())
     lost = [target.vanishing for target in targets]
     return replace(
         first,
         name=name,
-        nnz=sum(target.nnz for target in targets),
-        figures=sum((target.figures for target in targets), Figures()),
-        vanishing=sum(n for n in lost if n is not None) if lost and None not in lost else None,
-        count=len(targets),
+        values=tuple(values for target in targets for values in target.values),
+        vanishing=sum(filter(None, lost)) if lost and None not in lost else None,
     )
 
 
 def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
-    """Read an adapter and describe it.
-
-    Args:
-        path: A folder or file in any format that shira reads.
-        base: The base model's checkpoint, for what cannot be known without it.
-
-    Raises:
-        FileNotFoundError: If there is nothing at ``path``.
-        FileFormatError: If it is damaged or no adapter.
-        WrongBaseError: If ``base`` lacks a weight that the adapter changes.
-    """
+    """Read an adapter and describe it; the base tells what cannot be known without it."""
     check_paths([path])
-    where = None if base is None else str(base.path)
+    where = None if base is None else base.path
     if is_compact(path):
-        compact = read_compact(path)
-        adapter, records = compact.adapter, compact.records
-        targets = tuple(
+        read = read_compact(path)
+        targets = [
             replace(
                 target,
-                dtype="int8" if records[target.name].values == "I8" else target.dtype,
-                indices=records[target.name].indices,
+                dtype="int8" if read.records[target.name].values == "I8" else target.dtype,
+                indices=read.records[target.name].indices,
             )
-            for target in _targets(adapter, adapter.metadata, base)
+            for target in _targets(read.adapter, base)
+        ]
+        size, metadata, whole = file_bytes(read.path), read.adapter.metadata, read.adapter.tensors
+        return Summary(
+            path, "compact", size, targets, metadata, whole, read.adapter, where, read.library
         )
-        size, library = file_bytes(compact.path), compact.library
-        metadata, whole = adapter.metadata, adapter.tensors
-        return Summary(path, "compact", size, targets, metadata, where, whole, library)
     file = read_peft(path)
-    names = [raw.weight_name for raw in file.tensors.values()]
+    size, names = file_bytes(file.path), [raw.weight_name for raw in file.tensors.values()]
     shapes = file.shapes if base is None else shapes_of(base, names)
-    if shapes is None:
-        targets, whole = tuple(_without_shapes(file)), {**file.whole, **file.copies}
-    else:
-        adapter = to_adapter(file, shapes)
-        targets, whole = tuple(_targets(adapter, file.config, base)), adapter.tensors
-    size = file_bytes(file.path)
-    return Summary(path, "PEFT", size, targets, file.metadata, where, whole)
+    if shapes is None:  # as in stock PEFT's files
+        targets = [
+            Target(raw.weight_name, None, dtype_text(raw.values), (raw.values,))
+            for raw in file.tensors.values()
+        ]
+        whole = {**file.whole, **file.copies}
+        return Summary(path, "PEFT", size, targets, file.metadata, whole, None, where)
+    adapter = to_adapter(file, shapes)
+    targets = list(_targets(adapter, base))
+    return Summary(path, "PEFT", size, targets, file.metadata, adapter.tensors, adapter, where)
 
 
-def known_shapes(summary: Summary, what: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each target; refuse ``what`` if one is not known."""
-    shapes = {target.name: target.shape for target in summary.targets}
-    unknown = [name for name, shape in shapes.items() if shape is None]
-    if unknown:
-        raise ConfigError(
-            f"{what} needs the shape of {unknown[0]!r}, which the file does not record; give the "
-            "base model with --base"
-        )
-    return {name: shape for name, shape in shapes.items() if shape is not None}
-
-
-def _targets(
-    adapter: Adapter, metadata: Mapping[str, Any], base: Checkpoint | None
-) -> Iterator[Target]:
-    recorded = metadata.get(FINGERPRINT_FIELD) or {}
+def _targets(adapter: Adapter, base: Checkpoint | None) -> Iterator[Target]:
+    recorded = adapter.metadata.get(FINGERPRINT_FIELD) or {}
     stored = {} if base is None else locate_deltas(adapter, base)[0]
     for name, delta in adapter.items():
-        lost = verdict = None
+        values = lost = verdict = None
         if name in stored:
-            values = None
             if stored[name].dtype in FLOATS:
                 values = read_entries(stored[name], delta.support.indices.cpu())
-            lost = None if values is None else vanishing(values, delta.values)
-            verdict = judge(metadata, name, delta.values, values)
+                lost = vanishing(values, delta.values)
+            verdict = judge(adapter.metadata, name, delta.values, values)
         yield Target(
             name=name,
             shape=tuple(delta.support.shape),
-            nnz=delta.nnz,
-            dtype=_dtype(delta.values),
-            figures=Figures.of(delta.values),
+            dtype=dtype_text(delta.values),
+            values=(delta.values,),
             fingerprint=recorded.get(name),
             vanishing=lost,
             base=verdict,
         )
 
 
-def _without_shapes(file: PeftFile) -> Iterator[Target]:
-    """Yield targets of a file that does not record shapes, as stock PEFT's never do."""
-    for raw in file.tensors.values():
-        yield Target(raw.weight_name, None, raw.nnz, _dtype(raw.values), Figures.of(raw.values))
-
-
-def _dtype(values: Tensor) -> str:
-    return str(values.dtype).removeprefix("torch.")
-
-
-def _number(value: float | int | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 

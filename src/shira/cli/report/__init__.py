@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shira.cli import options
-from shira.errors import ConfigError, MissingDependencyError
+from shira.cli.output import megabytes, percent, some, write
+from shira.errors import ConfigError, MissingDependencyError, shown
 
 if TYPE_CHECKING:
     from shira.checkpoints import Checkpoint
-    from shira.cli.report.gather import Described, Report
+    from shira.cli.report.gather import Described
     from shira.measure import Overlap
 
 EXAMPLES = (
@@ -64,7 +65,6 @@ def command(
     Exit status 2: an adapter cannot be read, or the adapters do not belong together.
     """
     from shira.checkpoints import open_checkpoint
-    from shira.cli.output import write
 
     checkpoint = None if base is None else open_checkpoint(base)
     write_report(adapters, output, checkpoint, fast=fast, seed=seed, check_base=check_base)
@@ -88,7 +88,7 @@ def write_report(
     from shira.cli.report.gather import LOGS, gather, log_folder
     from shira.store.atomic import check_outputs, write_atomically
 
-    logs = [log_folder(path) / name for path in paths for name, _ in LOGS]
+    logs = [log_folder(path) / name for path in paths for name in LOGS]
     check_outputs({"--output": output}, [*paths, *logs], [base.path if base else None])
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
@@ -97,30 +97,30 @@ def write_report(
     for package in ("jinja2", "matplotlib"):
         if find_spec(package) is None:
             raise MissingDependencyError(f"shira report needs {package}: pip install {package}")
-    text = page(gather(paths, base, fast=fast, seed=seed, check_base=check_base))
-    # a name can hold half of a surrogate pair, which UTF-8 has not
-    write_atomically(output, text.encode("utf-8", "replace"))
+    found = gather(paths, base, fast=fast, seed=seed, check_base=check_base)
+    write_atomically(output, page(*found).encode())
 
 
-def page(report: Report) -> str:
+def page(adapters: Sequence[Described], pairs: Sequence[Overlap]) -> str:
     """Return the HTML document; the same adapters give the same text."""
     from shira._version import __version__
     from shira.cli.report.charts import charts
     from shira.cli.several import matrix
     from shira.measure.figures import FIGURE_NAMES, cells
 
-    names = [described.name for described in report.adapters]
+    names = [described.name for described in adapters]
     text: str = template().render(
-        report=report,
+        adapters=adapters,
+        pairs=pairs,
         names=names,
         in_short=_in_short,
         charts=charts,
         weights=_weights,
         cells=cells,
         figure_names=list(FIGURE_NAMES),
-        matrices={figure: matrix(names, report.pairs, figure) for figure in _MATRICES},
+        matrices={figure: matrix(names, pairs, figure) for figure in _MATRICES},
         about=_MATRICES,
-        maps=[made.as_json() for described in report.adapters for made in described.maps],
+        maps=[made for described in adapters for made in described.maps],
         version=__version__,
     )
     return text
@@ -135,11 +135,9 @@ def template(source: str | None = None) -> Any:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from shira.cli.report.charts import printable
-
     def finalize(value: object) -> object:
         plain = isinstance(value, str) and not isinstance(value, Markup)
-        return printable(str(value)) if plain else value
+        return shown(value, lines=True) if plain else value
 
     def sha256(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
@@ -153,25 +151,24 @@ def template(source: str | None = None) -> Any:
 
 def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[str, str]]:
     """Yield what a person wants to know first: question and answer."""
-    from shira.cli.output import megabytes, percent, some
     from shira.cli.summary import BASE_FIELD
 
-    summary, figures = described.summary, described.summary.all.figures
+    summary, every = described.summary, described.summary.all
     base = summary.metadata.get(BASE_FIELD)
     kind = f"A sparse adapter of {base}" if base else "A sparse adapter; its base is not recorded"
     yield "What is it?", f"{kind}. Mask: {summary.mask}."
-    size = f"{summary.nnz:,} entries in {len(summary.targets)} weights"
+    size = f"{every.nnz:,} entries in {len(summary.targets)} weights"
     if summary.density is not None:
         size += f", {summary.density:.2%} of these weights"
     yield "How large is it?", f"{size}; {megabytes(summary.file_bytes)} on disk."
     change = "No single entries."
-    if figures.count:
-        mean, most = figures.mean_absolute, figures.reach
+    if every.nnz:
+        mean, most, zeros = every.figures.mean_abs, every.figures.largest, every.figures.zeros
         change = f"Its entries by {mean:.3g} on average, at most {most:.3g}"
-        strongest = max(summary.targets, key=lambda target: target.figures.mean_absolute)
+        strongest = max(summary.targets, key=lambda target: target.figures.mean_abs or 0.0)
         change += f", most in {strongest.name}" if len(summary.targets) > 1 else ""
-        zeros = f"; {figures.zeros:,} entries stay as they are" if figures.zeros else ""
-        change += f"{zeros}. All other entries of the model are the base's."
+        change += f"; {zeros:,} entries stay as they are" if zeros else ""
+        change += ". All other entries of the model are the base's."
     if summary.whole:
         change += f" It also replaces {len(summary.whole)} tensors as a whole."
     yield "What does it change?", change
