@@ -101,10 +101,10 @@ class Extraction:
             "differing": sum(change.differing for change in self.changes),
             "missed": sum(change.missed for change in self.changes),
             "unchanged": self.unchanged,
-            "excluded": list(self.excluded),
-            "only_in_base": list(self.only_in_base),
-            "only_in_tuned": list(self.only_in_tuned),
-            "not_compared": list(self.not_compared),
+            **{
+                kind: list(getattr(self, kind))
+                for kind in ("excluded", "only_in_base", "only_in_tuned", "not_compared")
+            },
             "changes": [asdict(change) for change in self.changes],
         }
 
@@ -173,30 +173,19 @@ def exact_delta(base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
     one, since that adapter's own delta is one. Where there is none (a large weight that became a
     very small one) float64 is tried in the same way, and what even that cannot reach is counted.
     Zeros count as equal whatever their sign: no sum of a nonzero base and a delta is -0.0.
-
-    Args:
-        base: ``(k,)`` finite values in the base's dtype.
-        tuned: ``(k,)`` finite values, of that dtype.
     """
-    delta, missed = _nearest(base, tuned, accumulation_dtype(base.dtype))
-    if missed and delta.dtype == torch.float32:
-        return _nearest(base, tuned, torch.float64)
-    return delta, missed
-
-
-def _nearest(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Return deltas of one dtype, the nearest or neighbours, and the count of those that miss."""
-    delta = tuned.to(dtype) - base.to(dtype)
-    missed = replacement(base, delta) != tuned
-    for direction in (math.inf, -math.inf):
-        if not bool(missed.any()):
-            return delta, 0
-        here = missed.nonzero().squeeze(1)
-        near = torch.nextafter(delta[here], torch.tensor(direction, dtype=dtype))
-        hits = replacement(base[here], near) == tuned[here]
-        delta[here[hits]] = near[hits]
-        missed[here[hits]] = False
-    return delta, int(missed.sum())
+    dtype = accumulation_dtype(base.dtype)
+    while True:
+        delta = tuned.to(dtype) - base.to(dtype)
+        missed = (replacement(base, delta) != tuned).nonzero().squeeze(1)
+        for direction in (math.inf, -math.inf):
+            near = torch.nextafter(delta[missed], torch.tensor(direction, dtype=dtype))
+            hits = replacement(base[missed], near) == tuned[missed]
+            delta[missed[hits]] = near[hits]
+            missed = missed[~hits]
+        if dtype == torch.float64 or not missed.numel():
+            return delta, missed.numel()
+        dtype = torch.float64
 
 
 class _Reader:
@@ -212,12 +201,7 @@ class _Reader:
         self._done, self._progress = 0, progress
 
     def differences(self, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Find where a tensor differs and by how much, piece by piece.
-
-        Yields:
-            The entries of the piece; int64 ``(d,)`` positions in it of those that differ; their
-            absolute differences ``(d,)``, float32 or float64, on the CPU.
-        """
+        """Yield the size of each piece, and where in it the two differ and by how much."""
         dtype = self.old.dtype(name)
         wide = accumulation_dtype(dtype)
         for a, b in zip(self.old.blocks(name), self.new.blocks(self.names[name]), strict=True):

@@ -25,7 +25,7 @@ from shira.checkpoints.entries import Progress
 from shira.checkpoints.models import PIECE, Model, Source, names_in, source_of
 from shira.convert.lora_file import Factors, oriented, read_lora
 from shira.delta import SparseDelta
-from shira.errors import AdapterError, MaskError, WrongBaseError
+from shira.errors import AdapterError, MaskError
 from shira.masks.budget import Budget
 from shira.support import Support
 
@@ -137,10 +137,7 @@ def from_lora(
     if source is not None:
         names = names_in(source, list(names), "LoRA")
         shapes = {name: source.shapes[theirs] for name, theirs in names.items()}
-        if folder is None:
-            _check_shapes(factors, shapes, source.label)
-        else:
-            factors = oriented(factors, shapes, folder)
+        factors = oriented(factors, shapes, folder or source.label, turn=folder is not None)
     elif folder is not None:
         _check_sizes(factors, folder)
     if folder is not None:
@@ -160,12 +157,7 @@ def from_lora(
 def sparsify(
     factors: Sequence[Factors], budget: Budget, progress: Progress | None
 ) -> tuple[dict[str, SparseDelta], tuple[KeptUpdate, ...]]:
-    """Keep the largest entries of LoRA updates; if the budget is open as many as A and B have.
-
-    Returns:
-        Deltas by parameter name, float32 (float64 for float64 factors), without those that are
-        zero; and what was kept of each weight.
-    """
+    """Keep the largest entries of LoRA updates; if the budget is open as many as A and B have."""
     updates = {one.name: one for one in factors}
     if len(updates) < len(factors):
         raise AdapterError("two LoRAs of one weight; fuse them first")
@@ -236,15 +228,6 @@ def _check_sizes(factors: list[Factors], folder: str) -> None:
                 f"{folder}: {one.name!r}: {values} values stand for a weight of {one.shape}, which "
                 f"has {entries} entries, more than {_UNFOLDED} for each. Give the base model, to "
                 "show that it has such a weight"
-            )
-
-
-def _check_shapes(factors: list[Factors], shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-    for one in factors:
-        if shapes[one.name] != one.shape:
-            raise WrongBaseError(
-                f"{base}: {one.name!r} has shape {shapes[one.name]}, but the LoRA is of one of "
-                f"{one.shape}"
             )
 
 

@@ -133,7 +133,11 @@ def read_lora(
         modules, others = _sort_out(file)
         if not modules:
             raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
-        _check_patterns(folder / CONFIG_NAME, config, [base_module_name(key) for key in modules])
+        fields = {field: config.get(field) for field in ("rank_pattern", "alpha_pattern")}
+        try:
+            check_patterns(fields, [base_module_name(key) for key in modules])
+        except ConfigError as error:
+            raise FileFormatError(f"{folder / CONFIG_NAME}: {error}") from error
         factors = [
             _factors(file, config, key, embedding) for key, embedding in sorted(modules.items())
         ]
@@ -142,9 +146,13 @@ def read_lora(
 
 
 def oriented(
-    factors: Sequence[Factors], shapes: Mapping[str, Sequence[int]], folder: str
+    factors: Sequence[Factors],
+    shapes: Mapping[str, Sequence[int]],
+    where: str,
+    *,
+    turn: bool = True,
 ) -> list[Factors]:
-    """Turn each of the factors the way round in which its weight is stored.
+    """Check the shapes of weights, and turn each of the factors as its weight is stored.
 
     PEFT goes by the type of the layer, and the config may not tell (it is written as the user gave
     it): a Conv1D stores its weight transposed. A weight that is not square tells by its shape; a
@@ -153,9 +161,9 @@ def oriented(
     turned, squares = {}, []
     for one in factors:
         shape = tuple(shapes[one.name])
-        if shape not in (one.shape, one.shape[::-1]):
+        if shape != one.shape and not (turn and shape == one.shape[::-1]):
             raise WrongBaseError(
-                f"{folder}: {one.name!r} has shape {shape}, but the LoRA is of one of {one.shape}"
+                f"{where}: {one.name!r} has shape {shape}, but the LoRA is of one of {one.shape}"
             )
         if shape[0] == shape[1]:
             squares.append(one.name)
@@ -164,7 +172,7 @@ def oriented(
     ways = set(turned.values())
     if len(ways) > 1 and squares:
         raise AdapterError(
-            f"{folder}: some weights are stored as [out, in] and others as [in, out], and the "
+            f"{where}: some weights are stored as [out, in] and others as [in, out], and the "
             f"square {squares[0]!r} does not tell; give fan_in_fan_out in {CONFIG_NAME}"
         )
     return [
@@ -193,21 +201,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(_is_number(n) for n in patterns.values()):
             raise FileFormatError(f"{path}: {field} maps patterns to numbers")
-    _check_patterns(path, config)
     for field in ("r", "lora_alpha"):
         if not _is_number(config.get(field)):
             raise FileFormatError(f"{path}: {field} is a number, not {config.get(field)!r}")
     return config
-
-
-def _check_patterns(
-    path: Path, config: Mapping[str, Any], names: Sequence[str] | None = None
-) -> None:
-    fields = {field: config.get(field) for field in ("rank_pattern", "alpha_pattern")}
-    try:
-        check_patterns(fields, names)
-    except ConfigError as error:
-        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _sort_out(file: TensorFile) -> tuple[dict[str, bool], list[str]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from shira.convert.patches import Entries
 from shira.convert.undo import replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
-from shira.store.atomic import check_outputs
+from shira.store.atomic import check_kind, check_outputs
 from shira.store.header import FLOATS, WHOLE_DTYPES, Stored, bits_of
 from shira.support import Support, index_dtype
 
@@ -198,7 +199,11 @@ def merge(
         [checkpoint.path],
     )
     target = check_output(checkpoint, output, overwrite)
-    undo_path = None if undo is None else _check_undo(undo, overwrite)
+    undo_path = None if undo is None else Path(os.path.abspath(undo))
+    if undo_path is not None:
+        check_kind(undo_path)
+        if undo_path.exists() and not overwrite:
+            raise ConfigError(f"the undo file {undo_path} exists; overwrite it (--overwrite)")
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, base=checkpoint)
     adapter.require_scale_one("the adapter", scale)
@@ -215,24 +220,11 @@ def merge(
         accept(adapter.metadata, verdicts, str(checkpoint.path), remedy, warn=False)
     _check_lost(targets, max_lost)
     edits = [edit for _, edit, _ in changes]
-    if undo_path is None:
-        written = rewrite(checkpoint, edits, target, progress)
-    else:
-        undone = [undone for _, _, undone in changes if undone.values.numel()]
-        with replacing_undo(undo_path, undone) as put:
-            written = rewrite(checkpoint, edits, target, progress, put)
+    undone = [undone for _, _, undone in changes if undone.values.numel()]
+    with replacing_undo(undo_path, undone) if undo_path else nullcontext(lambda: None) as put:
+        written = rewrite(checkpoint, edits, target, progress, put)
     whole = tuple(told for told, _, _ in changes if isinstance(told, MergedWhole))
     return Merged(target, undo_path, str(prefix), targets, written, whole)
-
-
-def _check_undo(undo: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the undo file's path, if a file may be written there."""
-    path = Path(os.path.abspath(undo))
-    if path.is_dir():
-        raise ConfigError(f"the undo file {path} is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"the undo file {path} exists; overwrite it (--overwrite)")
-    return path
 
 
 def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
