@@ -55,11 +55,6 @@ class Entries(NamedTuple):
         """Return some of them."""
         return Entries(self.row[chosen], self.col[chosen], self.value[chosen])
 
-    def near_one(self) -> tuple[Entries, int]:
-        """Divide the values by a power of two, so that squares neither overflow nor vanish."""
-        value, exponent = near_one(self.value)
-        return self._replace(value=value), exponent
-
 
 def entries_of(delta: SparseDelta) -> Entries:
     """Return a delta's entries, the weight seen as a matrix as it is stored."""
@@ -70,21 +65,20 @@ def entries_of(delta: SparseDelta) -> Entries:
 
 
 class SparseMatrix:
-    """A matrix as the entries of it, without the rows and columns that have none.
+    """A matrix as its entries, at least one, without the rows and columns that have none.
 
     Kept by row and by column, so that both a product and the transposed one are a gather and sums
-    of runs. There is at least one entry, and they are sorted by row.
+    of runs. The values are divided by ``2^power``, so that squares neither overflow nor vanish.
     """
 
     def __init__(self, entries: Entries) -> None:
-        rows, row = np.unique(entries.row, return_inverse=True)
-        cols, col = np.unique(entries.col, return_inverse=True)
+        rows, self.row = np.unique(entries.row, return_inverse=True)
+        cols, self.col = np.unique(entries.col, return_inverse=True)
         self.shape = (rows.size, cols.size)
-        self.square = float(entries.value @ entries.value)
-        self.row, self.col, self.value = row, col, entries.value
-        self._by_row = (_starts(row), col, entries.value)
-        order = np.argsort(col, kind="stable")
-        self._by_col = (_starts(col[order]), row[order], entries.value[order])
+        self.value, self.power = near_one(entries.value)
+        order = np.argsort(self.col, kind="stable")
+        self._by_row = (_starts(self.row), self.col, self.value)
+        self._by_col = (_starts(self.col[order]), self.row[order], self.value[order])
 
     def dot(self, vector: Floats) -> Floats:
         """Return ``A v``."""
@@ -110,15 +104,11 @@ def generator(seed: int) -> np.random.Generator:
 def product_norm(
     a: Entries, b: Entries, *, tolerance: float = TOLERANCE, seed: int = 0
 ) -> Estimate:
-    """Return the spectral norm of ``A^T B``: AWOM (paper sec. 3.3), without making the product.
-
-    Only rows that both have can contribute. The other arguments are `largest_singular_value`'s.
-    """
+    """Return the spectral norm of ``A^T B``, of the rows that both have: AWOM (paper sec. 3.3)."""
     a = a.where(np.isin(a.row, b.row))
     b = b.where(np.isin(b.row, a.row))
     if not a.row.size:
         return Estimate(0.0)
-    (a, power), (b, more) = a.near_one(), b.near_one()
     left, right = SparseMatrix(a), SparseMatrix(b)  # with the same rows
     found = largest_singular_value(
         lambda v: left.transposed_dot(right.dot(v)),
@@ -127,7 +117,7 @@ def product_norm(
         tolerance=tolerance,
         seed=seed,
     )
-    return found.times_power(power + more)
+    return found.times_power(left.power + right.power)
 
 
 def largest_singular_value(

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.delta import SparseDelta, same_tensor
+from shira.delta import same_tensor
+from shira.errors import listed
 from shira.fusing.adapters import Progress
 from shira.fusing.methods import select
 from shira.fusing.result import check_adapters, check_together
@@ -80,22 +81,42 @@ def overlap(
     check_adapters(a, b)
     check_together((a, b), names, check_base=check_base)
     parameters = list(dict.fromkeys((*a, *b)))
-    found, sums = [], []
+    found: list[ParameterOverlap] = []
+    sums: list[tuple[Scaled, Scaled, Scaled]] = []
     for done, name in enumerate(parameters, 1):
         absent = select(a[name] if name in a else b[name], torch.empty(0, dtype=torch.int64))
         one, other = (adapter.get(name, absent) for adapter in (a, b))
         for delta, of in zip((one, other), names, strict=True):
             check_finite(delta.values, f"{name!r} of adapter {of!r}")
-        measured, of_parameter = _measure(name, one, other)
+        in_a, in_b = _shared_entries(one.support, other.support)
+        of_a, of_b = one.values.detach(), other.values.detach()
+        left, right = of_a[in_a], of_b[in_b]
+        sums.append((dot(left, right), dot(of_a, of_a), dot(of_b, of_b)))
+        common, square_a, square_b = (ldexp(*number) for number in sums[-1])
+        shape, awom, awor = matrix_shape(one.support.shape), None, None
         if interference:
-            left, right = entries_of(one), entries_of(other)
-            awom = product_norm(left, right, tolerance=tolerance, seed=seed)
-            awor = zero_share(left, right, measured.shape, effort=effort, seed=seed)
-            measured = replace(measured, awom=awom, awor=awor)
-        found.append(measured)
-        sums.append(of_parameter)
+            both = entries_of(one), entries_of(other)
+            awom = product_norm(*both, tolerance=tolerance, seed=seed)
+            awor = zero_share(*both, shape, effort=effort, seed=seed)
+        found.append(
+            ParameterOverlap(
+                name=name,
+                shape=shape,
+                nnz_a=one.nnz,
+                nnz_b=other.nnz,
+                shared=in_a.numel(),
+                sign_conflicts=int((left.sign() * right.sign() < 0).sum()),
+                dot=common,
+                square_a=square_a,
+                square_b=square_b,
+                cosine=cosine_of(*sums[-1]),
+                awom=awom,
+                awor=awor,
+            )
+        )
         if progress is not None:
             progress(done, len(parameters))
+    norms = [p.awom for p in found if p.awom is not None]
     return Overlap(
         a=names[0],
         b=names[1],
@@ -106,8 +127,8 @@ def overlap(
         shared=sum(p.shared for p in found),
         sign_conflicts=sum(p.sign_conflicts for p in found),
         cosine=cosine_of(*(total(of[i] for of in sums) for i in range(3))),
-        awom=_largest(found) if interference else None,
-        awor=_mean(found) if interference else None,
+        awom=max(norms, key=lambda e: e.value, default=Estimate(0.0)) if interference else None,
+        awor=_mean_awor(found) if interference else None,
     )
 
 
@@ -166,10 +187,8 @@ class Comparison:
             + f", relative {self.relative_difference:.4g}",
         ]
         for label in ("only_in_a", "only_in_b", "unlike_shape", "unlike_dtype", "unlike_whole"):
-            names = getattr(self, label)
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"{label.replace('_', ' ')}: {', '.join(names[:3])}{more}")
+            if names := getattr(self, label):
+                lines.append(f"{label.replace('_', ' ')}: {listed(names)}")
         return "\n".join(lines)
 
 
@@ -236,36 +255,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     )
 
 
-def _measure(
-    name: str, a: SparseDelta, b: SparseDelta
-) -> tuple[ParameterOverlap, tuple[Scaled, Scaled, Scaled]]:
-    """Measure two deltas of one weight; and their dot product and squares, to be added up."""
-    in_a, in_b = _shared_entries(a.support, b.support)
-    of_a, of_b = a.values.detach(), b.values.detach()
-    left, right = of_a[in_a], of_b[in_b]
-    sums = dot(left, right), dot(of_a, of_a), dot(of_b, of_b)
-    common, square_a, square_b = (ldexp(*number) for number in sums)
-    measured = ParameterOverlap(
-        name=name,
-        shape=matrix_shape(a.support.shape),
-        nnz_a=a.nnz,
-        nnz_b=b.nnz,
-        shared=in_a.numel(),
-        sign_conflicts=int((left.sign() * right.sign() < 0).sum()),
-        dot=common,
-        square_a=square_a,
-        square_b=square_b,
-        cosine=cosine_of(*sums),
-    )
-    return measured, sums
-
-
-def _largest(parameters: Sequence[ParameterOverlap]) -> Estimate:
-    known = [p.awom for p in parameters if p.awom is not None]
-    return max(known, key=lambda estimate: estimate.value, default=Estimate(0.0))
-
-
-def _mean(parameters: Sequence[ParameterOverlap]) -> Estimate:
+def _mean_awor(parameters: Sequence[ParameterOverlap]) -> Estimate:
     """Average AWOR over the entries of all products."""
     known = [(p.awor, p.shape[1] ** 2) for p in parameters if p.awor is not None]
     size = sum(size for _, size in known)
@@ -289,10 +279,8 @@ def _shared_entries(a: Support, b: Support) -> tuple[Tensor, Tensor]:
 
 def _whole_states(a: Adapter, b: Adapter) -> dict[str, str]:
     """Compare the whole tensors of two adapters, for `Overlap.whole`."""
-    states = dict.fromkeys(a.tensors, "only in a")
-    for name, tensor in b.tensors.items():
-        if name not in states:
-            states[name] = "only in b"
-        else:
-            states[name] = "equal" if same_tensor(a.tensors[name], tensor) else "different"
+    states = dict.fromkeys(a.tensors, "only in a") | dict.fromkeys(b.tensors, "only in b")
+    for name in a.tensors.keys() & b.tensors.keys():
+        same = same_tensor(a.tensors[name], b.tensors[name])
+        states[name] = "equal" if same else "different"
     return states

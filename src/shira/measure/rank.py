@@ -88,7 +88,6 @@ def numerical_rank(
     entries = entries.where(entries.value != 0)
     if not entries.row.size:
         return Rank(0, 0, True, False, tolerance, Estimate(0.0), 0.0)
-    entries, power = entries.near_one()
     matrix = SparseMatrix(entries)
     bound = min(matrix.shape)
     if bound <= limit and matrix.shape[0] * matrix.shape[1] <= 4 * limit * limit:
@@ -106,8 +105,8 @@ def numerical_rank(
         exact=exact or rank == bound,
         at_least=not exact and rank == limit < bound,
         tolerance=tolerance,
-        spectral_norm=norm.times_power(power),
-        stable_rank=matrix.square / norm.value**2,
+        spectral_norm=norm.times_power(matrix.power),
+        stable_rank=float(matrix.value @ matrix.value) / norm.value**2,
     )
 
 
