@@ -173,21 +173,19 @@ def support_of_blocks(
             f"block ids are in [0, {down * across}), the grid of {b} x {b} blocks on a weight of "
             f"shape {tuple(shape)}; they go from {numbers.min()} to {numbers.max()}"
         )
+    if len(np.unique(numbers)) < len(numbers):
+        raise SupportError("a block id occurs twice")
     rest = np.empty(0, np.int64)
     if cut is not None:
-        whole = entries_of((b, b), numbers[-1:], shape).sum()
+        numbers, last = numbers[:-1], numbers[-1:]
+        whole = entries_of((b, b), last, shape).sum()
         if not 0 < cut < whole:
             raise SupportError(
                 f"the last block has {whole} entries, so a cut leaves 1 to {whole - 1} of them, "
                 f"not {cut}"
             )
-        rest = expand(Blocks((b, b), numbers[-1:], rest), shape)[:cut]
-    ordered = np.sort(numbers)
-    if (ordered[1:] == ordered[:-1]).any():
-        raise SupportError("a block id occurs twice")
-    if cut is not None:
-        ordered = ordered[ordered != numbers[-1]]
-    flat = expand(Blocks((b, b), ordered, rest), shape)
+        rest = expand(Blocks((b, b), last, rest), shape)[:cut]
+    flat = expand(Blocks((b, b), numbers, rest), shape)
     return Support._trusted(shape, torch.from_numpy(flat).to(ids.device))
 
 
@@ -219,8 +217,7 @@ def block_layout(support: Support, candidates: Sequence[int] = CANDIDATES) -> Bl
         return None
     head = support.indices[:_PREFIX].cpu().numpy()
     columns = _runs(head, _breaks(head), cols)[0] % cols
-    sizes = [b for b in sorted(set(candidates), reverse=True) if b > 0]
-    sizes = [b for b in sizes if not (columns % b).any()]
+    sizes = [b for b in sorted(candidates, reverse=True) if b > 0 and not (columns % b).any()]
     if not sizes:
         return None
     indices = support.indices.cpu().numpy()
@@ -273,15 +270,9 @@ def entries_of(size: tuple[int, int], numbers: Longs, shape: Sequence[int]) -> L
 
 
 def expand(blocks: Blocks, shape: Sequence[int]) -> Ints:
-    """Return the flat indices of the blocks and the rest, in order.
+    """Return the flat indices of blocks and a rest in range: int32 where the weight allows.
 
-    Args:
-        blocks: Whose numbers and rest are in range.
-        shape: Of the weight.
-
-    Returns:
-        int32 where the weight allows, else int64; increasing, unless an entry of the rest is in one
-        of the blocks.
+    They increase, unless an entry of the rest is in one of the blocks.
     """
     rows, cols = matrix_shape(shape)
     heights, widths = _extents(blocks.size, blocks.numbers, shape)

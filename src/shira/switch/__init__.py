@@ -16,8 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -85,9 +84,8 @@ class Switch:
         self.lock = threading.RLock()
         self._kept_combinations = kept_combinations
         self._loaded: dict[str, Prepared] = {}
-        self._targets: dict[str, Target] = {}  # of all that are loaded, by name
         self._weights: PatchedWeights[Target] = PatchedWeights()
-        self._combinations: OrderedDict[Scales, Plan[Target]] = OrderedDict()
+        self._combinations: dict[Scales, Plan[Target]] = {}  # the latest used last
         self._adapter_layers: list[nn.Module] = []
         self._to_return_to: list[Scales] = []  # by the bodies of `using` that are under way
         _switches.add(self)
@@ -147,12 +145,12 @@ class Switch:
             refuse_merged(layers)
             self._weights.settle()
             self._weights.follow(self._forget)
-            index = Targets(self.module)
-            names = resolve(name, adapter, index, self._targets, allow_tied)
+            index, known = Targets(self.module), self._targets()
+            names = resolve(name, adapter, index, known, allow_tied)
             prepared = Prepared(name, adapter, names, check_base)
             prepared.complete(self._weights.state.plan)
             give_private_memory(names, index)
-            self._keep([*self._targets.values(), *names])
+            self._weights.remember([*known.values(), *names])
             self._adapter_layers = layers
             self._loaded[name] = prepared
 
@@ -171,7 +169,7 @@ class Switch:
             del self._loaded[name]
             for scales in [s for s in self._combinations if name in dict(s)]:
                 del self._combinations[scales]
-            self._keep([target for prepared in self._loaded.values() for target in prepared.names])
+            self._weights.remember(self._targets().values())
 
     def activate(self, which: Which) -> None:
         """Put an adapter, or several, in the place of what is active.
@@ -256,14 +254,17 @@ class Switch:
             for prepared in self._loaded.values():
                 prepared.entries.clear()
 
-    def _require(self, name: object) -> Prepared:
+    def _targets(self) -> dict[str, Target]:
+        """Return the weights of all adapters that are loaded, by name."""
+        return {target.name: target for one in self._loaded.values() for target in one.names}
+
+    def _require(self, name: object) -> None:
         if name not in self._loaded:
             known = ", ".join(map(repr, self._loaded)) or "none"
             raise UnknownAdapterError(
                 f"no adapter {name!r} is loaded; there is {known}."
                 f"{did_you_mean(str(name), self._loaded)}"
             )
-        return self._loaded[name]  # type: ignore[index]
 
     def _scales(self, which: Which) -> Scales:
         if isinstance(which, str):
@@ -282,14 +283,13 @@ class Switch:
             prepared.adapter.require_scale_one(f"adapter {name!r}", scale)
         if len(members) == 1 and members[0][1] == 1.0:
             return {target: entry.patch for target, entry in members[0][2].entries.items()}
-        if scales in self._combinations:
-            self._combinations.move_to_end(scales)
-            return self._combinations[scales]
-        plan = combined([(name, scale, prepared.entries) for name, scale, prepared in members])
+        plan = self._combinations.pop(scales, None)
+        if plan is None:
+            plan = combined([(name, scale, prepared.entries) for name, scale, prepared in members])
         if scales:
             self._combinations[scales] = plan
             while len(self._combinations) > self._kept_combinations:
-                self._combinations.popitem(last=False)
+                del self._combinations[next(iter(self._combinations))]
         return plan
 
     def _go(self, after: State[Target], *, check: bool = True) -> None:
@@ -309,11 +309,6 @@ class Switch:
                 f"weight since. Nothing was changed. {remedy}rebase() takes the weights as they "
                 "are for the base"
             ) from None
-
-    def _keep(self, targets: Sequence[Target]) -> None:
-        """Know these weights and no others."""
-        self._weights.remember(targets)
-        self._targets = {target.name: target for target in targets}
 
     def _forget(self, target: Target) -> None:
         self._combinations.clear()

@@ -37,14 +37,8 @@ def make_entry(
 ) -> tuple[Entry, Tensor]:
     """Return an adapter's entry on a weight, and the originals in the order of its support.
 
-    Args:
-        change: A delta on a support of the weight's shape, or a whole tensor of that shape, which
-            is rounded once to the weight's dtype and costs what the weight has entries.
-        weight: The weight or buffer, perhaps with another adapter in it.
-        active: What is in it now.
-
-    Raises:
-        AdapterError: If a finite original becomes infinite or NaN.
+    A whole tensor is rounded once to the weight's dtype and costs what the weight has entries; what
+    is ``active`` in the weight is seen through. `AdapterError` if a finite original stays not so.
     """
     if isinstance(change, SparseDelta):
         flat = change.support.indices.to(weight.device).contiguous()
@@ -68,15 +62,11 @@ def make_entry(
 
 
 def combined(members: Sequence[tuple[str, float, Mapping[P, Entry]]]) -> dict[P, Patch]:
-    """Return the patches of several adapters: deltas are summed, and rounded once.
+    """Return the patches of several adapters, each with its name, scale and entries.
 
-    Args:
-        members: The name, the scale and the entries of each. Sums are made in this order, in
-            float32 (float64 if the weight or one of the deltas is).
-
-    Raises:
-        AdapterError: If a finite original becomes infinite or NaN, or one adapter replaces a whole
-            weight and another changes it to something else.
+    Deltas are summed in this order, in float32 (float64 if the weight or one of the deltas is), and
+    rounded once. `AdapterError` if a finite original stays not so, or one adapter replaces a whole
+    weight and another changes it to something else.
     """
     plan = {}
     for place in dict.fromkeys(place for _, _, entries in members for place in entries):

@@ -52,11 +52,7 @@ class Target:
 
 
 class Targets:
-    """All parameters and buffers of a module, as they are at this moment.
-
-    Args:
-        module: Any module; wrappers around it are taken off.
-    """
+    """All parameters and buffers of a module without its wrappers, as they are at this moment."""
 
     def __init__(self, module: nn.Module) -> None:
         self._by_name: dict[str, Target] = {}
@@ -95,10 +91,8 @@ class Targets:
     def sharing(self, target: Target) -> tuple[list[str], list[Target]]:
         """Find what shares memory with a weight (tied weights, views).
 
-        Returns:
-            Names whose memory overlaps the weight's, but for its own; and all parameters and
-            buffers that are exactly this weight, itself included: parameters first, each in the
-            model's order.
+        Names whose memory overlaps the weight's, but for its own; and all that is exactly this
+        weight, itself included: parameters first, then buffers, each in the model's order.
         """
         own = _block(target.name, target.weight)
         blocks = self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
@@ -145,11 +139,6 @@ def check_writable(
 
     ``dtype`` is that of a whole tensor that replaces it; None for deltas. One that is no floating
     point replaces a buffer of its very dtype.
-
-    Raises:
-        WrongBaseError: If the weight has another shape.
-        TargetError: If it is no plain dense floating point tensor with values: packed by
-            quantization, sharded, sparse, on the meta device, or with entries that share memory.
     """
     weight = target.weight
     counts = dtype is not None and not dtype.is_floating_point and weight.dtype == dtype
@@ -223,11 +212,6 @@ def resolve(
     """Find the module's weights that an adapter's parameters are for; each can be written to.
 
     Those that adapters are loaded for already are ``known``, by name.
-
-    Raises:
-        AdapterError: If a parameter is absent, or two changes are for the same memory.
-        WrongBaseError: If a weight has another shape.
-        TargetError: If a weight cannot be written to, or is tied and ``allow_tied`` is not set.
     """
     names: dict[Target, str] = {}
     changes: dict[str, SparseDelta | Tensor] = {**adapter, **adapter.tensors}
@@ -298,12 +282,7 @@ class Prepared:
     """By weight, ready to be written; one that is missing is made by `complete`."""
 
     def complete(self, active: Mapping[Target, Patch]) -> None:
-        """Make the entries that are missing; ``active`` is what is in the weights now.
-
-        Raises:
-            WrongBaseError: If a weight is not the one that the adapter was trained on.
-            AdapterError: If a replacement value would not be finite.
-        """
+        """Check the base, and make entries that are missing; ``active`` is in the weights now."""
         made: dict[Target, Entry] = {}
         verdicts: dict[str, Verdict] = {}
         metadata, where = self.adapter.metadata, f"adapter {self.name!r}"

@@ -48,11 +48,7 @@ Plan = Mapping[P, Patch]
 
 
 class ChangedWeightError(ChangedEntryError):
-    """A `ChangedEntryError` that names the entry.
-
-    Attributes:
-        entry: Its index and the model's name of the weight, for a message.
-    """
+    """A `ChangedEntryError` that names the ``entry`` by its index and the weight's name."""
 
     def __init__(self, error: ChangedEntryError, places: Iterable[Place]) -> None:
         super().__init__(error.exchange, error.offset)
@@ -84,11 +80,7 @@ def layout_of(weight: Tensor) -> Layout:
 
 
 class PatchedWeights(Generic[P]):
-    """Some weights, and the adapters that are in them.
-
-    Attributes:
-        state: What is in them now.
-    """
+    """Some weights, and the ``state``: the adapters that are in them."""
 
     def __init__(self) -> None:
         self.state: State[P] = State()
@@ -110,14 +102,9 @@ class PatchedWeights(Generic[P]):
     ) -> None:
         """Go to another state, in place; after an error or an interrupt all is as it was.
 
-        Args:
-            after: What is to be in the weights.
-            check: Compare each entry before it is overwritten.
-            together: Calls its argument, which writes. What it raises, for other processes that
-                could not write their parts, undoes the exchange too.
-
-        Raises:
-            ChangedWeightError: If somebody else has changed an entry that would be overwritten.
+        With ``check`` each entry is compared before it is overwritten, and a `ChangedWeightError`
+        raised if somebody else has changed it. ``together`` calls its argument, which writes. What
+        it raises, for other processes that could not write their parts, undoes the exchange too.
         """
         before = self.state
         exchanges = self._exchanges(after.plan, check)
@@ -148,11 +135,7 @@ class PatchedWeights(Generic[P]):
             self._unfinished = None
 
     def compare(self, after: Plan[P]) -> None:
-        """Compare each entry that an exchange would overwrite; nothing is written.
-
-        Raises:
-            ChangedWeightError: If somebody else has changed one.
-        """
+        """Compare each entry that an exchange would overwrite, as it does; nothing is written."""
         try:
             self._exchanges(after, check=True).compare()
         except ChangedEntryError as error:
@@ -192,13 +175,7 @@ class PatchedWeights(Generic[P]):
 
         A cast works on each entry by itself, so the originals and replacement values of a patch,
         cast alike, are what the cast weight needs: taking the adapter out gives the base, cast.
-
-        Args:
-            forget: Called with each of them; drops what was made for the weight as it was.
-
-        Raises:
-            SwitchError: If a weight has lost its values or its shape, or was laid out anew in
-                memory with an adapter in it.
+        ``forget`` is called with each of them and drops what was made for the weight as it was.
         """
         moved = [p for p, layout in self._layouts.items() if layout_of(p.weight) != layout]
         if not moved:
