@@ -126,7 +126,7 @@ def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
 
 def test_a_single_step_has_a_rate(tmp_path):
     from shira.cli.demo.settings import Settings
-    from shira.cli.train.run import set_warmup, training_arguments
+    from shira.cli.train.trainer import set_warmup, training_arguments
 
     warmups = []
     for options in (Settings(steps=n).options() for n in (1, 2, 150)):

@@ -210,7 +210,7 @@ def test_mistakes_are_one_line_and_write_nothing(shira, write, tmp_path):
         (["--scheduler", "reduce_lr_on_plateau"], "give --eval-file or --eval-fraction"),
         (["--model", tmp_path / "nowhere"], "could not load its tokenizer"),
         (["--train-file", tmp_path / "none.txt"], "no such file"),
-        (["--resume", "last"], "no checkpoint"),
+        (["--resume", "last"], "no whole checkpoint"),
         (["--density", 2], "density"),
         (["--epochs", "inf"], "--epochs"),
         (["--seed", -1], "--seed"),

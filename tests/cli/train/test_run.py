@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from shira.cli.train.options import TrainOptions
-from shira.cli.train.run import set_warmup
+from shira.cli.train.trainer import set_warmup
 
 
 @pytest.mark.parametrize(

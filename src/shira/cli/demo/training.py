@@ -23,8 +23,7 @@ from shira.cli.demo.tasks import Task
 from shira.cli.progress import track
 from shira.cli.train.data import Data, collator
 from shira.cli.train.model import adapt, adapter_config, load_base
-from shira.cli.train.run import set_warmup, training_arguments
-from shira.cli.train.trainer import CheckedTrainer
+from shira.cli.train.trainer import CheckedTrainer, set_warmup, training_arguments
 from shira.store.names import WEIGHTS_NAME
 
 _BATCH = 64  # texts to predict at once

@@ -47,10 +47,10 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume not in ("last", "auto"):
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise ConfigError(f"--resume {resume}: not a checkpoint (last and auto find one)")
         if why := _broken(Path(resume)):
-            raise ConfigError(f"--resume {resume}: the checkpoint is not whole: {why}")
+            raise ConfigError(
+                f"--resume {resume}: not a whole checkpoint: {why} (last and auto find one)"
+            )
         return Path(resume)
     found = sorted(
         (started(path), int(path.name.rpartition("-")[2]), path)
@@ -64,15 +64,10 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
                 say(f"{told}; going on from {path.name}")
             return path
         broken.append(f"{path.name} is not whole ({why})")
-    if broken:
+    if broken or resume == "last":
         raise ConfigError(
-            f"--resume {resume}: there is no whole checkpoint in {output / CHECKPOINTS}: "
-            f"{'; '.join(broken)}. Without --resume the training starts anew"
-        )
-    if resume == "last":
-        raise ConfigError(
-            f"--resume last: there is no checkpoint in {output / CHECKPOINTS}; without --resume "
-            "the training starts anew, with --resume auto it does so if there is none"
+            f"--resume {resume}: there is no whole checkpoint in {output / CHECKPOINTS}; without "
+            f"--resume the training starts anew{''.join(f'. {told}' for told in broken)}"
         )
     return None
 

@@ -7,7 +7,7 @@ memory. Nothing here knows of models or training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,18 +47,22 @@ class Data:
 
 def load_data(options: TrainOptions, tokenizer: Any) -> Data:
     """Read and encode the files of a run."""
-    train = read_table(options.train_file or "")
-    evaluation = None if options.eval_file is None else read_table(options.eval_file)
+    path = options.train_file or ""
+    parts = [(read_table(path), path)]
+    if options.eval_file is not None:
+        parts.append((read_table(options.eval_file), options.eval_file))
     if options.eval_fraction is not None:
+        table = parts[0][0]
         try:
-            parts = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
+            split = table.train_test_split(test_size=options.eval_fraction, seed=options.seed)
         except ValueError as error:  # one of the two would be empty
             raise ConfigError(
-                f"--eval-fraction {options.eval_fraction} of {len(train)} rows: {str(error)[:300]}"
+                f"--eval-fraction {options.eval_fraction} of {len(table)} rows: {str(error)[:300]}"
             ) from error
-        train, evaluation = parts["train"], parts["test"]
+        parts = [(split["train"], path), (split["test"], path)]
     encode = _encode_labelled if options.task == "text-classification" else _encode_running
-    return encode(train, evaluation, options, tokenizer)
+    (train, *evaluation), labels = encode(parts, options, tokenizer)
+    return Data(train, evaluation[0] if evaluation else None, labels)
 
 
 def read_table(path: str) -> Any:
@@ -86,9 +90,7 @@ def read_table(path: str) -> Any:
     return table
 
 
-def column(
-    table: Any, wanted: str | None, usual: Sequence[str], *, what: str, path: str | None
-) -> str:
+def column(table: Any, wanted: str | None, usual: Sequence[str], *, what: str, path: str) -> str:
     """Return the name of a column: the one wanted, else the first usual one that is there."""
     names: list[str] = table.column_names
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
@@ -120,42 +122,41 @@ def column(
 _SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool", "null")
 
 
-def _encode_labelled(train: Any, evaluation: Any, options: TrainOptions, tokenizer: Any) -> Data:
-    path = options.train_file
+def _encode_labelled(
+    parts: Sequence[tuple[Any, str]], options: TrainOptions, tokenizer: Any
+) -> tuple[list[Any], tuple[str, ...]]:
+    train, path = parts[0]
     label = column(train, options.label_column, LABEL_NAMES, what="label", path=path)
     text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
-    names = _class_names(train[label], f"{path}: column {label!r}")
+    names = _class_names(train.unique(label), f"{path}: column {label!r}")
     numbers = {name: number for number, name in enumerate(names)}
 
     def encode(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         ids = tokenizer(_texts(rows[text]), truncation=True, max_length=options.max_length)
         return {"input_ids": ids["input_ids"], "labels": [numbers[str(v)] for v in rows[label]]}
 
-    if evaluation is not None:
-        where = options.eval_file or path
+    encoded = []
+    for table, where in parts:
         for name in (text, label):
-            column(evaluation, name, (), what=name, path=where)
-        strange = sorted({str(value) for value in evaluation[label]} - set(names))
-        if strange:
+            column(table, name, (), what=name, path=where)
+        if strange := sorted({str(value) for value in table.unique(label)} - set(names)):
             raise ConfigError(
                 f"{where}: label {strange[0]!r} does not occur in what is trained on, where there "
                 f"are {', '.join(names[:20])}.{did_you_mean(strange[0], names)}"
             )
-    for table, where in ((train, path), (evaluation, options.eval_file)):
-        if where is not None and (missing := table.data[text].null_count):
+        if missing := table.data[text].null_count:
             say(f"{where}: {missing} rows have no text, and are taken as empty (NA is none in csv)")
-    data = Data(_mapped(train, encode), _mapped(evaluation, encode), names)
-    for table, where in ((data.train, path), (data.evaluation, options.eval_file or path)):
-        if table is not None and not (lengths := row_lengths(table)).all():
+        encoded.append(_mapped(table, encode))
+        if not (lengths := row_lengths(encoded[-1])).all():
             raise ConfigError(f"{where}: row {int(lengths.argmin()) + 1} has no text")
-    return data
+    return encoded, names
 
 
 _LONGEST_LABEL = 1000
 
 
-def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
-    """Return the distinct labels as text: numbers by value, others in alphabetical order."""
+def _class_names(values: Iterable[Any], where: str) -> tuple[str, ...]:
+    """Return distinct labels as text: numbers by value, others in alphabetical order."""
     distinct = set(values)
     if None in distinct or any(value != value for value in distinct):  # NaN
         raise ConfigError(f"{where}: some rows have no label")
@@ -171,9 +172,14 @@ def _class_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
     return tuple(sorted(map(str, distinct)))
 
 
-def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenizer: Any) -> Data:
+def _encode_running(
+    parts: Sequence[tuple[Any, str]], options: TrainOptions, tokenizer: Any
+) -> tuple[list[Any], None]:
+    train, path = parts[0]
     pairs = {PROMPT, COMPLETION} <= set(train.column_names) and options.text_column is None
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not pairs:
+        text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
 
     def encode_pairs(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         heads = tokenizer(_texts(rows[PROMPT]))["input_ids"]
@@ -196,10 +202,11 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
         blocks = [block for block in blocks if len(block) > 1]  # one token predicts nothing
         return {"input_ids": blocks, "labels": blocks}
 
-    def encoded(table: Any, where: str | None) -> Any:
+    encoded = []
+    for table, where in parts:
         for needed in (PROMPT, COMPLETION) if pairs else (text,):
             column(table, needed, (), what=needed, path=where)
-        rows = _mapped(table, encode_pairs if pairs else encode_blocks)
+        encoded.append(rows := _mapped(table, encode_pairs if pairs else encode_blocks))
         if not len(rows):
             what = "of its completion within --max-length" if pairs else "after its first"
             raise ConfigError(f"{where}: no row has a token {what}, so there is none to learn")
@@ -208,15 +215,7 @@ def _encode_running(train: Any, evaluation: Any, options: TrainOptions, tokenize
                 f"{where}: {len(table) - len(rows)} of {len(table)} rows are left out: no token "
                 f"of their completion is within --max-length {options.max_length}"
             )
-        return rows
-
-    path = options.train_file
-    if not pairs:
-        text = column(train, options.text_column, TEXT_NAMES, what="text", path=path)
-    train = encoded(train, path)
-    if evaluation is not None:
-        evaluation = encoded(evaluation, options.eval_file or path)
-    return Data(train, evaluation, None)
+    return encoded, None
 
 
 def row_lengths(table: Any) -> Any:
@@ -235,8 +234,6 @@ def largest_token(table: Any) -> int:
 
 
 def _mapped(table: Any, encode: Any) -> Any:
-    if table is None:
-        return None
     return table.map(encode, batched=True, remove_columns=table.column_names)
 
 

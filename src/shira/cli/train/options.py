@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,25 +150,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
         raise ConfigError(f"{path}: a file of options has {_LARGEST} bytes at most")
-    loader: Any = type("PairsLoader", (yaml.SafeLoader,), {})  # a mapping as pairs: none is lost
-    loader.add_constructor("tag:yaml.org,2002:map", loader.construct_pairs)
     try:
-        text = raw.decode()
-        _check_flat(yaml.parse(text, yaml.SafeLoader), path)
-        content = yaml.load(text, loader)
-    except ConfigError:
-        raise
+        loader = yaml.SafeLoader(raw.decode())
+        root = loader.get_single_node()
+        flat = _is_flat(root)
+        pairs = loader.construct_pairs(root, deep=True) if root and flat else []
     except Exception as error:  # PyYAML's constructors raise more than its own errors
         raise ConfigError(f"{path}: not YAML: {str(error)[:300]}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, list) or not all(isinstance(pair, tuple) for pair in content):
+    if not flat:
         raise ConfigError(
-            f"{path}: options are 'name: value' lines, not a {type(content).__name__}"
+            f"{path}: options are 'name: value' lines, not nested but for lists of names"
         )
     known = {field.name: hint for field, hint in fields()}
     values: dict[str, Any] = {}
-    for key, value in content:
+    for key, value in pairs:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: an option's name is text, not a {type(key).__name__}")
         name = key.replace("-", "_")
@@ -180,17 +175,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_flat(events: Iterable[Any], path: Path) -> None:
-    """Refuse references and deep nesting, of which a few lines can fill the memory."""
-    depth = 0
-    for event in events:
-        kind = type(event).__name__
-        if kind == "AliasEvent":
-            raise ConfigError(f"{path}: options are values, not references (*{event.anchor})")
-        depth += kind in ("MappingStartEvent", "SequenceStartEvent")
-        depth -= kind in ("MappingEndEvent", "SequenceEndEvent")
-        if depth > 2:
-            raise ConfigError(f"{path}: options are values and lists of names, not nested further")
+def _is_flat(root: Any) -> bool:
+    """Return if nothing is nested: references in references could make much of a few lines."""
+    if root is None:
+        return True
+    return root.id == "mapping" and all(
+        part.id == "scalar"
+        for _, value in root.value
+        for part in (value.value if value.id == "sequence" else [value])
+    )
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:

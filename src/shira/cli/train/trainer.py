@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Trainer as the command line uses it: checked, with our progress and our figures."""
+"""transformers' Trainer as the command line uses it: its arguments, checks, progress, figures."""
 
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    PrinterCallback,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from shira.cli.options import one_of
 from shira.cli.progress import Steps
-from shira.errors import ShiraError
+from shira.cli.train.data import Data, collator
+from shira.cli.train.options import TrainOptions
+from shira.cli.train.outputs import Result
+from shira.errors import ConfigError, ShiraError
 
 _SPEEDS = ("runtime", "_per_second", "_preparation_time")
 
@@ -122,6 +134,127 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
                 )
 
 
+def make_trainer(
+    model: Any, options: TrainOptions, data: Data, tokenizer: Any, arguments: Any, **more: Any
+) -> CheckedTrainer:
+    """Return what trains the model's trainable parameters on the data, and evaluates it."""
+    set_warmup(arguments, options, rows=len(data.train))
+    return CheckedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=collator(options, tokenizer),
+        compute_metrics=None if data.labels is None else classification_figures,
+        **more,
+    )
+
+
+def fit(trainer: CheckedTrainer, *, total: int, checkpoint: Path | None = None) -> Result:
+    """Train, evaluate before and after, and return the figures; `total` is the base's size."""
+    evaluates = trainer.eval_dataset is not None
+    before = {}
+    if evaluates and trainer.compute_metrics is None and checkpoint is None:
+        before = trainer.figures()  # a new classification head has nothing to say yet
+    model: Any = trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    began = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - began
+    after = trainer.figures() if evaluates else {}
+    state, device = trainer.state, trainer.args.device
+    if not math.isfinite(after.get("loss", 0.0)):
+        raise ShiraError(
+            f"the loss on the evaluation data is {after['loss']} after step {state.global_step}. "
+            "No adapter was written"
+        )
+    on_cuda = device.type == "cuda"
+    return Result(
+        before=before,
+        after=after,
+        history=[  # JSON has finite numbers only
+            {name: value for name, value in line.items() if math.isfinite(value)}
+            for line in state.log_history
+        ],
+        train_loss=float(outcome.training_loss),
+        steps=int(state.global_step),
+        trained=trained,
+        total=total,
+        seconds=seconds,
+        processes=trainer.args.world_size,
+        device=torch.cuda.get_device_name(device) if on_cuda else device.type,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
+    )
+
+
+def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
+    """Return transformers' ``TrainingArguments``; the warm-up is left to `set_warmup`.
+
+    Checkpoints go to `folder`; `more` wins over what follows from the options.
+    """
+    evaluates = options.eval_file is not None or options.eval_fraction is not None
+    on_cpu = options.cpu or not torch.accelerator.is_available()
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "lr_scheduler_type": _scheduler(options.scheduler, evaluates),
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.eval_batch_size or options.batch_size,
+        "data_seed": options.seed,
+        "eval_strategy": ("steps" if options.eval_steps else "epoch") if evaluates else "no",
+        "save_strategy": "steps" if options.save_steps else "epoch",
+        "save_steps": options.save_steps or 500,
+        "prediction_loss_only": options.task == "causal-lm",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+        "ddp_broadcast_buffers": False,  # the entries are the same everywhere and never change
+        "ddp_find_unused_parameters": False,
+        **{name: getattr(options, name) for name in _NAMED_ALIKE},
+    }
+    if options.gradient_checkpointing:  # else not said: later releases deprecate the name
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        arguments["ddp_backend"] = "gloo"
+    return TrainingArguments(**{**arguments, **more})
+
+
+_NAMED_ALIKE = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
+    *("seed", "logging_steps", "eval_steps", "save_total_limit"),
+)
+
+
+def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
+    """Set the warm-up in steps; a share of all steps leaves at least one at full rate."""
+    a_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
+    steps = options.max_steps or math.ceil(rows / a_step * options.epochs)
+    share = min(math.ceil(options.warmup * steps), steps - 1)
+    arguments.warmup_steps = math.ceil(options.warmup) if options.warmup >= 1 else share
+
+
+_SCHEDULERS = (  # of transformers', those that need no further argument
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt"),
+)
+_OF_THE_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+
+
+def _scheduler(name: str, evaluates: bool) -> str:
+    kinds = {str(kind.value) for kind in SchedulerType}
+    known = [each for each in (*_SCHEDULERS, *_OF_THE_EVALUATION) if each in kinds]
+    one_of("--scheduler", name, known)
+    if name in _OF_THE_EVALUATION and not evaluates:
+        raise ConfigError(
+            f"--scheduler {name} goes by the evaluation: give --eval-file or --eval-fraction"
+        )
+    return name
+
+
 def classification_figures(prediction: Any) -> dict[str, float]:
     """Return accuracy, and the mean over the classes of F1 (a class that never occurs counts 0)."""
     logits = prediction.predictions
@@ -141,13 +274,12 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, what: str) -> None:
         self._what = what
         self._note = ""
-        self._training: Steps | None = None
-        self._evaluation: Steps | None = None  # where it is not within a training
+        self._steps: Steps | None = None  # of the training, or of an evaluation outside of one
         self._evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._training = Steps(self._what, state.max_steps).__enter__()
+            self._steps = Steps(self._what, state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         for key in ("loss", "eval_loss"):
@@ -155,8 +287,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
                 self._note = f"{key} {logs[key]:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._training is not None:
-            self._training.update(state.global_step, self._note)
+        if self._steps is not None:
+            self._steps.update(state.global_step, self._note)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -165,12 +297,12 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
             return
         self._evaluated += 1
         total = len(eval_dataloader)
-        if self._training is not None:
-            self._training.update(state.global_step, f"evaluating {self._evaluated}/{total}")
-            return
-        if self._evaluation is None:
-            self._evaluation = Steps("evaluating", total).__enter__()
-        self._evaluation.update(self._evaluated)
+        if self._steps is None:
+            self._steps = Steps("evaluating", total).__enter__()
+        if self._steps.what == self._what:
+            self._steps.update(state.global_step, f"evaluating {self._evaluated}/{total}")
+        else:
+            self._steps.update(self._evaluated)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluated = 0
@@ -178,7 +310,6 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Leave the terminal as it was, also where the training or an evaluation broke off."""
         self._evaluated = 0
-        for steps in (self._training, self._evaluation):
-            if steps is not None:
-                steps.__exit__(None, None, None)
-        self._training = self._evaluation = None
+        if self._steps is not None:
+            self._steps.__exit__(None, None, None)
+        self._steps = None
