@@ -152,7 +152,7 @@ bench: $(STAMP)
 study: $(STAMP)
 	$(BIN)/python -m studies.accuracy $(if $(filter 1,$(RUN)),run)
 	$(BIN)/python -m studies.fusion $(if $(filter 1,$(RUN)),run)
-	$(BIN)/python -m studies.language $(if $(filter 1,$(RUN)),run)
+	$(BIN)/python -m studies.lm $(if $(filter 1,$(RUN)),run)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

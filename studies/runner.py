@@ -8,7 +8,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +46,14 @@ def continue_runs(
 
     Returns:
         How many runs were made.
+
+    Raises:
+        RuntimeError: If runs failed, after all others were made.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     head = commit()
     made = 0
+    failed: dict[str, Exception] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_worker) as pool:
         going: dict[Future[Outcome], R] = {}
@@ -52,15 +62,25 @@ def continue_runs(
             for run in missing() if in_time else ():
                 if len(going) == jobs:
                     break
-                if run not in going.values():
+                if run not in going.values() and str(run) not in failed:
                     going[pool.submit(execute, run, data)] = run
             if not going:
-                return made
+                break
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 run = going.pop(future)
-                result, environment = future.result()
+                try:
+                    result, environment = future.result()
+                except BrokenExecutor:
+                    raise
+                except Exception as error:  # the others go on
+                    print(f"failed: {run}: {error!r}", flush=True)
+                    failed[str(run)] = error
+                    continue
                 record(run, result, {**environment, "commit": head})
                 made += 1
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed, {made} were made") from failed.popitem()[1]
+    return made
 
 
 def prepare_worker() -> None:

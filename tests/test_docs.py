@@ -30,7 +30,7 @@ ELSEWHERE = {
     ("serving.md", "sh"): "tests/serve/engine/test_server.py",  # and test_supervised.py beside it
     ("start.md", "sh"): "tests/test_readme.py",
     ("study-fusion.md", "sh"): "tests/studies/test_fusion.py",
-    ("study-language.md", "sh"): "tests/studies/test_language.py",
+    ("study-lm.md", "sh"): "tests/studies/test_lm.py",
     ("study.md", "sh"): "tests/studies/test_accuracy.py",
     ("switching.md", "python"): "tests/switch/test_docs.py",
     ("train.md", "sh"): "tests/cli/test_train_docs.py",

@@ -268,7 +268,7 @@ def test_the_commands_of_the_page_do_what_it_says() -> None:
         command = ["make", "--no-print-directory", "-n", *line.split()[1:]]
         planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         ran = [line.rstrip().split("-m ")[1] for line in planned.stdout.splitlines()[-3:]]
-        assert ran == [f"studies.{study}{end}" for study in ("accuracy", "fusion", "language")]
+        assert ran == [f"studies.{study}{end}" for study in ("accuracy", "fusion", "lm")]
 
 
 def test_absent_tasks_are_skipped_with_a_reason(

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts tables and figures into docs/study-lm.md, between its markers: a part for each arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.lm import tables
+from studies.lm.plan import plan, point
+from studies.lm.protocol import DEVICES, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
+from studies.lm.runs import RESULTS, Done, load
+from studies.page import DOCS, fill
+
+PAGE = "study-lm.md"
+MOST = 1.5
+"""Added to the source's loss, in nats: up to here it is drawn."""
+
+
+def rebuild(docs: Path = DOCS, results: Path = RESULTS) -> list[str]:
+    """Write tables and figures from the runs in `results`; returns what to say.
+
+    Raises:
+        ValueError: If the page has lost its markers, or a run cannot be read.
+    """
+    done = load(results)
+    made = {(entry.run.device, entry.run.dtype) for entry in done.values()}
+    arms = [Arm(*each) for each in sorted(made)] or [arm_of("cpu")]
+    said, parts, files = [], [], [PAGE]
+    for arm in arms:
+        left = plan(done, arm).missing
+        count = len([e for e in done.values() if e.run.device == arm.device])
+        said.append(f"{arm.device}, {arm.dtype}: {count} runs made, at least {left} missing.")
+        sizes = DEVICES[arm.device]
+        parts += [
+            f"### On {'a GPU' if arm.device == 'cuda' else 'a CPU'}, {arm.dtype}",
+            f"{said[-1]} A run is {sizes.steps} steps of {sizes.batch} windows of {sizes.window} "
+            "tokens.",
+            tables.progress(done, arm),
+            "**The first look**: one target, the small size, one seed, validation text.",
+            tables.look(done, arm),
+        ]
+        name = f"study-lm-{arm.device}.svg"
+        if frontier(done, arm, docs / name):
+            parts.append(f"![Loss added to the source over that of the target]({name})")
+            files.append(name)
+        parts += [
+            "**Tuned rates**: one seed, validation text.",
+            tables.tuning(done, arm),
+            "**Finals**: test text, five seeds, 95 % intervals.",
+            tables.finals(done, arm),
+            "**Paired with the best low-rank method**, mean of the targets, 95 % intervals over "
+            "the seeds.",
+            tables.paired(done, arm),
+        ]
+    fill(docs / PAGE, parts)
+    return [*said, f"written: {', '.join(files)}"]
+
+
+def frontier(done: Done, arm: Arm, path: Path) -> bool:
+    """Draw the tuning runs: a panel a target and size, a line a method. False without runs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    runs = [e.run for e in done.values() if e.run.stage == "tuning" and e.run.device == arm.device]
+    panels = [
+        (target, size)
+        for size in SIZES
+        for target in TUNING_TARGETS
+        if any((run.target, run.size) == (target, size) for run in runs)
+    ]
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with pyplot.rc_context({"svg.hashsalt": "shira", "font.size": 8}):
+        figure, axes = pyplot.subplots(
+            rows, columns, figsize=(1.5 + 3.4 * columns, 1.2 + 3 * rows), squeeze=False
+        )
+        colours = pyplot.get_cmap("tab20")
+        for axis, (target, size) in zip(axes.flat, panels, strict=False):
+            for number, method in enumerate(METHODS):
+                points = _curve(done, arm, method, target, size)
+                if points:
+                    losses, added = zip(*points, strict=True)
+                    axis.plot(losses, added, ".-", color=colours(number), label=method, linewidth=1)
+            axis.set_title(f"{target}, {size}")
+            axis.set_xlabel("loss on the target")
+            axis.set_ylabel("added to the loss on the source")
+        found = {}
+        for axis in axes.flat:
+            found.update(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(found.values(), found, loc="outside lower center", ncols=4)
+        figure.set_layout_engine("constrained")
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    return True
+
+
+def _curve(
+    done: Done, arm: Arm, method: str, target: str, size: str
+) -> Sequence[tuple[float, float]]:
+    """Loss on the target and what is added to the source, from the lowest rate to the highest."""
+    found = []
+    for entry in done.values():
+        run = entry.run
+        sized = run.size in (size, None)
+        if (run.stage, run.device, run.dtype) != ("tuning", arm.device, arm.dtype) or not sized:
+            continue
+        if (run.method, run.target) == (method, target):
+            loss, source = point(done, run)
+            if source - entry.result["source_before"] <= MOST:
+                found.append((run.rate_exponent, loss, source - entry.result["source_before"]))
+    return [(loss, added) for _, loss, added in sorted(found)]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared, and all that is held equal. Whoever changes it raises `PROTOCOL`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from studies.store import key_of
+
+PROTOCOL = 1
+
+BASE = "SmolLM2-135M-Instruct"
+SOURCE = "wikitext2"
+TEXTS = ("tinyshakespeare", "python_code", "whitman_poetry", "devils_dictionary")
+CHOICES = "multiple_choice"
+SETS = ("arc_easy", "openbookqa", "boolq")
+"""The sets of questions that `CHOICES` is a mix of, in equal parts."""
+
+TARGETS = (*TEXTS, CHOICES)
+TUNING_TARGETS = ("tinyshakespeare", "python_code", CHOICES)
+"""Where rates are tuned: one rate for a method and size, by the mean loss over these targets."""
+
+SIZES = {"small": 4, "large": 16}
+"""r of LoRA and of SHiRA: r * (m + n) parameters for an m x n weight."""
+
+LOW_RANK = ("lora", "rslora", "dora")
+SPARSE = (
+    "random",
+    "magnitude",
+    "block_diagonal",
+    "grad",
+    "principal",
+    "gallop",
+    "grad+global",
+    "random+relative",
+    "magnitude+relative",
+    "principal+relative",
+    "random+renewed",
+    "principal+renewed",
+)
+"""Ours: a mask, and what is done beside it. ``principal`` and ``gallop``: see `studies.lm.scores`.
+
+``+global``: one threshold for all layers on scores divided by their layer's mean, rounded to whole
+ranks. ``+relative``: each weight's rate in proportion to its standard deviation. ``+renewed``:
+positions chosen anew during training, see `studies.lm.renew`.
+"""
+METHODS = ("full", *LOW_RANK, "peft-shira", *SPARSE)
+UNSIZED = ("full",)
+
+GRIDS = {
+    "full": (-12, -11, -10, -9),
+    **dict.fromkeys(("lora", "dora"), (-9, -8, -7, -6)),
+    "rslora": (-10, -9, -8, -7),
+    **dict.fromkeys(("peft-shira", *SPARSE), (-8, -7, -6, -5)),
+    **dict.fromkeys(("grad", "gallop", "grad+global"), (-10, -9, -8, -7)),
+}
+"""Rates to begin with, in thirds of a decade: e stands for 10 ** (e / 3)."""
+
+BEYOND = 2
+"""Where the best rate is the first or last of those tried, the next one is tried too: so often."""
+
+LOOK = (("lora", "random", "magnitude", "principal"), "tinyshakespeare", "small")
+"""Methods, target and size of the tuning runs that are made first."""
+LOOK_ORDER = (1, 2, 0, 3)
+"""In which order it goes through a method's rates: the ones in the middle first."""
+
+TUNING_SEED = 0
+FINAL_SEEDS = (1, 2, 3, 4, 5)
+LOWER = 2
+"""Final runs are made at the chosen rate, and at so many lower ones, to compare at equal gain."""
+
+BY_TARGET, BY_SOURCE = 2, 1
+"""Of ours so many enter the finals by the lowest loss on the targets, mean of the tuning targets
+and sizes; and so many more by the smallest loss added to the source at equal gain."""
+
+RENEWED_SHARE = 0.3
+RENEWED_AT = (0.2, 0.4, 0.6)
+"""Renewal: the share of an adapter's positions that go, and when, as a share of the steps."""
+
+CALIBRATION_BATCHES = 4
+PRINCIPAL_RANK = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """Sizes of the runs on a kind of device. Runs of two kinds are never compared."""
+
+    dtype: str
+    steps: int
+    batch: int
+    window: int
+    validation: int
+    test: int
+    rows: int
+    """``validation`` and ``test`` count windows; ``rows`` questions of a set, twice for test."""
+
+
+DEVICES = {
+    "cpu": Device("float32", steps=40, batch=4, window=128, validation=24, test=48, rows=24),
+    "cuda": Device("bfloat16", steps=100, batch=8, window=256, validation=64, test=128, rows=100),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The full configuration of one adaptation. Two of one configuration are the same run.
+
+    `rate_exponent` e means a learning rate of ``10 ** (e / 3)``. The seed decides the windows that
+    are trained on and their order, LoRA's first values and the random masks. A training batch has
+    `batch` windows of `window` tokens, or four times as many questions.
+    """
+
+    stage: str
+    target: str
+    method: str
+    size: str | None
+    rate_exponent: int
+    seed: int
+    device: str
+    dtype: str
+    steps: int
+    batch: int
+    window: int
+    validation: int
+    test: int
+    rows: int
+    base: str = BASE
+    protocol: int = PROTOCOL
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return rate_of(self.rate_exponent)
+
+    @property
+    def rank(self) -> int | None:
+        """r, for methods that have a size."""
+        return None if self.size is None else SIZES[self.size]
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that stand for this configuration."""
+        return key_of(vars(self))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A kind of device and a dtype: runs of one arm are compared with each other."""
+
+    device: str
+    dtype: str
+
+    def run(
+        self, stage: str, target: str, method: str, size: str | None, exponent: int, seed: int
+    ) -> Run:
+        """A run of this arm."""
+        sizes = {**vars(DEVICES[self.device]), "dtype": self.dtype}
+        return Run(stage, target, method, size, exponent, seed, self.device, **sizes)
+
+
+def arm_of(device: str, dtype: str | None = None) -> Arm:
+    """The arm of a device, in its own dtype unless another is named."""
+    return Arm(device, dtype or DEVICES[device].dtype)
+
+
+def rate_of(exponent: int) -> float:
+    """The learning rate of an exponent, to three digits."""
+    return float(f"{10 ** (exponent / 3):.3g}")
+
+
+def cells() -> list[tuple[str, str | None]]:
+    """Every method with every size it comes in, small ones first."""
+    sized = [(method, size) for size in SIZES for method in METHODS if method not in UNSIZED]
+    return [(method, None) for method in UNSIZED] + sized

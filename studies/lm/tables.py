@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The committed runs as Markdown tables: a figure stands there only where all its runs exist.
+
+Losses are in nats a token. Intervals are of 95 %, Student's, over the final seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+
+from studies.accuracy.tables import NOT_YET, markdown
+from studies.lm.plan import (
+    GAIN,
+    added_at,
+    at_equal_gain,
+    best_low_rank,
+    finalists,
+    plan,
+    point,
+    tuned,
+    tuning_runs,
+)
+from studies.lm.protocol import (
+    CHOICES,
+    FINAL_SEEDS,
+    LOOK,
+    LOW_RANK,
+    LOWER,
+    SETS,
+    SIZES,
+    TARGETS,
+    TUNING_TARGETS,
+    Arm,
+    Run,
+    cells,
+    rate_of,
+)
+from studies.lm.runs import Done
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""The 97.5 % quantile of Student's t, by the number of seeds."""
+
+
+def progress(done: Done, arm: Arm) -> str:
+    """Runs made and missing, by stage."""
+    left = plan(done, arm)
+    runs = [e.run for e in done.values() if (e.run.device, e.run.dtype) == (arm.device, arm.dtype)]
+    stages = [run.stage for run in runs]
+    rows = [
+        ["tuning", str(stages.count("tuning")), str(len(left.look) + len(left.tuning))],
+        ["final", str(stages.count("final")), str(len(left.final) + left.unknown_finals)],
+    ]
+    return markdown(["runs", "made", "missing"], rows)
+
+
+def look(done: Done, arm: Arm) -> str:
+    """Every tuning run of the target and size that the study began with, rate by rate."""
+    _, target, size = LOOK
+    entries = [
+        entry
+        for entry in done.values()
+        if (entry.run.stage, entry.run.target, entry.run.size) == ("tuning", target, size)
+        and (entry.run.device, entry.run.dtype) == (arm.device, arm.dtype)
+    ]
+    order = {method: place for place, (method, _) in enumerate(cells())}
+    entries.sort(key=lambda entry: (order[entry.run.method], entry.run.rate_exponent))
+    rows = []
+    for entry in entries:
+        result = entry.result
+        if not rows:
+            before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
+            rows.append(["the base", "", *before])
+        rows.append([entry.run.method, f"{entry.run.rate:g}", *map(_loss, point(done, entry.run))])
+    return markdown(["method", "rate", f"{target}, validation", "source, validation"], rows)
+
+
+def tuning(done: Done, arm: Arm) -> str:
+    """Each method at its best rate: validation losses of the tuning targets, and of the source.
+
+    Beside them what is added to the source's loss at equal gain.
+    """
+    rows = []
+    for method, size in cells():
+        exponent = tuned(done, arm, method, size)[1]
+        row = [method, size or ""]
+        if exponent is None:
+            rows.append([*row, *[NOT_YET] * (4 + len(TUNING_TARGETS))])
+            continue
+        points = [point(done, run) for run in tuning_runs(arm, method, size, exponent)]
+        added = [
+            at_equal_gain(done, arm, method, each, target)
+            for each in ([size] if size else [])
+            for target in TUNING_TARGETS
+        ]
+        whole = [value for value in added if value is not None]
+        rows.append(
+            [
+                *row,
+                f"{rate_of(exponent):g}",
+                *(_loss(target) for target, _ in points),
+                _loss(mean(target for target, _ in points)),
+                _loss(mean(source for _, source in points)),
+                f"{mean(whole):+.3f}" if added and len(whole) == len(added) else NOT_YET,
+            ]
+        )
+    columns = ["method", "size", "rate", *TUNING_TARGETS, "mean", "source, mean"]
+    return markdown([*columns, f"added to it at {GAIN:.0%} of the gain"], rows)
+
+
+def finals(done: Done, arm: Arm) -> str:
+    """Test losses at the chosen rates: mean and interval over the seeds; the mean over targets."""
+    columns = ["method", "size", *TARGETS, "mean", "added to the source", "accuracy"]
+    rows = []
+    for size in SIZES:
+        for method in finalists(done, arm) or LOW_RANK:
+            of_targets = [final_figures(done, arm, method, size, t, _target) for t in TARGETS]
+            added = [final_figures(done, arm, method, size, t, _added) for t in TARGETS]
+            hits = final_figures(done, arm, method, size, CHOICES, _accuracy)
+            cells_ = [NOT_YET if values is None else spread(values) for values in of_targets]
+            cells_ += [over_targets(values) for values in (of_targets, added)]
+            cells_.append(NOT_YET if hits is None else spread(hits, digits=1))
+            rows.append([method, size, *cells_])
+    return markdown(columns, rows)
+
+
+def paired(done: Done, arm: Arm) -> str:
+    """Each of ours against the best low-rank method of its size: pairs of one target and seed.
+
+    The difference of the target losses at the chosen rates; what is added to the source's loss at
+    equal gain, its difference, and its share of what the low-rank method adds.
+    """
+    columns = ["method", "size", "against", "target", "source at equal gain", "the share"]
+    rows = []
+    for size in SIZES:
+        reference = best_low_rank(done, arm, size)
+        for method in finalists(done, arm) or ():
+            if reference is None or method == reference:
+                continue
+            cells_ = [NOT_YET] * 3
+            ours = [final_figures(done, arm, method, size, t, _target) for t in TARGETS]
+            theirs = [final_figures(done, arm, reference, size, t, _target) for t in TARGETS]
+            if (difference := _differences(ours, theirs)) is not None:
+                cells_[0] = spread(difference, sign="+")
+            ours = [_at_equal_gain(done, arm, method, size, t, reference) for t in TARGETS]
+            theirs = [_at_equal_gain(done, arm, reference, size, t, reference) for t in TARGETS]
+            if (difference := _differences(ours, theirs)) is not None:
+                cells_[1] = spread(difference, sign="+")
+                sums = [sum(sum(v) for v in values if v is not None) for values in (ours, theirs)]
+                cells_[2] = f"{sums[0] / sums[1]:.2f}" if sums[1] > 0 else NOT_YET
+            rows.append([method, size, reference, *cells_])
+    return markdown(columns, rows)
+
+
+def final_figures(
+    done: Done,
+    arm: Arm,
+    method: str,
+    size: str,
+    target: str,
+    figure: Callable[[Done, Run], float],
+) -> list[float] | None:
+    """A figure of each final seed at the chosen rate; None while a run is missing."""
+    exponent = tuned(done, arm, method, size)[1]
+    if exponent is None:
+        return None
+    runs = [arm.run("final", target, method, size, exponent, seed) for seed in FINAL_SEEDS]
+    if any(run.key not in done for run in runs):
+        return None
+    return [figure(done, run) for run in runs]
+
+
+def over_targets(of_targets: Sequence[Sequence[float] | None]) -> str:
+    """The mean over all targets, and its interval over the seeds."""
+    values = [each for each in of_targets if each is not None]
+    if len(values) < len(of_targets):
+        return NOT_YET
+    return spread([mean(seed) for seed in zip(*values, strict=True)])
+
+
+def spread(values: Sequence[float], *, sign: str = "", digits: int = 3) -> str:
+    """Mean and 95 % interval."""
+    if not all(map(math.isfinite, values)):
+        return "lost"
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
+    return f"{mean(values):{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def _at_equal_gain(
+    done: Done, arm: Arm, method: str, size: str, target: str, reference: str
+) -> list[float] | None:
+    """What is added to the source's test loss, seed by seed; None where one cannot be told."""
+    best, of_reference = (tuned(done, arm, each, size)[1] for each in (method, reference))
+    if best is None or of_reference is None:
+        return None
+    found = []
+    for seed in FINAL_SEEDS:
+        goal = arm.run("final", target, reference, size, of_reference, seed)
+        runs = {
+            exponent: arm.run("final", target, method, size, exponent, seed)
+            for exponent in range(best - LOWER, best + 1)
+        }
+        if goal.key not in done or any(run.key not in done for run in runs.values()):
+            return None
+        added = added_at(done, goal, {e: point(done, run) for e, run in runs.items()})
+        if added is None:
+            return None
+        found.append(added)
+    return found
+
+
+def _differences(
+    ours: Sequence[Sequence[float] | None], theirs: Sequence[Sequence[float] | None]
+) -> list[float] | None:
+    """Seed by seed the mean over the targets of the difference; None while one is missing."""
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(ours):
+        return None
+    by_target = [[x - y for x, y in zip(a, b, strict=True)] for a, b in pairs]
+    return [mean(seed) for seed in zip(*by_target, strict=True)]
+
+
+def _target(done: Done, run: Run) -> float:
+    return point(done, run)[0]
+
+
+def _added(done: Done, run: Run) -> float:
+    return point(done, run)[1] - float(done[run.key].result["source_before"])
+
+
+def _accuracy(done: Done, run: Run) -> float:
+    """Percent right, the mean of the sets."""
+    return 100 * mean(done[run.key].result["accuracy"][name] for name in SETS)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "lost"

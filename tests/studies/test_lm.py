@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of a real language model, with a tiny random one: counts, runs, plan, page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shira import Support
+from studies import runner as common
+from studies import store
+from studies.lm import base as bases
+from studies.lm import data as texts
+from studies.lm import protocol, runs
+from studies.lm.plan import at_equal_gain, final_runs, finalists, plan, tuned, tuning_runs
+from studies.lm.protocol import CHOICES, METHODS, SETS, SIZES, UNSIZED, Run, arm_of
+from studies.lm.train import execute, measure, row_losses
+from tests.pages import ROOT, commands
+
+CPU = arm_of("cpu")
+SMALL = {"steps": 5, "batch": 2, "window": 16, "validation": 4, "test": 3, "rows": 4}
+
+
+def tiny_run(method: str, target: str = "python_code", stage: str = "tuning", seed: int = 0) -> Run:
+    size = None if method in UNSIZED else "small"
+    return replace(CPU.run(stage, target, method, size, -6, seed), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    lines = {"wikitext2": "the {} rivers of the land\n", "python_code": "x = {}  # é\n"}
+    for name, line in lines.items():
+        (folder / "lm" / name).mkdir(parents=True)
+        for part, count in (("train", 900), ("test", 40)):
+            text = "".join(line.format(i * i) for i in range(count))
+            (folder / "lm" / name / f"{part}.txt").write_text(text, encoding="utf-8")
+    for name in SETS:
+        (folder / "commonsense" / name).mkdir(parents=True)
+        for part, count in (("train", 30), ("test", 9)):
+            rows = [
+                {"question": f"{name}: is {i} even?", "choices": ["yes", "no"], "label": i % 2}
+                for i in range(count)
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "commonsense" / name / f"{part}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted base: a tiny random model and a tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the rivers of the land"], trainer)
+    where = tmp_path_factory.mktemp("base")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    # a ninth of the real model's sizes, whose ratios DoRA's count rests on
+    shape = {"hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape, **heads)).save_pretrained(where)
+    return where
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method_learns_with_equally_many_parameters(
+    data: Path, folder: Path, method: str
+) -> None:
+    run = replace(tiny_run(method), steps=30)
+    if method == "full":
+        run = replace(run, rate_exponent=-8)
+    result = execute(run, data, folder)
+    assert result["target"] < result["target_before"] - 0.05
+    # 2 blocks of (m + n) for q, k, v, o, gate, up, down; 4 * 1272 each
+    expected = 2 * (72 * (72 + 24 + 24 + 72) + 3 * 72 * 192) if method == "full" else 2 * 4 * 1272
+    lacking = expected - result["trained"]
+    assert 0 <= lacking <= (2 * 264 if method == "grad+global" else 0)
+
+
+def test_the_base_is_as_it_was_after_every_method(data: Path, folder: Path) -> None:
+    base = bases.load(folder, "cpu", "float32")
+    before = copy.deepcopy(base.state_dict())
+    for method in ("full", "magnitude", "random+renewed"):
+        execute(tiny_run(method), data, folder)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["full", "dora", "peft-shira", "random", "principal+renewed"])
+def test_runs_in_bfloat16_learn_too(data: Path, folder: Path, method: str) -> None:
+    run = replace(tiny_run(method), steps=30, dtype="bfloat16")
+    run = replace(run, rate_exponent=-8 if method == "full" else -6)
+    result = execute(run, data, folder)
+    assert result["target"] < result["target_before"] - 0.05
+
+
+def test_a_run_repeats_to_the_last_digit(data: Path, folder: Path) -> None:
+    for method in ("lora", "random+renewed", "gallop"):
+        one, two = (execute(tiny_run(method), data, folder) for _ in range(2))
+        assert one["target"] == two["target"]
+        assert one["target"] != execute(tiny_run(method, seed=1), data, folder)["target"]
+
+
+def test_a_tuning_run_does_not_need_the_test_files(
+    data: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    for path in (*tmp_path.rglob("test.txt"), *tmp_path.rglob("test.jsonl")):
+        path.unlink()
+    for target in ("python_code", CHOICES):
+        execute(tiny_run("random", target), tmp_path / "data", folder)
+        with pytest.raises(FileNotFoundError):
+            execute(tiny_run("random", target, "final"), tmp_path / "data", folder)
+
+
+def test_what_is_validated_on_is_not_trained_on(data: Path, folder: Path) -> None:
+    tokenizer = bases.tokenizer(folder)
+    blocks, held_out = texts._blocks(data, "python_code", tokenizer, 16)
+    ids = texts._encoded(data, "python_code", "train", tokenizer)
+    whole = len(ids) // 256 * 256
+    together = [*blocks.view(-1, 16).tolist(), *held_out.tolist()]
+    assert sorted(together) == sorted(ids[:whole].view(-1, 16).tolist())
+    run = replace(tiny_run("lora", CHOICES), rows=99, window=64)
+    asked = texts.measured(run, data, tokenizer, CHOICES)
+    assert asked.right is not None
+    trained = {tuple(row.tolist()) for row in texts._trained_answers(data, tokenizer, 64).ids}
+    validated = [tuple(row.tolist()) for row in asked.ids]
+    assert len(trained) == 45
+    assert trained < set(validated)  # all were asked for: half of them are trained on
+    few = texts.measured(replace(run, rows=15), data, tokenizer, CHOICES)
+    assert not trained & {tuple(row.tolist()) for row in few.ids}
+
+
+def test_the_loss_of_an_answer_is_that_of_its_own_tokens(data: Path, folder: Path) -> None:
+    model, tokenizer = bases.load(folder, "cpu", "float32"), bases.tokenizer(folder)
+    rows = texts.measured(tiny_run("lora", CHOICES), data, tokenizer, CHOICES)
+    found = row_losses(model, rows, "cpu")
+    for ids, scored, loss in zip(rows.ids, rows.scored, found, strict=True):
+        log = model(input_ids=ids[None]).logits[0].detach().log_softmax(-1)[-scored - 1 : -1]
+        expected = -log.gather(1, ids[-scored:, None]).mean()
+        assert loss == pytest.approx(float(expected), abs=1e-5)
+    result = measure(model, data, tokenizer, tiny_run("lora", CHOICES))
+    assert set(result["accuracy"]) == set(SETS)
+    assert rows.right is not None
+    assert result["target"] == pytest.approx(
+        sum(loss for loss, right in zip(found, rows.right, strict=True) if right) / 12, abs=1e-5
+    )
+
+
+class TestRenewal:
+    def adapted(self, folder: Path) -> Any:
+        from shira import ShiraConfig, get_peft_model
+        from studies.lm.methods import TARGETS
+
+        base = copy.deepcopy(bases.load(folder, "cpu", "float32"))
+        return get_peft_model(base, ShiraConfig(r=2, random_seed=0, target_modules=TARGETS))
+
+    def test_without_renewal_it_is_adamw(self) -> None:
+        from studies.lm.renew import EntryAdamW
+
+        torch.manual_seed(0)
+        one = torch.nn.Parameter(torch.randn(50))
+        two = torch.nn.Parameter(one.detach().clone())
+        ours, theirs = EntryAdamW([one], lr=0.1), torch.optim.AdamW([two], lr=0.1, weight_decay=0)
+        for _ in range(20):
+            one.grad = torch.randn(50)
+            two.grad = one.grad.clone()
+            ours.step(), theirs.step()
+        torch.testing.assert_close(one, two)
+
+    def test_the_smallest_go_and_the_largest_gradients_come(self, folder: Path) -> None:
+        from studies.lm.renew import EntryAdamW, candidates, layers_of, renew
+
+        model = self.adapted(folder)
+        values = [p for p in model.parameters() if p.requires_grad]
+        optimizer = EntryAdamW(values, lr=1e-2, warmup_steps=4)
+        ids = torch.arange(40).view(2, 20)
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+        for _ in range(2):
+            with candidates(model, "default", 0.25) as grown:
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        name, layer = layers_of(model)[3]
+        old, deltas = layer.support("default"), layer.shira_weight["default"].detach().clone()
+        assert len(set(grown[name].tolist()) & set(old.indices.tolist())) == 0
+        parameter = layer.shira_weight["default"]
+        renew(model, "default", optimizer, grown)
+        new = layer.support("default")
+        drop = len(grown[name])
+        assert new.nnz == old.nnz
+        assert drop == old.nnz // 4
+        stayed = set(old.indices.tolist()) & set(new.indices.tolist())
+        kept = deltas.abs().topk(old.nnz - drop).indices
+        assert stayed == set(old.indices[kept].tolist())
+        at = {i: n for n, i in enumerate(new.indices.tolist())}
+        for n, i in enumerate(old.indices.tolist()):
+            if i in at:
+                assert parameter[at[i]] == deltas[n]
+                assert optimizer.state[parameter]["steps"][at[i]] == 2
+        fresh = [at[i] for i in grown[name].tolist()]
+        assert not parameter.detach()[fresh].any()
+        assert not optimizer.state[parameter]["warm"][fresh].any()
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        assert parameter.detach()[fresh].abs().max() <= 1e-2 / 4 * 1.001
+        after = {n: p for n, p in model.named_parameters() if "base_layer" in n}
+        assert all(torch.equal(before[n], after[n]) for n in before)
+
+    def test_candidates_are_the_largest_of_the_dense_gradient(self, folder: Path) -> None:
+        from studies.lm.renew import candidates, layers_of
+
+        model = self.adapted(folder)
+        ids = torch.arange(40).view(2, 20)
+        with candidates(model, "default", 0.5) as grown:
+            model(input_ids=ids, labels=ids).loss.backward()
+        plain = copy.deepcopy(bases.load(folder, "cpu", "float32"))
+        name, layer = layers_of(model)[5]
+        weight = plain.get_submodule(name.removeprefix("base_model.model.")).weight
+        weight.requires_grad_(True)
+        plain(input_ids=ids, labels=ids).loss.backward()
+        score = weight.grad.abs().flatten()
+        score[layer.support("default").indices.long()] = -1
+        expected = score.topk(len(grown[name])).indices
+        assert len(set(expected.tolist()) - set(grown[name].tolist())) <= 2  # last digits
+
+
+def test_principal_entries_are_those_of_the_low_rank_part() -> None:
+    from studies.lm.scores import principal
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(80, 60, bias=False)
+    low = torch.randn(60, 4) @ torch.randn(4, 80)
+    layer.weight.data = low + 1e-3 * torch.randn(60, 80)
+    support = principal(layer, 2)
+    assert isinstance(support, Support)
+    largest = low.abs().flatten().topk(2 * 140).indices.tolist()
+    assert len(set(largest) & set(support.indices.tolist())) > 2 * 140 * 0.97
+
+
+def test_global_ranks_follow_the_scores_and_keep_the_budget() -> None:
+    from studies.lm.scores import global_ranks
+
+    even, peaked = torch.rand(40, 40) + 1, torch.rand(40, 40) ** 8
+    ranks = global_ranks({"even.weight": even, "peaked.weight": peaked}, 3)
+    assert ranks["even"] == 1
+    assert ranks["peaked"] == 5
+
+
+def losses(run: Run) -> tuple[float, float]:
+    """Made-up losses of target and source; each method is best at a rate of its own."""
+    best = min(protocol.GRIDS[run.method]) + len(run.method) % 5 - 1
+    away = run.rate_exponent - best
+    return 4 + len(run.method) / 100 + abs(away) / 10 + run.seed / 1000, 6 + away / 10
+
+
+def fake(run: Run) -> dict[str, Any]:
+    target, source = losses(run)
+    found: dict[str, Any] = {"target": target, "source": source, "seconds": 0.0}
+    found |= {"target_before": 6.0, "source_before": 4.0, "base_sha256": "b", "trained": 1}
+    if run.target == CHOICES:
+        found |= dict.fromkeys(("accuracy", "accuracy_before"), dict.fromkeys(SETS, 0.5))
+    return found
+
+
+@pytest.fixture(scope="module")
+def everything() -> runs.Done:
+    done: dict[str, store.Done[Run]] = {}
+    while left := plan(done, CPU).runs:
+        done |= {run.key: store.Done(run, fake(run)) for run in left}
+    return done
+
+
+def test_the_plan_begins_with_the_look_goes_beyond_edges_and_ends(everything: runs.Done) -> None:
+    empty = plan({}, CPU)
+    assert len(empty.look) == 16
+    assert not empty.final
+    assert empty.missing > 600
+    assert plan(everything, CPU).missing == 0
+    for method in METHODS:
+        size = None if method in UNSIZED else "large"
+        best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
+        assert tuned(everything, CPU, method, size)[1] == best
+    assert plan(everything, arm_of("cuda")).missing == empty.missing
+
+
+def test_the_best_on_the_target_and_on_the_source_enter_the_finals(everything: runs.Done) -> None:
+    chosen = finalists(everything, CPU)
+    assert chosen is not None
+    assert chosen[:5] == ["lora", "rslora", "dora", "grad", "random"]  # the shortest names
+    assert len(chosen) == 6
+    made = [entry.run for entry in everything.values() if entry.run.stage == "final"]
+    assert len(made) == len(final_runs(everything, CPU, chosen)) == 6 * 2 * 5 * 5 * 3
+    assert {run.size for run in made} == set(SIZES)
+
+
+def test_what_is_forgotten_is_compared_at_equal_gain(everything: runs.Done) -> None:
+    # lora's best target loss is 4.04 of 6.0 before: 90 % of its gain is at 4.236
+    for method in ("random", "lora"):
+        best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
+        lower = best - (4.236 - 4 - len(method) / 100) * 10
+        expected = 6 + (lower - best) / 10 - 4
+        found = at_equal_gain(everything, CPU, method, "small", "python_code")
+        if lower < min(protocol.GRIDS[method]):
+            assert found is None
+        else:
+            assert found == pytest.approx(expected)
+
+
+def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen(everything: runs.Done) -> None:
+    best = tuned(everything, CPU, "random", "small")[1]
+    assert best is not None
+    run = tuning_runs(CPU, "random", "small", best)[0]
+    lost = store.Done(run, {**fake(run), "target": None, "source": None})
+    assert tuned({**everything, run.key: lost}, CPU, "random", "small")[1] != best
+
+
+def test_the_runner_goes_on_after_a_failure_and_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = True
+
+    def made_up(base: Path, run: Run, data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        if broken and run.method == "random":
+            raise ValueError("no such mask")
+        return fake(run), {}
+
+    monkeypatch.setattr(runs, "_execute", made_up)
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+    def go_on() -> int:
+        return runs.continue_runs(
+            lambda done: plan(done, CPU).look, tmp_path, tmp_path, jobs=2, minutes=None,
+            folder=tmp_path,
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="4 runs failed, 12 were made"):
+        go_on()
+    assert len(runs.load(tmp_path)) == 12
+    broken = False
+    assert go_on() == 4
+    assert not plan(runs.load(tmp_path), CPU).look
+
+
+def test_runs_of_two_bases_are_refused(tmp_path: Path) -> None:
+    one, two = plan({}, CPU).look[:2]
+    store.append(one, fake(one), {}, tmp_path)
+    store.append(two, {**fake(two), "base_sha256": "other"}, {}, tmp_path)
+    with pytest.raises(ValueError, match="several base models"):
+        runs.load(tmp_path)
+
+
+def test_what_is_packed_is_put_together_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "llm"
+    package.mkdir()
+    content = bytes(range(256)) * 10
+    (package / bases.GGUF).write_bytes(content)
+    monkeypatch.setattr(bases, "_package", lambda name: package)
+    monkeypatch.setattr(bases, "FIRST_PART", 1000)
+    monkeypatch.setattr(bases, "TEXTS", ("python_code",))
+    one, two = bases.pack(data, tmp_path / "parts")
+    assert not texts.absent(one / "data", "python_code")
+    assert not texts.absent(one / "data", CHOICES)
+    assert bases._joined(tmp_path / "parts", tmp_path / "whole").read_bytes() == content
+    assert (two / bases.GGUF).stat().st_size == len(content) - 1000
+
+
+def test_tables_fill_only_when_all_runs_are_there(everything: runs.Done) -> None:
+    from studies.lm import tables
+
+    whole = tables.finals(everything, CPU)
+    assert "| random | small | 4.063" in whole
+    assert "-0.0" not in tables.paired({}, CPU)
+    nothing = [tables.finals({}, CPU), tables.paired({}, CPU), tables.tuning({}, CPU)]
+    assert "±" not in "".join(nothing)
+    assert "| random | small |" in tables.paired(everything, CPU)
+
+
+def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
+    from studies.lm import document
+
+    shutil.copy(document.DOCS / document.PAGE, tmp_path)
+    document.rebuild(tmp_path)
+    written = (tmp_path / document.PAGE).read_text()
+    assert written == (document.DOCS / document.PAGE).read_text(), "run `make study`"
+
+
+def test_the_commands_of_the_page_do_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies.lm import document
+    from studies.lm.__main__ import main
+
+    monkeypatch.setattr(document, "rebuild", lambda: [])
+    shown = commands(ROOT / "docs" / "study-lm.md")
+    assert shown[0] == "make study"
+    planned = subprocess.run(
+        ["make", "--no-print-directory", "-n", "study"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert planned.stdout.rstrip().endswith("-m studies.lm")
+    for line in shown[1:]:
+        words = line.split()
+        given = words[words.index("studies.lm") + 1 :]
+        if given[0] == "pack":
+            continue
+        assert main([*given, "--data", "/nowhere"]) == 0, line
+
+
+def test_committed_runs_name_what_they_were_made_with() -> None:
+    for entry in runs.load().values():
+        assert math.isfinite(entry.result["seconds"])
+    for path in runs.RESULTS.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert json.loads(line)["environment"]["versions"]["torch"]
