@@ -6,15 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, closing, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from shira.serve import changes
-from shira.serve.changes import Cache, Changes, EngineGoneError, unreachable
-from shira.serve.journal import Record, restore
-from shira.serve.messages import Weights, located, named, salted, slept, wanted
-from shira.serve.scheduler import AdapterScheduler
+from shira.serve.changes import Cache, Changes, EngineGoneError
+from shira.serve.journal import Record
+from shira.serve.messages import Weights, salted
 
 T = TypeVar("T")
 
@@ -27,7 +25,7 @@ class AsyncClient(Changes):
     """
 
     def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
-        super().__init__(engine, cache, asyncio.Lock, partial(AdapterScheduler, _no_switch))
+        super().__init__(engine, cache, asyncio.Lock)
         self.engine = engine
         self._gate = self._shared.gate
 
@@ -35,43 +33,36 @@ class AsyncClient(Changes):
     async def of(cls, engine: Any, *, cache: Cache = "reset") -> AsyncClient:
         """Return a client that knows what is active in the engine."""
         client = cls(engine, cache=cache)
-        await client._call("shira_list")
+        await client.list()
         return client
 
     async def restore(self, record: Record) -> None:
         """As `Client.restore`."""
-        record = replace(record, combinations={})
-        await restore(record, lambda kind, *arguments: getattr(self, kind)(*arguments))
+        await self._do(self._restore(record))
 
     async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """As `Client.load`; requests go on between its steps."""
-        loading = self._load(named(name), located(path), bool(compare))
-        return await _whole(self._locked(loading))
+        return await self._do(self._load(name, path, compare))
 
     async def unload(self, name: str) -> None:
         """As `Client.unload`."""
-        await _whole(self._locked(self._unload(named(name))))
+        await self._do(self._unload(name))
 
     async def list(self) -> dict[str, Any]:
         """As `Client.list`."""
-        async with self._lock:
-            return (await self._call("shira_list"))[0]
+        return await self._do(self._list())
 
     async def fingerprint(self) -> Sequence[dict[str, Any]]:
         """As `Client.fingerprint`."""
-        async with self._lock:
-            return await self._call("shira_fingerprint")
+        return await self._do(self._call("shira_fingerprint"))
 
     async def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Activate as `Client` does, after running requests; new ones queue meanwhile."""
-        switching = self._switch(wanted(weights, scale), self.engine.reset_encoder_cache)
-        await _whole(self._alone(switching, pause=True))
+        await self._do(self._activate(weights, scale))
 
     async def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Check as `Client` does."""
-        which = wanted(weights, scale)
-        async with self._lock:
-            await self._call("shira_check", which)
+        await self._do(self._check(weights, scale))
 
     async def deactivate(self) -> None:
         """Make the base active again, bit for bit."""
@@ -99,20 +90,26 @@ class AsyncClient(Changes):
 
     async def sleep(self, level: int = 1) -> None:
         """As `Client.sleep`, but waits for running requests."""
-        await _whole(self._alone(self._sleep(slept(level), mode="wait")))
+        await self._do(self._sleep(level, mode="wait"))
 
     async def wake_up(self) -> None:
         """As `Client.wake_up`."""
-        await _whole(self._locked(self._wake_up()))
+        await self._do(self._wake_up())
 
-    async def _locked(self, change: Coroutine[Any, Any, T]) -> T:
-        async with self._lock:
-            return await change
+    async def _do(self, change: Coroutine[Any, Any, T]) -> T:
+        """Run a change to its end, also if the caller is cancelled."""
 
-    async def _alone(self, change: Coroutine[Any, Any, None], *, pause: bool = False) -> None:
-        with closing(change):  # also if its turn never comes
-            async with self._lock, self._gate.alone(), self._paused() if pause else nullcontext():
-                await change
+        async def locked() -> T:
+            with closing(change):  # also if its turn never comes
+                async with self._lock:
+                    return await change
+
+        return await asyncio.shield(asyncio.ensure_future(locked()))
+
+    @asynccontextmanager
+    async def _alone(self, *, pause: bool = False) -> AsyncIterator[None]:
+        async with self._gate.alone(), self._paused() if pause else nullcontext():
+            yield
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
@@ -134,24 +131,12 @@ class AsyncClient(Changes):
             raise
         await resume()
 
-    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        """Await a call into the engine as long as it lives."""
+    async def _answer(self, call: Callable[[], Any]) -> Any:
         task = asyncio.ensure_future(call())
         try:
             while not (await asyncio.wait({task}, timeout=changes.LOOK))[0]:
                 if getattr(self.engine, "errored", False):
-                    raise EngineGoneError
+                    raise EngineGoneError("it died before it answered")
             return task.result()
-        except Exception as error:
-            raise unreachable(what, error) from error
         finally:
             task.cancel()
-
-
-async def _whole(change: Coroutine[Any, Any, T]) -> T:
-    """Await a change of the engine, which goes on to its end also if the caller is cancelled."""
-    return await asyncio.shield(asyncio.ensure_future(change))
-
-
-async def _no_switch(adapter: Any) -> None:
-    raise AssertionError("the client switches by itself, alone")

@@ -6,25 +6,25 @@ answer for the new ones. A switch is therefore: wait until no request runs (new 
 all ranks or none, drop the caches and check that vLLM did, go on. Where the caches are not dropped,
 for whatever reason, the switch is taken back.
 
-`Changes` writes the steps as coroutines that ask the engine by `Changes._ask`. The one of
-`shira.serve.async_client.AsyncClient` awaits; that of `shira.serve.client.Client` returns without,
-so that `completed` has the outcome at once. Imports nothing of vLLM.
+`Changes` writes each change as a coroutine that is run under the engine's lock and reaches it by
+`Changes._answer`. In `shira.serve.async_client.AsyncClient` that one waits; in
+`shira.serve.client.Client` it never does, so that a coroutine is over at its first step. Imports
+nothing of vLLM.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from shira.errors import ConfigError, ServeError
-from shira.serve.journal import Kept, Record
-from shira.serve.messages import checked
-
-T = TypeVar("T")
+from shira.serve.journal import Kept, Record, restore
+from shira.serve.messages import Weights, checked, located, named, slept, wanted
+from shira.serve.scheduler import AdapterScheduler
 
 Cache: TypeAlias = Literal["reset", "salt"]
 """The fate of the prefix cache at a switch."""
@@ -47,18 +47,22 @@ class Shared:
     Attributes:
         lock: Held while anything is changed.
         gate: Of the asynchronous clients: requests share it, a switch is alone.
-        discarded: Whether the engine sleeps without its weights.
-        stale: Whether its caches may hold answers of other weights: no request may run.
+        discarded: The engine sleeps without its weights.
+        stale: Its caches may hold answers of other weights: no request may run.
         reports: The workers' last answers.
         kept: Adapters that were loaded through the clients, by name.
     """
 
     lock: Any
-    gate: Any
+    gate: AdapterScheduler = field(default_factory=lambda: AdapterScheduler(_no_switch))
     discarded: bool = False
     stale: bool = False
     reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
     kept: dict[str, Kept] = field(default_factory=dict)
+
+
+async def _no_switch(adapter: Any) -> None:
+    raise AssertionError("the client switches by itself, alone")
 
 
 _ENGINES: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()
@@ -66,9 +70,6 @@ _ENGINES: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()
 
 class EngineGoneError(Exception):
     """The engine died before it answered."""
-
-    def __init__(self) -> None:
-        super().__init__("it died before it answered")
 
 
 class Changes:
@@ -78,24 +79,14 @@ class Changes:
         engine: The engine.
         cache: ``"reset"`` or ``"salt"``.
         lock: Makes the lock for the first client of the engine.
-        gate: Makes its gate.
-
-    Raises:
-        ConfigError: If there is no such cache policy.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        cache: Cache,
-        lock: Callable[[], Any],
-        gate: Callable[[], Any] = lambda: None,
-    ) -> None:
+    def __init__(self, engine: Any, cache: Cache, lock: Callable[[], Any]) -> None:
         if cache not in ("reset", "salt"):
             raise ConfigError(f"cache is 'reset' or 'salt', not {cache!r}")
         self.cache = cache
         if engine not in _ENGINES:
-            _ENGINES[engine] = Shared(lock(), gate())
+            _ENGINES[engine] = Shared(lock())
         self._engine = engine
         self._shared = _ENGINES[engine]
         self._lock = self._shared.lock
@@ -119,32 +110,67 @@ class Changes:
         """
         return Record(dict(self._shared.kept), {}, self.active)
 
-    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        """Call into the engine; `unreachable` has the error if it does not answer."""
+    async def _answer(self, call: Callable[[], Any]) -> Any:
+        """Call into the engine; `EngineGoneError` if it dies before it answers."""
         raise NotImplementedError
+
+    def _alone(self, *, pause: bool = False) -> AbstractAsyncContextManager[None]:
+        """Have no request running inside the context; ``pause`` keeps them out of the engine."""
+        raise NotImplementedError
+
+    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return await self._answer(call)
+        except Exception as error:
+            if "has no attribute" in str(error):
+                raise ServeError(
+                    f"vLLM's workers do not know {what}: start the engine with "
+                    "worker_extension_cls='shira.serve.vllm.ShiraWorkerExtension'"
+                ) from error
+            raise ServeError(
+                f"{what}: vLLM's engine failed ({type(error).__name__}: {error}). If a worker died "
+                "the engine is lost and must be started again; its checkpoint on disk was never "
+                "written"
+            ) from error
 
     async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answers = await self._ask(method, lambda: self._engine.collective_rpc(method, args=args))
         self._shared.reports = checked(answers, method)
         return self._shared.reports
 
-    async def _load(self, name: str, path: str, compare: bool) -> dict[str, Any]:
-        said = (await self._call("shira_load", name, path, compare))[0]
+    async def _restore(self, record: Record) -> None:
+        steps = {"load": self._load, "unload": self._unload, "activate": self._activate}
+        await restore(replace(record, combinations={}), lambda kind, *args: steps[kind](*args))
+
+    async def _load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
+        path = located(path)
+        said = (await self._call("shira_load", named(name), path, bool(compare)))[0]
         self._shared.kept[name] = Kept(path, said["digest"])
         return said
 
     async def _unload(self, name: str) -> None:
-        await self._call("shira_unload", name)
+        await self._call("shira_unload", named(name))
         self._shared.kept.pop(name, None)
 
-    async def _switch(self, weights: Mapping[str, float], reset_encoder_cache: Any) -> None:
+    async def _list(self) -> dict[str, Any]:
+        return (await self._call("shira_list"))[0]
+
+    async def _check(self, weights: Weights, scale: float) -> None:
+        await self._call("shira_check", wanted(weights, scale))
+
+    async def _activate(self, weights: Weights, scale: float = 1.0) -> None:
+        which = wanted(weights, scale)
+        async with self._alone(pause=True):
+            await self._switch(which)
+
+    async def _switch(self, weights: Mapping[str, float]) -> None:
         self._shared.stale = False
         said = (await self._call("shira_activate", weights))[0]
         if self.cache == "salt":
             return
         self._shared.stale = True  # until they are dropped, or what was active is so again
         try:
-            dropped = await self._drop_caches(reset_encoder_cache)
+            dropped = await self._drop_caches()
         except BaseException:
             with suppress(Exception):  # the first error counts
                 await self._take_back(said["previous"])
@@ -161,15 +187,18 @@ class Changes:
         await self._call("shira_activate", previous)
         self._shared.stale = False
 
-    async def _drop_caches(self, reset_encoder_cache: Any) -> bool:
-        await self._ask("reset_encoder_cache", reset_encoder_cache)
+    async def _drop_caches(self) -> bool:
+        inner = getattr(self._engine, "llm_engine", self._engine)
+        await self._ask("reset_encoder_cache", inner.reset_encoder_cache)
         reset = partial(self._engine.reset_prefix_cache, reset_connector=True)
         return bool(await self._ask("reset_prefix_cache", reset))
 
     async def _sleep(self, level: int, **mode: str) -> None:
-        await self._call("shira_sleep", level)
-        self._shared.discarded = level >= 2
-        await self._ask("sleep", partial(self._engine.sleep, level=level, **mode))
+        level = slept(level)
+        async with self._alone():
+            await self._call("shira_sleep", level)
+            self._shared.discarded = level >= 2
+            await self._ask("sleep", partial(self._engine.sleep, level=level, **mode))
 
     async def _wake_up(self) -> None:
         if self._shared.discarded:
@@ -179,25 +208,3 @@ class Changes:
             await self._call("shira_rebase")
             self._shared.discarded = False
         await self._ask("wake_up", self._engine.wake_up)
-
-
-def completed(change: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never waits; return its result."""
-    try:
-        change.send(None)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    raise AssertionError(f"{change} waits")
-
-
-def unreachable(method: str, error: Exception) -> ServeError:
-    """Return the error for an engine that did not answer a call."""
-    if "has no attribute" in str(error):
-        return ServeError(
-            f"vLLM's workers do not know {method}: start the engine with "
-            "worker_extension_cls='shira.serve.vllm.ShiraWorkerExtension'"
-        )
-    return ServeError(
-        f"{method}: vLLM's engine failed ({type(error).__name__}: {error}). If a worker died the "
-        "engine is lost and must be started again; its checkpoint on disk was never written"
-    )

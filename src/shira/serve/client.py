@@ -11,19 +11,17 @@ vLLM's ``cache_salt``, so that each finds its own again; then every request must
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from shira.errors import ServeError
 from shira.serve import changes
 from shira.serve.async_client import AsyncClient
-from shira.serve.changes import Cache, Changes, EngineGoneError, completed, unreachable
-from shira.serve.journal import Record, restore
-from shira.serve.messages import Weights, located, named, salted, slept, wanted
+from shira.serve.changes import Cache, Changes, EngineGoneError
+from shira.serve.journal import Record
+from shira.serve.messages import Weights, salted
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 
@@ -46,7 +44,7 @@ class Client(Changes):
     def __init__(self, llm: Any, *, cache: Cache = "reset") -> None:
         super().__init__(llm, cache, threading.RLock)
         self.llm = llm
-        self._do(self._call("shira_list"))
+        self.list()
 
     def restore(self, record: Record) -> None:
         """Load and activate in this engine, a new one, what another held.
@@ -56,11 +54,7 @@ class Client(Changes):
                 are there, and the base is active if what was active could not be made so.
             ServeError: If this engine is lost, too.
         """
-
-        async def do(kind: str, *arguments: Any) -> Any:
-            return getattr(self, kind)(*arguments)
-
-        completed(restore(replace(record, combinations={}), do))
+        self._do(self._restore(record))
 
     def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
         """Let every worker hold the adapter at a path; returns what rank 0 said of it.
@@ -69,15 +63,15 @@ class Client(Changes):
             ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
             FileNotFoundError: If there is nothing at the path.
         """
-        return self._do(self._load(named(name), located(path), bool(compare)))
+        return self._do(self._load(name, path, compare))
 
     def unload(self, name: str) -> None:
         """Let every worker forget an adapter that is not active."""
-        self._do(self._unload(named(name)))
+        self._do(self._unload(name))
 
     def list(self) -> dict[str, Any]:
         """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
-        return self._do(self._call("shira_list"))[0]
+        return self._do(self._list())
 
     def fingerprint(self) -> Sequence[dict[str, Any]]:
         """Return, for each rank, hashes of its weights: ``base``, and as they are."""
@@ -95,14 +89,11 @@ class Client(Changes):
             ServeError: If requests are unfinished, or the caches could not be dropped.
             ShiraError: As `ShiraWorkerExtension.shira_activate` says. Nothing has changed.
         """
-        which = wanted(weights, scale)
-        with self._lock:
-            self._check_idle()
-            self._do(self._switch(which, self.llm.llm_engine.reset_encoder_cache))
+        self._do(self._activate(weights, scale))
 
     def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Raise what `activate` would raise of these adapters and scales; nothing changes."""
-        self._do(self._call("shira_check", wanted(weights, scale)))
+        self._do(self._check(weights, scale))
 
     def deactivate(self) -> None:
         """Make the base active again, bit for bit; raises as `activate`."""
@@ -133,50 +124,43 @@ class Client(Changes):
         At level 1 vLLM keeps the weights, with what is active in them; at level 2 it drops them,
         and `wake_up` loads the base anew and applies what was active.
         """
-        level = slept(level)
-        with self._lock:
-            self._check_idle()
-            self._do(self._sleep(level))
+        self._do(self._sleep(level))
 
     def wake_up(self) -> None:
         """Call ``llm.wake_up``, after level 2 with the weights reloaded before any request runs."""
         with self._lock:
             self._do(self._wake_up())
-            self._do(self._drop_caches(self.llm.llm_engine.reset_encoder_cache))
-
-    def _check_idle(self) -> None:
-        if self.llm.llm_engine.has_unfinished_requests():
-            raise ServeError("requests are unfinished: wait_for_completion() before switching")
+            self._do(self._drop_caches())
 
     def _do(self, change: Coroutine[Any, Any, T]) -> T:
         with self._lock:  # answers are told apart by nothing but their order
-            return completed(change)
+            try:
+                change.send(None)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+        raise AssertionError(f"{change} waits")
 
-    async def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        try:
-            return _answer(self.llm, call)
-        except Exception as error:
-            raise unreachable(what, error) from error
+    @asynccontextmanager
+    async def _alone(self, *, pause: bool = False) -> AsyncIterator[None]:
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise ServeError("requests are unfinished: wait_for_completion() before switching")
+        yield
 
+    async def _answer(self, call: Callable[[], Any]) -> Any:
+        core = getattr(getattr(self.llm, "llm_engine", None), "engine_core", None)
+        resources = getattr(core, "resources", None)
+        if resources is None:  # an engine in this process: it dies with us
+            return call()
+        answer: Future[Any] = Future()
 
-def _answer(llm: Any, call: Callable[[], Any]) -> Any:
-    """Call into the engine, and wait for the answer as long as it lives."""
-    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    resources = getattr(core, "resources", None)
-    if resources is None:  # an engine in this process: it dies with us
-        return call()
-    answer: Future[Any] = Future()
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
 
-    def run() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name="shira-call", daemon=True).start()
-    while True:
-        try:
-            return answer.result(timeout=changes.LOOK)
-        except NotYet:
-            if not answer.done() and resources.engine_dead:
-                raise EngineGoneError from None
+        threading.Thread(target=run, name="shira-call", daemon=True).start()
+        while not wait([answer], timeout=changes.LOOK).done:
+            if resources.engine_dead:
+                raise EngineGoneError("it died before it answered")
+        return answer.result()
