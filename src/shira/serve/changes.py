@@ -139,8 +139,10 @@ class Changes:
         return self._shared.reports
 
     async def _restore(self, record: Record) -> None:
-        steps = {"load": self._load, "unload": self._unload, "activate": self._activate}
-        await restore(replace(record, combinations={}), lambda kind, *args: steps[kind](*args))
+        def do(kind: str, *arguments: Any) -> Any:
+            return getattr(self, f"_{kind}")(*arguments)
+
+        await restore(replace(record, combinations={}), do)
 
     async def _load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
         path = located(path)

@@ -2,7 +2,7 @@
 """Keep a server going: start it as a child, start it again when it died, end it in order.
 
 vLLM ends its server when a worker dies. `Supervisor` waits a little, longer each time, and starts
-the server anew; the journal (`shira.serve.http.durable`) gives it its adapters back before it takes
+the server anew; the journal (`shira.serve.http.service`) gives it its adapters back before it takes
 requests. A server that was never ready is not started again: its command is wrong, not its luck.
 The child leads a process group of its own, and what is left of the group when the child has ended
 is ended too, so that no worker keeps a device. Imports neither torch nor an engine.

@@ -97,7 +97,12 @@ class ShiraWorkerExtension:
 
     def shira_list(self) -> dict[str, Any]:
         """Return ``adapters`` as ``{name: what shira_load said}``, and ``discarded``."""
-        return self._shira_do("shira_list", _listed)
+
+        def listed(adapters: WorkerAdapters) -> dict[str, Any]:
+            described = {name: _described(each) for name, each in adapters.adapters.items()}
+            return {"adapters": described, "discarded": adapters.discarded}
+
+        return self._shira_do("shira_list", listed)
 
     def shira_fingerprint(self) -> dict[str, Any]:
         """Hash all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
@@ -206,11 +211,6 @@ class _EngineProcesses:
 def _described(loaded: LoadedAdapter) -> dict[str, Any]:
     names = ("digest", "nnz", "nnz_here", "parameters", "checked")
     return {name: getattr(loaded, name) for name in names}
-
-
-def _listed(adapters: WorkerAdapters) -> dict[str, Any]:
-    described = {name: _described(each) for name, each in adapters.adapters.items()}
-    return {"adapters": described, "discarded": adapters.discarded}
 
 
 def _source(worker: Any) -> OnDisk | None:

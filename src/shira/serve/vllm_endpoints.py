@@ -29,7 +29,6 @@ from typing import Any
 from shira.errors import ConfigError, ServeError, shown
 from shira.serve.client import AsyncClient
 from shira.serve.http import routes
-from shira.serve.http.durable import DurableService
 from shira.serve.http.names import folder_of_adapters
 from shira.serve.http.routes import encoded
 from shira.serve.http.service import AdapterService
@@ -72,13 +71,9 @@ class ShiraEndpoints:
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Reach the engine and make the service.
+        """Reach the engine and make the service."""
+        from vllm.logger import init_logger
 
-        Raises:
-            ConfigError: If a setting is invalid.
-            ServeError: If the engine has no worker extension of shira, or several server processes
-                share it.
-        """
         state.shira = None
         if engine_client is None:  # a server that only renders
             return
@@ -92,30 +87,23 @@ class ShiraEndpoints:
         client = await AsyncClient.of(engine_client)
         if client.active:  # the engine has been in use; this server begins with the base
             await client.deactivate()
-        state.shira = await _service(
+        journal = os.environ.get(JOURNAL)
+        service = AdapterService(
             client,
-            os.environ.get(JOURNAL),
             folder=folder_of_adapters(os.environ.get(FOLDER), FOLDER),
             base_models=[model.name for model in models.base_model_paths],
             patience=_seconds(os.environ.get(PATIENCE, "0.5")),
             taken=lambda name: name in models.lora_requests or bool(models.lora_resolvers),
+            journal=Path(journal).expanduser() if journal else None,
         )
+        if journal:
+            for name, why in (await service.restore()).items():
+                told = shown(journal), shown(name), shown(why)
+                init_logger(f"vllm.{__name__}").error("not restored from %s: %s: %s", *told)
+        state.shira = service
         _name_the_adapter(models)
         if os.environ.get(READY):
             Path(os.environ[READY]).touch()
-
-
-async def _service(client: AsyncClient, journal: str | None, **kwargs: Any) -> AdapterService:
-    """Make the service; with a journal it has again what is written there."""
-    if not journal:
-        return AdapterService(client, **kwargs)
-    from vllm.logger import init_logger
-
-    service = DurableService(client, journal=Path(journal).expanduser(), **kwargs)
-    logger = init_logger(f"vllm.{__name__}")
-    for name, why in (await service.restore()).items():
-        logger.error("not restored from %s: %s: %s", shown(journal), shown(name), shown(why))
-    return service
 
 
 def _name_the_adapter(models: Any) -> None:

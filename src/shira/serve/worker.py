@@ -133,12 +133,13 @@ class WorkerAdapters:
             ServeError: If the weights are discarded, or a process failed to write; nothing has
                 changed then.
         """
-        self._write(self.check(weights, scale))
-
-    def check(self, weights: Weights, scale: float = 1.0) -> State[Storage]:
-        """Raise what `activate` would raise, and change nothing; return the state after it."""
         scales = wanted(weights, scale)
-        return agree(self.processes, lambda: self._checked(scales))
+        self._write(agree(self.processes, lambda: self._checked(scales)))
+
+    def check(self, weights: Weights, scale: float = 1.0) -> None:
+        """Raise what `activate` would raise, and change nothing."""
+        scales = wanted(weights, scale)
+        agree(self.processes, lambda: self._checked(scales))
 
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""

@@ -4,11 +4,19 @@
 Names are what clients put into the ``model`` field. A name stands for one adapter that was loaded
 from a file, or for several with their scales. The `AdapterScheduler` inside decides when each has
 its turn; the engine is anything with the four methods of `Engine`.
+
+With a journal (`shira.serve.journal`) the adapters outlive the engine and the server process. A
+change through the routes is in it before it is answered; a switch that a request made follows in
+the background. A new server process restores it before it takes requests. A name that cannot be
+restored stays known, with the reason, which requests for it are told, until it is loaded again or
+unloaded. A journal that cannot be read is set aside, under a name beside it that the log and the
+list tell, and a new one is begun.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -17,25 +25,30 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from shira.delta import checked_scale
 from shira.errors import (
     AdapterError,
+    FileFormatError,
+    RestoreError,
     ServeError,
     ShiraError,
     UnknownAdapterError,
     did_you_mean,
+    shown,
 )
+from shira.serve import journal as journals
 from shira.serve.http.names import NameTakenError, adapter_name, below
+from shira.serve.journal import Kept, Record
 from shira.serve.scheduler import AdapterScheduler
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+_TOLD = ("digest", "nnz", "parameters")  # of the engine's report
 
 
 class Engine(Protocol):
     """An engine as the service needs it; `shira.serve.client.AsyncClient` is one."""
 
     async def load(self, name: str, path: str) -> dict[str, Any]:
-        """Hold the adapter at a path under a name; nothing that is served changes.
-
-        What it returns has the adapter's ``digest``.
-        """
+        """Hold the adapter at a path under a name; returns a report with its ``digest``."""
 
     async def unload(self, name: str) -> None:
         """Forget an adapter that is not active."""
@@ -62,15 +75,16 @@ class Served(NamedTuple):
 
 
 class AdapterService:
-    """The adapters that a server knows.
+    """The adapters that a server knows, and with a journal knows again after a restart.
 
     Args:
         engine: Where they are held.
         folder: Clients' paths lie below it; None: nothing can be loaded over HTTP.
         base_models: Names under which the base is served; the first is its own.
         patience: Of the scheduler.
-        taken: Whether a name belongs to something else that the server serves, on the base's
+        taken: True of a name that belongs to something else that the server serves, on the base's
             weights (a LoRA).
+        journal: The file; it is read by `restore` and not written before.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class AdapterService:
         base_models: Sequence[str],
         patience: float = 0.5,
         taken: Callable[[str], bool] = lambda name: False,
+        journal: Path | None = None,
     ) -> None:
         self.engine = engine
         self.folder = folder
@@ -91,12 +106,19 @@ class AdapterService:
         self._changing = asyncio.Lock()
         self._last_switch: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # the event loop itself keeps them weakly
+        self.journal = journal
+        self.lost: dict[str, str] = {}
+        """Why a name that was served before could not be restored."""
+        self.set_aside: dict[str, str] | None = None
+        """Name of the file, and why it was set aside; None: nothing was."""
+        self._before: Record | None = None  # what the journal said at the start, once restored
+        self._written: Record | None = None
+        self._writing = asyncio.Lock()
 
     def resolve(self, model: object) -> str | None:
         """Return the adapter that a ``model`` field names; None: the base, or what else is served.
 
-        Raises:
-            UnknownAdapterError: If it is nothing that is served.
+        `UnknownAdapterError` if it is nothing that is served.
         """
         if model is None or model == "" or model in self.base_models:
             return None
@@ -104,33 +126,28 @@ class AdapterService:
             return model
         if isinstance(model, str) and self._taken(model):
             return None
-        shown = model if isinstance(model, str) else type(model).__name__
-        hint = did_you_mean(shown, [*self.base_models, *self.served])
-        raise self._unknown(model, f"The model `{shown:.300}` does not exist.{hint}")
+        said = model if isinstance(model, str) else type(model).__name__
+        hint = did_you_mean(said, [*self.base_models, *self.served])
+        raise self._unknown(model, f"The model `{said:.300}` does not exist.{hint}")
 
     async def load(
         self, name: object, path: object = None, adapters: object = None
     ) -> dict[str, Any]:
         """Serve an adapter from a file, or several loaded ones together, under a name.
 
-        As with `unload`, a caller that is cancelled does not stop it half way.
+        As with `unload`, a caller that is cancelled does not stop it half way. Nothing is loaded if
+        the journal cannot be written.
 
         Args:
             name: A free name; see `adapter_name`.
             path: Below the folder of adapters.
             adapters: Instead of a path: ``{name: scale, ...}`` of adapters loaded before.
-
-        Raises:
-            AdapterError: If arguments are unusable, or the adapter does not fit the model.
-            NameTakenError: If the name stands for something already.
-            PathRefusedError: If the path leads out of the folder.
-            FileNotFoundError: If nothing is there.
-            FileFormatError: If what is there is no adapter.
-            ServeError: If the server has no folder of adapters.
         """
         return await self._whole(self._load(name, path, adapters))
 
-    async def _load(self, name: object, path: object, adapters: object) -> dict[str, Any]:
+    async def _load(
+        self, name: object, path: object = None, adapters: object = None
+    ) -> dict[str, Any]:
         name = adapter_name(name)
         if (path is None) == (adapters is None):
             raise AdapterError('give either "path" or "adapters"')
@@ -142,31 +159,47 @@ class AdapterService:
                 await self.engine.check(weights)
                 self.served[name] = Served(weights, None, {})
             else:
-                if self.folder is None:
-                    raise ServeError(
-                        "this server was given no folder of adapters, so it loads none"
-                    )
-                real = await asyncio.to_thread(below, self.folder, path)
-                try:
-                    report = await self.engine.load(name, str(real))
-                except (ShiraError, OSError) as error:
-                    # clients hear of the folder's inside, not of where it is
-                    told = str(error).replace(f"{self.folder.resolve()}/", "")
-                    known = isinstance(error, ShiraError | FileNotFoundError)
-                    raise (type(error) if known else AdapterError)(told) from error
+                report = await self._loaded(name, path)
                 self.served[name] = Served({name: 1.0}, str(path), report)
-            return self._described(name)
+            described = self._described(name)
+        lost = self.lost.pop(name, None)
+        try:
+            await self._write()
+        except ServeError:
+            await self._forget(name)
+            if lost is not None:
+                self.lost[name] = lost
+            raise
+        return described
+
+    async def _loaded(self, name: str, path: object) -> dict[str, Any]:
+        if self.folder is None:
+            raise ServeError("this server was given no folder of adapters, so it loads none")
+        real = await asyncio.to_thread(below, self.folder, path)
+        try:
+            return await self.engine.load(name, str(real))
+        except (ShiraError, OSError) as error:
+            # clients hear of the folder's inside, not of where it is
+            told = str(error).replace(f"{self.folder.resolve()}/", "")
+            known = isinstance(error, ShiraError | FileNotFoundError)
+            raise (type(error) if known else AdapterError)(told) from error
 
     async def unload(self, name: object) -> dict[str, Any]:
         """Serve a name no longer: running requests end first, queued ones are refused.
 
-        Raises:
-            UnknownAdapterError: If it is not served.
-            NameTakenError: If others are made of it.
+        A name that was lost is forgotten, too; one that others are made of is refused.
         """
         return await self._whole(self._unload(name))
 
     async def _unload(self, name: object) -> dict[str, Any]:
+        if isinstance(name, str) and name in self.lost and name not in self.served:
+            described = {"id": name, "object": "adapter", "not_restored": self.lost.pop(name)}
+        else:
+            described = await self._forget(name)
+        await self._write()
+        return described
+
+    async def _forget(self, name: object) -> dict[str, Any]:
         async with self._changing:
             served = self._served(name)
             users = [n for n, other in self.served.items() if name in other.weights and n != name]
@@ -188,30 +221,24 @@ class AdapterService:
     async def activate(self, name: object) -> dict[str, Any]:
         """Switch now rather than with the next request: wait for the adapter's turn.
 
-        Args:
-            name: A served adapter, the base's name, or None for the base.
-
-        Returns:
-            ``active``, ``seconds`` in all, ``switch_seconds`` of the switch itself, None if the
-            adapter was active already.
-
-        Raises:
-            UnknownAdapterError: If it is not served.
-            ShiraError: What the engine raised; it goes on with the weights it had.
+        Returns ``active``, ``seconds`` in all, ``switch_seconds`` of the switch itself, None if the
+        adapter was active already.
         """
         adapter = self.resolve(name)
         began, switches = time.perf_counter(), self.scheduler.switches
         async with self.scheduler.using(adapter):
             switched = self.scheduler.switches != switches
-            return {
+            said = {
                 "active": adapter,
                 "seconds": time.perf_counter() - began,
                 "switch_seconds": self._last_switch if switched else None,
             }
+        await self._whole(self._write())
+        return said
 
     def list(self) -> dict[str, Any]:
-        """Return what is served, what is active, who waits."""
-        return {
+        """Return what is served, what is active, who waits; with a journal, what it lacks."""
+        listed = {
             "object": "list",
             "data": [self._described(name) for name in self.served],
             "active": self.scheduler.active,
@@ -223,6 +250,106 @@ class AdapterService:
             "switches": self.scheduler.switches,
             "patience_seconds": self.scheduler.patience,
         }
+        if self.journal is not None:
+            listed |= {"not_restored": dict(self.lost), "journal_set_aside": self.set_aside}
+        return listed
+
+    def record(self) -> Record:
+        """Return what the journal should say now; what was lost is still in it."""
+        before = self._before or Record()
+        adapters = {n: kept for n, kept in before.adapters.items() if n in self.lost}
+        combinations = {n: terms for n, terms in before.combinations.items() if n in self.lost}
+        active: Mapping[str, float] = {}
+        for name, served in self.served.items():
+            if served.path is None:
+                combinations[name] = served.weights
+            else:
+                adapters[name] = Kept(served.path, served.report["digest"])
+            if name == self.scheduler.active:
+                active = served.weights
+        return Record(adapters, combinations, active)
+
+    async def restore(self) -> dict[str, str]:
+        """Serve what the journal says, before any request; returns why what could not be.
+
+        `ServeError` if the engine is lost, or the journal cannot be written or set aside.
+        """
+        before = await asyncio.to_thread(self._read)
+        if before.adapters and self.folder is None:
+            raise ServeError(
+                f"the journal {self.journal} has adapters, but this server was given no folder of "
+                "adapters"
+            )
+        failed: dict[str, str] = {}
+        try:
+            await journals.restore(before, self._restore_step)
+        except RestoreError as error:
+            failed = {name: str(why) for name, why in error.failed.items()}
+        names = {*before.adapters, *before.combinations}
+        self.lost = {name: why for name, why in failed.items() if name in names}
+        self._before = before
+        await self._write()  # now, so that a file that cannot be written is known at the start
+        return failed
+
+    async def _restore_step(self, kind: str, *arguments: Any) -> Any:
+        if kind == "load":
+            return await self._load(*arguments)
+        if kind == "combine":
+            return await self._load(arguments[0], adapters=arguments[1])
+        if kind == "unload":
+            return await self._forget(*arguments)
+        (weights,) = arguments
+        if not weights:
+            return await self.engine.activate(None)
+        name = next((n for n, served in self.served.items() if served.weights == weights), None)
+        if name is None:
+            raise UnknownAdapterError(f"no name is served for {dict(weights)}")
+        return await self.activate(name)
+
+    def _read(self) -> Record:
+        assert self.journal is not None
+        try:
+            return journals.read(self.journal)
+        except (FileFormatError, OSError) as error:
+            why = str(error).replace(f"{self.journal.parent}/", "")
+        try:
+            aside = journals.set_aside(self.journal)
+        except OSError as error:
+            raise ServeError(
+                f"the journal {self.journal} can neither be read nor be set aside "
+                f"({error.strerror}): {why}"
+            ) from error
+        self.set_aside = {"file": aside.name, "why": why}
+        _logger.warning(
+            "the journal cannot be read (%s): it is kept as %s, and no adapter is restored",
+            shown(why),
+            shown(aside),
+        )
+        return Record()
+
+    async def _write(self) -> None:
+        """Bring the journal up to date; whoever waited meanwhile finds it done."""
+        if self.journal is None or self._before is None:
+            return
+        async with self._writing:
+            record = self.record()
+            if record == self._written:
+                return
+            try:
+                await asyncio.to_thread(journals.write, self.journal, record)
+            except OSError as error:
+                self._written = None
+                raise ServeError(
+                    f"the journal {self.journal.name} cannot be written ({error.strerror}): after "
+                    "a restart the server would not be as it is now"
+                ) from error
+            self._written = record
+
+    async def _follow(self) -> None:
+        try:
+            await self._write()
+        except ServeError as error:
+            _logger.warning("%s", shown(error))
 
     def _start(self, change: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(change)
@@ -239,6 +366,9 @@ class AdapterService:
         began = time.perf_counter()
         await self.engine.activate(weights)
         self._last_switch = time.perf_counter() - began
+        if self.journal is not None:
+            # The scheduler takes it for active once this has returned, before the task begins.
+            self._start(self._follow())
 
     def _served(self, name: object) -> Served:
         if not isinstance(name, str) or name not in self.served:
@@ -247,6 +377,11 @@ class AdapterService:
         return self.served[name]
 
     def _unknown(self, name: object, message: str) -> UnknownAdapterError:
+        if isinstance(name, str) and name in self.lost:
+            message = (
+                f"The model `{name}` could not be restored when the server was started again: "
+                f"{self.lost[name]}"
+            )
         return UnknownAdapterError(message)
 
     def _combination(self, adapters: object) -> dict[str, float]:
@@ -269,6 +404,3 @@ class AdapterService:
             "adapters": None if served.path is not None else dict(served.weights),
             **{key: value for key, value in served.report.items() if key in _TOLD},
         }
-
-
-_TOLD = ("digest", "nnz", "parameters")

@@ -13,7 +13,7 @@ import pytest
 from shira.errors import ServeError
 from shira.serve import journal
 from shira.serve.http import routes
-from shira.serve.http.durable import DurableService
+from shira.serve.http.service import AdapterService
 from shira.serve.journal import Kept, Record
 
 from .fakes import FakeEngine
@@ -31,7 +31,7 @@ class DurableSite(Site):
 
     async def restart(self):
         self.engine = self.server.engine = FakeEngine()
-        self.service = DurableService(self.engine, **self.options)
+        self.service = AdapterService(self.engine, **self.options)
         return await self.service.restore()
 
 
