@@ -17,7 +17,7 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
 from shira.ops.patch import Exchange
-from shira.serve.messages import OneProcess
+from shira.serve.messages import Processes
 from shira.serve.value_sender import FixedSupport, ValueSender, Wire
 from shira.serve.worker import Route
 from shira.support import Support
@@ -220,7 +220,7 @@ def test_a_rank_that_fails_in_writing_leaves_the_values_of_before(monkeypatch):
 def test_an_interrupted_update_leaves_the_values_that_the_state_tells():
     cluster, new = Cluster(1), {}
     (held,) = cluster.held
-    held.processes = OneProcess()
+    held.processes = Processes()
     adapter = adapter_for(cluster.base, 0)
     held.load("a", lambda: adapter)
     held.activate({"a": 1.0})

@@ -27,7 +27,7 @@ from shira.errors import (
 )
 from shira.masks import random_support
 from shira.ops.patch import Exchange, same_bits
-from shira.serve.messages import OneProcess
+from shira.serve.messages import Processes
 from shira.serve.value_sender import FixedSupport
 from shira.serve.worker import Route, WorkerAdapters
 from tests.interrupts import at_every_point
@@ -206,7 +206,7 @@ def test_any_sequence_of_states_is_exact_and_the_base_comes_back(ranks, dtype, d
 def test_an_interrupt_anywhere_leaves_what_was_active_or_what_was_asked_for():
     cluster = Cluster(1)
     (held,) = cluster.held
-    held.processes = OneProcess()
+    held.processes = Processes()
     adapters = {name: adapter_for(cluster.base, seed) for seed, name in enumerate("ab")}
     for name, adapter in adapters.items():
         held.load(name, lambda adapter=adapter: adapter)

@@ -79,8 +79,8 @@ def write(path: str | os.PathLike[str], record: Record) -> None:
     value = {
         _FORMAT: _VERSION,
         "adapters": {name: kept._asdict() for name, kept in record.adapters.items()},
-        "combinations": {name: _checked(terms) for name, terms in record.combinations.items()},
-        "active": _checked(record.active),
+        "combinations": {name: _scales(name, terms) for name, terms in record.combinations.items()},
+        "active": _scales("active", record.active),
     }
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -109,8 +109,8 @@ def read(path: str | os.PathLike[str]) -> Record:
         if value.get(_FORMAT) != _VERSION:
             raise ValueError(f'"{_FORMAT}" is {value.get(_FORMAT)!r}, not {_VERSION}')
         return Record(
-            {name: _kept(name, kept) for name, kept in _table(value, "adapters").items()},
-            {name: _scales(name, terms) for name, terms in _table(value, "combinations").items()},
+            {name: _kept(name, kept) for name, kept in _object(value, "adapters").items()},
+            {name: _scales(name, terms) for name, terms in _object(value, "combinations").items()},
             _scales("active", value.get("active")),
         )
     except ValueError as error:
@@ -169,34 +169,25 @@ async def restore(record: Record, do: Callable[..., Awaitable[Any]]) -> None:
             if isinstance(error, ServeError):
                 await do("activate", {})  # raises if it is the engine that failed, not the adapter
             failed[name] = error
-    for name, terms in record.combinations.items():
+    steps: list[tuple[str, list[str], Mapping[str, float]]] = [
+        (name, ["combine", name], terms) for name, terms in record.combinations.items()
+    ]
+    if record.active:
+        steps.append((ACTIVE, ["activate"], record.active))
+    for name, step, terms in steps:
         try:
-            _check_there(terms, failed)
-            await do("combine", name, terms)
+            missing = ", ".join(repr(each) for each in terms if each in failed)
+            if missing:
+                raise AdapterError(f"{missing} could not be restored")
+            await do(*step, terms)
         except ShiraError as error:
             failed[name] = error
-    if record.active:
-        try:
-            _check_there(record.active, failed)
-            await do("activate", record.active)
-        except ShiraError as error:
-            failed[ACTIVE] = error
     if failed:
         told = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RestoreError(f"not restored: {told}", failed)
 
 
-def _check_there(terms: Any, failed: dict[str, Exception]) -> None:
-    missing = [name for name in terms if name in failed]
-    if missing:
-        raise AdapterError(f"{', '.join(map(repr, missing))} could not be restored")
-
-
-def _checked(scales: Mapping[str, float]) -> dict[str, float]:
-    return {name: checked_scale(name, scale) for name, scale in scales.items()}
-
-
-def _table(value: dict[str, Any], key: str) -> dict[str, Any]:
+def _object(value: dict[str, Any], key: str) -> dict[str, Any]:
     found = value.get(key)
     if not isinstance(found, dict):
         raise ValueError(f'"{key}" is {found!r:.80}, not an object')
@@ -204,17 +195,16 @@ def _table(value: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _kept(name: str, value: Any) -> Kept:
-    if not isinstance(value, dict) or set(value) != set(Kept._fields):
-        raise ValueError(f"adapter {name!r} is {value!r:.80}, not a path and a digest")
-    if not all(isinstance(each, str) for each in value.values()):
-        raise ValueError(f"path and digest of adapter {name!r} are texts, unlike {value!r:.80}")
+    texts = isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+    if not texts or set(value) != set(Kept._fields):
+        raise ValueError(f"adapter {name!r} is {value!r:.80}, not a path and a digest, two texts")
     return Kept(**value)
 
 
 def _scales(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name!r} is {value!r:.80}, not scales by name")
+    if not isinstance(value, Mapping):
+        raise AdapterError(f"{name!r} is {value!r:.80}, not scales by name")
     try:
-        return _checked(value)
+        return {adapter: checked_scale(adapter, scale) for adapter, scale in value.items()}
     except AdapterError as error:
-        raise ValueError(f"in {name!r}, {error}") from None
+        raise AdapterError(f"in {name!r}, {error}") from None

@@ -7,7 +7,7 @@ arrives. Each worker answers with a dict (see ``shira.serve.vllm``), all of whic
 `agree` runs a step in every process of a model and lets it count only if it went well in all of
 them; the same error is raised everywhere otherwise. A switch is two of them: prepare and check,
 then write; a process that hears in the second that another failed puts its own weights back. How
-they talk is a `Processes`: one alone, or whatever groups an engine has. Plain values, no engine.
+they talk is a `Processes`. Plain values, no engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from shira import errors
 from shira.delta import checked_scale
@@ -51,23 +51,14 @@ class Failure(NamedTuple):
 _TOLD = (ShiraError, FileNotFoundError, IsADirectoryError, PermissionError)
 
 
-class Processes(Protocol):
-    """The processes that hold parts of one model."""
+class Processes:
+    """The processes that hold parts of one model: here one alone; engines have others."""
 
-    rank: int
+    rank = 0
     """This one's number."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return everyone's value, by rank; each process calls it in the same order."""
-
-
-class OneProcess:
-    """One process with the whole model."""
-
-    rank = 0
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the value itself."""
         return [value]
 
 

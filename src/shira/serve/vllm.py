@@ -34,7 +34,7 @@ from shira.adapter import Adapter
 from shira.checkpoints import OnDisk, locate, open_checkpoint
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
-from shira.serve.messages import Failure, Weights, located
+from shira.serve.messages import Failure, Processes, Weights, located
 from shira.serve.placement import Placement, storage_key
 from shira.serve.worker import WorkerAdapters
 
@@ -189,7 +189,7 @@ class ShiraWorkerExtension:
         return {"previous": previous}
 
 
-class _EngineProcesses:
+class _EngineProcesses(Processes):
     """The workers of one engine: tensor and pipeline parallel, through their CPU groups."""
 
     def __init__(self, rank: int) -> None:

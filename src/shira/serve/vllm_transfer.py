@@ -86,8 +86,7 @@ class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive values, and switch to them if the adapter is active."""
-        info = self.parse_update_info(update_info)
-        self.receive_weights(info)
+        self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive values as `update_weights` does."""
@@ -122,13 +121,13 @@ class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
             torch.accelerator.synchronize()
 
     def _answer(self, step: Callable[[], None]) -> None:
-        failure: Exception | None = None
+        assert self._wire is not None
         try:
             step()
         except Exception as error:
-            failure = error
-        assert self._wire is not None
-        self._wire.answer(failure)
+            self._wire.answer(error)
+        else:
+            self._wire.answer(None)
 
 
 def register() -> None:

@@ -34,7 +34,7 @@ from shira.errors import (
 )
 from shira.ops.patch import same_bits
 from shira.serve.loading import LoadedAdapter, Stored, entry_at, in_order, load, locate
-from shira.serve.messages import OneProcess, Processes, Weights, agree, named, slept, wanted
+from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.switch.entries import Entry, combined, make_patch
@@ -64,7 +64,7 @@ class WorkerAdapters:
         stored: Stored | None = None,
     ) -> None:
         self.model, self.dtype = model, dtype
-        self.processes: Processes = processes or OneProcess()
+        self.processes = processes or Processes()
         self.refuse, self.stored = refuse, stored
         self.adapters: dict[str, LoadedAdapter] = {}
         self.discarded = False

@@ -22,18 +22,10 @@ class NameTakenError(AdapterError):
 
 
 def below(folder: Path, path: object) -> Path:
-    """Return the real place of a client's path, which must lie below the folder.
+    """Return the real place of a client's path, relative or absolute, if it lies below the folder.
 
     ``..`` and symbolic links are followed first; what counts is where the path leads.
-
-    Args:
-        folder: The folder of adapters.
-        path: Relative to it, or absolute.
-
-    Raises:
-        AdapterError: If it is no path: another type, empty, too long, not Unicode text, with a NUL.
-        PathRefusedError: If it leads elsewhere, or is the folder itself.
-        FileNotFoundError: If nothing is there.
+    `PathRefusedError` if it leads elsewhere, or is the folder itself.
     """
     if not isinstance(path, str) or not path or len(path) > _LONGEST:
         raise AdapterError(
@@ -72,12 +64,7 @@ def _check_links(root: Path, folder: Path, path: str) -> None:
 
 
 def adapter_name(name: object) -> str:
-    """Check a client's name for an adapter, and return it.
-
-    Raises:
-        AdapterError: If it is not 1 to 128 letters, digits, ``. _ : -``, the first a letter or
-            digit.
-    """
+    """Check a client's name for an adapter, and return it."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise AdapterError(
             "an adapter's name is 1 to 128 letters, digits or . _ : - and begins with a letter or "
@@ -87,11 +74,7 @@ def adapter_name(name: object) -> str:
 
 
 def folder_of_adapters(text: str | None, variable: str) -> Path | None:
-    """Return the folder that the server was told of, or None if it was told of none.
-
-    Raises:
-        ConfigError: If it is no folder.
-    """
+    """Return the folder that the server was told of, or None if it was told of none."""
     if not text:
         return None
     folder = Path(text).expanduser()

@@ -42,20 +42,18 @@ LIST = "/v1/shira_adapters"
 BODY_LIMIT = 64 * 2**10
 """The largest body of these routes, in bytes."""
 
-Call = Callable[..., Awaitable[dict[str, Any]]]
-
 
 class TooLargeError(AdapterError):
     """A body that has more bytes, or more items, than the server reads."""
 
 
-# The fields of each route: those it must have, those it may.
-_FIELDS: dict[str, tuple[set[str], set[str]]] = {
-    LOAD: ({"name"}, {"path", "adapters"}),
-    UNLOAD: ({"name"}, set()),
-    ACTIVATE: ({"name"}, set()),
+# The method of each route, and the fields that it takes beside the name, which it needs.
+_ROUTES: dict[str, tuple[Callable[..., Awaitable[dict[str, Any]]], set[str]]] = {
+    LOAD: (AdapterService.load, {"path", "adapters"}),
+    UNLOAD: (AdapterService.unload, set()),
+    ACTIVATE: (AdapterService.activate, set()),
 }
-OWN_PATHS = frozenset(_FIELDS)
+OWN_PATHS = frozenset(_ROUTES)
 
 # Status and kind of an error: of the first line that it fits.
 _KINDS: tuple[tuple[Any, int, str], ...] = (
@@ -76,38 +74,25 @@ async def answer(
 ) -> tuple[int, dict[str, Any]]:
     """Return status and JSON value for a request to one of the routes; never raises an Exception.
 
-    Args:
-        service: None as long as there is no engine.
-        path: One of the routes.
-        data: The body.
+    The service is None as long as there is no engine.
     """
     try:
         if service is None:
             raise ServeError("this server has no engine, or it is not ready")
         if path == LIST:
             return 200, service.list()
-        calls: dict[str, Call] = {
-            LOAD: service.load,
-            UNLOAD: service.unload,
-            ACTIVATE: service.activate,
-        }
-        return 200, await calls[path](**_fields(path, data))
+        method, optional = _ROUTES[path]
+        if len(data) > BODY_LIMIT:
+            raise TooLargeError(f"a body of {path} has {BODY_LIMIT} bytes at most")
+        fields = parse_object(data, path, "body")
+        for field in sorted(fields.keys() - {"name", *optional}):
+            hint = did_you_mean(field, ["name", *optional])
+            raise AdapterError(f"there is no field {field[:100]!r} in {path}.{hint}")
+        if "name" not in fields:
+            raise AdapterError(f"{path} needs the field name")
+        return 200, await method(service, **fields)
     except Exception as error:
         return describe(error)
-
-
-def _fields(path: str, data: bytes) -> dict[str, Any]:
-    required, optional = _FIELDS[path]
-    if len(data) > BODY_LIMIT:
-        raise TooLargeError(f"a body of {path} has {BODY_LIMIT} bytes at most")
-    value = parse_object(data, path, "body")
-    for field in value:
-        if field not in required | optional:
-            hint = did_you_mean(field, required | optional)
-            raise AdapterError(f"there is no field {field[:100]!r} in {path}.{hint}")
-    if missing := required - value.keys():
-        raise AdapterError(f"{path} needs the field {', '.join(sorted(missing))}")
-    return value
 
 
 def encoded(value: dict[str, Any]) -> bytes:

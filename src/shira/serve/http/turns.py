@@ -186,11 +186,7 @@ class _Replay:
 
 
 async def _read(scope: Message, receive: Receive, limit: int) -> bytes | None:
-    """Read the body; None if the client went away.
-
-    Raises:
-        TooLargeError: If it says that it has more bytes than the limit, or has.
-    """
+    """Read the body; None if the client went away; `TooLargeError` beyond the limit."""
     too_large = TooLargeError(f"the body has more than {limit} bytes, the most that is read")
     for key, value in scope["headers"]:
         declared = value if key.lower() == b"content-length" and value.isdigit() else b"0"
@@ -216,12 +212,7 @@ async def _timely(size: int, call: Callable[..., T], *arguments: Any) -> T:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """Return the fields of a JSON body; of another, which the application refuses itself, none.
-
-    Raises:
-        TooLargeError: If it may have more items than the limit.
-        RecursionError: If it is nested more deeply than Python can follow.
-    """
+    """Return the fields of a JSON body; of another, which the application refuses itself, none."""
     if sum(map(data.count, (b",", b"[", b"{"))) > ITEM_LIMIT:
         raise TooLargeError(f"the body has more than {ITEM_LIMIT} items, the most that are read")
     try:
