@@ -23,13 +23,10 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError, PlacementError
 from shira.ops.patch import base_at, same_bits
 from shira.serve.messages import Processes, agree, gather
-from shira.serve.placement import Placement, Storage
+from shira.serve.placement import Storage
 from shira.support import Support, align_indices
 from shira.switch.entries import Entry, make_entry
 from shira.switch.weights import Plan
-
-Place = Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
-"""Returns the place of the weight of a name and shape in this process."""
 
 Stored = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""
@@ -73,7 +70,7 @@ class Piece(NamedTuple):
 
 def load(
     read: Callable[[], Adapter],
-    place: Place,
+    locate: Callable[[str, Support], list[Piece]],
     active: Plan[Storage],
     processes: Processes,
     stored: Stored | None,
@@ -87,7 +84,7 @@ def load(
     def place_it() -> tuple[Adapter, str, dict[str, list[Piece]], dict[Storage, Entry]]:
         adapter = read()
         adapter.require_sparse("a served model")
-        pieces = {name: locate(place, name, delta.support) for name, delta in adapter.items()}
+        pieces = {name: locate(name, delta.support) for name, delta in adapter.items()}
         entries = _entries_of(adapter, pieces, active)
         if stored is not None:
             _check_layout(adapter, pieces, active, stored)
@@ -120,13 +117,6 @@ def load(
     checked = agree(processes, check_base)
     names = {name for others in gather(processes, checked) for name in others}
     return LoadedAdapter(entries, digest, adapter.nnz, len(adapter), len(names))
-
-
-def locate(place: Place, name: str, support: Support) -> list[Piece]:
-    """Return the entries of a parameter that this process keeps, place by place."""
-    return [
-        Piece(storage, *box.locate(support.indices)) for storage, box in place(name, support.shape)
-    ]
 
 
 def in_order(

@@ -33,10 +33,11 @@ from shira.errors import (
     did_you_mean,
 )
 from shira.ops.patch import same_bits
-from shira.serve.loading import LoadedAdapter, Stored, entry_at, in_order, load, locate
+from shira.serve.loading import LoadedAdapter, Piece, Stored, entry_at, in_order, load
 from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
+from shira.support import Support
 from shira.switch.entries import Entry, combined, make_patch
 from shira.switch.weights import ChangedWeightError, PatchedWeights, State
 
@@ -109,7 +110,7 @@ class WorkerAdapters:
         }
         stored = self.stored if compare else None
         active = self._weights.state.plan
-        self.adapters[name] = load(read_new, self.place, active, self.processes, stored)
+        self.adapters[name] = load(read_new, self.locate, active, self.processes, stored)
         return self.adapters[name]
 
     def unload(self, name: str) -> None:
@@ -176,13 +177,15 @@ class WorkerAdapters:
                 base.update(chunk.view(torch.uint8).numpy().data)
         return {"base": base.hexdigest(), "weights": now.hexdigest()}
 
-    def place(self, name: str, shape: tuple[int, ...]) -> tuple[Placement, ...]:
-        """Return the places where this process keeps the weight of a name and shape."""
-        if (name, shape) not in self._placements:
-            placements = trace(self.model, name, shape, self.dtype)
+    def locate(self, name: str, support: Support) -> list[Piece]:
+        """Return the entries of a parameter that this process keeps, place by place."""
+        asked = name, support.shape
+        if asked not in self._placements:
+            placements = trace(self.model, name, support.shape, self.dtype)
             self.refuse(name, placements)
-            self._placements[name, shape] = placements
-        return self._placements[name, shape]
+            self._placements[asked] = placements
+        found = self._placements[asked]
+        return [Piece(storage, *box.locate(support.indices)) for storage, box in found]
 
     def require(self, name: str) -> LoadedAdapter:
         """Return the adapter of a name; `UnknownAdapterError` if there is none."""
@@ -314,7 +317,7 @@ class Route:
         self.nnz = fixed.nnz
         counts = accumulate((support.nnz for support in fixed.supports.values()), initial=0)
         first = dict(zip(fixed.supports, counts, strict=False))
-        pieces = {name: locate(self.worker.place, name, s) for name, s in fixed.supports.items()}
+        pieces = {name: self.worker.locate(name, each) for name, each in fixed.supports.items()}
         order = {}
         for storage, parts, positions, by in in_order(pieces):
             entry = loaded.entries.get(storage)

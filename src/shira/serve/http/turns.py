@@ -73,6 +73,7 @@ BODY_LIMIT = 16 * 2**20
 ITEM_LIMIT = 2**19
 """Commas and opening brackets in a body: they, not its length, are what parsing takes long for."""
 
+_LENGTH = b"content-length"
 _SMALL = 64 * 2**10  # bytes that are parsed on the event loop
 
 answering: ContextVar[str | None] = ContextVar("answering", default=None)
@@ -80,10 +81,10 @@ answering: ContextVar[str | None] = ContextVar("answering", default=None)
 
 
 class Turns:
-    """The middleware.
+    """The middleware, around an ASGI application.
 
     Args:
-        app: The ASGI application within.
+        app: The application.
         service: Gives the service, or None as long as the engine is not there.
         own_paths: Paths of the service itself, which wait for no turn; their bodies have
             `routes.BODY_LIMIT` bytes at most.
@@ -97,10 +98,8 @@ class Turns:
         own_paths: frozenset[str] = frozenset(),
         body_limit: int = BODY_LIMIT,
     ) -> None:
-        self.app = app
-        self.service = service
-        self.own_paths = own_paths
-        self.body_limit = body_limit
+        self.app, self.service = app, service
+        self.own_paths, self.body_limit = own_paths, body_limit
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
@@ -140,7 +139,8 @@ class Turns:
             if adapter is not None:
                 request["model"] = service.base_models[0]
                 data = (await _timely(size, json.dumps, request)).encode()
-                scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
+                others = [each for each in scope["headers"] if each[0].lower() != _LENGTH]
+                scope = {**scope, "headers": [*others, (_LENGTH, str(len(data)).encode())]}
         except RecursionError:
             await _refuse(send, AdapterError("the body is nested too deeply"))
             return
@@ -189,7 +189,7 @@ async def _read(scope: Message, receive: Receive, limit: int) -> bytes | None:
     """Read the body; None if the client went away; `TooLargeError` beyond the limit."""
     too_large = TooLargeError(f"the body has more than {limit} bytes, the most that is read")
     for key, value in scope["headers"]:
-        declared = value if key.lower() == b"content-length" and value.isdigit() else b"0"
+        declared = value if key.lower() == _LENGTH and value.isdigit() else b"0"
         if len(declared) > 15 or int(declared) > limit:
             raise too_large
     parts, size = [], 0
@@ -229,17 +229,9 @@ def _path(scope: Message) -> str:
     return path.rstrip("/") or "/"
 
 
-def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(key, value) for key, value in headers if key.lower() != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]
-
-
 async def _refuse(send: Send, error: BaseException) -> None:
     status, value = describe(error)
     data = encoded(value)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(data)).encode()),
-    ]
+    headers = [(b"content-type", b"application/json"), (_LENGTH, str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
