@@ -26,6 +26,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ from benchmarks.timing import Laps, interleave, quartiles, ratios, summary
 from shira import Adapter, Switch
 from shira.cli.switch_bench.contenders import (
     DTYPES,
-    Limit,
     Switching,
     digest,
+    limits,
     linear_around,
+    merge_and_unmerge,
     module_of,
     peft_lora,
     peft_shira,
@@ -121,11 +123,12 @@ def _beside(seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
 
 
 def _against_the_limit(ours: Switching, repeats: int) -> dict[str, Any]:
-    limit = Limit(ours)
-    there = {"limit": limit.there_and_back, "shira": ours.there_and_back}
-    result = {"there_and_back": _beside(_seconds(there, repeats), "limit")}
-    onwards = {"limit": limit.onwards, "shira": ours.onwards}
-    result["onwards"] = _beside(_seconds(onwards, repeats), "limit")
+    ways = {"there_and_back": ours.there_and_back, "onwards": ours.onwards}
+    least = limits(ours)
+    result = {
+        way: _beside(_seconds({"limit": least[way], "shira": run}, repeats), "limit")
+        for way, run in ways.items()
+    }
     ours.switch.deactivate()
     return result
 
@@ -143,17 +146,18 @@ def _layer(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
         return linear_around(next(module_of(shapes, dtype).parameters()))
 
     ours = Switching(module_of(shapes, dtype), adapters)
-    contenders: dict[str, Any] = {
+    layers = {
         "shira_in_peft": shira_in_peft(linear(), delta),
         "peft_shira": peft_shira(linear(), delta),
         "peft_shira_narrow": peft_shira(linear(), delta, dtype),
         "peft_lora": peft_lora(linear(), settings.r),
     }
-    answers = _check_layer(ours, contenders, adapters["a"])
+    answers = _check_layer(ours, layers, adapters["a"])
     # Like each contender the limit has a weight of its own, which the others have driven out of
     # the caches by its turn.
-    limit = Limit(Switching(module_of(shapes, dtype), adapters))
-    runs = {"shira": ours.there_and_back, **contenders, "limit": limit.there_and_back}
+    limit = limits(Switching(module_of(shapes, dtype), adapters))["there_and_back"]
+    contenders = {name: partial(merge_and_unmerge, layer) for name, layer in layers.items()}
+    runs = {"shira": ours.there_and_back, **contenders, "limit": limit}
     taken = _beside(_seconds(runs, settings.repeats), "shira")
     return answers, {
         "entries": delta.nnz,
@@ -162,7 +166,7 @@ def _layer(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-def _check_layer(ours: Switching, contenders: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+def _check_layer(ours: Switching, layers: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The answers agree, and who gives the base back.
 
     Raises:
@@ -179,8 +183,7 @@ def _check_layer(ours: Switching, contenders: dict[str, Any], adapter: Adapter) 
         raise RuntimeError("answers differ: Switch does not write the replacement values")
     ours.switch.deactivate()
     back = {"shira": torch.equal(weight, before)}
-    for name, contender in contenders.items():
-        layer = contender.layer
+    for name, layer in layers.items():
         merged = layer.get_base_layer().weight
         with torch.no_grad():
             layer.merge()
@@ -246,11 +249,12 @@ def _peft_on_each(
     for number, (name, weight) in enumerate(module.named_parameters()):
         progress(f"PEFT on weight {number + 1} of {len(adapter)}")
         delta, copies = adapter[name], [linear_around(weight.clone()) for _ in total]
-        runs = {
+        layers = {
             "peft_shira": peft_shira(copies[0], delta),
             "peft_shira_narrow": peft_shira(copies[1], delta, weight.dtype),
             "peft_lora": peft_lora(copies[2], settings.r),
         }
+        runs = {name: partial(merge_and_unmerge, layer) for name, layer in layers.items()}
         for contender, samples in _seconds(runs, settings.peft_rounds, warmup=1).items():
             total[contender] += quartiles(samples)[1]
     return total
@@ -271,7 +275,7 @@ def _drift(settings: Settings, dtype: torch.dtype) -> dict[str, Any]:
     drifting = weight.clone()
     for name, adapter in adapters.items():
         switch.load(name, adapter)
-        layers[name] = peft_shira(linear_around(drifting), adapter["layer.weight"]).layer
+        layers[name] = peft_shira(linear_around(drifting), adapter["layer.weight"])
     touched = torch.zeros(weight.shape, dtype=torch.bool)
     draw = random.Random(0)
     with torch.no_grad():

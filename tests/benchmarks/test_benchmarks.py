@@ -190,12 +190,12 @@ def test_a_wrong_switch_is_not_timed(spoilt: str, monkeypatch: pytest.MonkeyPatc
     build = getattr(switching, spoilt)
 
     def wrong(linear, *args):
-        contender = build(linear, *args)
+        layer = build(linear, *args)
         if spoilt == "peft_lora":
-            contender.layer.scaling["default"] = 0.0
+            layer.scaling["default"] = 0.0
         else:
-            contender.layer.shira_weight["default"].data.mul_(30)
-        return contender
+            layer.shira_weight["default"].data.mul_(30)
+        return layer
 
     monkeypatch.setattr(switching, spoilt, wrong)
     settings = switching.Settings(shape="32x32", r=2, repeats=1, blocks=0, drift_switches=0)

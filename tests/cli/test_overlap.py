@@ -62,7 +62,7 @@ def test_the_picture_shows_the_figures(folders, monkeypatch):
 
     path, made = folders
     drawn = []
-    monkeypatch.setattr(Axes, "imshow", lambda self, values, **_: drawn.append(values))
+    monkeypatch.setattr(Axes, "imshow", lambda self, values, **_: drawn.append(values.tolist()))
     monkeypatch.setattr("matplotlib.figure.Figure.colorbar", lambda *_, **__: None)
     found = all_pairs(list(made.values()), list(made), interference=True, seed=0, check_base=True)
     for figure, of in FIGURES.items():

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shira.cli import options
+from shira.cli import output as out
+from shira.cli.progress import Steps
 from shira.errors import ConfigError
 
 if TYPE_CHECKING:
     from shira.adapter import Adapter
-    from shira.convert import FromLora
 
 EXAMPLES = (
     "shira convert adapter --output adapter.safetensors                      # PEFT to compact",
@@ -62,13 +63,9 @@ def command(
     Exit status 2: the source cannot be read or is not supported, or options do not go together;
     nothing is written.
     """
-    from shira.cli.output import share_cores
-
-    share_cores()
+    out.share_cores()
     from shira.adapter import Adapter
     from shira.checkpoints import open_checkpoint
-    from shira.cli.output import facts, megabytes, print_json, whole_tensors
-    from shira.cli.progress import Steps
     from shira.convert import from_lora, is_lora, save_patches, to_patches
     from shira.store import FORMATS
     from shira.store.atomic import check_outputs
@@ -91,9 +88,9 @@ def command(
 
     made = None
     if lora:
-        limits = {"density": density, "r": r, "everywhere": everywhere}
+        limits: dict[str, Any] = {"density": density, "r": r, "everywhere": everywhere}
         with Steps("multiplying, million entries", unit=10**6) as steps:
-            made = from_lora(source, base=checkpoint, progress=steps.tell, **limits)  # type: ignore[arg-type]
+            made = from_lora(source, base=checkpoint, progress=steps.tell, **limits)
     adapter = Adapter.load(source, base=checkpoint) if made is None else made.adapter
     if to == "patch":
         assert checkpoint is not None  # checked
@@ -101,29 +98,33 @@ def command(
         saved = written(output, to)
     else:
         saved = save(adapter, output, to, dtype)
-    told = {
-        **saved,
-        "parameters": len(adapter),
-        "nnz": adapter.nnz,
-        "density": adapter.density,
-        "whole_tensors": list(adapter.tensors),
-        **({} if made is None else made.as_json()),
-    }
     if as_json:
-        print_json(told)
+        told = {
+            **saved,
+            "parameters": len(adapter),
+            "nnz": adapter.nnz,
+            "density": adapter.density,
+            "whole_tensors": list(adapter.tensors),
+        }
+        out.print_json(told if made is None else told | made.as_json())
         return
     sparse = saved["bytes"] - sum(tensor.nbytes for tensor in adapter.tensors.values())
     lines = {
-        "output": f"{output}, {to}, {megabytes(saved['bytes'])}",
+        "output": f"{output}, {to}, {out.megabytes(saved['bytes'])}",
         "entries": f"{adapter.nnz:,} in {len(adapter)} weights, density {adapter.density:.2%}",
         "size": f"{sparse / max(adapter.nnz, 1):.2f} bytes an entry",
     }
     if made is not None:
         lines["energy kept"] = f"{made.energy_share:.2%} of the squared update"
-    lines |= {f"whole {name}": kind for name, kind in whole_tensors(adapter.tensors).items()}
-    facts("Converted" if made is None else "From LoRA", lines.items())
+    lines |= {f"whole {name}": kind for name, kind in out.whole_tensors(adapter.tensors).items()}
+    out.facts("Converted" if made is None else "From LoRA", lines.items())
     if made is not None:
-        _print_weights(made)
+        rows = [
+            (kept.name, kept.rank, f"{kept.kept:,}", out.percent(kept.energy_kept, kept.energy, 2))
+            for kept in made.weights
+        ]
+        numbers = ("rank", "kept", "energy")
+        out.listing("Weights", ("weight", *numbers), rows, right=numbers)
 
 
 def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> dict[str, Any]:
@@ -136,17 +137,4 @@ def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> dict[s
 
 def written(path: Path, format: str) -> dict[str, Any]:
     """Return what JSON says of a file, or of a folder of files."""
-    from shira.cli.output import file_bytes
-
-    return {"output": str(path), "format": format, "bytes": file_bytes(path)}
-
-
-def _print_weights(made: FromLora) -> None:
-    from shira.cli.output import listing, percent
-
-    rows = [
-        (kept.name, str(kept.rank), f"{kept.kept:,}", percent(kept.energy_kept, kept.energy, 2))
-        for kept in made.weights
-    ]
-    numbers = ("rank", "kept", "energy")
-    listing("Weights", ("weight", *numbers), rows, right=numbers)
+    return {"output": str(path), "format": format, "bytes": out.file_bytes(path)}

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from shira.cli import options
-
-if TYPE_CHECKING:
-    from shira.convert import Extraction
+from shira.cli import output as out
+from shira.cli.convert import save
+from shira.cli.progress import Steps
 
 EXAMPLES = (
     "shira extract ./llama ./llama-merged --output adapter.safetensors   # exact",
@@ -21,6 +20,12 @@ EXAMPLES = (
     "shira extract ./llama ./llama-tuned --density 0.02 --include '*proj.weight' --output a.safetensors",  # noqa: E501
     "shira extract ./llama ./tuned --density 0.02 --output a.safetensors --json | jq .energy_share",
 )
+_LEFT = {
+    "excluded": "left out",
+    "only_in_base": "only in the base",
+    "only_in_tuned": "only in the tuned",
+    "not_compared": "not compared",
+}
 
 
 def command(
@@ -56,12 +61,7 @@ def command(
 
     Exit status 1: without a budget, some entry could not be carried exactly.
     """
-    from shira.cli.output import share_cores
-
-    share_cores()
-    from shira.cli.convert import save
-    from shira.cli.output import print_json
-    from shira.cli.progress import Steps
+    out.share_cores()
     from shira.convert import extract
     from shira.store import FORMATS
     from shira.store.atomic import check_outputs
@@ -88,43 +88,30 @@ def command(
     )
     exact = told.exact and kept
     if as_json:
-        print_json({**saved, **told.as_json(), "exact": exact})
+        out.print_json({**saved, **told.as_json(), "exact": exact})
     else:
-        _show(told, saved, exact)
+        found = told.as_json()
+        lines = {
+            "output": f"{output}, {to}, {out.megabytes(saved['bytes'])}",
+            "entries": f"{found['nnz']:,} in {len(told.adapter)} weights, density "
+            f"{found['density']:.2%}; {found['differing']:,} differ",
+            "exact": "no",
+            "energy kept": f"{told.energy_share:.4%} of the squared difference",
+        }
+        if exact:
+            lines["exact"] = "yes: base and adapter give the tuned weights, bit for bit"
+        elif told.exact:
+            lines["exact"] = "not in the dtype that it was saved in"
+        if found["missed"]:
+            missed = f"{found['missed']:,} entries"
+            lines["not reached"] = f"{missed}, which no float64 delta carries there exactly"
+        lines |= {title: out.some(found[field]) for field, title in _LEFT.items() if found[field]}
+        out.facts("Extracted", lines.items())
+        rows = [
+            (c.name, f"{c.differing:,}", f"{c.kept:,}", out.percent(c.energy_kept, c.energy, 2))
+            for c in told.changes
+        ]
+        numbers = ("differ", "kept", "energy")
+        out.listing("Weights", ("weight", *numbers), rows, right=numbers)
     if density is None and r is None and not told.exact:
         raise typer.Exit(1)
-
-
-def _show(told: Extraction, saved: Mapping[str, Any], exact: bool) -> None:
-    from shira.cli.output import facts, listing, megabytes, percent, some
-
-    differing = sum(change.differing for change in told.changes)
-    missed = sum(change.missed for change in told.changes)
-    lines = {
-        "output": f"{saved['output']}, {saved['format']}, {megabytes(saved['bytes'])}",
-        "entries": f"{told.adapter.nnz:,} in {len(told.adapter)} weights, density "
-        f"{told.adapter.density:.2%}; {differing:,} differ",
-        "exact": "no",
-        "energy kept": f"{told.energy_share:.4%} of the squared difference",
-    }
-    if exact:
-        lines["exact"] = "yes: base and adapter give the tuned weights, bit for bit"
-    elif told.exact:
-        lines["exact"] = "not in the dtype that it was saved in"
-    if missed:
-        lines["not reached"] = f"{missed:,} entries, which no float64 delta carries there exactly"
-    for title, names in (
-        ("left out", told.excluded),
-        ("only in the base", told.only_in_base),
-        ("only in the tuned", told.only_in_tuned),
-        ("not compared", told.not_compared),
-    ):
-        if names:
-            lines[title] = some(names)
-    facts("Extracted", lines.items())
-    rows = [
-        (c.name, f"{c.differing:,}", f"{c.kept:,}", percent(c.energy_kept, c.energy, 2))
-        for c in told.changes
-    ]
-    numbers = ("differ", "kept", "energy")
-    listing("Weights", ("weight", *numbers), rows, right=numbers)

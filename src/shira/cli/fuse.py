@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shira.cli import options
+from shira.cli.output import print_json, write
+from shira.cli.progress import Steps
 from shira.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,8 +99,6 @@ def command(
     Exit status 2: an adapter cannot be read, the adapters do not belong together, or an option
     is invalid; nothing is written.
     """
-    from shira.cli.output import print_json, write
-    from shira.cli.progress import Steps
     from shira.cli.several import read_all, short_names
     from shira.fusing import fuse
     from shira.store.atomic import check_outputs
@@ -130,15 +130,16 @@ def command(
         fused = _filled(fused, output)
     fused.save(output, **saving)
     if as_json:
-        made = {
-            "output": str(output),
-            "nnz": fused.nnz,
-            "density": fused.density,
-            "parameters": len(fused),
-            "whole_tensors": list(fused.tensors),
-            "fused": fused.metadata.get("fused"),
-        }
-        print_json(made)
+        print_json(
+            {
+                "output": str(output),
+                "nnz": fused.nnz,
+                "density": fused.density,
+                "parameters": len(fused),
+                "whole_tensors": list(fused.tensors),
+                "fused": fused.metadata.get("fused"),
+            }
+        )
         return
     entries = sum(adapter.nnz for adapter in read)
     write(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shira.cli import options
-from shira.cli.output import console, facts, print_json, table, write
+from shira.cli.output import console, facts, print_json, print_table, write
 
 if TYPE_CHECKING:
     from shira.cli.summary import Target
@@ -86,10 +86,7 @@ def _show_targets(targets: Sequence[Target], *, each: bool) -> None:
             key = (without_number(target.name), target.shape, target.dtype)
             groups.setdefault(key, []).append(target)
         targets = [together(name, like) for (name, *_), like in groups.items()]
-    out = console()
-    rows = [target.cells() for target in targets]
-    columns = [c for c in rows[0] if out.width >= _WIDE or c not in _WIDE_ONLY]
-    result = table(title, *columns, right=[c for c in columns if c not in TEXT_COLUMNS])
-    for row in rows:
-        result.add_row(*(row[column] for column in columns))
-    out.print(result)
+    cells = [target.cells() for target in targets]
+    columns = [c for c in cells[0] if console().width >= _WIDE or c not in _WIDE_ONLY]
+    rows = [[row[column] for column in columns] for row in cells]
+    print_table(title, columns, rows, [c for c in columns if c not in TEXT_COLUMNS])

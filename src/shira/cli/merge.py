@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shira.cli import options
+from shira.cli import output as out
+from shira.cli.progress import Steps
 
 if TYPE_CHECKING:
     from shira.convert import Merged, Unmerged
@@ -54,11 +57,7 @@ def command(
     Exit status 2: the base is another one, quantized or tied, too many deltas are lost, or the
     output exists; nothing is written.
     """
-    from shira.cli.output import share_cores
-
-    share_cores()
-    from shira.cli.output import print_json
-    from shira.cli.progress import Steps
+    out.share_cores()
     from shira.convert import merge
 
     with Steps("merging, MB", unit=10**6) as steps:
@@ -74,43 +73,35 @@ def command(
             progress=steps.tell,
         )
     if as_json:
-        print_json(told.as_json())
-    else:
-        _show(told)
-
-
-def written_files(told: Merged | Unmerged) -> dict[str, str]:
-    """Return the lines that tell of the files of a rewritten checkpoint."""
-    from shira.cli.output import megabytes, some
-
-    files = told.written
-    lines = {
-        "output": f"{told.output}, {megabytes(files.size)}",
-        "files": f"{len(files.patched)} patched, {len(files.copied)} copied",
-    }
-    return lines | ({"left behind": some(files.left_out)} if files.left_out else {})
-
-
-def _show(told: Merged) -> None:
-    from shira.cli.output import facts, listing, percent, shape_text, share
-
-    verdicts = [target.base for target in told.targets]
+        out.print_json(told.as_json())
+        return
+    verdicts = Counter(target.base for target in told.targets)
     lines = {
         **written_files(told),
         "undo file": "not written (--undo)" if told.undo is None else str(told.undo),
         "entries": f"{told.nnz:,} in {len(told.targets)} weights",
-        "lost to rounding": share(told.lost, told.nonzero, "deltas other than zero"),
+        "lost to rounding": out.share(told.lost, told.nonzero, "deltas other than zero"),
         "names": told.naming,
-        "base": ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)) or "-",
+        "base": ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()) or "-",
     }
-    facts("Merged", lines.items())
+    out.facts("Merged", lines.items())
     rows = [
-        (t.key, t.dtype, f"{t.nnz:,}", f"{t.lost:,}", percent(t.lost, t.nonzero), t.base)
+        (t.key, t.dtype, f"{t.nnz:,}", f"{t.lost:,}", out.percent(t.lost, t.nonzero), t.base)
         for t in told.targets
     ]
     columns = ("weight", "dtype", "k", "lost", "lost %", "base")
-    listing("Weights", columns, rows, right=("k", "lost", "lost %"))
+    out.listing("Weights", columns, rows, right=("k", "lost", "lost %"))
     if told.whole:
-        whole = [(w.key, w.dtype, shape_text(w.shape), f"{w.changed:,}") for w in told.whole]
+        whole = [(w.key, w.dtype, out.shape_text(w.shape), f"{w.changed:,}") for w in told.whole]
         of_whole = ("whole tensor", "dtype", "shape", "changed")
-        listing("Whole tensors", of_whole, whole, right=("changed",))
+        out.listing("Whole tensors", of_whole, whole, right=("changed",))
+
+
+def written_files(told: Merged | Unmerged) -> dict[str, str]:
+    """Return the lines that tell of the files of a rewritten checkpoint."""
+    files = told.written
+    lines = {
+        "output": f"{told.output}, {out.megabytes(files.size)}",
+        "files": f"{len(files.patched)} patched, {len(files.copied)} copied",
+    }
+    return lines | ({"left behind": out.some(files.left_out)} if files.left_out else {})

@@ -73,7 +73,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 def table(
     title: str, *columns: str, right: Sequence[str] = (), note: str = "", **kwargs: Any
-) -> Table:
+) -> PlainTable:
     """Return an empty table; ``note`` is a second title, ``right`` the columns of numbers."""
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
     heading = Text("\n".join(map(_cell, filter(None, (title, note)))), style="table.title")
@@ -94,24 +94,31 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    right: Sequence[str] = (),
+    **kwargs: Any,
+) -> None:
+    """Print a table of these rows."""
+    result = table(title, *columns, right=right, **kwargs)
+    for row in rows:
+        result.add_row(*row)
+    console().print(result)
+
+
 def facts(title: str, lines: Iterable[tuple[str, str]]) -> None:
     """Print a name and a text for each thing to know."""
-    result = table(title, "what", "", show_header=False)
-    for name, value in lines:
-        result.add_row(name, value)
-    console().print(result)
+    print_table(title, ("what", ""), lines, show_header=False)
 
 
 def listing(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str]
 ) -> None:
     """Print a row for each weight; of many the first, and how many more there are."""
-    result = table(title, *columns, right=right)
-    for row in rows[:MANY]:
-        result.add_row(*row)
-    if len(rows) > MANY:
-        result.add_row(f"... and {len(rows) - MANY} more (--json lists all)")
-    console().print(result)
+    more = [[f"... and {len(rows) - MANY} more (--json lists all)"]] if len(rows) > MANY else []
+    print_table(title, columns, [*rows[:MANY], *more], right)
 
 
 def some(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shira.cli import options
+from shira.cli.output import MANY, print_json, print_table, write
 from shira.errors import ConfigError, shown
 
 if TYPE_CHECKING:
-    from shira.measure import Overlap, Rank
+    from shira.measure import Overlap
 
 EXAMPLES = (
     "shira overlap poems code",
@@ -62,7 +62,6 @@ def command(
 
     Exit status 2: an adapter cannot be read, or the adapters do not belong together.
     """
-    from shira.cli.output import print_json, write
     from shira.cli.several import FIGURES, all_pairs, ranks, read_all, short_names
     from shira.store.atomic import check_outputs
 
@@ -80,88 +79,70 @@ def command(
     found_ranks = ranks(read, names, seed=seed) if rank else []
     if plot is not None:
         plot_matrix(names, pairs, figure, plot)
-    if not as_json:
-        _show(names, pairs, figure, each=each)
+    if as_json:
+        told: dict[str, object] = {
+            "adapters": [
+                {"name": name, "path": path, "nnz": adapter.nnz, "density": adapter.density}
+                for name, path, adapter in zip(names, adapters, read, strict=True)
+            ],
+            "pairs": [pair.as_json() for pair in pairs],
+        }
         if rank:
-            _show_ranks(found_ranks)
-        if plot is not None:
-            write(f"{plot}: the {figure} of all pairs")
+            told["ranks"] = [
+                {"adapter": of, "parameter": parameter, **value.as_json()}
+                for of, parameter, value in found_ranks
+            ]
+        print_json(told)
         return
-    made: dict[str, object] = {
-        "adapters": [
-            {"name": name, "path": path, "nnz": adapter.nnz, "density": adapter.density}
-            for name, path, adapter in zip(names, adapters, read, strict=True)
-        ],
-        "pairs": [pair.as_json() for pair in pairs],
-    }
+    _show(names, pairs, figure, each=each)
     if rank:
-        made["ranks"] = [
-            {"adapter": of, "parameter": parameter, **value.as_json()}
-            for of, parameter, value in found_ranks
-        ]
-    print_json(made)
+        numbers = ("rank", "at most", "stable rank", "spectral norm")
+        rows = []
+        for of, parameter, value in found_ranks:
+            sign = ">= " if value.at_least else "" if value.exact else "~ "
+            stable = f"{value.stable_rank:.1f}"
+            told_rank = f"{sign}{value.rank}"
+            rows.append((of, parameter, told_rank, value.bound, stable, value.spectral_norm))
+        print_table("Numerical ranks", ("adapter", "weight", *numbers), rows, numbers)
+    if plot is not None:
+        write(f"{plot}: the {figure} of all pairs")
 
 
 def _show(names: Sequence[str], pairs: Sequence[Overlap], figure: str, *, each: bool) -> None:
-    from shira.cli.output import MANY, console, table
     from shira.cli.several import matrix
     from shira.measure.figures import FIGURE_NAMES, cells
 
-    out = console()
     if pairs:
-        result = table("Pairs", "a", "b", *FIGURE_NAMES, right=FIGURE_NAMES)
-        for pair in pairs:
-            result.add_row(pair.a, pair.b, *cells(pair))
-        out.print(result)
-    if any(pair.whole for pair in pairs):
-        result = table("Whole tensors", "a", "b", "tensor", "")
-        for pair in pairs:
-            for name, state in pair.whole.items():
-                result.add_row(pair.a, pair.b, name, state)
-        out.print(result)
+        rows = [(pair.a, pair.b, *cells(pair)) for pair in pairs]
+        print_table("Pairs", ("a", "b", *FIGURE_NAMES), rows, FIGURE_NAMES)
+    whole = [(pair.a, pair.b, *state) for pair in pairs for state in pair.whole.items()]
+    if whole:
+        print_table("Whole tensors", ("a", "b", "tensor", ""), whole)
     if len(names) > 2:
-        result = table(f"{figure} of all pairs", "", *names, right=names)
-        for name, row in zip(names, matrix(names, pairs, figure), strict=True):
-            result.add_row(name, *("-" if value is None else f"{value:.4g}" for value in row))
-        out.print(result)
+        found = zip(names, matrix(names, pairs, figure), strict=True)
+        rows = [(name, *("-" if v is None else f"{v:.4g}" for v in row)) for name, row in found]
+        print_table(f"{figure} of all pairs", ("", *names), rows, names)
     numbers = (*FIGURE_NAMES, "AWOR if random")
     for pair in pairs if each or len(pairs) == 1 else ():
         shown = pair.parameters if each else pair.parameters[:MANY]
         more = len(pair.parameters) - len(shown)
         title = f"{pair.a} and {pair.b}, weight by weight"
         title += f" ({more} more with --all)" if more else ""
-        result = table(title, "weight", *numbers, right=numbers)
-        for parameter in shown:
-            result.add_row(parameter.name, *cells(parameter), f"{parameter.awor_of_random:.4g}")
-        out.print(result)
-
-
-def _show_ranks(found: Sequence[tuple[str, str, Rank]]) -> None:
-    from shira.cli.output import console, table
-
-    numbers = ("rank", "at most", "stable rank", "spectral norm")
-    result = table("Numerical ranks", "adapter", "weight", *numbers, right=numbers)
-    for adapter, parameter, rank in found:
-        sign = ">= " if rank.at_least else "" if rank.exact else "~ "
-        stable, norm = f"{rank.stable_rank:.1f}", str(rank.spectral_norm)
-        result.add_row(adapter, parameter, f"{sign}{rank.rank}", str(rank.bound), stable, norm)
-    console().print(result)
+        rows = [(p.name, *cells(p), f"{p.awor_of_random:.4g}") for p in shown]
+        print_table(title, ("weight", *numbers), rows, numbers)
 
 
 def plot_matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str, path: Path) -> None:
     """Draw one of `shira.cli.several.FIGURES` of all pairs as a PNG; the diagonal stays empty."""
+    import numpy as np
+
     from shira.cli.pictures import new_drawing, write_drawing
     from shira.cli.several import matrix
 
-    values = matrix(names, pairs, figure)
-    known = [value for row in values for value in row if value is not None]
+    values = np.array(matrix(names, pairs, figure), dtype=np.float64)  # None is NaN
+    reach = np.abs(values[np.isfinite(values)]).max(initial=0.0) or 1.0
+    shares = (values / reach).clip(-1.0, 1.0)  # AWOM may be beyond float64
     signed = figure == "cosine"
-    # AWOM may be beyond float64, and colours are of what is not
-    reach = max((abs(value) for value in known if math.isfinite(value)), default=0.0) or 1.0
-    shares = [
-        [math.nan if value is None else max(min(value / reach, 1.0), -1.0) for value in row]
-        for row in values
-    ]
     side = max(3.6, 0.9 * len(names) + 1.8)
     drawing = new_drawing((side + 0.8, side), "--plot", path)
     axes = drawing.add_subplot(title=f"{figure} of all pairs")
@@ -170,12 +151,11 @@ def plot_matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str, pat
     labels = [shown(name)[:60] for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", parse_math=False)
     axes.set_yticks(range(len(names)), labels, parse_math=False)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            if value is not None:
-                dark = abs(shares[i][j]) > 0.6 if signed else shares[i][j] < 0.6
-                colour = "white" if dark else "black"
-                axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=colour)
+    for (i, j), share in np.ndenumerate(shares):
+        if i != j:
+            dark = abs(share) > 0.6 if signed else share < 0.6
+            text = f"{values[i, j]:.3g}"
+            axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
     drawing.colorbar(
         image, ax=axes, shrink=0.8, format=lambda share, _position: f"{share * reach:.3g}"
     )

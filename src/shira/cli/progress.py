@@ -10,19 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, TypeVar
 
 from shira.cli.output import console, write
 from shira.errors import shown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 _LINES = 4  # so many are printed where there is no bar, and none in the first second
@@ -47,13 +41,15 @@ class Steps:
         self._started = time.perf_counter()
         self._done = 0
         if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
+            from rich import progress as bars
+
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}", markup=False),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeElapsedColumn(),
+                bars.TimeRemainingColumn(),
+                bars.TextColumn("{task.fields[note]}", markup=False),
                 console=console(sys.stderr),
                 transient=True,
             )

@@ -88,10 +88,12 @@ def ranks(
     adapters: Sequence[Adapter], names: Sequence[str], *, seed: int
 ) -> list[tuple[str, str, Rank]]:
     """Return the rank of each delta: adapter, parameter, rank."""
-    found = []
-    with Steps("ranks", sum(map(len, adapters))) as steps:
-        for name, adapter in zip(names, adapters, strict=True):
-            for parameter, delta in adapter.items():
-                found.append((name, parameter, numerical_rank(delta, seed=seed)))
-                steps.update(len(found))
-    return found
+    deltas = [
+        (name, parameter, delta)
+        for name, adapter in zip(names, adapters, strict=True)
+        for parameter, delta in adapter.items()
+    ]
+    return [
+        (name, parameter, numerical_rank(delta, seed=seed))
+        for name, parameter, delta in track(deltas, "ranks")
+    ]

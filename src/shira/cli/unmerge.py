@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from shira.cli import options
+from shira.cli.merge import written_files
+from shira.cli.output import facts, print_json, share_cores
+from shira.cli.progress import Steps
 
 EXAMPLES = (
     "shira merge adapter --base ./llama --output ./merged --undo ./merged.undo",
@@ -35,12 +38,7 @@ def command(
 
     Exit status 2: it was refused, or the output exists; nothing is written.
     """
-    from shira.cli.output import share_cores
-
     share_cores()
-    from shira.cli.merge import written_files
-    from shira.cli.output import facts, print_json
-    from shira.cli.progress import Steps
     from shira.convert import unmerge
 
     with Steps("unmerging, MB", unit=10**6) as steps:

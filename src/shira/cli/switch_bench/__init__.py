@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shira.cli import options
+from shira.cli.output import offline, print_json, print_table, write
 
 EXAMPLES = (
     "shira switch-bench",
@@ -55,12 +56,9 @@ def command(
     take: reading and writing one word of each 64-byte line of memory that the adapters touch.
     Exit status 1 means that the base did not come back.
     """
-    from shira.cli.output import offline
-
     offline()
     from shira.adapter import Adapter
     from shira.checkpoints import open_checkpoint
-    from shira.cli.output import print_json
     from shira.cli.switch_bench import contenders
 
     options.one_of("--dtype", dtype, contenders.DTYPES)
@@ -85,15 +83,12 @@ def command(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from shira.cli.output import console
-
-    out = console()
     entries = ", ".join(f"{name}: {n:,}" for name, n in result["entries"].items())
-    out.print(
+    write(
         f"{result['weights']} weights, {result['parameters']:,} parameters in {result['dtype']}; "
         f"entries of {entries}"
     )
-    out.print(
+    write(
         f"{result['kernels']}; {result['threads']} threads; loaded in "
         f"{1e3 * result['load_seconds']:.0f} ms"
     )
@@ -112,16 +107,14 @@ def _show(result: dict[str, Any]) -> None:
         rows = [(_CONTENDERS[name], times, seconds["shira"]) for name, times in seconds.items()]
         _show_times(title, "in and out", "x shira", rows)
     came = "came" if result["base_equal_bit_for_bit"] else "DID NOT come"
-    out.print(f"The base {came} back bit for bit.")
+    write(f"The base {came} back bit for bit.")
 
 
 def _show_times(title: str, first: str, ratio: str, rows: Sequence[Any]) -> None:
     """Print a row for each (name, times, times to compare with or None)."""
-    from shira.cli.output import console, table
-
     numbers = ("best ms", "median ms", ratio)
-    result = table(title, first, *numbers, right=numbers)
+    cells = []
     for name, times, reference in rows:
         shown = f"{times['median'] / reference['median']:.1f}" if reference else ""
-        result.add_row(name, f"{1e3 * times['best']:.2f}", f"{1e3 * times['median']:.2f}", shown)
-    console().print(result)
+        cells.append((name, f"{1e3 * times['best']:.2f}", f"{1e3 * times['median']:.2f}", shown))
+    print_table(title, (first, *numbers), cells, numbers)

@@ -11,18 +11,20 @@ of them with fresh ones would take longer than the measurement.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shira.adapter import Adapter
+from shira.base import fingerprint
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, MissingDependencyError
 from shira.masks import random_support
@@ -33,20 +35,14 @@ from shira.switch import Switch
 from shira.switch.targets import Target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Runs = dict[str, Callable[[], object]]
 
 
 def shape_of(text: str) -> tuple[int, int]:
-    """Return the shape that ``"4096x11008"`` is.
-
-    Raises:
-        ConfigError: If it is no two positive numbers.
-    """
-    rows, _, cols = text.lower().partition("x")
-    known = rows.isdecimal() and cols.isdecimal() and len(text) < 20  # within 64 bits
-    if not (known and int(rows) and int(cols)):
+    """Return the shape that ``"4096x11008"`` is; refuse what is no two positive numbers."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text.lower())
+    if found is None:
         raise ConfigError(f"a shape is written ROWSxCOLUMNS, as 4096x11008, not {text!r}")
-    return int(rows), int(cols)
+    return int(found[1]), int(found[2])
 
 
 def module_of(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> nn.Module:
@@ -79,12 +75,7 @@ def random_adapter(shapes: Mapping[str, Sequence[int]], r: int, seed: int) -> Ad
 
 
 def shapes_in(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights that adapters are for.
-
-    Raises:
-        AdapterError: If two of them take a weight for one of another shape, or one has whole
-            tensors, which are no k entries.
-    """
+    """Return the shapes of the weights that adapters, which agree on them, are for."""
     shapes: dict[str, tuple[int, ...]] = {}
     for adapter in adapters:
         adapter.require_sparse("switch-bench")
@@ -107,9 +98,9 @@ class Switching:
         for name, adapter in adapters.items():
             self.switch.load(name, adapter, check_base=False)
 
-    def patches(self, number: int) -> Mapping[Target, Patch]:
+    def patches(self, name: str) -> Mapping[Target, Patch]:
         """Return what an adapter writes, by weight."""
-        with self.switch.using(self.names[number]):
+        with self.switch.using(name):
             return self.switch._weights.state.plan
 
     def there_and_back(self) -> None:
@@ -124,55 +115,50 @@ class Switching:
         self.switch.activate(self.names[(at + 1) % len(self.names)])
 
 
-class Limit:
-    """The least that switching could do: one word of each touched cache line, read and written.
+def limits(switching: Switching) -> dict[str, Callable[[], None]]:
+    """Return the least that the two ways of switching could do, by name; needs compiled kernels.
 
-    Beside it as many bytes are read as the offsets, originals and replacement values have.
-
-    The first two adapters count. Raises MissingDependencyError without compiled kernels.
+    That is one word of each touched cache line, read and written: twice those of the first adapter,
+    or once those of the first or the second. Beside it as many bytes are read as the offsets,
+    originals and replacement values have.
     """
+    loaded = native.load()
+    if loaded.library is None:
+        raise MissingDependencyError(loaded.why)
+    touch = loaded.library.touch
+    adapters = [switching.patches(name) for name in switching.names[:2]]
 
-    def __init__(self, switching: Switching) -> None:
-        loaded = native.load()
-        if loaded.library is None:
-            raise MissingDependencyError(loaded.why)
-        self.kernels = loaded.library
-        first, second = switching.patches(0), switching.patches(min(1, len(switching.names) - 1))
-        self._first = [_walk(target.weight, [patch]) for target, patch in first.items()]
-        self._both = [
-            _walk(target.weight, [p[target] for p in (first, second) if target in p])
-            for target in {**first, **second}
-        ]
-        longest = max(words for *_, words in self._both)
-        self._stream = torch.zeros(longest, dtype=torch.int64)
+    def lines_and_words(*plans: Mapping[Target, Patch]) -> list[tuple[Tensor, Tensor, int]]:
+        targets = dict.fromkeys(target for plan in plans for target in plan)
+        return [_walk(t.weight, [plan[t] for plan in plans if t in plan]) for t in targets]
 
-    def there_and_back(self) -> None:
-        """Walk twice over what the first adapter touches."""
-        self._run(self._first)
-        self._run(self._first)
+    alone, both = lines_and_words(adapters[0]), lines_and_words(*adapters)
+    stream = torch.zeros(max(words for *_, words in both), dtype=torch.int64)
 
-    def onwards(self) -> None:
-        """Walk once over what the first or the second one touches."""
-        self._run(self._both)
+    def walk(steps: list[tuple[Tensor, Tensor, int]]) -> None:
+        for weight, lines, words in steps:
+            touch(weight.data, lines, stream[:words])
 
-    def _run(self, walks: list[tuple[Tensor, Tensor, int]]) -> None:
-        for weight, lines, words in walks:
-            self.kernels.touch(weight.data, lines, self._stream[:words])
+    return {"there_and_back": partial(walk, alone * 2), "onwards": partial(walk, both)}
 
 
 def _walk(weight: Tensor, patches: list[Patch]) -> tuple[Tensor, Tensor, int]:
     """Return a weight, its 64-byte lines that patches touch, and the patches' 8-byte words."""
-    tensors = [t for patch in patches for t in (patch.offsets, patch.originals, patch.replacement)]
-    words = sum(t.numel() * t.element_size() for t in tensors) // 8
+    words = sum(p.offsets.nbytes + p.originals.nbytes + p.replacement.nbytes for p in patches) // 8
     offsets = torch.cat([patch.offsets.long() for patch in patches])
     lines: Tensor = torch.unique(offsets * weight.element_size() // 64)  # type: ignore[no-untyped-call]
     return weight, lines.to(torch.int32), words
 
 
-def peft_shira(
-    linear: nn.Linear, delta: SparseDelta, dtype: torch.dtype = torch.float32
-) -> MergeAndUnmerge:
-    """Return merging and unmerging of PEFT's own SHiRA, with these entries, on a layer.
+def merge_and_unmerge(layer: Any) -> None:
+    """Put a layer's adapter into its weight and take it out again."""
+    with torch.no_grad():
+        layer.merge()
+        layer.unmerge()
+
+
+def peft_shira(linear: nn.Linear, delta: SparseDelta, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a layer of PEFT's own SHiRA with these entries.
 
     `get_peft_model` makes its values float32 unless told not to.
     """
@@ -180,36 +166,29 @@ def peft_shira(
     from peft.tuners.shira.model import ShiraModel
 
     config = ShiraConfig(r=1, target_modules=["layer"])
-    config.mask_fn = _first_entries  # type: ignore[assignment]  # its own takes seconds; these are replaced at once
-    model = ShiraModel(nn.ModuleDict({"layer": linear}), {"default": config}, "default")
-    layer = model.model["layer"]
-    layer.shira_weight["default"] = nn.Parameter(delta.values.to(dtype), requires_grad=False)
+    config.mask_fn = None  # type: ignore[assignment]  # its own takes seconds
+    layer = _adapted(ShiraModel, config, linear, delta.values.to(dtype))
     layer.shira_indices["default"] = delta.support.coordinates()
-    return MergeAndUnmerge(layer)
+    return layer
 
 
-def shira_in_peft(linear: nn.Linear, delta: SparseDelta) -> MergeAndUnmerge:
-    """Return the same with shira's layers, which PEFT calls in the place of its own."""
+def shira_in_peft(linear: nn.Linear, delta: SparseDelta) -> Any:
+    """Return the same with shira's layer, which PEFT calls in the place of its own."""
     from shira.tuner import ShiraConfig, ShiraModel
 
-    config = ShiraConfig(target_modules=["layer"])
+    config = ShiraConfig(target_modules=["layer"], density=delta.support.density)
     config.mask_fn = lambda base_layer, r, **kwargs: delta.support
-    config.density = delta.support.density
-    model = ShiraModel(nn.ModuleDict({"layer": linear}), {"default": config}, "default")
-    layer = model.model["layer"]
-    layer.shira_weight["default"] = nn.Parameter(delta.values.clone(), requires_grad=False)
-    return MergeAndUnmerge(layer)
+    return _adapted(ShiraModel, config, linear, delta.values.clone())
 
 
-def _first_entries(base_layer: nn.Module, r: int, **kwargs: object) -> Tensor:
-    weight: Tensor = base_layer.weight  # type: ignore[assignment]
-    mask = torch.zeros_like(weight)
-    mask.view(-1)[: r * sum(weight.shape)] = 1
-    return mask
+def _adapted(model: Any, config: Any, linear: nn.Linear, values: Tensor) -> Any:
+    layer = model(nn.ModuleDict({"layer": linear}), {"default": config}, "default").model["layer"]
+    layer.shira_weight["default"] = nn.Parameter(values, requires_grad=False)
+    return layer
 
 
-def peft_lora(linear: nn.Linear, r: int) -> MergeAndUnmerge:
-    """Return PEFT's LoRA of a rank on a layer; one run is merge (fuse) and unmerge (unfuse)."""
+def peft_lora(linear: nn.Linear, r: int) -> Any:
+    """Return a layer of PEFT's LoRA of a rank; merge is what others call fuse."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=r, target_modules=["layer"], init_lora_weights=False)
@@ -217,20 +196,7 @@ def peft_lora(linear: nn.Linear, r: int) -> MergeAndUnmerge:
     layer = model.base_model.model["layer"]
     with torch.no_grad():
         layer.lora_B["default"].weight.mul_(0.01)
-    return MergeAndUnmerge(layer)
-
-
-class MergeAndUnmerge:
-    """Merging and unmerging of a layer."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def __call__(self) -> None:
-        """Merge and unmerge."""
-        with torch.no_grad():
-            self.layer.merge()
-            self.layer.unmerge()
+    return layer
 
 
 def linear_around(weight: Tensor) -> nn.Linear:
@@ -241,7 +207,7 @@ def linear_around(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def in_turns(runs: Runs, repeats: int) -> dict[str, Any]:
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Any]:
     """Run each contender once in every round, after one that is not counted; seconds by name."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
@@ -256,13 +222,9 @@ def in_turns(runs: Runs, repeats: int) -> dict[str, Any]:
     }
 
 
-def digest(module: nn.Module) -> str:
-    """Return a hash of every bit of a module's parameters."""
-    whole = hashlib.blake2b(digest_size=16)
-    for parameter in module.parameters():
-        data = parameter.detach().contiguous().view(-1).view(torch.uint8)
-        whole.update(data.numpy().data)
-    return whole.hexdigest()
+def digest(module: nn.Module) -> list[str]:
+    """Return hashes of every bit of a module's parameters."""
+    return [fingerprint(parameter) for parameter in module.parameters()]
 
 
 def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) -> dict[str, Any]:
@@ -275,18 +237,14 @@ def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) ->
     start = time.perf_counter()
     ours = Switching(module, adapters)
     loading = time.perf_counter() - start
-    ways = ["there_and_back", "onwards"] if len(ours.names) > 1 else ["there_and_back"]
-    limit = None if native.load().library is None else Limit(ours)
-    taken: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
-    for way in ways:
-        runs: Runs = {"switch": getattr(ours, way)}
-        if limit is not None:
-            runs["limit"] = getattr(limit, way)
-        times = in_turns(runs, repeats)
-        taken[way] = times["switch"]
-        if limit is not None:
-            limits[way] = times["limit"]
+    runs = {"there_and_back": ours.there_and_back, "onwards": ours.onwards}
+    if len(adapters) == 1:
+        del runs["onwards"]
+    least = {} if native.load().library is None else limits(ours)
+    times = {
+        way: in_turns({"switch": run, "limit": least[way]} if least else {"switch": run}, repeats)
+        for way, run in runs.items()
+    }
     ours.switch.deactivate()
     return {
         "weights": sum(1 for _ in module.parameters()),
@@ -295,8 +253,8 @@ def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) ->
         "kernels": native.load().why,
         "threads": torch.get_num_threads(),
         "load_seconds": loading,
-        "switch_seconds": taken,
-        "limit_seconds": limits or None,
+        "switch_seconds": {way: taken["switch"] for way, taken in times.items()},
+        "limit_seconds": {way: taken["limit"] for way, taken in times.items()} if least else None,
         "base_equal_bit_for_bit": digest(module) == before,
     }
 
@@ -309,8 +267,8 @@ def compare(adapter: Adapter, dtype: torch.dtype, repeats: int) -> dict[str, Any
     matrices = {name: d for name, d in adapter.items() if len(d.support.shape) == 2 and d.nnz}
     if importlib.util.find_spec("peft") is None or not matrices:
         return None
-    name = max(matrices, key=lambda n: matrices[n].support.numel)
-    delta, shape = matrices[name], matrices[name].support.shape
+    delta = max(matrices.values(), key=lambda delta: delta.support.numel)
+    shape = delta.support.shape
     r = max(1, round(delta.nnz / sum(shape)))
 
     def linear() -> nn.Linear:
@@ -319,11 +277,11 @@ def compare(adapter: Adapter, dtype: torch.dtype, repeats: int) -> dict[str, Any
     switching = Switching(module_of({"w": shape}, dtype), {"a": Adapter({"w": delta})})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        runs: Runs = {
-            "shira": switching.there_and_back,
+        layers = {
             "shira_in_peft": shira_in_peft(linear(), delta),
             "peft_shira": peft_shira(linear(), delta),
             "peft_lora": peft_lora(linear(), r),
         }
-        times = in_turns(runs, repeats)
+        runs = {name: partial(merge_and_unmerge, layer) for name, layer in layers.items()}
+        times = in_turns({"shira": switching.there_and_back, **runs}, repeats)
     return {"shape": list(shape), "entries": delta.nnz, "lora_rank": r, "seconds": times}
