@@ -56,7 +56,7 @@ def test_enter_writes_the_replacements_and_leave_the_originals(
     write.put_in()
     assert torch.equal(bits(weight), bits(want))
     assert torch.equal(bits(write.originals), bits(before.view(-1)[plan.flat()]))
-    kernels.leave(weight, plan.gaps, write.originals)
+    native.DeltaWrite(kernels, weight, plan.gaps, delta, write.originals).put_back()
     assert torch.equal(bits(weight), bits(before))
     write.put_in()
     write.put_back()

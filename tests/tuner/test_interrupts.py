@@ -183,16 +183,16 @@ def test_scale_of_a_merged_adapter(way):
 
 
 def test_merge_and_unload(way):
-    scene, whole = Scene(), []
+    scene = Scene()
 
     def merge_and_unload():
-        whole.append(scene.model.merge_and_unload())
+        scene.model.merge_and_unload()
 
     def check():
         nonlocal scene
-        if whole:
+        if not scene.merged():  # unloaded, though an interrupt may have come on the way back
             with torch.no_grad():
-                assert torch.equal(whole.pop()(scene.ids), scene.expected)
+                assert torch.equal(scene.base(scene.ids), scene.expected)
             scene = Scene()
         assert len(scene.merged()) == 3
         assert not any(scene.merged())

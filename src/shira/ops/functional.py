@@ -19,7 +19,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.ops.gradient import weight_gradient
 from shira.ops.plan import Plan, plan_for
-from shira.ops.product import Needs, Product
+from shira.ops.product import Product, Within
 from shira.ops.resident import resident
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -30,58 +30,31 @@ class _Linear(Product):
     """Options: ``transposed``."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
-        *options: Any,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
+    ) -> Tensor:
         (transposed,) = options
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        # A result of more than two dimensions is a view in torch, and autograd lets nobody write to
-        # a view that was made inside an op: the product is one of matrices, the same bits.
-        rows = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
-        result = resident(
-            weight,
-            plan,
-            deltas,
-            x.dtype,
-            lambda adapted: F.linear(rows, adapted.t() if transposed else adapted, bias),
-        )
-        if rows is not x:
-            return result.resize_(*x.shape[:-1], result.shape[-1])
-        if x.dim() != 2 and result._is_view():
-            result = result.new_empty(0).set_(result)  # type: ignore[call-overload]
-        return result
+        return F.linear(x, weight.t() if transposed else weight, bias)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        needs: Needs, *options: Any,
+        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
-        (transposed,) = options
+        (transposed,), (need_x, need_weight, need_values) = options, needs
         dx = dweight = dvalues = None
         # dx last: it is not yet there while the others need room to work in
-        if needs.weight or needs.values:  # else x was not kept
+        if need_weight or need_values:
             left, right = _as_matrix(grad), _as_matrix(x)
             if transposed:
                 left, right = right, left
-            if needs.weight:
-                dweight = (left.t() @ right).to(weight.dtype)
-            if needs.values:
+            if need_weight:
+                dweight = left.t() @ right
+            if need_values:
                 dvalues = weight_gradient(left, right, plan)
-        if needs.x:
-            dx = resident(
-                weight,
-                plan,
-                deltas,
-                grad.dtype,
-                lambda adapted: grad @ (adapted.t() if transposed else adapted),
-            )
+        if need_x:
+            dx = within(lambda adapted: grad @ (adapted.t() if transposed else adapted))
         return dx, dweight, dvalues
 
-    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        (transposed,) = options
-        return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
-
-    def fake_dx(self, grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
         (transposed,) = options
         return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
 
@@ -96,41 +69,27 @@ class _Conv2d(Product):
     keeps_x = True
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
-        *options: Any,
-    ) -> Tensor:  # fmt: skip
-        bias = None if bias is None else bias.to(x.dtype)
-        return resident(
-            weight, plan, deltas, x.dtype, lambda adapted: F.conv2d(x, adapted, bias, *options)
-        )
+        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
+    ) -> Tensor:
+        return F.conv2d(x, weight, bias, *options)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        needs: Needs, *options: Any,
+        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
-        *window, groups = options
-        wanted = [needs.x, needs.weight or needs.values, False]
-
-        def product(adapted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-                grad, x, adapted, None, *window, False, [0, 0], groups, wanted
-            )
-
-        dx, dense, _ = resident(weight, plan, deltas, grad.dtype, product)
-        return (
-            dx if needs.x else None,
-            dense.to(weight.dtype) if needs.weight else None,
-            _gathered(dense, plan) if needs.values else None,
+        (*window, groups), (need_x, need_weight, need_values) = options, needs
+        wanted = [need_x, need_weight or need_values, False]
+        backward = torch.ops.aten.convolution_backward
+        dx, dense, _ = within(
+            lambda adapted: backward(grad, x, adapted, None, *window, False, [0, 0], groups, wanted)
         )
+        return dx, dense if need_weight else None, _gathered(dense, plan) if need_values else None
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        return grad.sum((0, 2, 3))
-
-    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        return F.conv2d(x, weight.to(x.dtype), None, *options)
-
-    def fake_dx(self, grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
         return torch.empty_like(x)
+
+    def dbias(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
 
 
 class _Embedding(Product):
@@ -141,29 +100,20 @@ class _Embedding(Product):
     """
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
-        *options: Any,
-    ) -> Tensor:  # fmt: skip
-        def rows(adapted: Tensor) -> Tensor:
-            # as F.embedding, which returns a view: see `_Linear`
-            return adapted.index_select(0, x.reshape(-1)).resize_(*x.shape, adapted.shape[1])
-
-        return resident(weight, plan, deltas, weight.dtype, rows)
+        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
+    ) -> Tensor:
+        return F.embedding(x, weight)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        needs: Needs, *options: Any,
+        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
-        (padding_idx,) = options
+        (padding_idx,), (_, need_weight, need_values) = options, needs
         dweight = None
-        if needs.weight:
-            dweight = torch.ops.aten.embedding_dense_backward(
-                grad, x, weight.shape[0], padding_idx, False
-            ).to(weight.dtype)
-        return None, dweight, _row_sums(grad, x, plan, padding_idx) if needs.values else None
-
-    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        return weight.new_empty((*x.shape, weight.shape[1]))
+        if need_weight:
+            backward = torch.ops.aten.embedding_dense_backward
+            dweight = backward(grad, x, weight.shape[0], padding_idx, False)
+        return None, dweight, _row_sums(grad, x, plan, padding_idx) if need_values else None
 
 
 _linear = _Linear("linear", "bool transposed")

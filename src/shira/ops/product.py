@@ -12,9 +12,10 @@ was measured at a tenth of a 1024 x 1024 layer's step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,24 +23,19 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from shira.ops.plan import Plan, plan_for
+from shira.ops.resident import resident
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor[] deltas, Tensor[] indices"
 _GRADIENT_ARGUMENTS = "Tensor grad, Tensor x, Tensor weight, Tensor[] deltas, Tensor[] indices"
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class Needs(NamedTuple):
-    """The gradients that are wanted."""
-
-    x: bool
-    weight: bool
-    values: bool
+Within = Callable[[Callable[[Tensor], Any]], Any]
 
 
 class Product:
     """A kind of product; instances are called as ``(x, weight, bias, deltas, indices, *options)``.
 
-    Subclasses say how it is computed, and its gradients. Autocast is off in all of their methods.
+    Subclasses say how it is computed with a weight that holds the adapters, and its gradients.
+    Autocast is off in all of their methods.
 
     Args:
         name: Of the custom op: ``shira::<name>``, and ``shira::<name>_backward``.
@@ -50,33 +46,29 @@ class Product:
     """True if the gradient of x needs x."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
-        *options: Any,
-    ) -> Tensor:  # fmt: skip
-        """Return the product, which is no view."""
+        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
+    ) -> Tensor:
+        """Return the product with an adapted weight, of the dtype of x if that is floating."""
         raise NotImplementedError
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        needs: Needs, *options: Any,
+        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        plan: Plan, needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """Return ``dx``, ``dweight`` and, at the entries of the plan, ``dvalues``, as needed.
+        """Return ``dx``, dense ``dweight`` and, at the plan's entries, ``dvalues``, as needed.
 
-        ``x`` is there if weight or values need it, or by `keeps_x`.
+        ``weight`` is the base; ``within`` calls a function with the adapted weight. ``x`` is there
+        if weight or values need it, or by `keeps_x`.
         """
         raise NotImplementedError
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
-        """Return the gradient of the bias, which lies along the last dimension."""
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-    def fake(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        """Return an empty result, for tracing."""
-        raise NotImplementedError
-
-    def fake_dx(self, grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
         """Return an empty ``dx``, for tracing."""
         raise NotImplementedError
+
+    def dbias(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the bias, which lies along the last dimension."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
 
     # --- eagerly ----------------------------------------------------------------------------------
 
@@ -88,37 +80,50 @@ class Product:
         if runs_eagerly(x, weight, *deltas):
             if not torch.is_grad_enabled() and forward_ad._current_level < 0:
                 plan = plan_for(indices, weight.shape, weight.stride())
-                compute = self._forward if torch._C._is_any_autocast_enabled() else self.forward
-                return compute(x, weight, bias, deltas, plan, *options)
-            result: Tensor = _apply(self, options, x, weight, bias, *deltas, *indices)
+                return self._compute(x, weight, bias, deltas, plan, options)
+            result: Tensor = _apply(self, options, bias, x, weight, *deltas, *indices)
         else:
             result = self._op(x, weight, bias, list(deltas), list(indices), *options)
         return result
 
-    def _forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        with no_autocast(x):
-            return self.forward(x, *arguments)
+    def _compute(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
+        options: Sequence[Any],
+    ) -> Tensor:  # fmt: skip
+        if torch._C._is_any_autocast_enabled() and _casts(x):
+            with no_autocast(x):
+                return self._compute(x, weight, bias, deltas, plan, options)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        dtype = x.dtype if x.is_floating_point() else weight.dtype
+        result = resident(weight, plan, deltas, dtype, partial(self.forward, x, bias, options))
+        # Autograd lets nobody write to a view that was made inside an op.
+        if result._is_view():
+            result = result.new_empty(0).set_(result)  # type: ignore[call-overload]
+        return result
 
     def _gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        needs: Needs, options: Sequence[Any],
-    ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:  # fmt: skip
-        if torch._C._is_any_autocast_enabled():
+        options: Sequence[Any], needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Return ``dx, dweight, *dvalues``, those of x, weight and values that are needed."""
+        if torch._C._is_any_autocast_enabled() and _casts(grad):
             with no_autocast(grad):
-                found = self.gradients(grad, x, weight, deltas, plan, needs, *options)
-        else:
-            found = self.gradients(grad, x, weight, deltas, plan, needs, *options)
-        dx, dweight, values = found
+                return self._gradients(grad, x, weight, deltas, plan, options, needs)
+        within = partial(resident, weight, plan, deltas, grad.dtype)
+        dx, dweight, values = self.gradients(grad, x, options, weight, within, plan, needs)
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
         if values is None:
-            return dx, dweight, [None] * len(deltas)
-        return dx, dweight, plan.split(values, deltas)
+            return dx, dweight, *[None] * len(deltas)
+        return dx, dweight, *plan.split(values, deltas)
 
     # --- as a custom op ---------------------------------------------------------------------------
 
     def __init__(self, name: str, options: str) -> None:
         def compute(x: Any, weight: Any, bias: Any, deltas: Any, indices: Any, *rest: Any) -> Any:
             plan = plan_for(indices, weight.shape, weight.stride())
-            return self._forward(x, weight, bias, deltas, plan, *rest)
+            return self._compute(x, weight, bias, deltas, plan, rest)
 
         def compute_gradients(
             grad: Any, x: Any, weight: Any, deltas: Any, indices: Any, *rest: Any
@@ -126,10 +131,8 @@ class Product:
             """Return ``[dx, dweight, dvalues...]``; an op cannot say None: an empty tensor."""
             *rest, needs = rest  # type: ignore[assignment]
             plan = plan_for(indices, weight.shape, weight.stride())
-            dx, dweight, dvalues = self._gradients(
-                grad, x, weight, deltas, plan, Needs(*needs), rest
-            )
-            return [grad.new_empty(0) if d is None else d for d in (dx, dweight, *dvalues)]
+            found = self._gradients(grad, x, weight, deltas, plan, rest, needs)
+            return [grad.new_empty(0) if d is None else d for d in found]
 
         op = torch.library.custom_op(
             f"shira::{name}", compute, mutates_args=(),
@@ -139,45 +142,42 @@ class Product:
             f"shira::{name}_backward", compute_gradients, mutates_args=(),
             schema=f"({_GRADIENT_ARGUMENTS}, {options}, bool[] needs) -> Tensor[]",
         )  # fmt: skip
-        op.register_fake(lambda x, weight, b, d, i, *rest: self.fake(x, weight, *rest))
+        op.register_fake(self._fake)
         gradient_op.register_fake(self._fake_gradients)
         op.register_autograd(self._backward, setup_context=self._setup)
         self._op = getattr(torch.ops.shira, name)
         self._gradient_op = getattr(torch.ops.shira, f"{name}_backward")
 
+    def _fake(self, x: Tensor, weight: Tensor, b: Any, d: Any, i: Any, *options: Any) -> Tensor:
+        with no_autocast(x):
+            weight = weight.to(x.dtype) if x.is_floating_point() else weight
+            return self.forward(x, None, options, weight)
+
     def _fake_gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Any, indices: Any, *rest: Any
     ) -> list[Tensor]:
         *options, (need_x, need_weight, need_values) = rest
-        dx = self.fake_dx(grad, x, weight, *options) if need_x else grad.new_empty(0)
+        dx = self.fake_dx(grad, x, options, weight) if need_x else grad.new_empty(0)
         dweight = weight.new_empty(weight.shape if need_weight else 0)
         return [dx, dweight, *(d.new_empty(d.shape if need_values else 0) for d in deltas)]
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, deltas, indices, *ctx.options = inputs
+        x, weight, _, deltas, indices, *ctx.options = inputs
         keeps_x = self.keeps_x or weight.requires_grad or any(d.requires_grad for d in deltas)
         ctx.save_for_backward(x if keeps_x else x.new_empty(0), weight, *deltas, *indices)
-        ctx.bias_dtype = None if bias is None else bias.dtype
 
     def _backward(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, *rest = ctx.saved_tensors
         deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         need_x, need_weight, need_bias, need_deltas = ctx.needs_input_grad[:4]
         needs = [need_x, need_weight, any(need_deltas)]
-        nothing: list[Tensor | None] = [None] * len(deltas)
-        dx = dweight = dbias = None
-        dvalues = nothing
-        if need_bias:
-            dbias = self.bias_gradient(grad).to(ctx.bias_dtype)
-        if any(needs):
-            dx, dweight, *dvalues = self._gradient_op(
-                grad, x, weight, deltas, indices, *ctx.options, needs
-            )
+        found = self._gradient_op(grad, x, weight, deltas, indices, *ctx.options, needs)
+        nothing = [None] * len(deltas)
         return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias,
-            dvalues if needs[2] else nothing,
+            found[0] if need_x else None,
+            found[1] if need_weight else None,
+            self.dbias(grad) if need_bias else None,
+            found[2:] if needs[2] else nothing,
             nothing,
             *(None,) * len(ctx.options),
         )
@@ -188,40 +188,29 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, product: Product, options: tuple[Any, ...], x: Tensor, weight: Tensor,
-        bias: Tensor | None, *rest: Tensor,
+        ctx: Any, product: Product, options: tuple[Any, ...], bias: Tensor | None, x: Tensor,
+        weight: Tensor, *rest: Tensor,
     ) -> Tensor:  # fmt: skip
         count = len(rest) // 2
-        deltas, indices = rest[:count], rest[count:]
-        _, _, _, need_weight, _, *need_rest = ctx.needs_input_grad
-        # x is what the gradient of values and weight needs; without them it is not kept alive
-        keeps_x = need_weight or True in need_rest or product.keeps_x
+        keeps_x = product.keeps_x or True in ctx.needs_input_grad[4:]
         ctx.save_for_backward(x if keeps_x else None, weight, *rest)
-        plan = plan_for(indices, weight.shape, weight.stride())
+        plan = plan_for(rest[count:], weight.shape, weight.stride())
         ctx.product, ctx.options, ctx.plan = product, options, plan
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        compute = product._forward if torch._C._is_any_autocast_enabled() else product.forward
-        return compute(x, weight, bias, deltas, plan, *options)
+        return product._compute(x, weight, bias, rest[:count], plan, options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # a graph of this pass is wanted, which cannot be had
             return _without_a_graph(ctx, grad)
         x, weight, *rest = ctx.saved_tensors
-        product, count, plan = ctx.product, len(rest) // 2, ctx.plan
-        _, _, need_x, need_weight, need_bias, *need_rest = ctx.needs_input_grad
-        needs = Needs(need_x, need_weight, True in need_rest)
+        product, plan, count = ctx.product, ctx.plan, len(rest) // 2
         if weight.stride() != plan.stride:  # hooks on saved tensors may lay it out anew
             plan = plan_for(rest[count:], weight.shape, weight.stride())
-        dx = dweight = dbias = None
-        dvalues: Sequence[Tensor | None] = [None] * count
-        if True in needs:
-            dx, dweight, dvalues = product._gradients(
-                grad, x, weight, rest[:count], plan, needs, ctx.options
-            )
-        if need_bias:
-            dbias = product.bias_gradient(grad).to(ctx.bias_dtype)
-        return None, None, dx, dweight, dbias, *dvalues, *[None] * count
+        _, _, need_bias, need_x, need_weight, *need_rest = ctx.needs_input_grad
+        needs = need_x, need_weight, True in need_rest
+        found = product._gradients(grad, x, weight, rest[:count], plan, ctx.options, needs)
+        dbias = product.dbias(grad) if need_bias else None
+        return None, None, dbias, *found, *[None] * count
 
 
 _without_a_graph = once_differentiable(_Eager.backward)
@@ -240,7 +229,9 @@ def runs_eagerly(*tensors: Tensor) -> bool:
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves dtypes alone: inside an op they are as wanted."""
+    return torch.autocast(like.device.type, enabled=False) if _casts(like) else nullcontext()
+
+
+def _casts(like: Tensor) -> bool:
     kind = like.device.type
-    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

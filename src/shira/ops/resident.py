@@ -78,12 +78,23 @@ def resident(
     return resident(weight, plan, deltas, dtype, product)
 
 
-def delta_write(data: Tensor, plan: Plan, delta: Tensor) -> native.DeltaWrite | TorchWrite:
-    """Return a write of ``round(original + delta)`` to a plan's entries, which share no memory."""
-    kernels = compiled_for(data, delta)
-    if kernels is not None and plan.gaps is not None:
-        return native.DeltaWrite(kernels, data, plan.gaps, delta)
-    return TorchWrite(data, plan, lambda originals: replacement(originals, delta))
+def delta_write(
+    data: Tensor, plan: Plan, delta: Tensor, originals: Tensor | None = None
+) -> native.DeltaWrite | TorchWrite:
+    """Return a write of ``round(original + delta)`` to a plan's entries, which share no memory.
+
+    Given ``originals``, the replacement values are there already, and only to be undone.
+    """
+    if (
+        plan.gaps is not None
+        and data.is_cpu
+        and data.dtype in native.KINDS
+        and delta.dtype != torch.float64
+        and data.is_contiguous()
+        and (kernels := native.load().library) is not None
+    ):  # the same bits as through torch
+        return native.DeltaWrite(kernels, data, plan.gaps, delta, originals)
+    return TorchWrite(data, plan, lambda there: replacement(there, delta), originals)
 
 
 class TorchWrite:
@@ -92,9 +103,16 @@ class TorchWrite:
     ``new`` is given what is there, ``(k,)``, and returns what is to be there.
     """
 
-    def __init__(self, data: Tensor, plan: Plan, new: Callable[[Tensor], Tensor]) -> None:
-        self.memory, self.offsets, self.new = memory_of(data), plan.offsets().to(data.device), new
-        self.originals: Tensor | None = None
+    def __init__(
+        self,
+        data: Tensor,
+        plan: Plan,
+        new: Callable[[Tensor], Tensor],
+        originals: Tensor | None = None,
+    ) -> None:
+        flat = plan.flat().to(data.device)
+        self.memory, self.offsets = memory_of(data), offsets_of(flat, data.shape, data.stride())
+        self.new, self.originals = new, originals
 
     def put_in(self) -> None:
         """See `Write`."""
@@ -105,20 +123,6 @@ class TorchWrite:
         """See `Write`."""
         if self.originals is not None:
             self.memory.index_copy_(0, self.offsets, self.originals)
-
-
-def compiled_for(data: Tensor, values: Tensor) -> native.Kernels | None:
-    """Return the compiled kernels, if they are there and take such a weight and values for it.
-
-    They give the same bits as torch.
-    """
-    fits = (
-        data.is_cpu
-        and data.dtype in native.KINDS
-        and values.dtype != torch.float64
-        and data.is_contiguous()
-    )
-    return native.load().library if fits else None
 
 
 def _cast_copy(weight: Tensor, plan: Plan, delta: Tensor, dtype: torch.dtype) -> Tensor:
@@ -233,19 +237,14 @@ class _Restoring:
     """The write of an unmerge: to undo it is to complete it, so that it is never left half done."""
 
     def __init__(self, undo: Undo, weight: Tensor, commit: Callable[[], None]) -> None:
-        self.undo, self.weight, self.data, self.commit = undo, weight, weight.data, commit
-        self.originals = undo.originals.to(weight.device, weight.dtype)
+        self.weight, self.count, self.commit = weight, undo.count, commit
+        originals = undo.originals.to(weight.device, weight.dtype)
+        self.write = delta_write(weight.data, undo.plan, originals[:0], originals)
 
     def put_in(self) -> None:
         """See `Write`."""
-        plan, kernels = self.undo.plan, compiled_for(self.data, self.originals)
-        if kernels is not None and plan.gaps is not None:
-            kernels.leave(self.data, plan.gaps, self.originals)
-        else:
-            flat = plan.flat().to(self.data.device)
-            offsets = offsets_of(flat, self.data.shape, self.data.stride())
-            memory_of(self.data).index_copy_(0, offsets, self.originals)
-        take_back(self.weight, self.undo.count)
+        self.write.put_back()
+        take_back(self.weight, self.count)
         self.commit()
 
     put_back = put_in

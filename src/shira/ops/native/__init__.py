@@ -10,8 +10,7 @@ function       does                                        file
 =============  ==========================================  ==================
 `entries`      weight gradient at single entries           ``entries.c``
 `tiles`        weight gradient at square tiles             ``tiles.c``
-`DeltaWrite`   original + delta in its place, kept         ``gaps.c``
-`leave`        the originals back                          ``gaps.c``
+`DeltaWrite`   original + delta in its place, and back     ``gaps.c``
 `coordinates`  rows and columns of entries                 ``gaps.c``
 `encode_gaps`  sorted indices to gaps                      ``gaps.c``
 `decode_gaps`  gaps to sorted indices                      ``gaps.c``
@@ -137,15 +136,6 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def leave(self, weight: Tensor, gaps: Gaps, originals: Tensor) -> None:
-        """Write the originals back, ``(k,)``, that `DeltaWrite` has kept; all contiguous."""
-        units = gaps.units
-        self._leave(
-            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            gaps.marks.data_ptr(), originals.data_ptr(), None, KINDS[originals.dtype],
-            _threads(originals.numel()),
-        )  # fmt: skip
-
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -260,19 +250,22 @@ class DeltaWrite:
 
     A `shira.ops.memory.Write`, in few Python steps: between large products the code and data of
     each come from memory again. The weight is contiguous, of a dtype in `KINDS`; its entries are
-    in ``originals``, ``(k,)``, once the delta is put in.
+    in ``originals``, ``(k,)``, once the delta is put in, or are given if it is in it already.
     """
 
     __slots__ = ("_delta", "_gaps", "_inside", "_kernels", "_threads", "_weight", "originals")
 
-    def __init__(self, kernels: Kernels, weight: Tensor, gaps: Gaps, delta: Tensor) -> None:
+    def __init__(
+        self, kernels: Kernels, weight: Tensor, gaps: Gaps, delta: Tensor,
+        originals: Tensor | None = None,
+    ) -> None:  # fmt: skip
         if delta.dtype != torch.float32 or not delta.is_contiguous():
             delta = delta.float().contiguous()
         self._kernels, self._weight, self._gaps, self._delta = kernels, weight, gaps, delta
-        self.originals = weight.new_empty(gaps.nnz)
         # The C call itself says that it has written: an interrupt may come right after it, before
         # anything in Python could.
-        self._inside = ctypes.c_int(0)
+        self._inside = ctypes.c_int(originals is not None)
+        self.originals = weight.new_empty(gaps.nnz) if originals is None else originals
         self._threads = 1 if gaps.nnz < _SHORT else torch.get_num_threads()
 
     def put_in(self) -> None:

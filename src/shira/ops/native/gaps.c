@@ -119,7 +119,7 @@ INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even
 
 // Units of `size` bytes; `weight` in one piece, seen as one row. `inside` says whether the weight
 // holds the new values, for a caller that may be interrupted before it can note that itself: `leave`
-// does nothing if it does not. Of `leave` it may be null.
+// does nothing if it does not.
 void NAME(shira_enter)(void *weight, const void *units, int size, int64_t count,
                        const int64_t *marks, const float *delta, void *originals, int *inside,
                        int kind, int threads) {
@@ -139,7 +139,7 @@ void NAME(shira_enter)(void *weight, const void *units, int size, int64_t count,
 void NAME(shira_leave)(void *weight, const void *units, int size, int64_t count,
                        const int64_t *marks, const void *originals, int *inside, int kind,
                        int threads) {
-    if (inside && !*inside) return;
+    if (!*inside) return;
     if (kind == F32) {
         uint32_t *w = weight;
         const uint32_t *kept = originals;
@@ -149,7 +149,7 @@ void NAME(shira_leave)(void *weight, const void *units, int size, int64_t count,
         const uint16_t *kept = originals;
         EACH_OF_SIZE(, w[here] = kept[e];)
     }
-    if (inside) *inside = 0;
+    *inside = 0;
 }
 
 // Row and column of each entry of a matrix, and where each row's entries begin: crow (rows + 1).
