@@ -233,10 +233,10 @@ def _inject_over_shira(
 
 def shira_layer_below(layer: Any) -> ShiraLayer | None:
     """Return the SHiRA layer that a layer of another method stands on, if there is one."""
-    below = layer._modules.get("base_layer")
-    while below is not None and not isinstance(below, ShiraLayer):
-        below = below._modules.get("base_layer")
-    return below
+    while (layer := layer._modules.get("base_layer")) is not None:
+        if isinstance(layer, ShiraLayer):
+            return layer
+    return None
 
 
 def refuse_over_shira(model: nn.Module) -> None:

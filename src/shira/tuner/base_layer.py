@@ -202,14 +202,6 @@ def _overwritten(layer: nn.Module, weight: Tensor) -> list[Overwritten]:
     return [record for record in records if record.nnz]
 
 
-def device_of_work(module: nn.Module) -> torch.device | None:
-    """Return the device to which an offloaded module is brought; None if it is not offloaded."""
-    if not has_offloaded_params(module):
-        return None
-    hook: Any = module._hf_hook
-    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-
-
 def onloaded(values: nn.ParameterDict, name: str, what: str) -> Tensor:
     """Return an adapter's values in a layer, brought from where Accelerate has put them.
 

@@ -133,14 +133,13 @@ class ShiraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(names))
-        by_number = self.layers_to_transform is not None or bool(self.layers_pattern)
-        if by_number and isinstance(self.target_modules, str):
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
                 "layers_to_transform and layers_pattern need target_modules as a list of names; "
                 "a regular expression can name the layers itself"
             )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern needs layers_to_transform")
 
     def _builtin_mask_fn(self) -> MaskFn | None:
         if self.mask_type in MASKS:
@@ -148,7 +147,7 @@ class ShiraConfig(PeftConfig):
             if "slot" in options:
                 raise ConfigError("the slot of a random mask is mask_slot, no option of the mask")
             MASKS[self.mask_type].check(options)
-            return BuiltinMask(self)
+            return self.builtin_mask
         if not isinstance(self.mask_type, str):
             raise ConfigError(f"mask_type is a name, not {self.mask_type!r}")
         if near := difflib.get_close_matches(self.mask_type.lower(), MASKS, n=1, cutoff=0.8):
@@ -163,6 +162,29 @@ class ShiraConfig(PeftConfig):
                 stacklevel=4,
             )
         return None
+
+    def builtin_mask(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+        """Return the built-in mask of a layer, as ``mask_fn``; errors as `shira.masks.choose`."""
+        shape, looks = full_shape(weight_of(base_layer)), "weight" in self.mask_needs
+        with readable(base_layer) if looks else nullcontext():
+            # a packed weight is dequantized for as long as it is looked at
+            weight = unpacked(base_layer) if looks else None
+            if looks and weight is None:
+                raise MaskError(
+                    f"{name}: the mask is chosen by the weight's values, but they are quantized in "
+                    "a way that cannot be unpacked; choose by position: mask_type 'random', "
+                    "'struct', 'block' or 'block_diagonal'"
+                )
+            return choose(
+                self.mask_type,
+                shape,
+                self.entries(shape, r, name),
+                weight=weight,
+                seed=self.draw_seed(),
+                name=name,
+                slot=self.mask_slot,
+                **(self.mask_options or {}),
+            )
 
     def draw_seed(self) -> int:
         """Return the seed of the mask; drawn and recorded now if there was none."""
@@ -246,42 +268,6 @@ _OURS: dict[str, Any] = {
 """The fields that PEFT does not know, with their defaults."""
 
 
-class BuiltinMask:
-    """``config.mask_fn`` of the built-in masks: ``mask_fn(base_layer, r, *, name)``."""
-
-    def __init__(self, config: ShiraConfig) -> None:
-        self.config = config
-
-    @property
-    def looks_at_weight(self) -> bool:
-        """Return whether the mask depends on the weight's values."""
-        return "weight" in self.config.mask_needs
-
-    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
-        """Return the mask of one layer; see `shira.masks.choose` for what can go wrong."""
-        config, shape = self.config, full_shape(weight_of(base_layer))
-        looks = self.looks_at_weight
-        with readable(base_layer) if looks else nullcontext():
-            # a packed weight is dequantized for as long as it is looked at
-            weight = unpacked(base_layer) if looks else None
-            if looks and weight is None:
-                raise MaskError(
-                    f"{name}: the mask is chosen by the weight's values, but they are quantized in "
-                    "a way that cannot be unpacked; choose by position: mask_type 'random', "
-                    "'struct', 'block' or 'block_diagonal'"
-                )
-            return choose(
-                config.mask_type,
-                shape,
-                config.entries(shape, r, name),
-                weight=weight,
-                seed=config.draw_seed(),
-                name=name,
-                slot=config.mask_slot,
-                **(config.mask_options or {}),
-            )
-
-
 def as_ours(config: Any) -> ShiraConfig:
     """Return one of PEFT's own configurations, made before shira was imported, as ours."""
     if isinstance(config, ShiraConfig) or not isinstance(config, StockConfig):
@@ -290,9 +276,9 @@ def as_ours(config: Any) -> ShiraConfig:
     values = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.init and field.name in known - {"inference_mode"}
+        if field.init and field.name in known
     }
-    ours = ShiraConfig(**values, inference_mode=True)  # no second warning of an own mask
+    ours = ShiraConfig(**values | {"inference_mode": True})  # no second warning of an own mask
     ours.inference_mode = config.inference_mode
     if config.mask_fn is not None and config.mask_fn is not random_mask:
         ours.mask_fn = config.mask_fn

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ Digests = dict[tuple[str, str], frozenset[str]]
 """``{(adapter, parameter): hashes}``; several where a process holds several such models."""
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-_new_models: list[weakref.ref[nn.Module]] = []
+new_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that have got an adapter; they are checked at the first training forward."""
 
 
 def digest_of(support: Support) -> str:
@@ -82,13 +83,8 @@ class IndexDict(BufferDict):
         """Return the positions as a support, checked."""
         return support_of(self._buffers[adapter_name], self._shape)
 
-    def values(self) -> Iterator[Tensor]:
-        """Yield row and column, adapter by adapter."""
-        return (self[name] for name in self)
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names with rows and columns."""
-        return ((name, self[name]) for name in self)
+    items: Any = Mapping.items  # by `__getitem__`
+    values: Any = Mapping.values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexDict:
         # Never to the meta device: who moves a model there, to load or to shard it (Accelerate's
@@ -151,25 +147,18 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
     _check(_layers_of(model), group)
 
 
-def register_model(model: nn.Module) -> None:
-    """Note a model that has got an adapter: it is checked at the first training forward."""
-    _new_models[:] = [ref for ref in _new_models if ref() not in (None, model)]
-    _new_models.append(weakref.ref(model))
-
-
 def check_new_models(layer: Any = None) -> None:
-    """Check every model noted since the last check; a collective call.
+    """Check the new models; a collective call.
 
     A copy of a model is not noted, so a layer of it is checked when its forward is about to run.
     """
     if not _several_ranks() or os.environ.get(SWITCH) == "0":
         return
-    models = [model for ref in _new_models if (model := ref()) is not None]
-    layers = [found for model in models for found in _layers_of(model)]
+    layers = [found for model in new_models for found in _layers_of(model)]
     if layer is not None and not any(found is layer for found in layers):
         layers.append(layer)
     _check(layers, None)
-    _new_models.clear()
+    new_models.clear()
 
 
 # Called by torch.compile while it traces, with no argument: so it neither breaks the graph nor adds
@@ -177,7 +166,7 @@ def check_new_models(layer: Any = None) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def check_while_compiling() -> bool:
     """Check the new models while a training forward is being compiled."""
-    if _new_models and torch.is_grad_enabled():
+    if new_models and torch.is_grad_enabled():
         check_new_models()
     return True
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
@@ -36,7 +37,6 @@ from shira.tuner.base_layer import (
     Way,
     call_with_hooks,
     call_with_weight,
-    device_of_work,
     gather_for_call,
     has_hooks_of_users,
     input_of,
@@ -108,10 +108,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.weight_name = ""
         self.weight_shape = full_shape(weight_of(self.get_base_layer()))
         self.shira_indices = IndexDict(self.weight_shape)
-        self.out_features, self.in_features = matrix_shape(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
-        if self.fan_in_fan_out:
-            self.in_features, self.out_features = self.out_features, self.in_features
+        sizes = matrix_shape(self.weight_shape)
+        self.in_features, self.out_features = sizes if self.fan_in_fan_out else sizes[::-1]
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, support, r, config=config)
         for module in (self, self.shira_weight, self.shira_indices):
@@ -232,8 +231,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # Not to the meta device with an offloaded weight: nobody would bring them from there.
-        device = device or device_of_work(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        if device is None and has_offloaded_params(base):
+            # not to the meta device with the weight: nobody would bring them from there
+            work = base._hf_hook.execution_device
+            device = torch.device("cpu" if work is None else work)
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,16 +372,15 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             weight = super().weight
         names = self._in_effect()
         # A packed weight (bitsandbytes) is of use to its own library alone; where a weight is
-        # offloaded, there is none now.
-        if not names or weight.is_meta or weight.shape != self.weight_shape:
+        # offloaded, there is none now; within the base layer's own forward it is adapted already.
+        other = weight.is_meta or weight.shape != self.weight_shape
+        if not names or other or isinstance(weight, AdaptedWeight):
             return weight
         if self._samples is not None:
             wanted = {name if name in self.shira_weight else BASE for name in self._samples}
             names = [] if len(wanted) > 1 else [*wanted]
             if names == [BASE]:
                 return weight
-        if isinstance(weight, AdaptedWeight):  # within the base layer's own forward
-            return weight
         return self._reading.adapted_weight(weight, *self._parts_in_use(names))
 
     def _in_effect(self) -> list[str]:

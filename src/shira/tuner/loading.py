@@ -19,9 +19,9 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, accept, judge
+from shira.base import Verdict, accept, judge
 from shira.checkpoints import shapes_of
-from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
+from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean, listed
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.header import EntryError, check_values, in_order
 from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
@@ -64,11 +64,18 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
     validate_against(file, shapes)
     _check_targets(file, config, model)
     _check_whole(file, config, model, shapes)
-    supports = {
-        raw.weight_name: Support.from_coordinates(shapes[raw.weight_name], raw.coordinates)
-        for raw in file.tensors.values()
-    }
-    _check_base(file, config, model, supports)
+    layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            layers.setdefault(weight_name(base_module_name(path)), module)
+    supports: dict[str, Support] = {}
+    verdicts: dict[str, Verdict] = {}
+    for raw in file.tensors.values():
+        name = raw.weight_name
+        supports[name] = Support.from_coordinates(shapes[name], raw.coordinates)
+        held = base_values(layers[name], supports[name])
+        verdicts[name] = judge(vars(config), name, raw.values, held)
+    accept(vars(config), verdicts, str(file.path), "pass a config whose base_fingerprint is None")
     return supports
 
 
@@ -95,16 +102,11 @@ def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> Non
         if hasattr(module, "weight")
     }
     present = {raw.weight_name for raw in file.tensors.values()}
-    for name in sorted(wanted - present or present - wanted):
+    for name in sorted(wanted ^ present):
+        why = f"unknown target: {name!r} is in the file, but not among the config's target_modules"
         if name in wanted:
-            raise FileFormatError(
-                f"{file.path}: missing target: the config's target_modules name {name!r}, but the "
-                "file has no tensors for it"
-            )
-        raise FileFormatError(
-            f"{file.path}: unknown target: the file has tensors for {name!r}, which the config's "
-            "target_modules do not name"
-        )
+            why = f"missing target: the config's target_modules name {name!r}, the file has none"
+        raise FileFormatError(f"{file.path}: {why}")
 
 
 def _check_whole(
@@ -134,24 +136,6 @@ def _check_whole(
                 )
 
 
-def _check_base(file: PeftFile, config: ShiraConfig, model: nn.Module, supports: Incoming) -> None:
-    metadata = {
-        FINGERPRINT_FIELD: config.base_fingerprint,
-        ROUNDED_FIELD: config.base_fingerprint_rounded,
-        "base_model_name_or_path": config.base_model_name_or_path,
-    }
-    layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
-    for path, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            layers.setdefault(weight_name(base_module_name(path)), module)
-    verdicts: dict[str, Verdict] = {}
-    for raw in file.tensors.values():
-        held = base_values(layers[raw.weight_name], supports[raw.weight_name])
-        verdicts[raw.weight_name] = judge(metadata, raw.weight_name, raw.values, held)
-    remedy = "pass a config whose base_fingerprint is None"
-    accept(metadata, verdicts, str(file.path), remedy)
-
-
 def named_for_loading(
     model: nn.Module,
     adapter_name: str,
@@ -174,11 +158,10 @@ def named_for_loading(
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             for stored, inside in wrapper.adapter_state_dict_load_map(adapter_name).items():
                 wanted[f"{path_in_state(path)}.{stored}"] = own[f"{path}.{inside}"]
-    for key in wanted:
-        if key not in named:
-            raise FileFormatError(
-                f"adapter {adapter_name!r} trains whole modules, but its state dict has no {key!r}"
-            )
+    for key in sorted(wanted.keys() - named.keys()):
+        raise FileFormatError(
+            f"adapter {adapter_name!r} trains whole modules, but its state dict has no {key!r}"
+        )
     names = {bare_name(name): name for name in own}
     result: dict[str, Tensor] = {}
     for key, tensor in named.items():
@@ -192,8 +175,8 @@ def named_for_loading(
                     f"{did_you_mean(bare, names)}"
                 )
             name, shape = path_in_state(names[bare]), own[names[bare]]
-        ignored = ignore_mismatched_sizes or loaded_whole
-        if shape not in (None, tuple(tensor.shape)) and not ignored:
+        other = shape not in (None, tuple(tensor.shape))
+        if other and not (ignore_mismatched_sizes or loaded_whole):
             raise FileFormatError(
                 f"{key!r} has shape {tuple(tensor.shape)}, but the model's has {shape}"
             )
@@ -225,9 +208,7 @@ def check_state_dict(
     checked = dict(state_dict)
     supports: dict[str, Support] = {}
     for path, layer in layers.items():
-        value_key, index_key = keys = [
-            f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES)
-        ]
+        keys = value_key, index_key = [f"{path}.{k}.{adapter_name}" for k in (VALUES, INDICES)]
         present = [key for key in keys if key in state_dict]
         if len(present) == 1:
             raise FileFormatError(f"of {value_key} and {index_key} only {present[0]!r} is there")
@@ -242,10 +223,10 @@ def check_state_dict(
             f"{min(state_dict, default=None)!r}"
         )
     for path, support in supports.items():
-        layer, k = layers[path], support.nnz
+        layer = layers[path]
         old = layer.shira_weight[adapter_name]
-        if len(old) != k:
-            room = nn.Parameter(old.new_zeros(k), requires_grad=old.requires_grad)
+        if len(old) != support.nnz:
+            room = nn.Parameter(old.new_zeros(support.nnz), requires_grad=old.requires_grad)
             layer.shira_weight[adapter_name] = room
             layer.shira_indices[adapter_name] = support.coordinates().to(old.device)
     return checked
@@ -261,8 +242,8 @@ def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
     if missing or info.unexpected_keys:
         raise FileFormatError(
             f"adapter {adapter_name!r}: {len(missing)} of the model's tensors are not in what was "
-            f"loaded ({', '.join(missing[:2]) or 'none'}), and {len(info.unexpected_keys)} there "
-            f"are none of the model's ({', '.join(sorted(info.unexpected_keys)[:2]) or 'none'})"
+            f"loaded ({listed(missing)}), and {len(info.unexpected_keys)} there are none of the "
+            f"model's ({listed(sorted(info.unexpected_keys))})"
         )
     for path, layer in layers_of(model, adapter_name).items():
         values, indices = layer.shira_weight[adapter_name], layer.shira_indices[adapter_name]
@@ -281,16 +262,13 @@ def _is_sparse(key: str) -> bool:
 def _sorted(layer: ShiraLayer, key: str, values: Tensor, indices: Tensor) -> tuple[Tensor, Support]:
     """Return a layer's values, which are called ``key``, in the order of their positions; these."""
     try:
+        shape = tuple(values.shape)
         if values.dim() != 1 or not values.is_floating_point():
-            raise EntryError(
-                f"values are (k,) floating point, not {tuple(values.shape)} {values.dtype}"
-            )
+            raise EntryError(f"values are (k,) floating point, not {shape} {values.dtype}")
         check_values(values)
-        key = key.replace(VALUES, INDICES)
-        if indices.shape != (2, len(values)):
-            raise EntryError(
-                f"indices of shape {tuple(indices.shape)} do not fit {len(values)} values"
-            )
+        key, shape = key.replace(VALUES, INDICES), tuple(indices.shape)
+        if shape != (2, len(values)):
+            raise EntryError(f"indices of shape {shape} do not fit {len(values)} values")
         coordinates, values = in_order(indices, values)
         return values, Support.from_coordinates(layer.weight_shape, coordinates)
     except (EntryError, SupportError) as error:

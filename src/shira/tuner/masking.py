@@ -33,7 +33,7 @@ from shira.masks import MASKS, choose, custom_support
 from shira.store.names import base_module_name, full_shape, weight_name
 from shira.support import Support
 from shira.tuner.base_layer import base_of, pristine, readable, weight_of
-from shira.tuner.config import BuiltinMask, ShiraConfig, as_ours
+from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.layers import layer_class_of
 from shira.tuner.quantized import backend_of
 from shira.tuner.targets import checked_targets
@@ -43,8 +43,6 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 class SupportTable:
     """``config.mask_fn`` of a calibrated configuration: supports by parameter name."""
-
-    looks_at_weight = False
 
     def __init__(self, supports: Mapping[str, Support]) -> None:
         self.supports = dict(supports)
@@ -67,28 +65,26 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
     Masks see the base, also while adapters are merged into its weight. An adapter that is about to
     be read from a file, whose mask cannot be made again, gets one of the right size.
     """
-    mask_fn = config.mask_fn
-    from_gradients = isinstance(mask_fn, BuiltinMask) and "gradient" in config.mask_needs
+    mask_fn, shape = config.mask_fn, full_shape(weight_of(base_of(layer)))
+    builtin = getattr(mask_fn, "__func__", None) is ShiraConfig.builtin_mask
+    from_gradients = builtin and "gradient" in config.mask_needs
     if config.inference_mode and (mask_fn is None or from_gradients):
-        shape = full_shape(weight_of(base_of(layer)))
         return Support(shape, torch.arange(config.entries(shape, r, name)))
     if mask_fn is None:
         raise MaskError(
             f"{name}: mask_type={config.mask_type!r} is not built in and config.mask_fn is not "
             f"set; built in are {', '.join(MASKS)}.{did_you_mean(config.mask_type, MASKS)}"
         )
-    base_layer = pristine(layer) if getattr(mask_fn, "looks_at_weight", True) else base_of(layer)
-    shape = full_shape(weight_of(base_layer))
-    if isinstance(mask_fn, (BuiltinMask, SupportTable)):
-        support = mask_fn(base_layer, r, name=name)
-    else:
-        given = {"name": name, "random_seed": config.random_seed}
-        with readable(base_layer):
-            mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
-        support = custom_support(
-            mask, shape, config.entries(shape, r, name), what=f"mask_fn for {name}"
-        )
-    return support.to("cpu")
+    if isinstance(mask_fn, SupportTable):
+        return mask_fn(base_of(layer), r, name=name).to("cpu")
+    if builtin:
+        seen = pristine(layer) if "weight" in config.mask_needs else base_of(layer)
+        return config.builtin_mask(seen, r, name=name).to("cpu")
+    base_layer, given = pristine(layer), {"name": name, "random_seed": config.random_seed}
+    with readable(base_layer):
+        mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
+    k = config.entries(shape, r, name)
+    return custom_support(mask, shape, k, what=f"mask_fn for {name}").to("cpu")
 
 
 def _accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,11 +215,10 @@ def _gradient_magnitudes(
 
     def collect(name: str, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
-        if gradient is None:
-            return
-        if name not in totals:
-            totals[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        totals[name] += gradient.abs_()
+        if gradient is not None and name in totals:
+            totals[name] += gradient.abs_()
+        elif gradient is not None:
+            totals[name] = gradient.abs_().float()
 
     try:
         for name, layer in group:
@@ -266,18 +261,15 @@ def _choose(config: ShiraConfig, name: str, layer: Any, score: Tensor) -> Suppor
 @contextmanager
 def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Freeze every parameter and put every module into eval mode, until the end."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(parameter, parameter.grad) for parameter, _ in required]
+    parameters = [(each, each.requires_grad, each.grad) for each in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
     try:
         model.requires_grad_(False).eval()
-        for parameter, _ in gradients:
-            parameter.grad = None
+        model.zero_grad()
         yield
     finally:
-        for parameter, requires_grad in required:
+        for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
-        for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, mode in training:
             module.training = mode

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
@@ -25,14 +25,14 @@ from shira.support import Support
 from shira.tuner.base_layer import at_rest, base_of, base_values, readable
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import GradientWatch
-from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, register_model
+from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, new_models
 from shira.tuner.layer import ShiraLayer, trainable_as_before
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import Incoming, check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
-from shira.tuner.rollback import as_it_was, merged_as_it_was
+from shira.tuner.rollback import as_it_was, merges_of
 from shira.tuner.saving import (
     describe,
     fused_adapter,
@@ -102,7 +102,7 @@ class ShiraModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             config._just_read |= config._source is not None
             config._source = None
-            register_model(model)
+            new_models.add(model)
             GradientWatch(model)
             ignore_in_ddp(model)
         finally:
@@ -115,12 +115,10 @@ class ShiraModel(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str | None,
+        current_key: str,
         parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
         config = as_ours(peft_config)
         # The mixed model, and an injection by state dict, come here without a choice made before.
         support = getattr(self, "_chosen", {}).get(current_key)
@@ -186,15 +184,23 @@ class ShiraModel(BaseTuner):
                 for field, value in describe(config, self.model, name).items():
                     setattr(config, field, value)
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
-        with merged_as_it_was(self.model):
+        restore = merges_of(self.model)
+        try:
             model = unload(*args, **kwargs)
             ignore_in_ddp(model)
+        except BaseException:
+            restore()
+            raise
         return model
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge into all layers, as PEFT's; if that fails or is interrupted, into none."""
-        with merged_as_it_was(self.model):
+        restore = merges_of(self.model)
+        try:
             super().merge_adapter(*args, **kwargs)
+        except BaseException:
+            restore()
+            raise
 
     def unmerge_adapter(self) -> None:
         """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged."""
@@ -255,12 +261,11 @@ class ShiraModel(BaseTuner):
                 f"there is an adapter {adapter_name!r} already; delete_adapter({adapter_name!r}) "
                 "makes room for another"
             )
-        trained_whole = {
-            name: (wrapper, [adapter for adapter in adapters if adapter in wrapper.modules_to_save])
-            for name, wrapper in self.model.named_modules()
-            if isinstance(wrapper, ModulesToSaveWrapper)
-        }
-        for name, (_, owners) in trained_whole.items():
+        trained_whole: dict[str, tuple[ModulesToSaveWrapper, str]] = {}
+        for name, wrapper in self.model.named_modules():
+            if not isinstance(wrapper, ModulesToSaveWrapper):
+                continue
+            owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
             if len(owners) > 1:
                 raise AdapterError(
                     "Cannot add weighted adapters if they target the same module with "
@@ -268,6 +273,8 @@ class ShiraModel(BaseTuner):
                     f"{owners[1]!r}. To fuse the sparse parts alone, use shira.fuse on "
                     "Adapter.from_model(model, name)"
                 )
+            if owners:
+                trained_whole[name] = wrapper, owners[0]
         fused, config = fused_adapter(
             self.model,
             adapters,
@@ -279,7 +286,7 @@ class ShiraModel(BaseTuner):
             epsilon=epsilon,
             seed=seed,
         )
-        config.modules_to_save = [n for n, (_, owners) in trained_whole.items() if owners] or None
+        config.modules_to_save = list(trained_whole) or None
         for field in ("task_type", "base_model_name_or_path", "revision"):  # of the one model
             setattr(config, field, getattr(self.peft_config[adapters[0]], field))
         with as_it_was(self):
@@ -289,19 +296,14 @@ class ShiraModel(BaseTuner):
                 values = fused[weight_name(base_module_name(path))].values
                 values = values.to(layer.shira_weight[adapter_name].device, copy=True)
                 layer.shira_weight[adapter_name] = nn.Parameter(values, requires_grad=False)
-            for wrapper, owners in trained_whole.values():
-                for owner in owners:
-                    wrapper.update(adapter_name)
-                    copy = wrapper.modules_to_save[adapter_name]
-                    copy.load_state_dict(wrapper.modules_to_save[owner].state_dict())
-                    copy.requires_grad_(False)
+            for wrapper, owner in trained_whole.values():
+                wrapper.update(adapter_name)
+                copy = wrapper.modules_to_save[adapter_name]
+                copy.load_state_dict(wrapper.modules_to_save[owner].state_dict())
+                copy.requires_grad_(False)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with adapter_names_in_effect(
-            self, kwargs.pop("adapter_names", None), kwargs.get("num_beams")
-        ):
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        return adapter_names_in_effect(self, kwargs.get("adapter_names"), kwargs.get("num_beams"))
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:

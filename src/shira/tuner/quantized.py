@@ -58,9 +58,7 @@ def unpacked(layer: nn.Module) -> Tensor | None:
     backend = backend_of(layer)
     if backend is None:
         return cast(Tensor, layer.weight).detach()
-    if not can_unpack(backend):
-        return None
-    return unpack(layer, backend)
+    return unpack(layer, backend) if can_unpack(backend) else None
 
 
 @torch.compiler.disable(reason="a packed weight is unpacked by its own library")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import onload_layer
@@ -52,19 +52,18 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
         raise
 
 
-@contextmanager
-def merged_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put a model's layers back, and in each what was merged into it, if the body raises."""
+def merges_of(model: nn.Module) -> Callable[[], None]:
+    """Return what puts a model's layers back, and into each what is merged into it now."""
     children = [(module._modules, dict(module._modules)) for module in model.modules()]
     layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
     merged = [(layer, list(layer.merged_adapters)) for layer in layers]
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for modules, before in children:
             modules.update(before)
         for layer, names in merged:
             if layer.merged_adapters != names:
                 with onload_layer(layer):
                     layer.merge_only(names)
-        raise
+
+    return restore

@@ -144,15 +144,14 @@ def whole_state(
         return state_dict
     state_dict = by_own_names(model, state_dict)
     layers = layers_of(model, adapter_name)
-    keys = [f"{path}.{VALUES}.{adapter_name}" for path in layers]
-    for key in keys:
-        if key not in state_dict:
-            like = min((given for given in state_dict if VALUES in given), default=None)
-            example = f" (the adapter's names in this one are like {like!r})" if like else ""
-            raise AdapterError(
-                f"the state dict has no {key!r}, so adapter {adapter_name!r} cannot be saved from "
-                f"it: pass that of the whole model{example}"
-            )
+    keys = {f"{path}.{VALUES}.{adapter_name}" for path in layers}
+    for key in sorted(keys - state_dict.keys()):
+        like = min((given for given in state_dict if VALUES in given), default=None)
+        example = f" (the adapter's names in this one are like {like!r})" if like else ""
+        raise AdapterError(
+            f"the state dict has no {key!r}, so adapter {adapter_name!r} cannot be saved from it: "
+            f"pass that of the whole model{example}"
+        )
     kept = f".modules_to_save.{adapter_name}."
     own = {path_in_state(name): parameter for name, parameter in model.named_parameters()}
     parts = {
@@ -182,9 +181,8 @@ def whole_state(
         positions = layer.shira_indices[adapter_name]
         # as they are kept, if this is no state dict but a list of buffers
         given = unpack(state_dict.get(index_key, positions), layer.weight_shape)
-        if state_dict[value_key].shape != positions.shape[1:] or not torch.equal(
-            given.to(positions), positions
-        ):
+        fits = state_dict[value_key].shape == positions.shape[1:]
+        if not fits or not torch.equal(given.to(positions), positions):
             raise AdapterError(
                 f"{index_key!r} of the state dict are not the positions that the model's adapter "
                 f"{adapter_name!r} has; load the state dict into the model first, and save that"

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import MergeError, TargetError, did_you_mean
@@ -279,17 +279,11 @@ def _modules_in(value: object) -> Iterable[nn.Module]:
 
 def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse two targets with one weight between them: each would have its own entries in it."""
-    seen: dict[tuple[int, int], str] = {}
+    seen: dict[int, str] = {}
     for name, module in targets:
         base = base_of(module)
-        if layer_class_of(base) is None:
-            continue
-        weight = weight_of(base)
-        if weight.is_meta or is_sharded(weight) or not weight.numel():
-            continue
-        # A packed tensor subclass (torchao) has no memory of its own to be known by.
-        place = (weight.data_ptr() or id(weight), weight.numel())
-        if seen.setdefault(place, name) != name:
+        place = _place_of(weight_of(base)) if layer_class_of(base) else None
+        if place is not None and seen.setdefault(place, name) != name:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "
                 f"it would contradict each other once merged; target one of them, for instance by "
@@ -299,22 +293,25 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
 
 def refuse_merging_shared_weights(model: nn.Module, layers: Collection[ShiraLayer]) -> None:
     """Refuse to merge into the weight of a layer that a module which is not adapted has too."""
-    owners = {
-        weight.data_ptr(): layer.weight_name.removesuffix(".weight")
-        for layer in layers
-        if not (weight := weight_of(layer.get_base_layer())).is_meta
-    }
+    owners = {_place_of(weight_of(layer.get_base_layer())): layer for layer in layers}
     inside = {id(module) for layer in layers for module in layer.modules()}
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
-                continue
-            owner = owners.get(tensor.data_ptr())
-            if owner is not None:
+            place = _place_of(tensor)
+            if place is not None and place in owners:
                 raise MergeError(
-                    f"{owner!r} shares its weight with {name!r} (tied weights), which is not "
-                    "adapted: merging would change both. Untie them first (load the model with "
-                    "tie_word_embeddings=False), or keep the adapter unmerged"
+                    f"{owners[place].weight_name.removesuffix('.weight')!r} shares its weight with "
+                    f"{name!r} (tied weights), which is not adapted: merging would change both. "
+                    "Untie them first (load the model with tie_word_embeddings=False), or keep the "
+                    "adapter unmerged"
                 )
+
+
+def _place_of(tensor: Tensor | None) -> int | None:
+    """Return what tells a tensor's memory from that of others; None if it has none here."""
+    if tensor is None or tensor.is_meta or is_sharded(tensor) or not tensor.numel():
+        return None
+    # A packed tensor subclass (torchao) has no memory of its own to be known by.
+    return tensor.data_ptr() or id(tensor)
