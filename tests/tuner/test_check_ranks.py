@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import weakref
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_digests_tell_positions_and_nothing_else():
 def checks(monkeypatch):
     """Pretends two ranks; the list of what would be compared."""
     compared = []
-    monkeypatch.setattr(indices, "new_models", weakref.WeakSet())
+    indices.new_models.clear()
     monkeypatch.setattr(indices, "_several_ranks", lambda: True)
     monkeypatch.setattr(indices, "compare", lambda digests, group: compared.append(digests))
     return compared

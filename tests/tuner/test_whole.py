@@ -136,9 +136,9 @@ def test_a_head_of_labels_that_the_base_has_not(tmp_path):
     trained(make, options).save_pretrained(tmp_path / "saved")
     other = bert()
     other.classifier = nn.Linear(16, 2)
-    with pytest.raises(WrongBaseError, match=r"whole of a 'classifier.\w+' of shape \(3,"):
+    with pytest.raises(WrongBaseError, match=r"made for a 'classifier.\w+' of shape \(3,"):
         Switch(other).load("a", tmp_path / "saved")
-    with pytest.raises(WrongBaseError, match=r"whole of a 'classifier.\w+' of shape \(3,"):
+    with pytest.raises(WrongBaseError, match=r"made for a 'classifier.\w+' of shape \(3,"):
         PeftModel.from_pretrained(other, tmp_path / "saved")
     assert not any("modules_to_save" in name for name, _ in other.named_modules())
 

@@ -188,12 +188,7 @@ def _check_again(
 
 
 def _check_after(
-    load: Any,
-    model: Any,
-    path: Any = None,
-    adapter_name: str | None = None,
-    *args: Any,
-    **kwargs: Any,
+    load: Any, model: Any, path: Any = None, adapter_name: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     """Check what transformers' own loading has put into a model."""
     path = kwargs.pop("peft_model_id", path)
@@ -223,12 +218,25 @@ def _refuse_to_swap(swap: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 def _inject_over_shira(
     inject: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any
 ) -> None:
-    """Let other methods' layers stand on SHiRA's where that is right, or refuse them."""
-    if not any(isinstance(module, ShiraLayer) for module in model.modules()):
-        return inject(tuner, model, *args, **kwargs)  # type: ignore[no-any-return]
-    with as_it_was(model):
+    """Refuse other methods' layers on top of SHiRA's that take the base weight for what is below.
+
+    The methods that PEFT mixes call the layer below and add to it or turn its input; DoRA, and most
+    others, read the base weight, and SHiRA's adapter would have no effect.
+    """
+    with as_it_was(model, ShiraLayer):
         inject(tuner, model, *args, **kwargs)
-        refuse_over_shira(model)
+        for name, module in model.named_modules():
+            if not isinstance(module, BaseTunerLayer) or isinstance(module, ShiraLayer):
+                continue
+            below = shira_layer_below(module)
+            dora = any(getattr(module, "use_dora", {}).values())
+            if below is not None and (dora or not isinstance(module, mixed.Layers)):
+                kind = "DoRA" if dora else type(module).__name__
+                raise TargetError(
+                    f"{name}: {kind} computes with the base weight, in which it would not see the "
+                    f"SHiRA adapters {sorted(below.shira_weight)} below it; merge these first "
+                    "(merge_and_unload), or leave the layer out of its target_modules"
+                )
 
 
 def shira_layer_below(layer: Any) -> ShiraLayer | None:
@@ -237,26 +245,6 @@ def shira_layer_below(layer: Any) -> ShiraLayer | None:
         if isinstance(layer, ShiraLayer):
             return layer
     return None
-
-
-def refuse_over_shira(model: nn.Module) -> None:
-    """Refuse layers on top of SHiRA's that take the base weight for what is below them.
-
-    The methods that PEFT mixes call the layer below and add to it or turn its input; DoRA, and most
-    others, read the base weight, and SHiRA's adapter would have no effect.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or isinstance(module, ShiraLayer):
-            continue
-        below = shira_layer_below(module)
-        dora = any(getattr(module, "use_dora", {}).values())
-        if below is not None and (dora or not isinstance(module, mixed.Layers)):
-            kind = "DoRA" if dora else type(module).__name__
-            raise TargetError(
-                f"{name}: {kind} computes with the base weight, in which it would not see the "
-                f"SHiRA adapters {sorted(below.shira_weight)} below it; merge these first "
-                "(merge_and_unload), or leave the layer out of its target_modules"
-            )
 
 
 register()

@@ -118,7 +118,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.register_load_state_dict_post_hook(_merge_what_was_merged)
 
     def _stores_input_first(self) -> bool:
-        """Return whether the first dimension of the weight is that of the input."""
         return False
 
     def __getattr__(self, name: str) -> Any:
@@ -389,9 +388,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return []
         values: Any = self._modules["shira_weight"]
         active = self._active_adapter
-        return [
-            name for name in ([active] if isinstance(active, str) else active) if name in values
-        ]
+        names = [active] if isinstance(active, str) else active
+        return [name for name in names if name in values]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base layer with the active adapters inside its weight.
@@ -405,11 +403,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             What the base layer returns.
         """
         adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self._base_forward(*args, **kwargs)
-        if adapter_names is not None:
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if adapter_names is not None and not self._disable_adapters:
             return mixed_batch_forward(self, adapter_names, args, kwargs)
         names = self._in_effect()
         if not names:

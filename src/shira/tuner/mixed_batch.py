@@ -7,7 +7,7 @@ its type can compute all groups together, calls its forward for each group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,19 +37,18 @@ def adapter_names_in_effect(
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
     layers: list[Any] = [m for m in model.modules() if isinstance(m, model.tuner_layer_cls)]
-    known = {BASE, *(name for layer in layers for name in layer.shira_weight)}
+    known = {name for layer in layers for name in layer.shira_weight}
     for name in adapter_names:
-        if name not in known:
+        if name not in known | {BASE}:
             raise UnknownAdapterError(
                 f"Trying to infer with non-existing adapter(s): {name}."
-                f"{did_you_mean(name, known)} Known are {', '.join(sorted(known - {BASE}))}, and "
+                f"{did_you_mean(name, known | {BASE})} Known are {', '.join(sorted(known))}, and "
                 f"{BASE!r} for the base model."
             )
     once = list(adapter_names)
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     repeated = [name for name in once for _ in range(beams)]
-    encoder = _encoder_of(model)
-    in_encoder = set(encoder.modules()) if encoder is not None else set()
+    in_encoder = set(_encoder_modules(model))
     for layer in layers:
         if not layer.disable_adapters:
             _refuse_merged(layer)
@@ -158,9 +157,9 @@ def _cannot_be_split(layer: Any, why: str) -> AdapterError:
     )
 
 
-def _encoder_of(model: nn.Module) -> nn.Module | None:
+def _encoder_modules(model: nn.Module) -> Iterable[nn.Module]:
     base = getattr(model, "model", None)
     get = getattr(base, "get_encoder", None)
     encoder = get() if callable(get) else None
     # transformers' default get_encoder may answer with the model itself
-    return encoder if isinstance(encoder, nn.Module) and encoder is not base else None
+    return encoder.modules() if isinstance(encoder, nn.Module) and encoder is not base else ()

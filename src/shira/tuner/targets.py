@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from shira.errors import MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
+from shira.store.header import FLOATS
 from shira.store.names import base_module_name, full_shape, is_sharded
 from shira.tuner.base_layer import Way, base_of, is_computed, way_to_call, weight_of
 from shira.tuner.config import ShiraConfig
@@ -59,10 +60,7 @@ def checked_targets(
 
 
 def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
-    """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named.
-
-    The routed experts of a mixture are parameters, each a stack of matrices.
-    """
+    """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named."""
     targets = config.target_modules
     _maybe_include_all_linear_layers(config, model)
     if not isinstance(targets, str) or targets == config.target_modules:
@@ -73,28 +71,24 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
         for name in config.target_modules or ()
         if layer_class_of(base_of(named[name]))
     )
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     for path, module in named.items():
         if layer_class_of(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            if _is_stack(module, name, full_shape(parameter)):
-                pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-                left_out[pattern] = left_out.get(pattern, 0) + math.prod(full_shape(parameter))
+            shape = full_shape(parameter)
+            # the weights of many experts are several matrices in one, or these flattened
+            flat = "expert" in type(module).__name__.lower() and "bias" not in name
+            if min(shape, default=0) > 1 and (len(shape) == 3 or (len(shape) == 2 and flat)):
+                left_out[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += math.prod(shape)
     if left_out:
-        share = sum(left_out.values()) / (adapted + sum(left_out.values()))
+        share = left_out.total() / (adapted + left_out.total())
         warnings.warn(
             f"target_modules='all-linear' leaves out {', '.join(sorted(left_out))}: {share:.0%} of "
             "the model's linear weights. They are parameters with several matrices in each, as the "
             "routed experts of a mixture, and SHiRA adapts modules; they stay as they are",
             stacklevel=2,
         )
-
-
-def _is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter is several matrices in one, as the weights of many experts."""
-    flat = "expert" in type(module).__name__.lower() and "bias" not in name
-    return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and min(shape) > 1 and flat)
 
 
 def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
@@ -164,56 +158,52 @@ def check_target(name: str, target: nn.Module) -> None:
     It has to act as its merged model would.
     """
     base_layer = base_of(target)
-    layer_class = layer_class_of(base_layer)
+    kind, layer_class = type(base_layer).__name__, layer_class_of(base_layer)
     if layer_class is None:
         raise TargetError(
-            f"Target module {name} ({type(base_layer).__name__}) is not supported. SHiRA adapts "
-            "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
+            f"Target module {name} ({kind}) is not supported. SHiRA adapts torch.nn.Linear, "
+            "transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
         )
     if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
-        raise TargetError(
-            f"{name}: SHiRA does not support nested base layers: {type(target).__name__} is itself "
-            "an adapter's layer; apply SHiRA first"
+        why = (
+            f"SHiRA does not support nested base layers: {type(target).__name__} is itself an "
+            "adapter's layer; apply SHiRA first"
         )
-    if getattr(base_layer, "max_norm", None) is not None:
-        raise TargetError(
-            f"{name}: an embedding with max_norm rewrites its own rows while it looks them up, so "
-            "its weight cannot be kept as it is; set max_norm=None or leave it out of "
-            "target_modules"
+    elif getattr(base_layer, "max_norm", None) is not None:
+        why = (
+            "an embedding with max_norm rewrites its own rows while it looks them up, so its "
+            "weight cannot be kept as it is; set max_norm=None"
         )
-    if backend_of(base_layer) is not None:
+    elif backend_of(base_layer) is not None:
         return
-    _refuse_other_ways_in(name, base_layer)
-    dtype = weight_of(base_layer).dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TargetError(
-            f"{name}: its weight is {dtype}; SHiRA adapts weights in float32, bfloat16, "
-            "float16 and float64, and those packed by a quantization that PEFT knows. Leave it out "
-            "of target_modules"
+    elif method := _other_way_in(base_layer):
+        why = f"{kind} computes in {method!r} too, which an adapted layer does not stand in for"
+    elif (dtype := weight_of(base_layer).dtype) not in FLOATS.values():
+        why = (
+            f"its weight is {dtype}; SHiRA adapts weights in float32, bfloat16, float16 and "
+            "float64, and those packed by a quantization that PEFT knows"
         )
-    if is_computed(base_layer) and way_to_call(base_layer, layer_class.known_forwards) is Way.OWN:
-        raise TargetError(
-            f"{name}: its weight is computed (weight_norm, pruning or the like) and its class "
-            f"{type(base_layer).__name__} has a forward of its own, which cannot be given another "
-            "weight; remove the parametrization, or leave it out of target_modules"
+    elif is_computed(base_layer) and way_to_call(base_layer, layer_class.known_forwards) is Way.OWN:
+        why = (
+            f"its weight is computed (weight_norm, pruning or the like) and its class {kind} has a "
+            "forward of its own, which cannot be given another weight; remove the parametrization"
         )
+    else:
+        return
+    raise TargetError(f"{name}: {why}, or leave it out: exclude_modules=[{name!r}]")
 
 
-def _refuse_other_ways_in(name: str, layer: nn.Module) -> None:
-    """Refuse a layer with a further method that computes, as the positions of ProphetNet have.
+def _other_way_in(layer: nn.Module) -> str | None:
+    """Return a further method of a layer that computes, as the positions of ProphetNet have.
 
     The adapted layer stands in for ``forward``; who calls the other one would get the base.
     """
     for kind in type(layer).__mro__:
-        if kind.__module__.startswith("torch."):
-            continue
-        for method, function in vars(kind).items():
+        for method, function in () if kind.__module__.startswith("torch.") else vars(kind).items():
             code = getattr(function, "__code__", None)
             if method != "forward" and code is not None and "forward" in code.co_names:
-                raise TargetError(
-                    f"{name} ({type(layer).__name__}) computes in {method!r} too, which an adapted "
-                    f"layer does not stand in for; leave it out, by exclude_modules=[{name!r}]"
-                )
+                return method
+    return None
 
 
 def _refuse_model(model: nn.Module) -> None:
