@@ -129,7 +129,7 @@ def test_comparing_names_them():
     for other in (b, random_adapter(1), with_head(1, HEAD.double())):
         found = a.compare(other)
         assert (found.equal, found.unlike_whole) == (False, ("head.weight",))
-        assert "unlike whole: head.weight" in str(found)
+        assert "unlike whole: 'head.weight'" in str(found)
     only = Adapter(random_adapter(1), None, {"score.weight": HEAD})
     states = overlap(Adapter(b, None, {**b.tensors, "n": HEAD}), a + only).whole
     assert states == {"head.weight": "different", "n": "only in a", "score.weight": "only in b"}

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from shira import SparseDelta, Support
 from shira.errors import AdapterError
-from shira.switch.entries import combined, make_entry
-from shira.switch.weights import ChangedWeightError, PatchedWeights, State
+from shira.switch.weights import (
+    ChangedWeightError,
+    PatchedWeights,
+    State,
+    combined,
+    make_entry,
+)
 
 
 @dataclass(frozen=True, eq=False)

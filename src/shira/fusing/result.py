@@ -89,14 +89,12 @@ def whole_tensors(
 
     What one has whole must not have a delta in another.
     """
-    chosen = list(range(len(adapters)))
-    if whole is not None:
-        chosen = [at for at, name in enumerate(names) if name == whole]
-        if len(chosen) != 1:
-            raise ConfigError(
-                f"whole={whole!r} is the name of {len(chosen)} of the adapters, which are called "
-                f"{listed(names)}.{did_you_mean(whole, names)}"
-            )
+    chosen = [at for at, name in enumerate(names) if whole in (None, name)]
+    if whole is not None and len(chosen) != 1:
+        raise ConfigError(
+            f"whole={whole!r} is the name of {len(chosen)} of the adapters, which are called "
+            f"{listed(names)}.{did_you_mean(whole, names)}"
+        )
     found: dict[str, int] = {}
     for at in chosen:
         adapter = adapters[at]
@@ -132,17 +130,11 @@ def derived(
 ) -> Adapter:
     """Return an adapter of these deltas and whole tensors, made of others; `record` says how."""
     first, *others = (source.metadata for source in sources)
-    result = {
-        field: value
-        for field, value in first.items()
-        if field not in (FUSED, FINGERPRINT_FIELD, ROUNDED_FIELD)
-        and all(field in other and other[field] == value for other in others)
-    }
-    gone: tuple[str, ...] = ()
-    if any(set(source) != set(deltas) for source in sources):
-        gone += TARGET_FIELDS
+    gone = {FUSED, FINGERPRINT_FIELD, ROUNDED_FIELD}
+    if any(source.keys() != deltas.keys() for source in sources):
+        gone.update(TARGET_FIELDS)
     if any(source.tensors.keys() != tensors.keys() for source in sources):
-        gone += ("modules_to_save",)
+        gone.add("modules_to_save")
     same_mask = all(
         any(name in source for name in deltas)
         and all(
@@ -151,8 +143,12 @@ def derived(
         for source in sources
     )
     if not same_mask:
-        gone += *MASK_FIELDS, "rank_pattern"
-    result = {field: value for field, value in result.items() if field not in gone}
+        gone.update(MASK_FIELDS, ["rank_pattern"])
+    result = {
+        field: value
+        for field, value in first.items()
+        if field not in gone and all(field in o and o[field] == value for o in others)
+    }
     if not same_mask:
         result["mask_type"] = FUSED
     result |= _fingerprints(sources, deltas)
@@ -188,15 +184,14 @@ def record(
 
 def _fingerprints(sources: Sequence[Adapter], deltas: Mapping[str, SparseDelta]) -> dict[str, Any]:
     """Return the fingerprints that are of the result's own positions."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, dict[str, Any]] = {FINGERPRINT_FIELD: {}, ROUNDED_FIELD: {}}
     for name, delta in deltas.items():
         for source in sources:
-            if name not in (source.metadata.get(FINGERPRINT_FIELD) or {}):
-                continue
-            if name in source and source[name].support == delta.support:
-                for field in (FINGERPRINT_FIELD, ROUNDED_FIELD):
-                    known = source.metadata.get(field) or {}
-                    if name in known:
-                        kept.setdefault(field, {})[name] = known[name]
+            known = {field: source.metadata.get(field) or {} for field in kept}
+            own = name in known[FINGERPRINT_FIELD] and name in source
+            if own and source[name].support == delta.support:
+                for field in kept:
+                    if name in known[field]:
+                        kept[field][name] = known[field][name]
                 break
-    return kept
+    return {field: prints for field, prints in kept.items() if prints}

@@ -25,8 +25,7 @@ from shira.ops.patch import base_at, same_bits
 from shira.serve.messages import Processes, agree, gather
 from shira.serve.placement import Storage
 from shira.support import Support, align_indices
-from shira.switch.entries import Entry, make_entry
-from shira.switch.weights import Plan
+from shira.switch.weights import Entry, Plan, make_entry
 
 Stored = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""

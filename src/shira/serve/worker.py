@@ -38,8 +38,14 @@ from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.support import Support
-from shira.switch.entries import Entry, combined, make_patch
-from shira.switch.weights import ChangedWeightError, PatchedWeights, State
+from shira.switch.weights import (
+    ChangedWeightError,
+    Entry,
+    PatchedWeights,
+    State,
+    combined,
+    make_patch,
+)
 
 _CHUNK = 2**24  # entries hashed at a time
 

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Switch`: adapters put into any module's weights, exchanged and taken out: exact, in O(k).
 
-Below it::
-
-    targets    an adapter on a module: where its parameters are, and what it writes there
-    entries    from deltas to patches, made beforehand
-    weights    which adapters are in some weights, and the way to others: all weights, or none
-
-`shira.ops.patch` writes. Sits above ``store`` and ``ops``; imports torch, numpy and safetensors,
-never PEFT or transformers. `shira.serve` uses ``entries`` and ``weights``, too.
+``targets`` finds an adapter's parameters in a module; ``weights``, which `shira.serve` uses too,
+makes what is written there and exchanges it. `shira.ops.patch` writes.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ from torch import nn
 from shira.adapter import Adapter
 from shira.delta import checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
-from shira.switch.entries import combined
 from shira.switch.targets import (
     Prepared,
     Target,
@@ -34,7 +27,14 @@ from shira.switch.targets import (
     resolve,
     shared_memory,
 )
-from shira.switch.weights import ChangedWeightError, PatchedWeights, Plan, Scales, State
+from shira.switch.weights import (
+    ChangedWeightError,
+    PatchedWeights,
+    Plan,
+    Scales,
+    State,
+    combined,
+)
 
 __all__ = ["Switch"]
 

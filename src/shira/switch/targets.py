@@ -23,8 +23,7 @@ from shira.errors import AdapterError, MergeError, TargetError, WrongBaseError, 
 from shira.ops.memory import MemoryMap, overlaps_itself
 from shira.ops.patch import Patch
 from shira.store.names import base_module_name, unwrapped
-from shira.switch.entries import Entry, make_entry
-from shira.switch.weights import Layout, layout_of
+from shira.switch.weights import Entry, Layout, layout_of, make_entry
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
