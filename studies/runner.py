@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -81,6 +82,14 @@ def continue_runs(
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed, {made} were made") from failed.popitem()[1]
     return made
+
+
+def execute(function: str, given: Mapping[str, Any], run: Any, data: Path) -> Outcome:
+    """Make a run by ``"module:function"``, called with the run, the folder of data and `given`."""
+    from benchmarks.environment import describe
+
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(run, data, **given), describe()
 
 
 def prepare_worker() -> None:

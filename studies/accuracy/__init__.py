@@ -9,9 +9,8 @@
     methods.py    the base model with each method in it, at equal trained parameters
     train.py      one run: train, then measure
     metrics.py    accuracy and Matthews correlation
-    store.py      results/*.jsonl: one run a line, only ever appended to
+    runs.py       results/*.jsonl: one run a line, only ever appended to
     plan.py       which runs are missing, in which order
-    runner.py     make them, some at a time; stop and go on whenever you like
     tables.py     the committed runs as tables
     figures.py    and as pictures
     document.py   both put into docs/study.md

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from studies import command
 from studies.accuracy import data as rows
-from studies.accuracy import store
 from studies.accuracy.plan import plan
 from studies.accuracy.protocol import TASKS
+from studies.accuracy.runs import STUDY
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,14 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"unknown tasks: {', '.join(unknown)}; known are {', '.join(TASKS)}")
     if arguments.action == "plan":
-        missing = plan(store.load(), tasks)
+        missing = plan(STUDY.load(), tasks)
         for run in missing.runs:
             print(run.key, run.stage, run.task, run.method, run.size or "-", run.rate, run.seed)
         print(f"and {missing.unknown_finals} final runs whose rate is not known yet")
         return 0
     if arguments.action == "run":
-        from studies.accuracy.runner import continue_runs
-
         reasons = {task: rows.absent(arguments.data, task) for task in tasks}
         for task, reason in reasons.items():
             if reason:
@@ -34,8 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         here = [task for task in tasks if reasons[task] is None]
         made = 0
         if here:
-            made = continue_runs(
-                arguments.data.resolve(), here, jobs=arguments.jobs, minutes=arguments.minutes
+            made = STUDY.continue_runs(
+                lambda done: plan(done, here).runs,
+                arguments.data.resolve(),
+                jobs=arguments.jobs,
+                minutes=arguments.minutes,
             )
         print(f"{made} runs made")
     from studies.accuracy.document import rebuild

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from studies.accuracy import figures, store, tables
+from studies.accuracy import figures, tables
 from studies.accuracy.plan import plan
+from studies.accuracy.runs import STUDY
 from studies.page import DOCS, fill
 
 FIGURE = "study-tuning.svg"
 
 
-def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
+def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
     """Write tables and figure from the runs in `results`.
 
     Returns:
@@ -21,7 +22,7 @@ def rebuild(docs: Path = DOCS, results: Path = store.RESULTS) -> list[str]:
     Raises:
         ValueError: If the page has lost its markers, or a run cannot be read.
     """
-    done = store.load(results)
+    done = STUDY.load(results)
     left = plan(done)
     said = f"All {len(done)} runs made."
     if left.missing:

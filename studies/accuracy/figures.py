@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studies.accuracy.plan import tuning_runs, validation
 from studies.accuracy.protocol import METHODS, SIZES, TUNING_TASKS, UNSIZED, rate_of
-from studies.accuracy.store import Done
+from studies.accuracy.runs import Done
 
 
 def tuning(done: Mapping[str, Done], path: Path) -> bool:

@@ -23,7 +23,8 @@ from studies.accuracy.protocol import (
     Run,
     cells,
 )
-from studies.accuracy.store import Done
+from studies.accuracy.runs import Done
+from studies.tuning import explore
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,7 @@ def chosen(
 
     None while a tuning run of the cell is missing.
     """
-    tried = validation(done, tuning_runs(done, method, size, defaults))
-    if any(figure is None for figure in tried.values()):
-        return None
-    return _best({exponent: figure for exponent, figure in tried.items() if figure is not None})
+    return _explored(done, method, size, defaults)[1]
 
 
 def tuning_runs(
@@ -98,27 +96,26 @@ def tuning_runs(
 
     In each list one run for every tuning task.
     """
-    low, high = min(GRIDS[method]), max(GRIDS[method])
-    first, last = low, high
-    while True:
-        runs = {
-            exponent: [
-                Run("tuning", task, method, size, exponent, TUNING_SEED, **(defaults or {}))
-                for task in TUNING_TASKS
-            ]
-            for exponent in range(first, last + 1)
-        }
-        tried = validation(done, runs)
-        complete = {exponent: figure for exponent, figure in tried.items() if figure is not None}
-        if len(complete) < len(tried):
-            return runs
-        best = _best(complete)
-        if best == first and first > low - BEYOND:
-            first -= 1
-        elif best == last and last < high + BEYOND:
-            last += 1
-        else:
-            return runs
+    return _explored(done, method, size, defaults)[0]
+
+
+def _explored(
+    done: Mapping[str, Done], method: str, size: str | None, defaults: Mapping[str, int] | None
+) -> tuple[dict[int, list[Run]], int | None]:
+    """A cell's tuning runs by exponent, and the best exponent; None while a run is missing."""
+
+    def runs(exponent: int) -> list[Run]:
+        return [
+            Run("tuning", task, method, size, exponent, TUNING_SEED, **(defaults or {}))
+            for task in TUNING_TASKS
+        ]
+
+    def loss(exponent: int) -> float | None:
+        figure = validation(done, {exponent: runs(exponent)})[exponent]
+        return None if figure is None else -round(figure, 6)
+
+    tried, best = explore(GRIDS[method], BEYOND, loss)
+    return {exponent: runs(exponent) for exponent in tried}, best
 
 
 def final_runs(
@@ -144,7 +141,3 @@ def validation(
         values = [entry.result["validation"] for entry in made if entry is not None]
         figures[exponent] = mean(values) if len(values) == len(made) else None
     return figures
-
-
-def _best(figures: Mapping[int, float]) -> int:
-    return max(figures, key=lambda exponent: (round(figures[exponent], 6), -exponent))

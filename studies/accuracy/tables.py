@@ -8,9 +8,9 @@ from statistics import mean, stdev
 
 from studies.accuracy.plan import chosen, final_runs, plan, tuning_runs, validation
 from studies.accuracy.protocol import SIZES, TASKS, cells, rate_of
-from studies.accuracy.store import Done
+from studies.accuracy.runs import Done
+from studies.page import NOT_YET, markdown
 
-NOT_YET = "-"
 REFERENCE = "lora"
 ACCURACIES = [task for task, metric in TASKS.items() if metric == "accuracy"]
 
@@ -110,12 +110,6 @@ def paired_differences(
             return None
         by_task.append([a - b for a, b in zip(ours, theirs, strict=True)])
     return [list(seed) for seed in zip(*by_task, strict=True)]
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, first column to the left, the others to the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _compared(differences: list[list[float]] | None) -> list[str]:

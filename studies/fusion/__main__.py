@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command.parser("fusion", __doc__, "a folder of rows for each task")
     arguments = parser.parse_args(argv)
     if arguments.action == "plan":
-        for run in runs.missing():
+        for run in runs.missing(runs.STUDY.load()):
             print(run.key, run.family, run.rate_exponent, run.seed)
         return 0
     if arguments.action == "run":
@@ -22,8 +22,11 @@ def main(argv: list[str] | None = None) -> int:
         for reason in reasons:
             print(f"skipped: {reason}")
         if not reasons:
-            made = runs.continue_runs(
-                arguments.data.resolve(), jobs=arguments.jobs, minutes=arguments.minutes
+            made = runs.STUDY.continue_runs(
+                runs.missing,
+                arguments.data.resolve(),
+                jobs=arguments.jobs,
+                minutes=arguments.minutes,
             )
             print(f"{made} runs made")
     from studies.fusion.document import rebuild

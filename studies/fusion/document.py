@@ -12,13 +12,13 @@ from studies.page import DOCS, fill
 PAGE = "study-fusion.md"
 
 
-def rebuild(docs: Path = DOCS, results: Path = runs.RESULTS) -> list[str]:
+def rebuild(docs: Path = DOCS, results: Path = runs.STUDY.results) -> list[str]:
     """Write the tables from the runs in `results`; returns what to say.
 
     Raises:
         ValueError: If the page has lost its markers, or a run cannot be read.
     """
-    done = runs.load(results)
+    done = runs.STUDY.load(results)
     missing = len(FAMILIES) * len(SEEDS) - len(done)
     said = (
         f"{len(done)} runs made, {missing} missing." if missing else f"All {len(done)} runs made."

@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This study's runs: those made, those missing, and making them."""
+"""This study's runs: those made, and those wanted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from studies import runner, store
-from studies.accuracy import store as accuracy
+from studies import store
+from studies.accuracy import runs as accuracy
 from studies.accuracy.plan import chosen
 from studies.fusion.protocol import FAMILIES, PROTOCOL, SEEDS, SIZE, Run
-
-RESULTS = Path(__file__).parent / "results"
+from studies.study import Study
 
 Done = store.Done[Run]
 
-
-def load(folder: Path = RESULTS) -> dict[str, Done]:
-    """Every run of this protocol, by key.
-
-    Raises:
-        ValueError: If a line cannot be read, or its key is not that of its configuration.
-    """
-    return store.load(folder, Run, PROTOCOL)
+STUDY = Study(
+    results=Path(__file__).parent / "results",
+    make=Run,
+    protocol=PROTOCOL,
+    execute="studies.fusion.measure:execute",
+    said=lambda run, _: f"{run.family} seed {run.seed}",
+)
 
 
 def wanted(rates: Mapping[str, accuracy.Done]) -> list[Run]:
@@ -40,26 +37,6 @@ def wanted(rates: Mapping[str, accuracy.Done]) -> list[Run]:
     ]
 
 
-def missing(folder: Path = RESULTS, rates: Path = accuracy.RESULTS) -> list[Run]:
+def missing(made: Mapping[str, Done], rates: Path | None = None) -> list[Run]:
     """Runs that could be made now."""
-    made = load(folder)
-    return [run for run in wanted(accuracy.load(rates)) if run.key not in made]
-
-
-def continue_runs(data: Path, *, jobs: int, minutes: float | None, folder: Path = RESULTS) -> int:
-    """Make missing runs until none is left or the time is over; how many were made."""
-
-    def record(run: Run, result: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        store.append(run, result, about, folder)
-        print(f"{run.family} seed {run.seed}: {result['seconds']['wall']:.0f} s", flush=True)
-
-    return runner.continue_runs(
-        lambda: missing(folder), _execute, record, data, jobs=jobs, minutes=minutes
-    )
-
-
-def _execute(run: Run, data: Path) -> runner.Outcome:
-    from benchmarks.environment import describe
-    from studies.fusion.measure import execute
-
-    return execute(run, data), describe()
+    return [run for run in wanted(accuracy.STUDY.load(rates)) if run.key not in made]

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from statistics import mean
 
-from studies.accuracy.tables import NOT_YET, markdown, spread
+from studies.accuracy.tables import spread
 from studies.fusion.protocol import FAMILIES, LOW_RANK, SEEDS, SPARSE, TASKS
 from studies.fusion.runs import Done
+from studies.page import NOT_YET, markdown
 
 Figures = Mapping[str, float]
 

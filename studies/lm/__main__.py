@@ -8,14 +8,15 @@ a machine without a network needs.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 from studies import command
 from studies.lm import base as bases
 from studies.lm import data as texts
-from studies.lm.plan import Plan, plan
-from studies.lm.protocol import DEVICES, SOURCE, TARGETS, Run, arm_of
-from studies.lm.runs import RESULTS, Done, continue_runs, described, load
+from studies.lm.plan import plan
+from studies.lm.protocol import DEVICES, SOURCE, TARGETS, Arm, Run, arm_of
+from studies.lm.runs import STUDY, Done, described, load
 
 STAGES = ("look", "tune", "run")
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the device's")
     parser.add_argument("--base", type=Path, default=bases.CACHE, help="folder of the base model")
     parser.add_argument("--parts", type=Path, help="folder that pack made; the base comes from it")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=STUDY.results, help="folder of the runs")
     arguments = parser.parse_args(argv)
     arm = arm_of(arguments.device, arguments.dtype)
     if arguments.action == "plan":
@@ -49,31 +50,37 @@ def main(argv: list[str] | None = None) -> int:
         print(bases.ensure(arguments.base, arguments.parts))
         return 0
     if arguments.action in STAGES:
-        here = [name for name in TARGETS if _usable(arguments.data, name)]
-        made = 0
-        if _usable(arguments.data, SOURCE) and here:
-
-            def missing_here(done: Done) -> list[Run]:
-                return [r for r in _of_stage(plan(done, arm), arguments.action) if r.target in here]
-
-            made = continue_runs(
-                missing_here,
-                Path(arguments.data).resolve(),
-                bases.ensure(arguments.base, arguments.parts).resolve(),
-                jobs=arguments.jobs,
-                minutes=arguments.minutes,
-                folder=arguments.results,
-            )
-        print(f"{made} runs made")
+        print(f"{_make_missing(arguments, arm)} runs made")
     from studies.lm.document import rebuild
 
-    if arguments.results != RESULTS:  # the page is made of the committed runs alone
+    if arguments.results != STUDY.results:  # the page is made of the committed runs alone
         return 0
     return command.report(rebuild)
 
 
-def _of_stage(left: Plan, stage: str) -> list[Run]:
-    return {"look": left.look, "tune": left.look + left.tuning, "run": left.runs}[stage]
+def _make_missing(arguments: Namespace, arm: Arm) -> int:
+    here = [name for name in TARGETS if _usable(arguments.data, name)]
+    if not here or not _usable(arguments.data, SOURCE):
+        return 0
+    try:
+        base = bases.ensure(arguments.base, arguments.parts)
+    except FileNotFoundError as error:
+        print(f"skipped: {error}")
+        return 0
+
+    def missing(done: Done) -> list[Run]:
+        left = plan(done, arm)
+        by_stage = {"look": left.look, "tune": left.look + left.tuning, "run": left.runs}
+        return [run for run in by_stage[arguments.action] if run.target in here]
+
+    return STUDY.continue_runs(
+        missing,
+        Path(arguments.data).resolve(),
+        jobs=arguments.jobs,
+        minutes=arguments.minutes,
+        folder=arguments.results,
+        base_folder=base.resolve(),
+    )
 
 
 def _usable(data: Path | None, name: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from studies.lm import tables
 from studies.lm.plan import plan, point
 from studies.lm.protocol import DEVICES, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
-from studies.lm.runs import RESULTS, Done, load
+from studies.lm.runs import STUDY, Done, load
 from studies.page import DOCS, fill
 
 PAGE = "study-lm.md"
@@ -17,7 +17,7 @@ MOST = 1.5
 """Added to the source's loss, in nats: up to here it is drawn."""
 
 
-def rebuild(docs: Path = DOCS, results: Path = RESULTS) -> list[str]:
+def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
     """Write tables and figures from the runs in `results`; returns what to say.
 
     Raises:

@@ -78,14 +78,13 @@ def global_ranks(scores: Mapping[str, Tensor], r: int) -> dict[str, int]:
     """
     total = sum(r * sum(score.shape) for score in scores.values())
     normal = {name: score / score.mean() for name, score in scores.items()}
-    # Layers need be looked at only as far as all of the budget in one of them would reach.
-    highest = [
-        n.flatten().topk(min(n.numel(), total), sorted=False).values for n in normal.values()
-    ]
-    together = torch.cat(highest)
-    threshold = together.topk(min(total, together.numel()), sorted=False).values.min()
+    low, high = 0.0, max(float(score.max()) for score in normal.values())
+    for _ in range(40):
+        threshold = (low + high) / 2
+        above = sum(int((score >= threshold).sum()) for score in normal.values())
+        low, high = (threshold, high) if above > total else (low, threshold)
     shares = {
-        name: float((score >= threshold).sum()) / sum(score.shape) for name, score in normal.items()
+        name: float((score >= high).sum()) / sum(score.shape) for name, score in normal.items()
     }
     ranks = {name: max(1, int(share)) for name, share in shares.items()}
     spent = sum(rank * sum(scores[name].shape) for name, rank in ranks.items())

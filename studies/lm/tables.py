@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
-from studies.accuracy.tables import NOT_YET, markdown
 from studies.lm.plan import (
     GAIN,
     added_at,
@@ -38,6 +37,7 @@ from studies.lm.protocol import (
     rate_of,
 )
 from studies.lm.runs import Done
+from studies.page import NOT_YET, markdown
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of seeds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ from studies.lm.renew import EntryAdamW, candidates, renew
 EVALUATED_AT_ONCE = {"cpu": 8, "cuda": 32}
 
 
-def execute(run: Run, data: Path, folder: Path) -> dict[str, Any]:
-    """Adapt the base in `folder`, and measure. A tuning run never reads a test file.
+def execute(run: Run, data: Path, base_folder: Path) -> dict[str, Any]:
+    """Adapt the base in `base_folder`, and measure. A tuning run never reads a test file.
 
     Returns:
         ``target`` and ``source``: the loss (mean negative log-likelihood of a token, in nats; for
@@ -46,11 +47,11 @@ def execute(run: Run, data: Path, folder: Path) -> dict[str, Any]:
         before; the trained parameters, the training loss of the last ten steps, seconds, hashes.
     """
     started = time.perf_counter()
-    tokenizer = bases.tokenizer(folder)
+    tokenizer = bases.tokenizer(base_folder)
     torch.backends.cuda.matmul.allow_tf32 = True  # where weights are float32
     # training everything in bfloat16 would lose small steps
     dtype = "float32" if run.method == "full" else run.dtype
-    base = bases.load(folder, run.device, dtype)
+    base = bases.load(base_folder, run.device, dtype)
     before = _measured_before(base, data, tokenizer, run.target, _measure_of(run))
 
     def drawn(purpose: str, count: int) -> list[dict[str, Tensor]]:
@@ -63,15 +64,18 @@ def execute(run: Run, data: Path, folder: Path) -> dict[str, Any]:
     losses = fit(adapted, run, drawn("training", run.steps))
     seconds = time.perf_counter() - training
     after = measure(adapted.model, data, tokenizer, run)
+    trained = adapted.trained
+    del adapted
+    gc.collect()  # an adapted model refers to itself
     part = "test" if run.stage == "final" else "train"
     return {
         **after,
         **{f"{name}_before": value for name, value in before.items()},
-        "trained": adapted.trained,
+        "trained": trained,
         "loss": _finite(sum(losses[-10:]) / len(losses[-10:])),
         "train_seconds": round(seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
-        "base_sha256": bases.digest(folder),
+        "base_sha256": bases.digest(base_folder),
         "files": {name: texts.hashes(data, name, part) for name in (run.target, SOURCE)},
     }
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from studies import runner as common
-from studies.accuracy import document, runner, store, tables
+from studies.accuracy import document, tables
 from studies.accuracy.__main__ import main
 from studies.accuracy.metrics import matthews
 from studies.accuracy.plan import chosen, plan
 from studies.accuracy.protocol import GRIDS, METHODS, SIZES, TASKS, TUNING_TASKS, Run, cells
-from studies.accuracy.store import Done
+from studies.accuracy.runs import STUDY, Done
 from tests.pages import ROOT, commands
 
 SMALL = {"steps": 2, "batch_size": 4, "validation_rows": 8, "test_rows": 8, "max_tokens": 8}
@@ -200,41 +200,48 @@ def test_the_runner_goes_on_where_it_stopped(
 ) -> None:
     made: list[Run] = []
 
-    def execute(run: Run, data: Path) -> tuple[dict, dict]:
+    def execute(_: str, given: dict, run: Run, data: Path) -> tuple[dict, dict]:
         if len(made) == 40:
             raise KeyboardInterrupt
         made.append(run)
         return fake(run)
 
-    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(common, "execute", execute)
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     tasks = list(TUNING_TASKS)
+
+    def go_on(jobs: int, minutes: float | None = None) -> int:
+        return STUDY.continue_runs(
+            lambda done: plan(done, tasks).runs,
+            tmp_path, jobs=jobs, minutes=minutes, folder=tmp_path,
+        )  # fmt: skip
+
     with pytest.raises(KeyboardInterrupt):
-        runner.continue_runs(tmp_path, tasks, jobs=1, minutes=None, folder=tmp_path)
-    assert runner.continue_runs(tmp_path, tasks, jobs=2, minutes=0, folder=tmp_path) == 0
+        go_on(jobs=1)
+    assert go_on(jobs=2, minutes=0) == 0
     before = len(made)
     made.append(made[0])  # past the number that interrupts
     # many at a time: between them the plan is made again, which is what takes long
-    count = runner.continue_runs(tmp_path, tasks, jobs=16, minutes=None, folder=tmp_path)
-    assert plan(store.load(tmp_path), tasks).missing == 0
-    assert len(store.load(tmp_path)) == before + count
+    count = go_on(jobs=16)
+    assert plan(STUDY.load(tmp_path), tasks).missing == 0
+    assert len(STUDY.load(tmp_path)) == before + count
     kept = [run for i, run in enumerate(made) if i != before]
     assert len(kept) == len(set(kept)), "a run was made twice"
 
 
 def test_a_cut_line_is_dropped_and_a_changed_one_refused(tmp_path: Path) -> None:
     first, second = plan({}).tuning[:2]
-    store.append(first, fake(first)[0], {}, tmp_path)
+    STUDY.append(first, fake(first)[0], {}, tmp_path)
     path = tmp_path / "tuning.jsonl"
     whole = path.read_text()
     path.write_text(whole + whole[:50])
-    assert list(store.load(tmp_path)) == [first.key]
-    store.append(second, fake(second)[0], {}, tmp_path)
-    assert list(store.load(tmp_path)) == [first.key, second.key]
+    assert list(STUDY.load(tmp_path)) == [first.key]
+    STUDY.append(second, fake(second)[0], {}, tmp_path)
+    assert list(STUDY.load(tmp_path)) == [first.key, second.key]
     path.write_text(whole.replace('"steps": 64', '"steps": 65'))
     with pytest.raises(ValueError, match=r"tuning.jsonl, line 1: key"):
-        store.load(tmp_path)
+        STUDY.load(tmp_path)
 
 
 def test_tables_fill_only_when_all_runs_are_there(everything: dict[str, Done]) -> None:

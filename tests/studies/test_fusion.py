@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from studies.accuracy import store as accuracy
+from studies.accuracy import runs as accuracy
 from studies.accuracy.plan import plan
 from studies.fusion import document, runs, tables
 from studies.fusion.protocol import FAMILIES, LOW_RANK, SEEDS, SPARSE, TASKS, Run
@@ -92,7 +92,7 @@ def test_runs_wait_for_the_tuned_rates(tmp_path: Path) -> None:
     assert runs.wanted(done) == [Run("lora", -5, seed) for seed in SEEDS]
     first = runs.wanted(done)[0]
     append(first, {"fused": {}}, {}, tmp_path)
-    assert list(runs.load(tmp_path)) == [first.key]
+    assert list(runs.STUDY.load(tmp_path)) == [first.key]
 
 
 def test_tables_fill_only_when_all_seeds_are_there() -> None:

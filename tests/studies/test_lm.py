@@ -336,19 +336,20 @@ def test_the_runner_goes_on_after_a_failure_and_where_it_stopped(
 ) -> None:
     broken = True
 
-    def made_up(base: Path, run: Run, data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def made_up(_: str, given: Any, run: Run, data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        assert given == {"base_folder": tmp_path}
         if broken and run.method == "random":
             raise ValueError("no such mask")
         return fake(run), {}
 
-    monkeypatch.setattr(runs, "_execute", made_up)
+    monkeypatch.setattr(common, "execute", made_up)
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     monkeypatch.setattr("os.fsync", lambda _: None)
 
     def go_on() -> int:
-        return runs.continue_runs(
-            lambda done: plan(done, CPU).look, tmp_path, tmp_path, jobs=2, minutes=None,
-            folder=tmp_path,
+        return runs.STUDY.continue_runs(
+            lambda done: plan(done, CPU).look, tmp_path, jobs=2, minutes=None,
+            folder=tmp_path, base_folder=tmp_path,
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="4 runs failed, 12 were made"):
@@ -427,6 +428,6 @@ def test_the_commands_of_the_page_do_what_it_says(monkeypatch: pytest.MonkeyPatc
 def test_committed_runs_name_what_they_were_made_with() -> None:
     for entry in runs.load().values():
         assert math.isfinite(entry.result["seconds"])
-    for path in runs.RESULTS.glob("*.jsonl"):
+    for path in runs.STUDY.results.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             assert json.loads(line)["environment"]["versions"]["torch"]
