@@ -92,17 +92,14 @@ class AdapterBatching:
             idle_before = False
             while True:
                 with self.manager.pause():
-                    processor = self.manager.batch_processor
-                    running = processor is not None and processor.has_pending_requests()
-                    idle = self.manager.input_queue.empty() and not running
+                    idle = self._idle()
                     # Between its pauses the loop takes what came in out of the queue, and only
                     # after the pause puts it where it can be seen: only two in a row are proof.
                     if idle and idle_before:
                         try:
                             self._apply(selection)
                         finally:
-                            if processor is not None:
-                                processor.cache.reset()
+                            self._reset_cache()
                         return
                 idle_before = idle
                 if give_up is not None and time.monotonic() > give_up:
@@ -111,6 +108,17 @@ class AdapterBatching:
                     )
                 if not idle:
                     time.sleep(_POLL_SECONDS)
+
+    def _idle(self) -> bool:
+        processor = self.manager.batch_processor
+        return self.manager.input_queue.empty() and (
+            processor is None or not processor.has_pending_requests()
+        )
+
+    def _reset_cache(self) -> None:
+        processor = self.manager.batch_processor
+        if processor is not None:
+            processor.cache.reset()
 
 
 _POLL_SECONDS = 0.002
