@@ -5,24 +5,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, closing, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 from shira.serve import changes
-from shira.serve.changes import Cache, Changes, EngineGoneError
-from shira.serve.journal import Record
+from shira.serve.changes import Cache, Change, Changes, EngineGoneError
 from shira.serve.messages import Weights, salted
 
-T = TypeVar("T")
 
-
-class AsyncClient(Changes):
+class AsyncClient(
+    Changes[
+        Coroutine[Any, Any, None],
+        Coroutine[Any, Any, dict[str, Any]],
+        Coroutine[Any, Any, Sequence[dict[str, Any]]],
+    ]
+):
     """Adapters of an ``AsyncLLM``, on one event loop.
 
-    Made with ``await AsyncClient.of(engine)``. Arguments and errors are those of
-    `shira.serve.client.Client`. A caller that is cancelled does not stop a change half way.
+    Made with ``await AsyncClient.of(engine)``. Methods, arguments and errors are those of
+    `shira.serve.client.Client`, but are awaited. A caller that is cancelled does not stop a change
+    half way.
     """
+
+    _sleep_mode = MappingProxyType({"mode": "wait"})
 
     def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
         super().__init__(engine, cache, asyncio.Lock)
@@ -35,38 +42,6 @@ class AsyncClient(Changes):
         client = cls(engine, cache=cache)
         await client.list()
         return client
-
-    async def restore(self, record: Record) -> None:
-        """As `Client.restore`."""
-        await self._do(self._restore(record))
-
-    async def load(self, name: str, path: str, *, compare: bool = True) -> dict[str, Any]:
-        """As `Client.load`; requests go on between its steps."""
-        return await self._do(self._load(name, path, compare))
-
-    async def unload(self, name: str) -> None:
-        """As `Client.unload`."""
-        await self._do(self._unload(name))
-
-    async def list(self) -> dict[str, Any]:
-        """As `Client.list`."""
-        return await self._do(self._list())
-
-    async def fingerprint(self) -> Sequence[dict[str, Any]]:
-        """As `Client.fingerprint`."""
-        return await self._do(self._call("shira_fingerprint"))
-
-    async def activate(self, weights: Weights, scale: float = 1.0) -> None:
-        """Activate as `Client` does, after running requests; new ones queue meanwhile."""
-        await self._do(self._activate(weights, scale))
-
-    async def check(self, weights: Weights, scale: float = 1.0) -> None:
-        """Check as `Client` does."""
-        await self._do(self._check(weights, scale))
-
-    async def deactivate(self) -> None:
-        """Make the base active again, bit for bit."""
-        await self.activate(None)
 
     @asynccontextmanager
     async def using(self, weights: Weights, scale: float = 1.0) -> AsyncIterator[None]:
@@ -88,21 +63,10 @@ class AsyncClient(Changes):
             async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
                 yield output
 
-    async def sleep(self, level: int = 1) -> None:
-        """As `Client.sleep`, but waits for running requests."""
-        await self._do(self._sleep(level, mode="wait"))
-
-    async def wake_up(self) -> None:
-        """As `Client.wake_up`."""
-        await self._do(self._wake_up())
-
-    async def _do(self, change: Coroutine[Any, Any, T]) -> T:
-        """Run a change to its end, also if the caller is cancelled."""
-
-        async def locked() -> T:
-            with closing(change):  # also if its turn never comes
-                async with self._lock:
-                    return await change
+    async def _do(self, change: Change, *arguments: Any) -> Any:  # type: ignore[override]
+        async def locked() -> Any:
+            async with self._lock:
+                return await change(*arguments)
 
         return await asyncio.shield(asyncio.ensure_future(locked()))
 

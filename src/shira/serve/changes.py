@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of each change of a vLLM engine, for both of its clients.
+"""The changes of a vLLM engine: the methods that both of its clients have, and their steps.
 
 vLLM invalidates nothing when weights change: blocks of its prefix cache that the old weights filled
 answer for the new ones. A switch is therefore: wait until no request runs (new ones queue), switch
 all ranks or none, drop the caches and check that vLLM did, go on. Where the caches are not dropped,
 for whatever reason, the switch is taken back.
 
-`Changes` writes each change as a coroutine that is run under the engine's lock and reaches it by
-`Changes._answer`. In `shira.serve.async_client.AsyncClient` that one waits; in
-`shira.serve.client.Client` it never does, so that a coroutine is over at its first step. Imports
-nothing of vLLM.
+Each method of `Changes` makes a coroutine, which is run under the engine's lock and reaches the
+engine by `Changes._answer`. `shira.serve.async_client.AsyncClient` returns it, to be awaited; in
+`shira.serve.client.Client` it never waits and is over at its first step. Imports nothing of vLLM.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from shira.errors import ConfigError, ServeError
 from shira.serve.journal import Kept, Record, restore
 from shira.serve.messages import Weights, checked, located, named, slept, wanted
 from shira.serve.scheduler import AdapterScheduler
+
+# Of a method: what it returns, or what is awaited for that.
+Done = TypeVar("Done")
+Report = TypeVar("Report")
+Reports = TypeVar("Reports")
+Face = TypeVar("Face")
+
+Change: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 
 Cache: TypeAlias = Literal["reset", "salt"]
 """The fate of the prefix cache at a switch."""
@@ -72,14 +79,16 @@ class EngineGoneError(Exception):
     """The engine died before it answered."""
 
 
-class Changes:
-    """The state of an engine and the steps that change it: the base of both clients.
+class Changes(Generic[Done, Report, Reports]):
+    """The state of an engine and what changes it: the base of both clients.
 
     Args:
         engine: The engine.
         cache: ``"reset"`` or ``"salt"``.
         lock: Makes the lock for the first client of the engine.
     """
+
+    _sleep_mode: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, engine: Any, cache: Cache, lock: Callable[[], Any]) -> None:
         if cache not in ("reset", "salt"):
@@ -110,6 +119,79 @@ class Changes:
         """
         return Record(dict(self._shared.kept), {}, self.active)
 
+    def restore(self, record: Record) -> Done:
+        """Load and activate in this engine, a new one, what another held.
+
+        Raises:
+            RestoreError: If files are gone or have changed since, each of them named; the others
+                are there, and the base is active if what was active could not be made so.
+            ServeError: If this engine is lost, too.
+        """
+        return self._do(self._restore, record)
+
+    def load(self, name: str, path: str, *, compare: bool = True) -> Report:
+        """Let every worker hold the adapter at a path; returns what rank 0 said of it.
+
+        Raises:
+            ShiraError: As `ShiraWorkerExtension.shira_load` says; no worker holds it then.
+            FileNotFoundError: If there is nothing at the path.
+        """
+        return self._do(self._load, name, path, compare)
+
+    def unload(self, name: str) -> Done:
+        """Let every worker forget an adapter that is not active."""
+        return self._do(self._unload, name)
+
+    def list(self) -> Report:
+        """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
+        return self._do(self._list)
+
+    def fingerprint(self) -> Reports:
+        """Return, for each rank, hashes of its weights: ``base``, and as they are."""
+        return self._do(self._call, "shira_fingerprint")
+
+    def activate(self, weights: Weights, scale: float = 1.0) -> Done:
+        """Make adapters active on all ranks, in place of those that are.
+
+        An ``LLM`` must have no unfinished requests. An ``AsyncLLM`` ends those that run first, and
+        new ones queue meanwhile.
+
+        Args:
+            weights: A name, ``{name: scale, ...}``, or None for the base.
+            scale: With a single name, its factor.
+
+        Raises:
+            AdapterError: If a name or a scale is none; see `shira.delta.checked_scale`.
+            ServeError: If requests are unfinished, or the caches could not be dropped.
+            ShiraError: As `ShiraWorkerExtension.shira_activate` says. Nothing has changed.
+        """
+        return self._do(self._activate, weights, scale)
+
+    def deactivate(self) -> Done:
+        """Make the base active again, bit for bit; raises as `activate`."""
+        return self.activate(None)
+
+    def check(self, weights: Weights, scale: float = 1.0) -> Done:
+        """Raise what `activate` would raise of these adapters and scales; nothing changes."""
+        return self._do(self._check, weights, scale)
+
+    def sleep(self, level: int = 1) -> Done:
+        """Let the engine sleep. Loaded adapters and what is active survive both levels.
+
+        At level 1 vLLM keeps the weights, with what is active in them; at level 2 it drops them,
+        and `wake_up` loads the base anew and applies what was active. Requests are as in
+        `activate`.
+        """
+        return self._do(self._sleep, level)
+
+    def wake_up(self) -> Done:
+        """Wake the engine, after level 2 with the weights reloaded before any request runs."""
+        return self._do(self._wake_up)
+
+    def _do(self, change: Change, *arguments: Any) -> Face:  # type: ignore[type-var]
+        """Run a change under the lock; return its outcome, or what is awaited for that."""
+        raise NotImplementedError
+
     async def _answer(self, call: Callable[[], Any]) -> Any:
         """Call into the engine; `EngineGoneError` if it dies before it answers."""
         raise NotImplementedError
@@ -133,7 +215,7 @@ class Changes:
                 "written"
             ) from error
 
-    async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+    async def _call(self, method: str, *args: Any) -> Sequence[dict[str, Any]]:
         answers = await self._ask(method, lambda: self._engine.collective_rpc(method, args=args))
         self._shared.reports = checked(answers, method)
         return self._shared.reports
@@ -195,12 +277,13 @@ class Changes:
         reset = partial(self._engine.reset_prefix_cache, reset_connector=True)
         return bool(await self._ask("reset_prefix_cache", reset))
 
-    async def _sleep(self, level: int, **mode: str) -> None:
+    async def _sleep(self, level: int) -> None:
         level = slept(level)
         async with self._alone():
             await self._call("shira_sleep", level)
             self._shared.discarded = level >= 2
-            await self._ask("sleep", partial(self._engine.sleep, level=level, **mode))
+            sleep = partial(self._engine.sleep, level=level, **self._sleep_mode)
+            await self._ask("sleep", sleep)
 
     async def _wake_up(self) -> None:
         if self._shared.discarded:
