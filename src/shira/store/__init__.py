@@ -13,7 +13,6 @@ the place of its indices. Imports torch, numpy, safetensors, never PEFT.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -83,14 +82,11 @@ def load(
         FileFormatError: If it is damaged, hostile, no adapter, or shapes are needed or unlike it.
         WrongBaseError: If it records other shapes than the base has.
     """
-    where = Path(path)
-    if not where.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(where))
-    if not is_compact(where):  # PEFT's reader says best what is wrong with what is no adapter
-        file = read_peft(where)
+    if not is_compact(Path(path)):  # PEFT's reader says best what is wrong with what is no adapter
+        file = read_peft(path)
         names = [raw.weight_name for raw in file.tensors.values()]
         return to_adapter(file, None if shapes_of is None else shapes_of(names))
-    read = read_compact(where, mapped=mapped)
+    read = read_compact(path, mapped=mapped)
     if shapes_of is not None:
         shapes = shapes_of(read.records)
         for name, record in read.records.items():
@@ -121,21 +117,20 @@ def save(
         ConfigError: If there is no such format, or it cannot store ``dtype`` or ``indices`` so.
         AdapterError: If the format cannot hold the adapter.
     """
-    where = Path(path)
     if format not in FORMATS:
         raise ConfigError(
             f"unknown format {format!r}; there is {', '.join(map(repr, FORMATS))}."
             f"{did_you_mean(format, FORMATS)}"
         )
     if format == "compact":
-        write_compact(adapter, _compact_file_in(where), dtype, indices)
+        write_compact(adapter, _compact_file_in(Path(path)), dtype, indices)
         return
     if indices is not None:
         raise ConfigError(
             f"PEFT's format has one way to store indices, so indices={indices!r} is for "
             "format='compact'"
         )
-    write_peft(adapter, where, dtype)
+    write_peft(adapter, path, dtype)
 
 
 def _compact_file_in(path: Path) -> Path:

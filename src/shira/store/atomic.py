@@ -16,6 +16,7 @@ removes it. A file that another process is writing is never removed: whoever wri
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import secrets
@@ -38,13 +39,9 @@ _MADE_ANEW = (".png", ".html")  # pictures and pages, which are no input of any 
 
 
 def write_atomically(path: AnyPath, *data: bytes | memoryview) -> None:
-    """Put ``data`` at ``path``, replacing what is there as a whole.
+    """Put ``data``, one part after the other, at ``path``, replacing the file there as a whole.
 
     A symbolic link stays, and what it points to is replaced; permissions of an old file are kept.
-
-    Args:
-        path: The file. Its folder exists.
-        *data: All of its new content, in one part or more.
 
     Raises:
         ConfigError: If there is something else than a regular file at ``path``.
@@ -56,13 +53,10 @@ def write_atomically(path: AnyPath, *data: bytes | memoryview) -> None:
 
 @contextmanager
 def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
-    """Give a new file or folder to fill, which takes the place of the old one at the end.
+    """Give a new file or ``folder`` to fill, which takes the place of the old one at the end.
 
-    If the block ends in an exception, the new one is removed and the old one stays.
-
-    Args:
-        path: What to replace. The folder that it is in exists.
-        folder: Whether it is a folder. Its files are flushed by whoever writes them.
+    If the block ends in an exception, the new one is removed and the old one stays. The files of a
+    folder are flushed by whoever writes them.
 
     Raises:
         ConfigError: If there is something of another kind at ``path``.
@@ -95,12 +89,7 @@ def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
 def check_kind(path: AnyPath, *, folder: bool | None = False) -> None:
     """Refuse to replace what is of another kind: a pipe, a device, a folder by a file.
 
-    Args:
-        path: What is to be replaced, if it is there.
-        folder: Whether by a folder; None if by either.
-
-    Raises:
-        ConfigError: If there is something of another kind at ``path``.
+    ``folder`` tells whether a folder takes its place, or a file; None: either.
     """
     where = os.fspath(path)
     if os.path.isdir(path) and folder is False:
@@ -126,24 +115,22 @@ def check_outputs(
     a part; and if it is another output or lies in one, or is a pipe, a device or a socket.
 
     Args:
-        outputs: Files or folders about to be written, by what they are called in messages, such as
-            ``"--output"``. None is left out, here and below.
+        outputs: Files or folders by what they are called in messages, such as ``"--output"``. None
+            is left out, here and below.
         inputs: Files and folders that are read: adapters, undo files, data.
         checkpoints: Folders and files of base models; names that are no path are left out.
-
-    Raises:
-        ConfigError: If one is refused; nothing is written or read.
     """
     given = {name: Path(path) for name, path in outputs.items() if path is not None}
     read = [_whole(Path(path)) for path in inputs if path is not None]
     models = [Path(path) for path in checkpoints if path is not None]
-    for number, (name, output) in enumerate(given.items()):
+    for name, output in given.items():
         check_kind(output, folder=None)
-        for source in (*read, *models):
-            _check_input(f"{name} {output}", output, source, anything=source in models)
-        for other, second in list(given.items())[:number]:
-            if _same(output, second) or _inside(output, second) or _inside(second, output):
-                raise ConfigError(f"{name} {output} and {other} {second} overlap; name another")
+        for source in filter(Path.exists, (*read, *models)):
+            if cause := _overwriting(output, source, anything=source in models):
+                raise ConfigError(f"{name} {output}: {cause}")
+    for (name, output), (other, second) in itertools.combinations(given.items(), 2):
+        if _same(output, second) or _inside(output, second) or _inside(second, output):
+            raise ConfigError(f"{other} {second} and {name} {output} overlap; name another")
 
 
 def _make(target: Path, folder: bool) -> tuple[Path, int]:
@@ -231,23 +218,20 @@ def _flush_folder(folder: AnyPath) -> None:
         os.close(descriptor)
 
 
-def _check_input(what: str, output: Path, source: Path, *, anything: bool) -> None:
-    if not source.exists():
-        return
+def _overwriting(output: Path, source: Path, *, anything: bool) -> str:
+    """Return why an output would harm what is read, or ``anything`` in its folder; else nothing."""
     if _same(output, source):
-        raise ConfigError(f"{what}: is read here and would be overwritten; name another")
+        return "is read here and would be overwritten; name another"
     if _inside(source, output):
-        raise ConfigError(f"{what}: holds {source}, which is read here; name another")
+        return f"holds {source}, which is read here; name another"
     if not source.is_dir():
-        return
+        return ""
     if _inside(output, source) and anything:
-        raise ConfigError(f"{what}: lies in the checkpoint {source}; put it beside")
+        return f"lies in the checkpoint {source}; put it beside"
     taken = output.exists() and output.suffix.lower() not in _MADE_ANEW
     if taken and (_inside(output, source) or any(_same(output, file) for file in source.iterdir())):
-        raise ConfigError(
-            f"{what}: belongs to {source}, which is read here, and would be overwritten; name "
-            "another"
-        )
+        return f"belongs to {source}, which is read here, and would be overwritten; name another"
+    return ""
 
 
 def _whole(path: Path) -> Path:

@@ -279,11 +279,11 @@ class _Source:
         kept = torch.frombuffer(self._map, dtype=dtype, count=count, offset=stored.start)
         return kept.view(stored.shape)
 
-    def units(self, name: str) -> gaps.Units:
-        """Return a tensor that is decoded."""
+    def indices(self, name: str, numel: int, k: int | None = None) -> gaps.Ints:
+        """Return the indices below ``numel``, ``k`` if it is given, that are kept as gaps."""
         stored = self.file.tensors[name]
-        units: gaps.Units = self._bits(stored).view(gaps.UNITS[stored.dtype])
-        return units
+        with refusing(self.path, f"tensor {name!r}"):
+            return gaps.decode(self._bits(stored).view(gaps.UNITS[stored.dtype]), numel, k)
 
     def _bits(self, stored: Stored) -> Bits:
         bits = read_bits(self.file.file, stored)
@@ -298,10 +298,10 @@ def _delta(source: _Source, name: str, record: Record) -> SparseDelta:
             check_values(values)
         elif bool((values == -128).any()):
             raise EntryError("-128 is no value: they are from -127 to 127")
-    support = _SUPPORTS[record.indices](source, name, record)
+    flat = torch.from_numpy(_indices(source, name, record))
     if record.scale is not None:
         values = dequantize(values, record.scale)
-    return SparseDelta(support, values)
+    return SparseDelta(Support._trusted(record.shape, flat), values)
 
 
 # Indices: as gaps, as blocks, as a seed
@@ -348,54 +348,47 @@ def _crc_of(indices: Tensor) -> str:
     return f"{zlib.crc32(bytes_of(indices.cpu())):08x}"
 
 
-def _of_gaps(source: _Source, name: str, record: Record) -> Support:
-    with refusing(source.path, f"tensor '{name}.gaps'"):
-        return _trusted(record, gaps.decode(source.units(f"{name}.gaps"), record.numel, record.k))
-
-
-def _of_blocks(source: _Source, name: str, record: Record) -> Support:
-    assert record.block is not None
-    down, across = blocks.grid(record.block, record.shape)
-    with refusing(source.path, f"tensor '{name}.blocks'"):
-        numbers = gaps.decode(source.units(f"{name}.blocks"), down * across).astype(np.int64)
-    inside = int(blocks.entries_of(record.block, numbers, record.shape).sum())
-    rest = np.empty(0, np.int64)
-    with refusing(source.path, f"tensor '{name}.rest'"):
-        if f"{name}.rest" in source.file.tensors:
-            rest = gaps.decode(source.units(f"{name}.rest"), record.numel).astype(np.int64)
-    if inside + len(rest) != record.k:
-        raise FileFormatError(
-            f"{source.path}: tensor '{name}.blocks': stands for {inside + len(rest)} entries, but "
-            f"there are {record.k} values"
-        )
-    flat = blocks.expand(blocks.Blocks(record.block, numbers, rest), record.shape)
-    if len(rest) and bool((flat[1:] <= flat[:-1]).any()):
-        raise FileFormatError(
-            f"{source.path}: tensor '{name}.rest': an entry of the rest is in one of the blocks"
-        )
-    return _trusted(record, flat)
-
-
-def _of_seed(source: _Source, name: str, record: Record) -> Support:
+def _indices(source: _Source, name: str, record: Record) -> gaps.Ints:
+    """Return the flat indices of a parameter, sorted, unique and in range."""
+    numel = math.prod(record.shape)
+    if record.indices == "gaps":
+        return source.indices(f"{name}.gaps", numel, record.k)
+    if record.block is not None:
+        return _indices_of_blocks(source, name, record, record.block, numel)
     assert record.seed is not None
     assert record.slot is not None
     with refusing(source.path, f"tensor '{name}.values'"):
-        support = random_support(
+        made = random_support(
             record.shape, record.k, seed=record.seed, name=name, slot=record.slot
-        )
-        if (found := _crc_of(support.indices)) != record.check:
+        ).indices
+        if (found := _crc_of(made)) != record.check:
             raise EntryError(
                 f"the seed gives indices of checksum {found}, but {record.check} is recorded: the "
                 "file is damaged"
             )
-    return support
+    return made.numpy()
 
 
-_SUPPORTS = {"gaps": _of_gaps, "blocks": _of_blocks, "seed": _of_seed}
-
-
-def _trusted(record: Record, indices: gaps.Ints) -> Support:
-    return Support._trusted(record.shape, torch.from_numpy(indices))
+def _indices_of_blocks(
+    source: _Source, name: str, record: Record, block: tuple[int, int], numel: int
+) -> gaps.Ints:
+    grid = math.prod(blocks.grid(block, record.shape))
+    numbers = source.indices(f"{name}.blocks", grid).astype(np.int64)
+    rest = np.empty(0, np.int64)
+    if f"{name}.rest" in source.file.tensors:
+        rest = source.indices(f"{name}.rest", numel).astype(np.int64)
+    k = int(blocks.entries_of(block, numbers, record.shape).sum()) + len(rest)
+    if k != record.k:
+        raise FileFormatError(
+            f"{source.path}: tensor '{name}.blocks': stands for {k} entries, but there are "
+            f"{record.k} values"
+        )
+    flat = blocks.expand(blocks.Blocks(block, numbers, rest), record.shape)
+    if len(rest) and bool((flat[1:] <= flat[:-1]).any()):
+        raise FileFormatError(
+            f"{source.path}: tensor '{name}.rest': an entry of the rest is in one of the blocks"
+        )
+    return flat
 
 
 # Values: in their dtype, or in one byte each with one scale for each parameter

@@ -8,12 +8,12 @@ for PEFT's own without importing either: dictionaries ``shira_weight`` (``(k,)``
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shira.adapter import Adapter
@@ -26,18 +26,10 @@ from shira.support import Support
 
 
 def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter:
-    """Return the named adapter of a model, copied to the CPU.
+    """Return the named adapter of a model, copied to the CPU; see `Adapter.from_model`.
 
     The values are those that are saved: what `set_scale` set is a setting of the model, not of the
     adapter. Under FSDP2 and ZeRO-3 every rank has to call this, as values are gathered.
-
-    Args:
-        model: A `PeftModel`, a model with injected layers, or either inside the wrappers of
-            compilation or data parallelism.
-        adapter_name: The adapter's name.
-
-    Returns:
-        Deltas and whole tensors by the base model's own names; metadata from the adapter's config.
 
     Raises:
         UnknownAdapterError: If no layer has an adapter of this name.
@@ -111,22 +103,17 @@ def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:
         return {}
     config = configs[adapter_name]
     described = getattr(config, "to_dict_of", None)  # shira's own config looks at the layers
-    fields = _plain(described(root, adapter_name) if described else config.to_dict())
-    return {field: value for field, value in fields.items() if field != SHAPES_FIELD}
+    fields = described(root, adapter_name) if described else config.to_dict()
+    plain = json.loads(json.dumps(fields, default=_plain))
+    return {field: value for field, value in plain.items() if field != SHAPES_FIELD}
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in what JSON can hold."""
+    """Return a value that JSON does not know in what it can hold."""
     if isinstance(value, Enum):
-        return _plain(value.value)
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
+        return value.value
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        return dict(value)
     if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, PathLike):
-        return fspath(value)
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
+        return sorted(value, key=str)
+    return fspath(value) if isinstance(value, PathLike) else str(value).removeprefix("torch.")

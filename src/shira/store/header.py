@@ -202,11 +202,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def check_values(values: Tensor) -> None:
-    """Refuse values that are not finite.
-
-    Raises:
-        EntryError: If there are NaN or infinite ones.
-    """
+    """Raise an `EntryError` if there are NaN or infinite values."""
     if not values.numel():
         return
     least, largest = values.aminmax()  # either is NaN if there is one
@@ -220,11 +216,7 @@ def check_values(values: Tensor) -> None:
 
 
 def check_whole(tensor: Tensor) -> None:
-    """Refuse a whole tensor that no file can hold.
-
-    Raises:
-        EntryError: If its dtype is not one of `WHOLE_DTYPES`, or a value is not finite.
-    """
+    """Raise an `EntryError` if a dtype is not one of `WHOLE_DTYPES`, or a value is not finite."""
     if tensor.dtype not in WHOLE_DTYPES.values():
         raise EntryError(f"a whole tensor of {tensor.dtype} cannot be stored")
     if tensor.is_floating_point():
@@ -234,13 +226,8 @@ def check_whole(tensor: Tensor) -> None:
 def in_order(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the coordinates of entries, checked and in row-major order, and the values with them.
 
-    Args:
-        coordinates: ``(2, k)`` of an integer dtype, or float32 with whole numbers, which PEFT
-            writes on Windows.
-        values: ``(k,)``.
-
-    Returns:
-        Coordinates, int32 ``(2, k)``, and values ``(k,)``.
+    Coordinates ``(2, k)`` are of an integer dtype, or float32 with whole numbers, which PEFT writes
+    on Windows; they become int32.
 
     Raises:
         EntryError: If a coordinate is not whole, negative, beyond int32, or there twice.
@@ -281,11 +268,7 @@ def stored(
 ) -> Tensor:
     """Return a tensor as a file is to hold it: checked, contiguous and on the CPU.
 
-    Args:
-        name: Of the parameter, for messages.
-        tensor: Values of a delta, or a whole tensor.
-        dtype: To store it in; None keeps its own.
-        choices: Dtypes that values can be stored in; of a whole tensor none.
+    ``dtype`` None keeps its own; ``choices`` are the dtypes that values can be stored in.
 
     Raises:
         AdapterError: If the dtype cannot be stored, a value is not finite in it, or there are no

@@ -65,13 +65,9 @@ def read_object(path: str | os.PathLike[str], what: str, limit: int) -> dict[str
 def parse_object(
     raw: bytes | str, path: str | os.PathLike[str], what: str, size: int | None = None
 ) -> dict[str, Any]:
-    """Return the JSON object in ``raw``.
+    """Return the JSON object in ``raw``, which is ``what`` in the file at ``path``.
 
-    Args:
-        raw: The text, or its UTF-8.
-        path: The file, for messages.
-        what: What in the file the text is, for messages: ``"header"``.
-        size: Of the file in bytes; None: the text is all of it.
+    ``size`` is that of the file in bytes; None: the text is all of it.
 
     Raises:
         FileFormatError: If it is not JSON, or no object, or repeats a key, or has more items than a

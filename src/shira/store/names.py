@@ -41,11 +41,9 @@ def bare_name(path: str) -> str:
     ``module.`` is a wrapper's only where PEFT's prefix follows it: `own_names` knows the model, and
     tells in other cases too.
 
-    Args:
-        path: Such as ``module.base_model.model.layers.0._orig_mod.up.base_layer.weight``.
-
-    Returns:
-        Such as ``layers.0.up.base_layer.weight``.
+    Example:
+        >>> bare_name("module.base_model.model.layers.0._orig_mod.up.base_layer.weight")
+        'layers.0.up.base_layer.weight'
     """
     inner = bare = without_wrappers(path)
     while inner.startswith(_OUTER):
@@ -63,24 +61,17 @@ def without_wrappers(path: str) -> str:
 def base_module_name(path: str) -> str:
     """Return a module's path in a model or in a PEFT file as the base model would call it.
 
-    Args:
-        path: Such as ``base_model.model.model.layers.0.mlp.up_proj.base_layer``.
-
-    Returns:
-        Such as ``model.layers.0.mlp.up_proj``.
+    Example:
+        >>> base_module_name("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+        'model.layers.0.mlp.up_proj'
     """
     return ".".join(part for part in bare_name(path).split(".") if part != "base_layer")
 
 
 def own_names(keys: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
-    """Return what a model itself calls the tensors of some of its modules.
+    """Return ``{key: name}``: what a model itself calls the tensors of some of its modules.
 
-    Args:
-        keys: Names of tensors, perhaps with the prefixes of another wrapping.
-        modules: The model's own names of modules.
-
-    Returns:
-        ``{key: name}`` for the keys that are those of tensors in one of the modules.
+    Keys may have the prefixes of another wrapping; those of no tensor in the modules are left out.
 
     Raises:
         AdapterError: If two keys are names of one tensor.

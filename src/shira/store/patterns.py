@@ -135,6 +135,7 @@ class _Names(NamedTuple):
     asserted: list[float]
 
 
+_OTHERS = 2**128
 _ALL = 2**129 - 1
 _END = _Next(0, 0, True)
 
@@ -160,35 +161,28 @@ def _ways_of(op: Any, value: Any, after: _Next, names: _Names) -> float:
     if op in _REPEATS:
         least, most, body = value
         return _ways_of_repeat(int(least), int(most), body, after, names)
-    if op is c.BRANCH:
-        branches = [list(branch) for branch in value[1]]
-        ways = [_ways(branch, after, names) for branch in branches]
-        return max(ways) if _apart(branches, after) else sum(ways)
-    if op is c.GROUPREF_EXISTS:
-        return sum(_ways(branch, after, names) for branch in value[1:] if branch is not None)
     if op in (c.ASSERT, c.ASSERT_NOT):
         names.asserted.append(_ways(value[1], _END, names))
-    elif op is c.SUBPATTERN or op is _ATOMIC:
-        return _ways(_body(op, value), after, names)
-    return 1.0
+        return 1.0
+    parts = _parts(op, value)
+    ways = [_ways(part, after, names) for part in parts] or [1.0]
+    return sum(ways) if op is c.BRANCH and not _apart(parts, after) else max(ways)
 
 
-def _ways_of_repeat(least: Any, most: Any, body: Any, after: _Next, names: _Names) -> float:
-    least, most = min(int(least), names.length), min(int(most), names.length)
+def _ways_of_repeat(least: int, most: int, body: Any, after: _Next, names: _Names) -> float:
+    least, most = min(least, names.length), min(most, names.length)
     start = _first(body)
     meet = bool(start.first & after.first) or start.empty
     if most <= 1:
         return _ways(body, after, names) + (1 if meet and not least else 0)
-    both = _Next(
-        start.first | after.first, min(start.literals, after.literals), after.empty or start.empty
-    )
-    inner = _ways(body, both, names) + (1 if start.empty else 0)
+    inner = _ways(body, _any_of([start, after]), names) + (1 if start.empty else 0)
     if inner > 1:  # each round can go several ways
         return math.exp(min(most * math.log(inner), 230.0))
     if not meet or least == most:
         return 1.0
     share: float = names.found[min(after.literals, len(names.found) - 1)]
-    return float(1 + (most - least) / _width(body) * share)
+    width = max(int(body.getwidth()[0]), 1)
+    return float(1 + (most - least) / width * share)
 
 
 def _before(op: Any, value: Any, after: _Next) -> _Next:
@@ -197,24 +191,25 @@ def _before(op: Any, value: Any, after: _Next) -> _Next:
         characters = _characters(op, value)
         few = characters.bit_count() <= 8  # four letters in both cases
         return _Next(characters, after.literals + 1 if few else 0, False)
-    if op is c.AT:
-        return _END if value in (c.AT_END, c.AT_END_STRING) else after
     if op is c.GROUPREF:
         return _Next(_ALL, 0, after.empty)
-    if op is c.BRANCH or op is c.GROUPREF_EXISTS:
-        branches = value[1] if op is c.BRANCH else [branch or [] for branch in value[1:]]
-        return _any_of([_first(branch, after) for branch in branches])
     if op in _REPEATS:
-        inside = _first(value[2])
-        once = _Next(
-            inside.first | (after.first if inside.empty else 0),
-            min(inside.literals, after.literals) if inside.empty else inside.literals,
-            inside.empty and after.empty,
-        )
+        once = _first(value[2])
+        if once.empty:
+            once = _any_of([once, after])._replace(empty=after.empty)
         return once if value[0] else _any_of([once, after])
-    if op is c.SUBPATTERN or op is _ATOMIC:
-        return _first(_body(op, value), after)
-    return after  # look-arounds take no character
+    if parts := _parts(op, value):
+        return _any_of([_first(part, after) for part in parts])
+    return _END if value in (c.AT_END, c.AT_END_STRING) else after  # look-arounds take no character
+
+
+def _parts(op: Any, value: Any) -> list[Any]:
+    """Return the sequences, one of which stands in the place of a group or a branch."""
+    if op is c.BRANCH:
+        return list(value[1])
+    if op is c.GROUPREF_EXISTS:
+        return [branch or [] for branch in value[1:]]
+    return [value[-1]] if op is c.SUBPATTERN else [value] if op is _ATOMIC else []
 
 
 def _first(items: Any, after: _Next = _END) -> _Next:
@@ -230,7 +225,7 @@ def _any_of(places: list[_Next]) -> _Next:
     return _Next(first, min(p.literals for p in places), any(p.empty for p in places))
 
 
-def _apart(branches: list[list[Any]], after: _Next) -> bool:
+def _apart(branches: list[Any], after: _Next) -> bool:
     """Return whether at most one of the branches can match at any place of a name."""
     texts = []
     for branch in branches:
@@ -252,22 +247,19 @@ def _characters(op: Any, value: Any) -> int:
     """Return the characters that an item of one character matches, in either case."""
     if op is c.ANY:
         return _ALL
-    if op is c.LITERAL or op is c.NOT_LITERAL:
-        bits = _bits([value])
-        one = bits.bit_count() == 1  # no letter, so not itself in another case
-        return bits if op is c.LITERAL else _ALL & ~bits if one and value < 128 else _ALL
+    items = value if op is c.IN else [(c.LITERAL, value)]
     bits = 0
-    for kind, what in value:
+    for kind, what in items:
         if kind is c.LITERAL:
             bits |= _bits([what])
         elif kind is c.RANGE:
             bits |= _bits(range(what[0], min(what[1], 128) + 1))
         elif kind is c.CATEGORY:
             bits |= _CATEGORIES.get(what, _ALL)
-    if value and value[0][0] is c.NEGATE:
-        letters = _bits(code for code in range(128) if chr(code).isalpha())
-        return (_ALL & ~bits) | (_ALL & letters & bits if bits & letters != letters else 0)
-    return bits
+    if op is not c.NOT_LITERAL and items[0][0] is not c.NEGATE:
+        return bits
+    other_case = bits & _LETTERS if bits & _LETTERS != _LETTERS else 0
+    return (_ALL & ~bits) | other_case | _OTHERS
 
 
 def _bits(codes: Iterable[int]) -> int:
@@ -278,25 +270,9 @@ def _bits(codes: Iterable[int]) -> int:
     return bits
 
 
-def _category(pattern: str) -> int:
-    matching = re.compile(pattern)
-    return _bits(code for code in range(128) if matching.match(chr(code))) | 1 << 128
-
-
+_LETTERS = _bits(code for code in range(128) if chr(code).isalpha())
 _CATEGORIES = {
-    c.CATEGORY_DIGIT: _category(r"\d"),
-    c.CATEGORY_WORD: _category(r"\w"),
-    c.CATEGORY_SPACE: _category(r"\s"),
-    c.CATEGORY_NOT_DIGIT: _category(r"\D"),
-    c.CATEGORY_NOT_WORD: _category(r"\W"),
-    c.CATEGORY_NOT_SPACE: _category(r"\S"),
+    parser.CATEGORIES[text][1][0][1]: _OTHERS
+    | _bits(code for code in range(128) if re.match(text, chr(code)))
+    for text in (r"\d", r"\D", r"\s", r"\S", r"\w", r"\W")
 }
-
-
-def _body(op: Any, value: Any) -> Any:
-    return value[-1] if op is c.SUBPATTERN else value
-
-
-def _width(items: Any) -> int:
-    """Return the fewest characters that a sequence matches, 1 at least."""
-    return max(int(items.getwidth()[0]), 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,6 @@ class Record:
     slot: int | None = None
     check: str | None = None
 
-    @property
-    def numel(self) -> int:
-        """Entries of the weight."""
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -88,9 +83,9 @@ class Table:
     """
 
     records: Mapping[str, Record]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    library: str = ""
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    metadata: Mapping[str, Any]
+    library: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def compose(table: Table) -> str:
@@ -99,14 +94,13 @@ def compose(table: Table) -> str:
     Raises:
         ConfigError: If a field of the metadata cannot stand in JSON, or could not be read again.
     """
-    parameters = {
-        name: {key: value for key, value in vars(record).items() if value is not None}
-        for name, record in table.records.items()
-    }
     whole = {
         "version": 2 if table.tensors else 1,
         "library": table.library,
-        "parameters": parameters,
+        "parameters": {
+            name: {key: value for key, value in vars(record).items() if value is not None}
+            for name, record in table.records.items()
+        },
         "metadata": dict(table.metadata),
     }
     if table.tensors:
@@ -137,33 +131,29 @@ def parse(text: str, path: Path, size: int) -> Table:
         parts["tensors"] = dict
     with refusing(path, "the table"):
         _check_keys(whole, parts)
-    for key, kind in parts.items():
-        if not isinstance(whole[key], kind):
-            raise FileFormatError(f"{path}: the table's {key} is no {kind.__name__}")
+        for key, kind in parts.items():
+            if not isinstance(whole[key], kind):
+                raise EntryError(f"its {key} is no {kind.__name__}")
     check_fingerprints(path, whole["metadata"])
     records, tensors = {}, {}
     for name, claim in whole["parameters"].items():
         with refusing(path, f"parameter {name!r}"):
-            records[name] = _record(claim)
+            records[name] = _record(_object(claim))
     for name, claim in whole.get("tensors", {}).items():
         with refusing(path, f"whole tensor {name!r}"):
             if name in records:
                 raise EntryError("the table has entries of it as well")
-            tensors[name] = _whole(claim)
+            _check_keys(_object(claim), ("dtype", "shape"))
+            dtype = claim["dtype"]
+            if not isinstance(dtype, str) or dtype not in WHOLE_DTYPES:
+                choices = ", ".join(WHOLE_DTYPES)
+                raise EntryError(f"dtype is one of {choices}, not {str(dtype)[:40]!r}")
+            tensors[name] = dtype, shape_in(claim["shape"])
     return Table(records, whole["metadata"], whole["library"], tensors)
 
 
-def _whole(claim: Any) -> tuple[str, tuple[int, ...]]:
-    """Return dtype and shape of a whole tensor."""
-    _check_keys(_object(claim), ("dtype", "shape"))
-    dtype = claim["dtype"]
-    if not isinstance(dtype, str) or dtype not in WHOLE_DTYPES:
-        raise EntryError(f"dtype is one of {', '.join(WHOLE_DTYPES)}, not {str(dtype)[:40]!r}")
-    return dtype, shape_in(claim["shape"])
-
-
-def _record(claim: Any) -> Record:
-    coding, dtype = _object(claim).get("indices"), claim.get("values")
+def _record(claim: dict[str, Any]) -> Record:
+    coding, dtype = claim.get("indices"), claim.get("values")
     if not isinstance(coding, str) or coding not in CODINGS:
         raise EntryError(
             f"unknown coding of indices {str(coding)[:40]!r}; there is {', '.join(CODINGS)}."
@@ -173,18 +163,19 @@ def _record(claim: Any) -> Record:
     _check_keys(claim, ("shape", "k", "values", "indices", *CODINGS[coding][0], *scale))
     if dtype not in _VALUES:
         raise EntryError(f"values are one of {', '.join(_VALUES)}, not {str(dtype)[:40]!r}")
-    shape, k, block = shape_in(claim["shape"]), claim["k"], None
-    if not _is_count(k) or k > math.prod(shape):
+    shape, k = shape_in(claim["shape"]), claim["k"]
+    block: Any = claim.get("block")
+    if type(k) is not int or not 0 <= k <= math.prod(shape):
         raise EntryError(f"k is a number of entries of a {list(shape)} weight, not {str(k)[:40]}")
     if scale:
         _check_scale(claim["scale"])
     if coding == "blocks":
-        block = claim["block"]
-        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_side, block)):
+        sides = list(map(type, block)) if isinstance(block, list) else None
+        if sides != [int, int] or not 0 < min(block) <= max(block) < 2**62:
             raise EntryError(f"block is [height, width], not {str(block)[:80]}")
-        block = (block[0], block[1])
+        block = tuple(block)
     if coding == "seed":
-        if type(claim["seed"]) is not int or not _is_count(claim["slot"]):
+        if [type(claim["seed"]), type(claim["slot"])] != [int, int] or claim["slot"] < 0:
             raise EntryError("seed and slot are whole numbers, the slot not negative")
         if not isinstance(claim["check"], str) or not _HEX.fullmatch(claim["check"]):
             raise EntryError(f"check is eight hex digits, not {str(claim['check'])[:40]!r}")
@@ -209,11 +200,3 @@ def _check_keys(claim: Mapping[str, Any], known: Collection[str]) -> None:
     if unknown := sorted(set(claim) - set(known)):
         name = unknown[0][:40]
         raise EntryError(f"unknown field {name!r}.{did_you_mean(name, known)}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_side(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**62
