@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from shira import Adapter, SparseDelta, Support
 from shira.cli import report
-from shira.cli.report import template
 from shira.cli.report.gather import mask_map, side, training_curve
+from shira.cli.report.page import template
 from shira.masks import random_support
 from shira.store.compact import COMPACT_NAME
 from tests.cli.browser import look, need_browser
@@ -109,7 +109,7 @@ def test_unlike_heads_are_a_clash(shira, headed, tmp_path):
     )
     assert answer.status == 0, answer.err
     clashes = re.findall(r"Does it clash\?</th><td>(.*?)</td>", page.read_text(encoding="utf-8"))
-    told = "Each replaces score.weight by a tensor of its own."
+    told = "Each replaces &#39;score.weight&#39; by a tensor of its own."
     assert [told in clash for clash in clashes] == [True, False, True, False, False, False]
     assert not any(clash.startswith("Not") and told in clash for clash in clashes)
 

@@ -49,12 +49,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse `arguments`, run the subcommand they name, and exit.
-
-    Raises:
-        ConfigError: If there is no such subcommand, or it has no such options.
-        SystemExit: With the exit status.
-    """
+    """Parse `arguments`, run the subcommand they name, and exit; refuse what there is not."""
     named = next((a for a in arguments if not a.startswith("-")), None)
     if named is not None and named not in COMMANDS:
         raise ConfigError(
@@ -68,18 +63,12 @@ def run(arguments: Sequence[str]) -> None:
         if not arguments:  # "no arguments" is an error whose message is the help
             error.show(sys.stderr)
             sys.exit(error.exit_code)
-        raise ConfigError(_one_line(error, named)) from error
+        message = error.format_message().rstrip(".")
+        help = " ".join(filter(None, ("shira", named, "--help")))
+        raise ConfigError(f"{message[:1].lower()}{message[1:]}; see {help}") from error
     except typer.Abort:
         status = 130  # ctrl-C, or the end of the input
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _one_line(error: Any, named: str | None) -> str:
-    """Return the message of typer's error as shira words its own, with what to do."""
-    message = error.format_message().rstrip(".")
-    return (
-        f"{message[:1].lower()}{message[1:]}; see {' '.join(filter(None, ('shira', named)))} --help"
-    )
 
 
 def build_app(names: Iterable[str]) -> typer.Typer:

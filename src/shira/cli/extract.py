@@ -12,6 +12,7 @@ from shira.cli import options
 from shira.cli import output as out
 from shira.cli.convert import save
 from shira.cli.progress import Steps
+from shira.errors import listed
 
 EXAMPLES = (
     "shira extract ./llama ./llama-merged --output adapter.safetensors   # exact",
@@ -105,7 +106,7 @@ def command(
         if found["missed"]:
             missed = f"{found['missed']:,} entries"
             lines["not reached"] = f"{missed}, which no float64 delta carries there exactly"
-        lines |= {title: out.some(found[field]) for field, title in _LEFT.items() if found[field]}
+        lines |= {title: listed(found[field]) for field, title in _LEFT.items() if found[field]}
         out.facts("Extracted", lines.items())
         rows = [
             (c.name, f"{c.differing:,}", f"{c.kept:,}", out.percent(c.energy_kept, c.energy, 2))

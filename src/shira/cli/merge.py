@@ -12,6 +12,7 @@ import typer
 from shira.cli import options
 from shira.cli import output as out
 from shira.cli.progress import Steps
+from shira.errors import listed
 
 if TYPE_CHECKING:
     from shira.convert import Merged, Unmerged
@@ -104,4 +105,4 @@ def written_files(told: Merged | Unmerged) -> dict[str, str]:
         "output": f"{told.output}, {out.megabytes(files.size)}",
         "files": f"{len(files.patched)} patched, {len(files.copied)} copied",
     }
-    return lines | ({"left behind": out.some(files.left_out)} if files.left_out else {})
+    return lines | ({"left behind": listed(files.left_out)} if files.left_out else {})

@@ -43,7 +43,6 @@ class _Plain(Console):
     """A console whose every text is printed as it is shown."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print texts and tables."""
         super().print(*(Text(shown(o)) if isinstance(o, str) else o for o in objects), **options)
 
 
@@ -121,13 +120,6 @@ def listing(
     print_table(title, columns, [*rows[:MANY], *more], right)
 
 
-def some(names: Iterable[str]) -> str:
-    """Return the first few of some names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
 def percent(part: float, whole: float, digits: int = 1) -> str:
     """Return a share in percent, ``"-"`` of nothing."""
     return f"{part / whole:.{digits}%}" if whole else "-"
@@ -179,8 +171,8 @@ def plain_messages() -> None:
     format_warning = warnings.formatwarning
     warnings.formatwarning = lambda *args, **more: shown(format_warning(*args, **more), lines=True)
     logging.setLogRecordFactory(_PlainRecord)
-    sys.excepthook = _print_traceback
-    threading.excepthook = lambda e: _print_traceback(e.exc_type, e.exc_value, e.exc_traceback)
+    sys.excepthook = lambda *raised: print(_told(*raised), end="", file=sys.stderr)
+    threading.excepthook = lambda e: print(_told(*e[:3]), end="", file=sys.stderr)
 
 
 class _PlainRecord(logging.LogRecord):
@@ -191,10 +183,6 @@ class _PlainRecord(logging.LogRecord):
 
     def getMessage(self) -> str:
         return shown(super().getMessage(), lines=True)
-
-
-def _print_traceback(*raised: Any) -> None:
-    print(_told(*raised), end="", file=sys.stderr)
 
 
 def _told(*raised: Any) -> str:
@@ -210,11 +198,8 @@ def no_accelerator_note() -> None:
     transformers imports DeepSpeed wherever it is installed, whether it is used or not. Call it
     before transformers is imported; DeepSpeed's other messages come through.
     """
-    logging.getLogger("DeepSpeed").addFilter(_says_something)
-
-
-def _says_something(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
+    note = "Setting accelerator to CPU"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: note not in record.getMessage())
 
 
 @contextmanager
@@ -242,11 +227,7 @@ def share_cores() -> None:
 
 
 def quieten(*, warnings_too: bool) -> None:
-    """Turn off progress bars of other libraries where no person looks, and perhaps their notes.
-
-    Args:
-        warnings_too: also silence what they say below an error, and their deprecation warnings.
-    """
+    """Turn off other libraries' progress bars where no person looks, and perhaps their notes."""
     import huggingface_hub.utils
     from transformers.utils import logging as notes
 

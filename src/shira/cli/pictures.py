@@ -7,6 +7,7 @@ made.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -48,14 +49,10 @@ def write_drawing(drawing: Any, path: Path, **options: Any) -> None:
 
 
 def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> Map:
-    """Return the share of the entries that are trained, in each of up to 96 x 96 parts.
+    """Return the share of the entries, 0 to 1, that are trained in each of up to 96 x 96 parts.
 
-    More than two dimensions count as a matrix of ``shape[0]`` rows. The parts, at most so many rows
-    and columns of them, are as even as they can be: part i of p holds the rows from
-    ``ceil(i * rows / p)`` on.
-
-    Returns:
-        float64, rows by columns of parts; each between 0 and 1.
+    More than two dimensions count as a matrix of ``shape[0]`` rows. The parts are as even as they
+    can be: part i of p holds the rows from ``ceil(i * rows / p)`` on.
     """
     rows, cols = matrix_shape(support.shape)
     down, across = min(rows, parts[0]), min(cols, parts[1])
@@ -75,11 +72,7 @@ def heat_map(support: Support, parts: tuple[int, int] = (CELLS, CELLS)) -> Map:
 def histogram(
     parts: Sequence[Tensor], bins: int = 101
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Count values in ``bins`` equal parts from minus to plus the largest; of zeros, from -1 to 1.
-
-    Returns:
-        int64 ``(bins,)`` counts and float64 ``(bins + 1,)`` edges.
-    """
+    """Count values in equal parts from minus to plus the largest; return counts and edges."""
     reach = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
     edges = np.linspace(-1.0, 1.0, bins + 1) * (reach or 1.0)  # 2 * reach may be too large
     counts = np.zeros(bins, np.int64)
@@ -142,7 +135,9 @@ def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[i
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (name, made) in zip(grid.flat, drawn, strict=False):
-        axes.set_title(_wrapped(name), fontsize=7, parse_math=False)
+        first, *rest = name.split("\n")
+        title = "\n".join([*textwrap.wrap(first, 44, max_lines=3), *rest])
+        axes.set_title(title, fontsize=7, parse_math=False)
         if made.size:
             image = axes.imshow(made, cmap="viridis", vmin=0.0, vmax=reach, aspect="auto")
     if image is not None:
@@ -159,13 +154,3 @@ def _draw_histogram(figure: Any, summary: Summary) -> None:
     if counts.any():
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.8)
-
-
-def _wrapped(name: str, width: int = 44) -> str:
-    """Break a long name after a point, so that it stays within its picture."""
-    first, newline, rest = name.partition("\n")
-    first = first if len(first) <= 3 * width else f"{first[: 3 * width]}..."
-    if len(first) > width:
-        at = first.rfind(".", 0, width) + 1 or width
-        first = f"{first[:at]}\n{first[at:]}"
-    return first + newline + rest

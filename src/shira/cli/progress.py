@@ -23,13 +23,7 @@ _LINES = 4  # so many are printed where there is no bar, and none in the first s
 
 
 class Steps:
-    """Progress over a number of steps; a context manager.
-
-    Args:
-        what: What is being done, e.g. ``"training"``.
-        total: How many steps it takes; 0 if `tell` says it.
-        unit: Steps that are counted as one, by `tell`.
-    """
+    """Progress over a number of steps, which `tell` may say, in such units; a context manager."""
 
     def __init__(self, what: str, total: int = 0, unit: int = 1) -> None:
         self.what = shown(what)

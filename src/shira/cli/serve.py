@@ -7,13 +7,14 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shira.errors import ConfigError, MissingDependencyError, shown
+from shira.cli.output import write
+from shira.errors import ConfigError, MissingDependencyError
 
 EXTENSION = "shira.serve.vllm.ShiraWorkerExtension"
 EXAMPLES = (
@@ -82,11 +83,11 @@ def command(
         ready = Path(folder, "ready")
         supervisor = Supervisor(
             server_command(arguments),
-            env=_environment(os.environ, adapters=adapters, journal=kept, ready=ready),
+            env=_environment(adapters, journal=kept, ready=ready),
             ready=ready,
             restarts=Restarts(max_restarts, restart_window),
             grace=stop_timeout,
-            say=_say,
+            say=lambda line: write(f"shira serve: {line}", sys.stderr),
         )
         status = supervisor.run()
     raise typer.Exit(status)
@@ -118,22 +119,16 @@ def server_command(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _environment(
-    env: Mapping[str, str], *, adapters: Path | None, journal: str | Path, ready: Path
-) -> dict[str, str]:
-    """Return `env` with the plugin switched on and told what it needs to know."""
-    plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
-    more = {
+def _environment(adapters: Path | None, *, journal: Path, ready: Path) -> dict[str, str]:
+    """Return this process's with the plugin switched on and told what it needs to know."""
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    env = {
+        **os.environ,
         "VLLM_PLUGINS": ",".join([*plugins, *({"shira"} - set(plugins))]),
         "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "0",  # a server without its engine must end
         "SHIRA_JOURNAL": os.path.abspath(journal),
         "SHIRA_READY": str(ready),
     }
     if adapters is not None:
-        more["SHIRA_ADAPTERS"] = str(adapters.absolute())
-    return {**env, **more}
-
-
-def _say(line: str) -> None:
-    """Print a line of this command between those of the server."""
-    print(f"shira serve: {shown(line)}", file=sys.stderr, flush=True)
+        env["SHIRA_ADAPTERS"] = str(adapters.absolute())
+    return env

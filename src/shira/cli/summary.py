@@ -25,6 +25,7 @@ from shira.cli.output import dtype_text, file_bytes, megabytes, shape_text, shar
 from shira.errors import ConfigError
 from shira.masks import MASK_FIELDS
 from shira.store import is_compact, read_compact, read_peft, to_adapter
+from shira.store.table import Record
 
 BASE_FIELD = "base_model_name_or_path"
 TEXT_COLUMNS = ("weight", "shape", "dtype")
@@ -71,38 +72,23 @@ class Figures:
 
 
 def vanishing(base: Tensor, delta: Tensor) -> int:
-    """Count the deltas other than zero that change nothing in a bfloat16 copy of the base.
-
-    The base ``(k,)`` is rounded to bfloat16 first, as whoever serves it in bfloat16 does; then a
-    delta vanishes if ``round(base + delta)`` is that same number.
-    """
+    """Count the deltas other than zero that change nothing in a copy of the base in bfloat16."""
     rounded = base.to(torch.bfloat16)
     return int(((replacement(rounded, delta) == rounded) & (delta != 0)).sum())
 
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted weight, or several like ones.
-
-    Attributes:
-        name: The base model's own parameter name.
-        shape: Of the weight; None where the file does not say and no base was given.
-        dtype: Of the stored values, as ``"float32"``.
-        values: ``(k,)`` of each weight.
-        fingerprint: Hash that the file records of the base values at the entries.
-        vanishing: Deltas that a bfloat16 base swallows; None without the base.
-        base: Verdict on the base that was given; None without one.
-        indices: Coding of the indices in a compact file: ``"gaps"``, ``"blocks"``, ``"seed"``.
-    """
+    """One adapted weight, or several like ones; what the base tells is None without it."""
 
     name: str
-    shape: tuple[int, ...] | None
-    dtype: str
-    values: tuple[Tensor, ...]
-    fingerprint: str | None = None
-    vanishing: int | None = None
+    shape: tuple[int, ...] | None  # None also where the file does not say
+    dtype: str  # of the stored values
+    values: tuple[Tensor, ...]  # of each weight
+    fingerprint: str | None = None  # of the base's values, as recorded
+    vanishing: int | None = None  # deltas that a bfloat16 base swallows
     base: Verdict | None = None
-    indices: str | None = None
+    indices: str | None = None  # their coding in a compact file
 
     @cached_property
     def figures(self) -> Figures:
@@ -143,14 +129,14 @@ class Target:
             "weights": str(len(self.values)),
             "shape": shape_text(self.shape),
             "k": f"{self.nnz:,}",
-            "density": _percent(self.density),
+            "density": _text(self.density, ".2%", "?"),
             "dtype": self.dtype,
-            "min": _number(figures.min),
-            "max": _number(figures.max),
-            "mean abs": _number(figures.mean_abs),
-            "std": _number(figures.std),
+            "min": _text(figures.min, ".3g", "-"),
+            "max": _text(figures.max, ".3g", "-"),
+            "mean abs": _text(figures.mean_abs, ".3g", "-"),
+            "std": _text(figures.std, ".3g", "-"),
             "zeros": f"{figures.zeros:,}",
-            "lost in bf16": "?" if self.vanishing is None else f"{self.vanishing:,}",
+            "lost in bf16": _text(self.vanishing, ",", "?"),
         }
 
 
@@ -238,14 +224,11 @@ class Summary:
             codings = Counter(target.indices for target in self.targets)
             yield "written by", self.library
             yield "indices as", ", ".join(f"{way} ({n} weights)" for way, n in codings.items())
-        density = _percent(self.density, _NEEDS_BASE)
+        density = _text(self.density, ".2%", _NEEDS_BASE)
         yield "entries", f"{nnz:,} in {len(self.targets)} weights, density {density}"
         yield "values", ", ".join(sorted({target.dtype for target in self.targets}))
-        yield (
-            "",
-            f"min {cells['min']}, max {cells['max']}, mean absolute {cells['mean abs']}, "
-            f"std {cells['std']}, {cells['zeros']} zeros",
-        )
+        columns = ("min", "max", "mean abs", "std", "zeros")
+        yield "", ", ".join(f"{column} {cells[column]}" for column in columns)
         changes = nnz - self.all.figures.zeros
         told = _NEEDS_BASE if lost is None else share(lost, changes, "deltas other than zero")
         yield "lost in bfloat16", told
@@ -301,21 +284,15 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
     where = None if base is None else base.path
     if is_compact(path):
         read = read_compact(path)
-        targets = [
-            replace(
-                target,
-                dtype="int8" if read.records[target.name].values == "I8" else target.dtype,
-                indices=read.records[target.name].indices,
-            )
-            for target in _targets(read.adapter, base)
-        ]
-        size, metadata, whole = file_bytes(read.path), read.adapter.metadata, read.adapter.tensors
+        adapter, size = read.adapter, file_bytes(read.path)
+        targets, whole = _targets(adapter, base, read.records), adapter.tensors
         return Summary(
-            path, "compact", size, targets, metadata, whole, read.adapter, where, read.library
+            path, "compact", size, targets, adapter.metadata, whole, adapter, where, read.library
         )
     file = read_peft(path)
-    size, names = file_bytes(file.path), [raw.weight_name for raw in file.tensors.values()]
+    names = [raw.weight_name for raw in file.tensors.values()]
     shapes = file.shapes if base is None else shapes_of(base, names)
+    size = file_bytes(file.path)
     if shapes is None:  # as in stock PEFT's files
         targets = [
             Target(raw.weight_name, None, dtype_text(raw.values), (raw.values,))
@@ -324,11 +301,15 @@ def summarize(path: Path, base: Checkpoint | None = None) -> Summary:
         whole = {**file.whole, **file.copies}
         return Summary(path, "PEFT", size, targets, file.metadata, whole, None, where)
     adapter = to_adapter(file, shapes)
-    targets = list(_targets(adapter, base))
+    targets = _targets(adapter, base, {})
     return Summary(path, "PEFT", size, targets, file.metadata, adapter.tensors, adapter, where)
 
 
-def _targets(adapter: Adapter, base: Checkpoint | None) -> Iterator[Target]:
+def _targets(
+    adapter: Adapter, base: Checkpoint | None, records: Mapping[str, Record]
+) -> list[Target]:
+    """Return a target for each delta; ``records`` tell how a compact file stores them."""
+    targets = []
     recorded = adapter.metadata.get(FINGERPRINT_FIELD) or {}
     stored = {} if base is None else locate_deltas(adapter, base)[0]
     for name, delta in adapter.items():
@@ -338,20 +319,21 @@ def _targets(adapter: Adapter, base: Checkpoint | None) -> Iterator[Target]:
                 values = read_entries(stored[name], delta.support.indices.cpu())
                 lost = vanishing(values, delta.values)
             verdict = judge(adapter.metadata, name, delta.values, values)
-        yield Target(
-            name=name,
-            shape=tuple(delta.support.shape),
-            dtype=dtype_text(delta.values),
-            values=(delta.values,),
-            fingerprint=recorded.get(name),
-            vanishing=lost,
-            base=verdict,
+        record = records.get(name)
+        targets.append(
+            Target(
+                name=name,
+                shape=tuple(delta.support.shape),
+                dtype="int8" if record and record.values == "I8" else dtype_text(delta.values),
+                values=(delta.values,),
+                fingerprint=recorded.get(name),
+                vanishing=lost,
+                base=verdict,
+                indices=record.indices if record else None,
+            )
         )
+    return targets
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _percent(share: float | None, unknown: str = "?") -> str:
-    return unknown if share is None else f"{share:.2%}"
+def _text(value: float | None, form: str, unknown: str) -> str:
+    return unknown if value is None else format(value, form)

@@ -69,19 +69,12 @@ def _parts(size: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses over optimizer steps.
-
-    Attributes:
-        file: Name of the log.
-        series: Points of each loss that was logged, by its name.
-        problem: Reason why it could not be read.
-        every: One point of so many is kept.
-    """
+    """Losses over optimizer steps, by their names; from a log, or why it could not be read."""
 
     file: str
     series: Mapping[str, Points] = field(default_factory=dict)
     problem: str | None = None
-    every: int = 1
+    every: int = 1  # one point of so many is kept
 
 
 def training_curve(path: Path) -> Curve | None:
@@ -124,21 +117,13 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Described:
-    """One adapter.
+    """One adapter."""
 
-    Attributes:
-        name: Short, told apart from the others.
-        summary: As `shira inspect` has it.
-        maps: Of each weight.
-        ranks: By weight; empty if they were left out.
-        curve: Of its training; None without a log, or where several adapters share its folder.
-    """
-
-    name: str
+    name: str  # short, told apart from the others
     summary: Summary
-    maps: list[dict[str, Any]]
-    ranks: dict[str, Rank]
-    curve: Curve | None
+    maps: list[dict[str, Any]]  # of each weight
+    ranks: dict[str, Rank]  # by weight; empty if they were left out
+    curve: Curve | None  # of its training, if there is a log that is of no other adapter
 
 
 def gather(

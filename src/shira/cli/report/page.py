@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a report, drawn by matplotlib, as SVG that stands inside the page.
+"""The page of a report, and its charts: matplotlib's SVG, which stands inside the page.
 
 The page's style sheet colours them, for a light and a dark page: marks have the classes ``s0`` and
 ``s1`` with ``bar``, ``line`` or ``point``, and a text that is shown where one points at them.
@@ -7,39 +7,130 @@ The page's style sheet colours them, for a light and a dark page: marks have the
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from io import BytesIO
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from shira.cli.output import share
+from shira._version import __version__
+from shira.cli.output import megabytes, percent, share
 from shira.cli.pictures import axis_unit, histogram
 from shira.cli.report.gather import Curve, Described
-from shira.errors import shown
+from shira.cli.several import matrix
+from shira.cli.summary import BASE_FIELD
+from shira.errors import listed, shown
+from shira.measure import Overlap
+from shira.measure.figures import FIGURE_NAMES, cells
 
-_STYLED = matplotlib.rc_context(
-    {
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "shira",  # the same drawing is the same SVG
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.axisbelow": True,
-        "axes.formatter.use_mathtext": False,
-        "font.size": 11,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-)
+_STYLED = matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11})  # text stays text
+_MATRICES = {
+    "jaccard": "Shared entries over entries of either: 0 is none in common, 1 the same entries.",
+    "cosine": "Of the angle between the deltas: 0 is unrelated, 1 the same way, -1 the opposite.",
+    "conflicts": "Share of the shared entries whose signs differ, so that one undoes the other.",
+}
 Titles = dict[str, list[str]]
 """Texts of the marks of each series, by the ``gid`` of their artists."""
+
+
+def page(adapters: Sequence[Described], pairs: Sequence[Overlap]) -> str:
+    """Return the HTML document; the same adapters give the same text."""
+    names = [described.name for described in adapters]
+    text: str = template().render(
+        adapters=adapters,
+        pairs=pairs,
+        names=names,
+        in_short=_in_short,
+        charts=charts,
+        weights=_weights,
+        cells=cells,
+        figure_names=list(FIGURE_NAMES),
+        matrices={figure: matrix(names, pairs, figure) for figure in _MATRICES},
+        about=_MATRICES,
+        maps=[made for described in adapters for made in described.maps],
+        version=__version__,
+    )
+    return text
+
+
+def template(source: str | None = None) -> Any:
+    """Return a template, of the page by default, in which every text is escaped."""
+
+    def finalize(value: object) -> object:
+        plain = isinstance(value, str) and not isinstance(value, Markup)
+        return shown(value, lines=True) if plain else value
+
+    def sha256(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+    made = Environment(autoescape=True, undefined=StrictUndefined, finalize=finalize)
+    made.filters["sha256"] = sha256
+    page = files("shira.cli.report") / "page.html"
+    return made.from_string(source or page.read_text(encoding="utf-8"))
+
+
+def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[str, str]]:
+    """Yield what a person wants to know first: question and answer."""
+    summary, every = described.summary, described.summary.all
+    base = summary.metadata.get(BASE_FIELD)
+    kind = f"A sparse adapter of {base}" if base else "A sparse adapter; its base is not recorded"
+    yield "What is it?", f"{kind}. Mask: {summary.mask}."
+    size = f"{every.nnz:,} entries in {len(summary.targets)} weights"
+    if summary.density is not None:
+        size += f", {summary.density:.2%} of these weights"
+    yield "How large is it?", f"{size}; {megabytes(summary.file_bytes)} on disk."
+    change = "No single entries."
+    if every.nnz:
+        mean, most, zeros = every.figures.mean_abs, every.figures.largest, every.figures.zeros
+        change = f"Its entries by {mean:.3g} on average, at most {most:.3g}"
+        strongest = max(summary.targets, key=lambda target: target.figures.mean_abs or 0.0)
+        change += f", most in {strongest.name}" if len(summary.targets) > 1 else ""
+        change += f"; {zeros:,} entries stay as they are" if zeros else ""
+        change += ". All other entries of the model are the base's."
+    if summary.whole:
+        change += f" It also replaces {len(summary.whole)} tensors as a whole."
+    yield "What does it change?", change
+    for pair in pairs:
+        if described.name not in (pair.a, pair.b):
+            continue
+        other, mine = (pair.b, pair.nnz_a) if pair.a == described.name else (pair.a, pair.nnz_b)
+        unlike = [name for name, state in pair.whole.items() if state == "different"]
+        clash = f"Not with {other}: they share no entry."
+        if pair.shared:
+            clash = (
+                f"With {other} it shares {pair.shared:,} entries, {percent(pair.shared, mine)} of "
+                f"its own; at {pair.sign_conflicts:,} of them the signs differ."
+            )
+        elif unlike:
+            clash = f"With {other} it shares no entry."
+        if unlike:
+            clash += f" Each replaces {listed(unlike)} by a tensor of its own."
+        yield "Does it clash?", clash
+
+
+def _weights(described: Described) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the table of weights, and a row for each weight."""
+    rows = []
+    for target in described.summary.targets:
+        row = target.cells()
+        del row["weights"]
+        if target.vanishing is None:
+            del row["lost in bf16"]
+        if described.ranks:
+            rank = described.ranks[target.name]
+            row |= {"rank": str(rank), "stable rank": f"{rank.stable_rank:.1f}"}
+        rows.append(row)
+    return list(rows[0]) if rows else ["weight"], [list(row.values()) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -156,7 +247,9 @@ def _by_weight(label: str, names: Sequence[str], series: Mapping[str, Sequence[f
 def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     """Return an empty figure of 400 x 230 units, and its axes."""
     figure = Figure(figsize=(400 / 72, 230 / 72), layout="constrained")
-    axes: Any = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    axes: Any = figure.add_subplot(xlabel=x_label, ylabel=y_label, axisbelow=True)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.tick_params(length=0)
     axes.grid(axis="y", gid="grid")
     axes.patch.set_visible(False)
     figure.patch.set_visible(False)
