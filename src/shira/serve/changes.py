@@ -80,13 +80,7 @@ class EngineGoneError(Exception):
 
 
 class Changes(Generic[Done, Report, Reports]):
-    """The state of an engine and what changes it: the base of both clients.
-
-    Args:
-        engine: The engine.
-        cache: ``"reset"`` or ``"salt"``.
-        lock: Makes the lock for the first client of the engine.
-    """
+    """The state of an engine and what changes it; the first client of an engine makes its lock."""
 
     _sleep_mode: ClassVar[Mapping[str, str]] = {}
 

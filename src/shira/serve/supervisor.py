@@ -25,7 +25,8 @@ from pathlib import Path
 from shira.errors import ConfigError
 
 _LOOK = 0.1  # seconds between two looks at the child
-_SIGNALS = [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+_GRACE = 5.0  # seconds that what is left of a server has to end in order
+_SIGNALS = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
@@ -186,19 +187,18 @@ class Supervisor:
         def asked(number: int, frame: object) -> None:
             self._asked += 1
 
-        numbers = [getattr(signal, name) for name in _SIGNALS]
-        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup's stays
-        before = [signal.signal(number, asked) for number in numbers]
+        numbers = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup's stays
+        before = {number: signal.signal(number, asked) for number in numbers}
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def _end_group(group: int, grace: float = 5.0) -> None:
+def _end_group(group: int) -> None:
     """End what is left of a process group whose leader has ended."""
-    end = time.monotonic() + grace
+    end = time.monotonic() + _GRACE
     number = signal.SIGTERM
     while _send(group, number):
         with suppress(ChildProcessError):  # orphans are ours, see `_adopting`: bury them

@@ -216,8 +216,8 @@ def _described(loaded: LoadedAdapter) -> dict[str, Any]:
 def _source(worker: Any) -> OnDisk | None:
     """Open the checkpoint of the worker's model, if it is safetensors on this machine."""
     folder = worker.model_config.model
-    if not Path(folder).is_dir():
-        try:
+    try:
+        if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download
 
             folder = snapshot_download(
@@ -226,11 +226,8 @@ def _source(worker: Any) -> OnDisk | None:
                 cache_dir=worker.load_config.download_dir,
                 local_files_only=True,
             )
-        except Exception:  # not of the hub, or not kept
-            return None
-    try:
         return OnDisk(open_checkpoint(folder))
-    except (ShiraError, OSError):
+    except (ShiraError, OSError, ValueError):  # not of the hub, not kept, or no safetensors
         return None
 
 

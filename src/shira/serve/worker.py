@@ -55,7 +55,7 @@ class WorkerAdapters:
 
     Args:
         model: The process's part of the model, with the loader of its checkpoint.
-        dtype: The dtype in which it is served.
+        dtype: Of the served weights.
         processes: All that hold a part of the model.
         refuse: Called with a name and its placements before they are used; raises if the engine
             computes with something else than these weights.
@@ -94,12 +94,10 @@ class WorkerAdapters:
     def load(
         self, name: str, read: Callable[[], Adapter], *, compare: bool = True
     ) -> LoadedAdapter:
-        """Hold an adapter under a free name; nothing served changes. Errors: see `loading.load`.
+        """Hold the adapter that is read under a free name; nothing served changes.
 
-        Args:
-            name: A name that is free.
-            read: Reads and validates the adapter.
-            compare: False if the weights are no longer those of the checkpoint.
+        Without ``compare`` the weights need no longer be those of the checkpoint. For errors see
+        `loading.load`.
         """
 
         def read_new() -> Adapter:
@@ -133,12 +131,9 @@ class WorkerAdapters:
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make these adapters active, each times its scale, and no others.
 
-        Raises:
-            UnknownAdapterError: If one is not loaded.
-            AdapterError: If a scale is not finite, or an entry would not be.
-            SwitchError: If something else has written to the weights.
-            ServeError: If the weights are discarded, or a process failed to write; nothing has
-                changed then.
+        `AdapterError` if one is unknown or an entry would not be finite, `SwitchError` if something
+        else has written to the weights; `ServeError` if they are discarded, or a process failed to
+        write. Nothing has changed then.
         """
         scales = wanted(weights, scale)
         self._write(agree(self.processes, lambda: self._checked(scales)))
@@ -156,9 +151,7 @@ class WorkerAdapters:
     def rebase(self, *, check: bool = True) -> None:
         """Apply what was active to the base's weights, loaded anew into the same memory.
 
-        Args:
-            check: Refuse a base that has other values than the old one at the entries of the
-                loaded adapters (`WrongBaseError`). False for a base that was trained on.
+        Without ``check`` they may have other values than the old ones at the entries of adapters.
         """
         self.adapters, after = agree(self.processes, lambda: self._anew(check))
         self._weights.forget()

@@ -3,7 +3,7 @@
 
 Names are what clients put into the ``model`` field. A name stands for one adapter that was loaded
 from a file, or for several with their scales. The `AdapterScheduler` inside decides when each has
-its turn; the engine is anything with the four methods of `Engine`.
+its turn.
 
 With a journal (`shira.serve.journal`) the adapters outlive the engine and the server process. A
 change through the routes is in it before it is answered; a switch that a request made follows in
@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shira.delta import checked_scale
 from shira.errors import (
@@ -34,6 +34,7 @@ from shira.errors import (
     shown,
 )
 from shira.serve import journal as journals
+from shira.serve.async_client import AsyncClient
 from shira.serve.http.names import NameTakenError, adapter_name, below
 from shira.serve.journal import Kept, Record
 from shira.serve.scheduler import AdapterScheduler
@@ -42,25 +43,6 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 _TOLD = ("digest", "nnz", "parameters")  # of the engine's report
-
-
-class Engine(Protocol):
-    """An engine as the service needs it; `shira.serve.client.AsyncClient` is one."""
-
-    async def load(self, name: str, path: str) -> dict[str, Any]:
-        """Hold the adapter at a path under a name; returns a report with its ``digest``."""
-
-    async def unload(self, name: str) -> None:
-        """Forget an adapter that is not active."""
-
-    async def check(self, weights: Mapping[str, float]) -> None:
-        """Raise what `activate` would raise of these scales; nothing changes."""
-
-    async def activate(self, weights: Mapping[str, float] | None) -> None:
-        """Make adapters active in place of those that are; on failure nothing has changed.
-
-        Returns once no answer of the weights before can be given any more.
-        """
 
 
 class Served(NamedTuple):
@@ -78,7 +60,7 @@ class AdapterService:
     """The adapters that a server knows, and with a journal knows again after a restart.
 
     Args:
-        engine: Where they are held.
+        engine: Holds them; only its ``load``, ``unload``, ``check`` and ``activate`` are called.
         folder: Clients' paths lie below it; None: nothing can be loaded over HTTP.
         base_models: Names under which the base is served; the first is its own.
         patience: Of the scheduler.
@@ -89,7 +71,7 @@ class AdapterService:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AsyncClient,
         *,
         folder: Path | None,
         base_models: Sequence[str],
