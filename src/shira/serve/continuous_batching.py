@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shira.errors import (
@@ -30,7 +30,7 @@ from shira.errors import (
     UnknownAdapterError,
     did_you_mean,
 )
-from shira.serve.messages import Weights
+from shira.serve.messages import Weights, wanted
 
 
 class AdapterBatching:
@@ -139,25 +139,23 @@ def _applier(adapters: Any) -> Callable[[Weights], None]:
 
 def _merge(model: Any, selection: Weights) -> None:
     """Merge in a PEFT model, one at a time; all is checked before anything is undone."""
-    wanted = [] if selection is None else [selection]
-    if isinstance(selection, Mapping):
-        if any(scale != 1 for scale in selection.values()):
-            raise AdapterError(
-                f"a PEFT model merges adapters at scale 1, not {dict(selection)}; "
-                "set_scale() of its layers sets others, or use shira.Switch"
-            )
-        wanted = list(selection)
-    for name in wanted:
+    scales = wanted(selection)
+    if any(scale != 1 for scale in scales.values()):
+        raise AdapterError(
+            f"a PEFT model merges adapters at scale 1, not {scales}; "
+            "set_scale() of its layers sets others, or use shira.Switch"
+        )
+    for name in scales:
         if name not in model.peft_config:
             raise UnknownAdapterError(
-                f"there is no adapter {name!r}.{did_you_mean(str(name), model.peft_config)} "
+                f"there is no adapter {name!r}.{did_you_mean(name, model.peft_config)} "
                 f"Known are {', '.join(sorted(model.peft_config))}"
             )
     # Undoing what is not merged is PEFT's warning, not an error; ask first.
     if any(getattr(module, "merged", False) for module in model.modules()):
         model.unmerge_adapter()
-    if wanted:
+    if scales:
         model.base_model.enable_adapter_layers()
-        model.merge_adapter(wanted)
+        model.merge_adapter(list(scales))
     else:
         model.base_model.disable_adapter_layers()

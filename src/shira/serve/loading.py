@@ -198,8 +198,8 @@ def _base_of(name: str, delta: SparseDelta, parts: Sequence[tuple[Tensor, Tensor
     for entries, values in found:
         base[entries] = values
         placed[entries] = True
-    if not bool(placed.all()):
-        missing = delta.nnz - int(placed.sum())
+    missing = delta.nnz - int(placed.sum())
+    if missing:
         raise PlacementError(
             f"{missing} of the {delta.nnz} entries of {name!r} have no place in the served model: "
             f"its loader skips that weight, or keeps less of it than {delta.support.shape}"

@@ -109,6 +109,7 @@ class Supervisor:
         self.grace = grace
         self.say = say
         self._asked = 0
+        self._was_ready = False
 
     def run(self) -> int:
         """Keep the server going until SIGTERM, SIGINT or SIGHUP, or until it dies too often.
@@ -120,36 +121,32 @@ class Supervisor:
             1 if it died too often.
         """
         with self._listening(), _adopting():
-            was_ready = False
-            while True:
+            while not self._asked:
                 self.ready.unlink(missing_ok=True)
                 began = time.monotonic()
-                status, ready = self._one_life()
-                was_ready |= ready
+                status = self._one_life()
                 if self._asked:
                     self.say("the server has ended")
                     return 0
-                if not was_ready:
+                if not self._was_ready:
                     self.say(f"the server {_how(status)} before it was ready; see its output")
                     return status if status > 0 else int(status != 0)
-                lived = time.monotonic() - began
-                wait = self.restarts.wait_after(time.monotonic())
+                told = f"the server {_how(status)} after {time.monotonic() - began:.0f} s"
+                rule = self.restarts
+                wait = rule.wait_after(time.monotonic())
                 if wait is None:
-                    self.say(
-                        f"the server {_how(status)} after {lived:.0f} s and was started again "
-                        f"{self.restarts.count} times in {self.restarts.window:g} s; giving up"
-                    )
+                    again = f"was started again {rule.count} times in {rule.window:g} s"
+                    self.say(f"{told} and {again}; giving up")
                     return 1
-                self.say(
-                    f"the server {_how(status)} after {lived:.0f} s; starting it again in {wait:g} "
-                    f"s ({self.restarts.count} of {self.restarts.limit})"
-                )
-                self._pause(wait)
-                if self._asked:
-                    return 0
+                count = f"{rule.count} of {rule.limit}"
+                self.say(f"{told}; starting it again in {wait:g} s ({count})")
+                end = time.monotonic() + wait
+                while not self._asked and time.monotonic() < end:
+                    time.sleep(min(_LOOK, wait))
+            return 0
 
-    def _one_life(self) -> tuple[int, bool]:
-        """Start the server and wait for its end; its status, and whether it was ready once."""
+    def _one_life(self) -> int:
+        """Start the server and wait for its end; return its status."""
         began, ready = time.monotonic(), False
         process = subprocess.Popen(
             self.command,
@@ -161,7 +158,7 @@ class Supervisor:
         try:
             while process.poll() is None:
                 if not ready and self.ready.exists():
-                    ready = True
+                    ready = self._was_ready = True
                     self.say(f"the server is ready after {time.monotonic() - began:.0f} s")
                 if self._asked and kill_at is None:
                     self.say(f"ending the server, within {self.grace:g} s")
@@ -175,12 +172,8 @@ class Supervisor:
                 process.kill()
                 process.wait()
             _end_group(process.pid)
-        return process.returncode, ready or self.ready.exists()
-
-    def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self._asked and time.monotonic() < end:
-            time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+        self._was_ready |= self.ready.exists()
+        return process.returncode
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -200,12 +193,11 @@ def _end_group(group: int) -> None:
     """End what is left of a process group whose leader has ended."""
     end = time.monotonic() + _GRACE
     number = signal.SIGTERM
-    while _send(group, number):
+    # What is killed and still listed a second later, nobody has buried.
+    while _send(group, number) and time.monotonic() <= end + 1:
         with suppress(ChildProcessError):  # orphans are ours, see `_adopting`: bury them
             while os.waitpid(-group, os.WNOHANG)[0]:
                 pass
-        if time.monotonic() > end + 1:  # what is killed and still listed, nobody has buried
-            return
         if time.monotonic() > end:
             number = signal.SIGKILL
         time.sleep(_LOOK / 2)

@@ -58,8 +58,16 @@ class ShiraEndpoints:
             return Response(encoded(value), status_code=status, media_type="application/json")
 
         async def models() -> JSONResponse:
+            # vLLM's list, with a card for each adapter, like the base's
             listed = (await app.state.openai_serving_models.show_available_models()).model_dump()
-            return JSONResponse(_with_adapters(listed, service()))
+            known = service()
+            if known is not None and listed["data"]:
+                base = listed["data"][0]
+                listed["data"] += [
+                    {**base, "id": name, "root": served.path or name, "parent": base["id"]}
+                    for name, served in known.served.items()
+                ]
+            return JSONResponse(listed)
 
         call.__annotations__["request"] = Request  # FastAPI reads them; this one is local
         for path in sorted(routes.OWN_PATHS):
@@ -114,17 +122,6 @@ def _name_the_adapter(models: Any) -> None:
         return (answering.get() if lora_request is None else None) or name_of(lora_request)
 
     models.model_name = model_name
-
-
-def _with_adapters(listed: dict[str, Any], service: AdapterService | None) -> dict[str, Any]:
-    """Add a card for each adapter, like the base's, to vLLM's list of models."""
-    if service is not None and listed["data"]:
-        base = listed["data"][0]
-        listed["data"] += [
-            {**base, "id": name, "root": served.path or name, "parent": base["id"]}
-            for name, served in service.served.items()
-        ]
-    return listed
 
 
 def _body_limit() -> int:
