@@ -109,25 +109,31 @@ class Turns:
         elif scope["type"] != "http" or scope["method"] != "POST" or _path(scope) in IDLE_PATHS:
             await self.app(scope, receive, send)
         else:
-            own = _path(scope) in self.own_paths
-            try:
-                data = await _read(scope, receive, routes.BODY_LIMIT if own else self.body_limit)
-            except TooLargeError as error:
-                await _refuse(send, error)
-                return
-            if data is None:  # the client went away
-                return
-            if own:
-                await self.app(scope, _Replay(data, receive), send)
-            else:
-                await self._in_turn(data, scope, receive, send)
+            async with AsyncExitStack() as stack:
+                try:
+                    admitted = await self._admit(scope, receive, stack)
+                except Exception as error:
+                    await _refuse(send, error)
+                    return
+                if admitted is not None:
+                    await self.app(*admitted, send)
 
-    async def _in_turn(self, data: bytes, scope: Message, receive: Receive, send: Send) -> None:
-        service = self.service()
+    async def _admit(
+        self, scope: Message, receive: Receive, stack: AsyncExitStack
+    ) -> tuple[Message, Receive] | None:
+        """Wait until the application may have a request, as long as the stack is open.
+
+        Returns what the application gets; None if the client went away first.
+        """
+        own = _path(scope) in self.own_paths
+        data = await _read(scope, receive, routes.BODY_LIMIT if own else self.body_limit)
+        if data is None:
+            return None
+        if own:
+            return scope, _replay(data, receive)
+        service, size = self.service(), len(data)
         if service is None:
-            await _refuse(send, ServeError("the engine is not ready"))
-            return
-        size = len(data)
+            raise ServeError("the engine is not ready")
         try:
             request = await _timely(size, _parsed, data)
             adapter = service.resolve(request.get("model"))
@@ -142,47 +148,36 @@ class Turns:
                 others = [each for each in scope["headers"] if each[0].lower() != _LENGTH]
                 scope = {**scope, "headers": [*others, (_LENGTH, str(len(data)).encode())]}
         except RecursionError:
-            await _refuse(send, AdapterError("the body is nested too deeply"))
-            return
-        except AdapterError as error:
-            await _refuse(send, error)
-            return
+            raise AdapterError("the body is nested too deeply") from None
         if _path(scope).endswith(_NO_MODEL_RUNS):
-            await self.app(scope, _Replay(data, receive), send)
-            return
+            return scope, _replay(data, receive)
         gone = asyncio.ensure_future(receive())  # nothing but the end of the connection may come
-        async with AsyncExitStack() as stack:
-            stack.callback(gone.cancel)
-            try:
-                turn = service.scheduler.using(adapter, unless=gone)
-                if not await stack.enter_async_context(turn):
-                    return
-            except Exception as error:
-                await _refuse(send, error)
-                return
-            stack.callback(answering.reset, answering.set(adapter))
-            await self.app(scope, _Replay(data, receive, gone), send)
+        stack.callback(gone.cancel)
+        if not await stack.enter_async_context(service.scheduler.using(adapter, unless=gone)):
+            return None
+        stack.callback(answering.reset, answering.set(adapter))
+        return scope, _replay(data, receive, gone)
 
 
-class _Replay:
-    """``receive`` for the application: the body that was read, then what comes after it."""
+def _replay(
+    data: bytes, receive: Receive, pending: asyncio.Future[Message] | None = None
+) -> Receive:
+    """Return a ``receive`` for the application: the body that was read, then what comes after."""
+    body: Message | None = {"type": "http.request", "body": data, "more_body": False}
 
-    def __init__(
-        self, data: bytes, receive: Receive, pending: asyncio.Future[Message] | None = None
-    ) -> None:
-        self._data: bytes | None = data
-        self._receive, self._pending = receive, pending
-
-    async def __call__(self) -> Message:
-        if self._data is not None:
-            data, self._data = self._data, None
-            return {"type": "http.request", "body": data, "more_body": False}
-        if self._pending is not None:
+    async def replay() -> Message:
+        nonlocal body, pending
+        if body is not None:
+            message, body = body, None
+        elif pending is not None:
             # Shielded: a listener that is cancelled and asks again must not lose the message.
-            message = await asyncio.shield(self._pending)
-            self._pending = None
-            return message
-        return await self._receive()
+            message = await asyncio.shield(pending)
+            pending = None
+        else:
+            message = await receive()
+        return message
+
+    return replay
 
 
 async def _read(scope: Message, receive: Receive, limit: int) -> bytes | None:
