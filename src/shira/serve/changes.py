@@ -88,10 +88,8 @@ class Changes(Generic[Done, Report, Reports]):
         if cache not in ("reset", "salt"):
             raise ConfigError(f"cache is 'reset' or 'salt', not {cache!r}")
         self.cache = cache
-        if engine not in _ENGINES:
-            _ENGINES[engine] = Shared(lock())
         self._engine = engine
-        self._shared = _ENGINES[engine]
+        self._shared = _ENGINES.setdefault(engine, Shared(lock()))
         self._lock = self._shared.lock
 
     @property

@@ -4,10 +4,9 @@
 `named`, `located`, `wanted` and `slept` check what a client asks, before it is sent and where it
 arrives. Each worker answers with a dict (see ``shira.serve.vllm``), all of which `checked` reads.
 
-`agree` runs a step in every process of a model and lets it count only if it went well in all of
-them; the same error is raised everywhere otherwise. A switch is two of them: prepare and check,
-then write; a process that hears in the second that another failed puts its own weights back. How
-they talk is a `Processes`. Plain values, no engine.
+`agree` lets a step count only if it went well in every process of a model. A switch is two of
+them: prepare and check, then write; a process that hears in the second that another failed puts its
+own weights back. How they talk is a `Processes`. Plain values, no engine.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ class Failure(NamedTuple):
     kind: str
     message: str
     rank: int
-
-    @classmethod
-    def of(cls, error: Exception, rank: int) -> Failure:
-        """Return what is sent of an error."""
-        return cls(type(error).__name__, str(error), rank)
 
     def error(self, *, name_rank: bool = False) -> Exception:
         """Return the error, of its type if it was ours or about a file, else a `ServeError`."""
@@ -68,7 +62,7 @@ def agree(processes: Processes, step: Callable[[], T]) -> T:
     try:
         result = step()
     except Exception as error:
-        failure, cause = Failure.of(error, processes.rank), error
+        failure, cause = Failure(type(error).__name__, str(error), processes.rank), error
     everyone = gather(processes, failure)
     first = next(filter(None, everyone), None)
     if first is not None:

@@ -156,11 +156,9 @@ class Wire:
 
     def answer(self, error: Exception | None) -> None:
         """Tell the trainer how it went, on a worker."""
-        text = f"{type(error).__name__}: {error}".encode()[: _ANSWER - 1] if error else b""
-        padded = torch.zeros(_ANSWER, dtype=torch.uint8)
-        padded[0] = 1 if error else 0
-        padded[1 : 1 + len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        self._do(self._group.send([padded], 0, self.rank))
+        text = f"\1{type(error).__name__}: {error}" if error else ""
+        padded = bytearray(text.encode()[:_ANSWER].ljust(_ANSWER, b"\0"))
+        self._do(self._group.send([torch.frombuffer(padded, dtype=torch.uint8)], 0, self.rank))
 
     def answers(self) -> Sequence[str | None]:
         """Return for each worker None, or the text of its error, on the trainer."""

@@ -34,7 +34,7 @@ from shira.adapter import Adapter
 from shira.checkpoints import OnDisk, locate, open_checkpoint
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
-from shira.serve.messages import Failure, Processes, Weights, located
+from shira.serve.messages import Processes, Weights, located
 from shira.serve.placement import Placement, storage_key
 from shira.serve.worker import WorkerAdapters
 
@@ -125,13 +125,11 @@ class ShiraWorkerExtension:
             with torch.no_grad():
                 said = step(adapters) or {}
             self.synchronize_device()
-            state = {"active": adapters.active, "state": adapters.state}
-            return {"ok": True, **which, **state, **said}
+            return {"ok": True, **which, "active": adapters.active, "state": adapters.state, **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))
             _logger.debug("%s", shown(traceback.format_exc(), lines=True))
-            kind, message, _ = Failure.of(error, self.rank)
-            return {"ok": False, **which, "error": kind, "message": message}
+            return {"ok": False, **which, "error": type(error).__name__, "message": str(error)}
 
     def _shira_adapters(self: Any) -> WorkerAdapters:
         model = self.get_model()

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The endpoint plugin of vLLM: adapters chosen by the ``model`` field of the OpenAI routes.
 
-Entry point ``shira`` of the group ``vllm.endpoint_plugins``; vLLM loads it where it is named::
-
-    VLLM_PLUGINS=shira SHIRA_ADAPTERS=adapters \
-        vllm serve MODEL --worker-extension-cls shira.serve.vllm.ShiraWorkerExtension
-
-It adds the routes of `shira.serve.http.routes` and the middleware `shira.serve.http.turns`, and
+Entry point ``shira`` of the group ``vllm.endpoint_plugins``, loaded by ``VLLM_PLUGINS=shira``. It
+adds the routes of `shira.serve.http.routes` and the middleware `shira.serve.http.turns`, and
 lists the adapters among ``/v1/models``. ``--api-key`` covers them. Settings are environment
 variables:
 

@@ -33,35 +33,15 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-IDLE_PATHS = frozenset(
-    {
-        "/abort_requests",
-        "/collective_rpc",
-        "/fault_tolerance/apply",
-        "/finish_weight_update",
-        "/init_weight_transfer_engine",
-        "/is_scaling_elastic_ep",
-        "/pause",
-        "/ping",
-        "/release_kv_cache_memory",
-        "/reset_encoder_cache",
-        "/reset_mm_cache",
-        "/reset_prefix_cache",
-        "/resume",
-        "/scale_elastic_ep",
-        "/shutdown_weight_transfer_engine",
-        "/sleep",
-        "/start_draft_weight_update",
-        "/start_profile",
-        "/start_weight_update",
-        "/stop_profile",
-        "/update_weight_version",
-        "/update_weights",
-        "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/wake_up",
-        "/weight_checker",
-    }
+IDLE_PATHS = frozenset().union(
+    ["/pause", "/resume", "/sleep", "/wake_up", "/ping", "/abort_requests", "/collective_rpc"],
+    ["/reset_encoder_cache", "/reset_mm_cache", "/reset_prefix_cache", "/release_kv_cache_memory"],
+    ["/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/weight_checker"],
+    ["/start_weight_update", "/start_draft_weight_update", "/finish_weight_update"],
+    ["/update_weights", "/update_weight_version"],
+    ["/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply"],
+    ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"],
+    ["/start_profile", "/stop_profile"],
 )
 """POSTs that manage the server."""
 
