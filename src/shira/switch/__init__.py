@@ -21,11 +21,9 @@ from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterE
 from shira.switch.targets import (
     Prepared,
     Target,
-    Targets,
     give_private_memory,
     refuse_merged,
     resolve,
-    shared_memory,
 )
 from shira.switch.weights import (
     ChangedWeightError,
@@ -145,11 +143,11 @@ class Switch:
             refuse_merged(layers)
             self._weights.settle()
             self._weights.follow(self._forget)
-            index, known = Targets(self.module), self._targets()
-            names = resolve(name, adapter, index, known, allow_tied)
+            known = self._targets()
+            names = resolve(name, adapter, self.module, known, allow_tied)
             prepared = Prepared(name, adapter, names, check_base)
             prepared.complete(self._weights.state.plan)
-            give_private_memory(names, index)
+            give_private_memory(names, self.module)
             self._weights.remember([*known.values(), *names])
             self._adapter_layers = layers
             self._loaded[name] = prepared
@@ -293,9 +291,7 @@ class Switch:
         return plan
 
     def _go(self, after: State[Target], *, check: bool = True) -> None:
-        shared = shared_memory({**self._weights.state.plan, **after.plan})
-        if shared:
-            give_private_memory(shared, Targets(self.module))
+        give_private_memory({**self._weights.state.plan, **after.plan}, self.module)
         try:
             self._weights.exchange(after, check=check)
         except ChangedWeightError as error:

@@ -73,10 +73,9 @@ class Targets:
 
     def find(self, name: str, *, buffers: bool = False) -> Target:
         """Return the parameter, or buffer, that the base model calls so; else an `AdapterError`."""
-        if name in self._by_name:
-            return self._by_name[name]
-        if buffers and name in self._buffers:
-            return self._buffers[name]
+        for known in (self._by_name, self._buffers if buffers else {}):
+            if name in known:
+                return known[name]
         module, _, attribute = name.rpartition(".")
         if f"{module}.original_module.{attribute}" in self._by_name:
             raise AdapterError(
@@ -164,19 +163,17 @@ def check_writable(
         )
 
 
-def shared_memory(targets: Iterable[Target]) -> list[Target]:
-    """Return those whose weight is read-only, mapped from a file or shared with processes."""
-    memory_map = MemoryMap()
-    return [target for target in targets if not memory_map.is_private(target.weight.data)]
-
-
-def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
+def give_private_memory(targets: Iterable[Target], module: nn.Module) -> None:
     """Give weights that are read-only, mapped from a file or shared with processes their own copy.
 
     Writing to them would end the process, change the file, or show others the adapter. This is the
     one time that a weight's memory moves.
     """
-    moved = shared_memory(targets)
+    memory_map = MemoryMap()
+    moved = [target for target in targets if not memory_map.is_private(target.weight.data)]
+    if not moved:
+        return
+    index = Targets(module)
     for target in moved:
         weight = target.weight.detach()
         # of the same strides, for what was made for the weight as it was
@@ -185,20 +182,17 @@ def give_private_memory(targets: Iterable[Target], index: Targets) -> None:
         ).copy_(weight)
         for same in index.sharing(target)[1]:
             same.weight.data = own
-    if moved:
-        warnings.warn(
-            f"{len(moved)} weights, {moved[0].name!r} first, were mapped from a file or shared "
-            "with other processes, where an adapter must not be written; they have memory of their "
-            "own now",
-            stacklevel=4,
-        )
+    warnings.warn(
+        f"{len(moved)} weights, {moved[0].name!r} first, were mapped from a file or shared with "
+        "other processes, where an adapter must not be written; they have memory of their own now",
+        stacklevel=4,
+    )
 
 
 def refuse_merged(layers: Iterable[nn.Module]) -> None:
     """Refuse layers of PEFT's that have adapters merged into their weights (`MergeError`)."""
     for layer in layers:
-        merged = getattr(layer, "merged_adapters", None)
-        if merged:
+        if merged := getattr(layer, "merged_adapters", None):
             raise MergeError(
                 f"the model has merged adapters ({', '.join(map(str, merged))}), so its weights "
                 "are not the base's; call unmerge_adapter() first"
@@ -206,35 +200,31 @@ def refuse_merged(layers: Iterable[nn.Module]) -> None:
 
 
 def resolve(
-    name: str, adapter: Adapter, index: Targets, known: Mapping[str, Target], allow_tied: bool
+    name: str, adapter: Adapter, module: nn.Module, known: Mapping[str, Target], allow_tied: bool
 ) -> dict[Target, str]:
     """Find the module's weights that an adapter's parameters are for; each can be written to.
 
     Those that adapters are loaded for already are ``known``, by name.
     """
-    names: dict[Target, str] = {}
-    changes: dict[str, SparseDelta | Tensor] = {**adapter, **adapter.tensors}
-    for parameter, change in changes.items():
-        same = {parameter}  # names that get the very same tensor
+    index, names = Targets(module), dict[Target, str]()
+    shapes = {parameter: delta.support.shape for parameter, delta in adapter.items()}
+    shapes |= {parameter: tuple(tensor.shape) for parameter, tensor in adapter.tensors.items()}
+    for parameter, shape in shapes.items():
+        same, whole = {parameter}, adapter.tensors.get(parameter)
+        if whole is not None:  # names that get the very same tensor
+            same |= {name for name, other in adapter.tensors.items() if same_tensor(other, whole)}
         try:
-            if isinstance(change, SparseDelta):
-                target = index.find(parameter)
-                check_writable(target, change.support.shape)
-            else:
-                target = index.find(parameter, buffers=True)
-                check_writable(target, tuple(change.shape), change.dtype)
-                tensors = adapter.tensors.items()
-                same = {other for other, tensor in tensors if same_tensor(tensor, change)}
+            target = index.find(parameter, buffers=whole is not None)
+            check_writable(target, shape, None if whole is None else whole.dtype)
             target = _of_memory(target, index, same, allow_tied)
         except (AdapterError, TargetError) as error:
             raise type(error)(f"adapter {name!r}: {error}") from None
-        there = known.get(target.name, target)
-        if there.weight is not target.weight:
+        found, target = target, known.get(target.name, target)
+        if found.weight is not target.weight:
             raise AdapterError(
                 f"adapter {name!r}: {parameter!r} is in another module than when adapters were "
                 "loaded for it before; make a new Switch"
             )
-        target = there
         if target in names and names[target] not in same:
             raise AdapterError(
                 f"adapter {name!r} has two changes for one weight, which is tied: {parameter!r} "
