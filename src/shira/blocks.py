@@ -95,52 +95,9 @@ class BlockLayout:
         """Return how many blocks there are, a cut one included."""
         return self.row_block.numel()
 
-    @property
-    def nnz(self) -> int:
-        """Entries in all."""
-        heights, widths = self.extents()
-        sizes = heights * widths
-        if self.cut is not None:
-            sizes[-1] = self.cut
-        return int(sizes.sum())
-
-    @property
-    def regular(self) -> bool:
-        """True if every block covers b x b entries of the weight: none is at a ragged edge."""
-        heights, widths = self.extents()
-        return bool((heights == self.block_size).all() and (widths == self.block_size).all())
-
-    def extents(self) -> tuple[Tensor, Tensor]:
-        """Return the rows and columns that each block covers, cut or not: int64 ``(blocks,)``."""
-        b, (rows, cols) = self.block_size, self.shape
-        return (
-            (rows - self.row_block * b).clamp_(max=b),
-            (cols - self.col_block * b).clamp_(max=b),
-        )
-
     def ids(self) -> Tensor:
         """Return the row-major number of each block in the block grid: int64 ``(blocks,)``."""
         return self.row_block * grid((self.block_size,) * 2, self.shape)[1] + self.col_block
-
-    def positions(self, support: Support) -> Tensor:
-        """Return where the support's entries stand in a ``(blocks, b, b)`` tensor of the blocks.
-
-        ``blocks.view(-1)[positions]`` are the support's values in its own order. O(k).
-
-        Args:
-            support: The one that has this layout.
-
-        Returns:
-            int64 ``(k,)`` on the support's device.
-        """
-        b, cols = self.block_size, self.shape[1]
-        ids = self.ids()
-        known, order = ids.sort()
-        flat = support.indices.long()
-        row, col = flat // cols, flat % cols
-        wanted = row // b * grid((b, b), self.shape)[1] + col // b
-        block = order[torch.searchsorted(known, wanted)]
-        return (block * b + row % b) * b + col % b
 
 
 def support_of_blocks(
