@@ -257,7 +257,7 @@ TOPICS = {
     "cli": "hostile_text inputs_are_kept main snapshots train_docs",
     "convert": "docs merging_models whole",
     "fusing": "docs",
-    "measure": "extremes overlap",
+    "measure": "extremes overlap rank",
     "ops": "packed",
     "serve": "docs restoring vllm_loading",
     "store": "stock_peft",

@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting: adapters into checkpoints and back, from full fine-tunes and LoRA, to patches.
-
-Sits above ``masks``, ``store`` and ``checkpoints``; imports torch, numpy and safetensors only. One
-file an idea::
-
-    merging      an adapter into a checkpoint on disk
-    undo         the undo file of a merge, and the very bytes back
-    patches      vLLM's sparse weight patches
-    extraction   the adapter between two models
-    lora         the largest entries of a LoRA's update
-    lora_file    PEFT's files of a LoRA
-"""
+"""Converting: adapters into checkpoints and back, from full fine-tunes and LoRA, to patches."""
 
 from __future__ import annotations
 
@@ -19,8 +8,14 @@ from shira.convert.extraction import Change, Extraction, extract
 from shira.convert.lora import FromLora, KeptUpdate, from_lora
 from shira.convert.lora_file import Factors, is_lora, read_lora
 from shira.convert.merging import Merged, MergedDelta, MergedWhole, merge
-from shira.convert.patches import SparsePatch, load_patches, save_patches, to_patches
-from shira.convert.undo import Unmerged, unmerge
+from shira.convert.patches import (
+    SparsePatch,
+    Unmerged,
+    load_patches,
+    save_patches,
+    to_patches,
+    unmerge,
+)
 
 __all__ = [
     "Change",

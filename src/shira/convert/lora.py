@@ -194,10 +194,7 @@ def sparsify(
 
 
 def update_blocks(one: Factors) -> Iterator[Tensor]:
-    """Make the update of a weight as it is stored, in blocks of whole rows.
-
-    A block has at most `BLOCK` entries, or is a single row if that is longer.
-    """
+    """Make the update of a weight as it is stored, in rows of at most `BLOCK` entries, or one."""
     left, right = one.sides()
     rows = max(1, BLOCK // max(1, right.shape[1]))
     for some in torch.split(left, rows):

@@ -90,10 +90,7 @@ class Factors:
         return (inner, out) if self.transposed else (out, inner)
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """Return ``(rows, r)`` and ``(r, cols)``: their product by ``scaling`` is the update.
-
-        In the dtype in which it is made: float32, or float64 if A or B is.
-        """
+        """Return ``(rows, r)`` and ``(r, cols)`` in float32, or float64 if A or B is."""
         wide = accumulation_dtype(self.a.dtype, self.b.dtype)
         a, b = self.a.detach().cpu().to(wide), self.b.detach().cpu().to(wide)
         return (a.t(), b.t()) if self.transposed else (b, a)

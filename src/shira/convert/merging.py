@@ -33,8 +33,7 @@ from shira.checkpoints.entries import (
 )
 from shira.checkpoints.models import OnDisk, locate_deltas
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
-from shira.convert.patches import Entries
-from shira.convert.undo import replacing_undo
+from shira.convert.patches import Entries, replacing_undo
 from shira.delta import SparseDelta, checked_scale
 from shira.errors import ConfigError, MergeError
 from shira.store.atomic import check_kind, check_outputs
@@ -228,10 +227,7 @@ def merge(
 
 
 def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
-    """Refuse a stored tensor that no delta can be added to, or whose place ``whole`` cannot take.
-
-    A whole tensor is rounded from one floating dtype to another; a buffer of integers has one.
-    """
+    """Refuse a stored tensor that no delta can be added to, or that ``whole`` cannot replace."""
     if whole is not None and WHOLE_DTYPES.get(stored.dtype) == whole.dtype:
         return
     if stored.dtype not in FLOATS:
@@ -250,21 +246,16 @@ def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
 def _change(
     name: str, adapter: Adapter, stored: Stored, scale: float
 ) -> tuple[MergedDelta | MergedWhole, Edit, Entries]:
-    """Return the report on a tensor, the entries whose bits change, and what undoes that.
-
-    The cost of a whole tensor follows its size, as all of it may change.
-    """
-    values = flat = None
-    if name in adapter:
+    """Return the report on a tensor, the entries whose bits change, and what undoes that."""
+    if whole := name in adapter.tensors:
+        tensor = adapter.tensors[name].reshape(-1).cpu()
+        flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()), device="cpu")
+        old = read_entries(stored, flat)
+        new = tensor.to(old.dtype)
+    else:
         values, flat = adapter[name].values.cpu(), adapter[name].support.indices.cpu()
         old = read_entries(stored, flat)
         new = SparseDelta(adapter[name].support, values).replacement(old, scale)
-    else:
-        tensor = adapter.tensors[name]
-        numel = tensor.numel()
-        flat = torch.arange(numel, dtype=index_dtype(numel), device="cpu")
-        old = read_entries(stored, flat)
-        new = tensor.reshape(-1).cpu().to(old.dtype)
     over = int((old.isfinite() & ~new.isfinite()).sum())
     if over:
         raise MergeError(
@@ -274,7 +265,7 @@ def _change(
     changed = bits_of(new) != bits_of(old)
     place = (name, stored.key, stored.file.name, str(old.dtype).removeprefix("torch."))
     told: MergedDelta | MergedWhole
-    if values is None:
+    if whole:
         told = MergedWhole(*place, shape=stored.shape, changed=int(changed.sum()))
     else:
         nonzero = values != 0 if scale else torch.zeros_like(values, dtype=torch.bool)
@@ -286,9 +277,8 @@ def _change(
             base=judge(adapter.metadata, name, values, old),
         )
     flat, old, new = flat[changed], old[changed], new[changed]
-    shape = list(stored.shape)
-    for_undo = {"file": stored.file.name, "shape": shape, "merged": fingerprint(new)}
-    undone = Entries(stored.key, for_undo, Support._trusted(shape, flat), old)
+    for_undo = {"file": place[2], "shape": list(stored.shape), "merged": fingerprint(new)}
+    undone = Entries(stored.key, for_undo, Support._trusted(stored.shape, flat), old)
     return told, Edit(stored, flat, new), undone
 
 

@@ -103,7 +103,15 @@ def fuse(
         >>> fused.support.indices.tolist(), fused.values.tolist()
         ([0, 4, 5], [1.0, 1.5, 0.5])
     """
-    adapters, names = _checked_adapters(adapters, names)
+    if isinstance(adapters, Adapter) or not hasattr(adapters, "__iter__"):
+        raise AdapterError(f"fuse takes a list of adapters, not {type(adapters).__name__}")
+    adapters = list(adapters)
+    if not adapters:
+        raise AdapterError("there is nothing to fuse: no adapter was given")
+    check_adapters(*adapters)
+    names = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
+    if len(names) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters need as many names, not {len(names)}")
     factors = _checked_weights(weights, len(adapters), method)
     options = {
         "density": density,
@@ -224,22 +232,6 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
         return r, Adapter(filled, {**adapter.metadata, "r": r}, adapter.tensors)
     most = min(adapter[name].support.numel // side for name, side in sides.items())
     return max(1, min(r, most)), adapter
-
-
-def _checked_adapters(
-    adapters: Sequence[Adapter], names: Sequence[str] | None
-) -> tuple[list[Adapter], list[str]]:
-    """Return the adapters, and the name of each."""
-    if isinstance(adapters, Adapter) or not hasattr(adapters, "__iter__"):
-        raise AdapterError(f"fuse takes a list of adapters, not {type(adapters).__name__}")
-    adapters = list(adapters)
-    if not adapters:
-        raise AdapterError("there is nothing to fuse: no adapter was given")
-    check_adapters(*adapters)
-    names = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
-    if len(names) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters need as many names, not {len(names)}")
-    return adapters, names
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int, method: str) -> list[float]:

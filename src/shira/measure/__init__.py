@@ -31,8 +31,15 @@ from shira.measure.figures import (
     near_one,
     total,
 )
-from shira.measure.matrix import EFFORT, TOLERANCE, entries_of, product_norm, zero_share
-from shira.measure.rank import Rank, numerical_rank
+from shira.measure.matrix import (
+    EFFORT,
+    TOLERANCE,
+    Rank,
+    entries_of,
+    numerical_rank,
+    product_norm,
+    zero_share,
+)
 from shira.support import Support, matrix_shape
 
 __all__ = [

@@ -26,10 +26,7 @@ _Values = TypeVar("_Values", torch.Tensor, Floats)
 
 
 def near_one(values: _Values) -> tuple[_Values, int]:
-    """Divide float64 values ``(k,)`` by a power of two: the largest is from 1/2 up to 1.
-
-    Also returns the exponent of the power.
-    """
+    """Divide float64 values by a power of two, and return it: the largest is from 1/2 up to 1."""
     exponent = math.frexp(float(abs(values).max()))[1] if len(values) else 0
     half = exponent // 2  # the power itself may be beyond float64
     scaled = values * 2.0**-half
