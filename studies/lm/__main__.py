@@ -19,6 +19,7 @@ from studies.lm.protocol import DEVICES, SOURCE, TARGETS, Arm, Run, arm_of
 from studies.lm.runs import STUDY, Done, described, load
 
 STAGES = ("look", "tune", "run")
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         "lm", __doc__, "lm/NAME and commonsense/NAME", more_actions=["look", "tune", "base", "pack"]
     )
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the device's")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: the device's")
     parser.add_argument("--base", type=Path, default=bases.CACHE, help="folder of the base model")
     parser.add_argument("--parts", type=Path, help="folder that pack made; the base comes from it")
     parser.add_argument("--results", type=Path, default=STUDY.results, help="folder of the runs")
     arguments = parser.parse_args(argv)
-    arm = arm_of(arguments.device, arguments.dtype)
+    arm = arm_of(arguments.device, DTYPES.get(arguments.dtype))
     if arguments.action == "plan":
         missing = plan(load(arguments.results), arm)
         for run in missing.runs:
@@ -70,7 +71,7 @@ def _make_missing(arguments: Namespace, arm: Arm) -> int:
 
     def missing(done: Done) -> list[Run]:
         left = plan(done, arm)
-        by_stage = {"look": left.look, "tune": left.look + left.tuning, "run": left.runs}
+        by_stage = {"look": left.look, "tune": left.tuning, "run": left.runs}
         return [run for run in by_stage[arguments.action] if run.target in here]
 
     return STUDY.continue_runs(

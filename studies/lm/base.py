@@ -24,7 +24,7 @@ from studies.lm.protocol import BASE, SETS, SOURCE, TEXTS
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shira" / BASE
 GGUF = f"{BASE}.Q4_1.gguf"
 MODEL = "model.safetensors"
-FIRST_PART = 38_000_000  # bytes of the GGUF file that travel with the data
+FIRST_PART = 42_000_000  # bytes of the GGUF file that travel with the data
 
 
 def ensure(folder: Path = CACHE, parts: Path | None = None) -> Path:

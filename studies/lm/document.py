@@ -28,15 +28,21 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
     arms = [Arm(*each) for each in sorted(made)] or [arm_of("cpu")]
     said, parts, files = [], [], [PAGE]
     for arm in arms:
-        left = plan(done, arm).missing
-        count = len([e for e in done.values() if e.run.device == arm.device])
-        said.append(f"{arm.device}, {arm.dtype}: {count} runs made, at least {left} missing.")
+        left = plan(done, arm)
+        stages = [e.run.stage for e in done.values() if arm == Arm(e.run.device, e.run.dtype)]
+        counts = {
+            "tuning": len(left.tuning),
+            "final": len(left.final) + left.unknown_finals,
+        }
+        said.append(
+            f"{arm.device}, {arm.dtype}: "
+            + "; ".join(f"{stages.count(s)} {s} runs made, {n} missing" for s, n in counts.items())
+        )
         sizes = DEVICES[arm.device]
         parts += [
             f"### On {'a GPU' if arm.device == 'cuda' else 'a CPU'}, {arm.dtype}",
-            f"{said[-1]} A run is {sizes.steps} steps of {sizes.batch} windows of {sizes.window} "
+            f"{said[-1]}. A run is {sizes.steps} steps of {sizes.batch} windows of {sizes.window} "
             "tokens.",
-            tables.progress(done, arm),
             "**The first look**: one target, the small size, one seed, validation text.",
             tables.look(done, arm),
         ]

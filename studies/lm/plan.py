@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs are missing, in which order, given those that were made. A pure function of them.
 
-First the look, then the other tuning runs, then the final ones: at the chosen rates seed by seed,
-then at lower ones. The rate of a method and size is that of the lowest mean validation loss over
-the tuning targets on the tuning seed. Who enters the finals is known when all rates are.
+First the look; then size by size the other tuning runs, and the final ones: at the chosen rates
+seed by seed, then at lower ones. The rate of a method and size is that of the lowest mean
+validation loss over the tuning targets on the tuning seed. Who enters a size's finals is known when
+all its rates are.
 """
 
 from __future__ import annotations
@@ -45,17 +46,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs that could be made now, and how many of the finals are not known yet."""
+    """Runs that could be made now, by stage and in order, and how many are not known yet."""
 
     look: list[Run]
     tuning: list[Run]
     final: list[Run]
+    runs: list[Run]
     unknown_finals: int
-
-    @property
-    def runs(self) -> list[Run]:
-        """The runs that could be made now, in order."""
-        return self.look + self.tuning + self.final
 
     @property
     def missing(self) -> int:
@@ -71,23 +68,24 @@ def plan(done: Done, arm: Arm) -> Plan:
         for place in LOOK_ORDER
         for method in methods
     ]
-    tuning = [
-        arm.run("tuning", target, method, size, exponent, TUNING_SEED)
-        for method, size in cells()
-        for exponent in tuned(done, arm, method, size)[0]
-        for target in TUNING_TARGETS
-    ]
-    chosen = finalists(done, arm)
-    final = [] if chosen is None else final_runs(done, arm, chosen)
-    unknown = 0
-    if chosen is None:
-        count = len(LOW_RANK) + BY_TARGET + BY_SOURCE
-        unknown = count * len(SIZES) * len(TARGETS) * len(FINAL_SEEDS) * (1 + LOWER)
+    wanted, unknown = list(looked), 0
+    for size in SIZES:
+        for method, of_size in cells(size):
+            for exponent in tuned(done, arm, method, of_size)[0]:
+                wanted += tuning_runs(arm, method, of_size, exponent)
+        chosen = finalists(done, arm, size)
+        if chosen is None:
+            count = len(LOW_RANK) + BY_TARGET + BY_SOURCE
+            unknown += count * len(TARGETS) * len(FINAL_SEEDS) * (1 + LOWER)
+        else:
+            wanted += final_runs(done, arm, size, chosen)
+    runs = list({run.key: run for run in wanted if run.key not in done}.values())
     first = {run.key for run in looked}
     return Plan(
-        _missing(done, looked),
-        [run for run in _missing(done, tuning) if run.key not in first],
-        _missing(done, final),
+        [run for run in runs if run.key in first],
+        [run for run in runs if run.stage == "tuning"],
+        [run for run in runs if run.stage == "final"],
+        runs,
         unknown,
     )
 
@@ -111,57 +109,63 @@ def tuning_runs(arm: Arm, method: str, size: str | None, exponent: int) -> list[
     ]
 
 
-def final_runs(done: Done, arm: Arm, methods: Iterable[str]) -> list[Run]:
-    """The final runs of tuned methods, made or not, in order."""
-    methods = list(methods)
-    rates = {(m, size): tuned(done, arm, m, size)[1] for m in methods for size in SIZES}
+def final_runs(done: Done, arm: Arm, size: str, methods: Iterable[str]) -> list[Run]:
+    """The final runs of a size's tuned methods, made or not, in order."""
+    rates = {method: tuned(done, arm, method, size)[1] for method in methods}
     return [
         arm.run("final", target, method, size, exponent - lower, seed)
         for lower in range(LOWER + 1)
         for seed in FINAL_SEEDS
         for target in TARGETS
-        for (method, size), exponent in rates.items()
+        for method, exponent in rates.items()
         if exponent is not None
     ]
 
 
-def finalists(done: Done, arm: Arm) -> list[str] | None:
-    """The low-rank methods, and the best of ours; None while a rate is not known."""
-    best = {(m, size): tuned(done, arm, m, size)[1] for m, size in cells()}
-    if None in best.values():
+def finalists(done: Done, arm: Arm, size: str) -> list[str] | None:
+    """The low-rank methods, and the best of ours; None while a rate of the size is not known."""
+    losses = {method: tuned_loss(done, arm, method, size) for method in (*LOW_RANK, *SPARSE)}
+    known = [(loss, method) for method, loss in losses.items() if loss is not None]
+    if len(known) < len(losses):
         return None
+    ranked = sorted(known, key=lambda each: each[0])  # of equals the first
+    ours = [method for _, method in ranked if method in SPARSE]
 
-    def target_loss(method: str) -> float:
-        runs = [r for s in SIZES for r in tuning_runs(arm, method, s, best[method, s] or 0)]
-        return mean(point(done, run)[0] for run in runs)
+    reference = best_low_rank(done, arm, size)
 
-    def source_loss(method: str) -> float:
-        found = [at_equal_gain(done, arm, method, s, t) for s in SIZES for t in TUNING_TARGETS]
+    def source(method: str) -> float:
+        found = [
+            at_equal_gain(done, arm, method, size, target, reference) for target in TUNING_TARGETS
+        ]
         return mean(math.inf if value is None else value for value in found)
 
-    ours = sorted(SPARSE, key=target_loss)[:BY_TARGET]
-    others = [method for method in sorted(SPARSE, key=target_loss) if method not in ours]
-    return [*LOW_RANK, *ours, *sorted(others, key=source_loss)[:BY_SOURCE]]
+    return [*LOW_RANK, *ours[:BY_TARGET], *sorted(ours[BY_TARGET:], key=source)[:BY_SOURCE]]
+
+
+def tuned_loss(done: Done, arm: Arm, method: str, size: str) -> float | None:
+    """The mean validation loss over the tuning targets at the best rate; None while not known."""
+    exponent = tuned(done, arm, method, size)[1]
+    if exponent is None:
+        return None
+    return mean(point(done, run)[0] for run in tuning_runs(arm, method, size, exponent))
 
 
 def best_low_rank(done: Done, arm: Arm, size: str) -> str | None:
     """The low-rank method of lowest mean validation loss on the targets; None while not known."""
-    losses = {}
-    for method in LOW_RANK:
-        exponent = tuned(done, arm, method, size)[1]
-        if exponent is None:
-            return None
-        runs = tuning_runs(arm, method, size, exponent)
-        losses[method] = mean(point(done, run)[0] for run in runs)
-    return min(losses, key=lambda method: losses[method])
+    losses = {method: tuned_loss(done, arm, method, size) for method in LOW_RANK}
+    known = [(loss, method) for method, loss in losses.items() if loss is not None]
+    return min(known, key=lambda each: each[0])[1] if len(known) == len(LOW_RANK) else None
 
 
-def at_equal_gain(done: Done, arm: Arm, method: str, size: str, target: str) -> float | None:
+def at_equal_gain(
+    done: Done, arm: Arm, method: str, size: str, target: str, reference: str | None = None
+) -> float | None:
     """What a method has added to the source's loss at equal gain, on the tuning seed.
 
-    None while runs are missing, and where no two neighbouring rates lie around that gain.
+    `reference` is the low-rank method whose gain counts, the best one if none is named. None while
+    runs are missing, and where no two neighbouring rates lie around that gain.
     """
-    reference = best_low_rank(done, arm, size)
+    reference = reference or best_low_rank(done, arm, size)
     if reference is None:
         return None
 
@@ -200,7 +204,3 @@ def point(done: Done, run: Run) -> Point:
         math.inf if result[part] is None else float(result[part]) for part in ("target", "source")
     )
     return target, source
-
-
-def _missing(done: Done, runs: Iterable[Run]) -> list[Run]:
-    return list({run.key: run for run in runs if run.key not in done}.values())

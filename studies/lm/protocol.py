@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from studies.store import key_of
@@ -70,8 +71,8 @@ LOWER = 2
 """Final runs are made at the chosen rate, and at so many lower ones, to compare at equal gain."""
 
 BY_TARGET, BY_SOURCE = 2, 1
-"""Of ours so many enter the finals by the lowest loss on the targets, mean of the tuning targets
-and sizes; and so many more by the smallest loss added to the source at equal gain."""
+"""Of ours so many enter a size's finals by the lowest loss, mean of the tuning targets; and so many
+more by the smallest loss added to the source at equal gain."""
 
 RENEWED_SHARE = 0.3
 RENEWED_AT = (0.2, 0.4, 0.6)
@@ -140,7 +141,12 @@ class Run:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that stand for this configuration."""
-        return key_of(vars(self))
+        return _key(self)
+
+
+@functools.cache
+def _key(run: Run) -> str:
+    return key_of(vars(run))
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,10 @@ def rate_of(exponent: int) -> float:
     return float(f"{10 ** (exponent / 3):.3g}")
 
 
-def cells() -> list[tuple[str, str | None]]:
-    """Every method with every size it comes in, small ones first."""
-    sized = [(method, size) for size in SIZES for method in METHODS if method not in UNSIZED]
-    return [(method, None) for method in UNSIZED] + sized
+def cells(size: str | None = None) -> list[tuple[str, str | None]]:
+    """Every method with every size it comes in, or with one; those without size with the first."""
+    found: list[tuple[str, str | None]] = []
+    for each in SIZES if size is None else (size,):
+        sized = [(method, each) for method in METHODS if method not in UNSIZED]
+        found += [*sized, *((m, None) for m in UNSIZED if each == next(iter(SIZES)))]
+    return found

@@ -16,7 +16,6 @@ from studies.lm.plan import (
     at_equal_gain,
     best_low_rank,
     finalists,
-    plan,
     point,
     tuned,
     tuning_runs,
@@ -25,7 +24,6 @@ from studies.lm.protocol import (
     CHOICES,
     FINAL_SEEDS,
     LOOK,
-    LOW_RANK,
     LOWER,
     SETS,
     SIZES,
@@ -41,18 +39,6 @@ from studies.page import NOT_YET, markdown
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
-
-
-def progress(done: Done, arm: Arm) -> str:
-    """Runs made and missing, by stage."""
-    left = plan(done, arm)
-    runs = [e.run for e in done.values() if (e.run.device, e.run.dtype) == (arm.device, arm.dtype)]
-    stages = [run.stage for run in runs]
-    rows = [
-        ["tuning", str(stages.count("tuning")), str(len(left.look) + len(left.tuning))],
-        ["final", str(stages.count("final")), str(len(left.final) + left.unknown_finals)],
-    ]
-    return markdown(["runs", "made", "missing"], rows)
 
 
 def look(done: Done, arm: Arm) -> str:
@@ -77,16 +63,14 @@ def look(done: Done, arm: Arm) -> str:
 
 
 def tuning(done: Done, arm: Arm) -> str:
-    """Each method at its best rate: validation losses of the tuning targets, and of the source.
+    """Each tuned method at its best rate: validation losses of the targets and of the source.
 
     Beside them what is added to the source's loss at equal gain.
     """
     rows = []
     for method, size in cells():
         exponent = tuned(done, arm, method, size)[1]
-        row = [method, size or ""]
         if exponent is None:
-            rows.append([*row, *[NOT_YET] * (4 + len(TUNING_TARGETS))])
             continue
         points = [point(done, run) for run in tuning_runs(arm, method, size, exponent)]
         added = [
@@ -97,7 +81,8 @@ def tuning(done: Done, arm: Arm) -> str:
         whole = [value for value in added if value is not None]
         rows.append(
             [
-                *row,
+                method,
+                size or "",
                 f"{rate_of(exponent):g}",
                 *(_loss(target) for target, _ in points),
                 _loss(mean(target for target, _ in points)),
@@ -106,7 +91,7 @@ def tuning(done: Done, arm: Arm) -> str:
             ]
         )
     columns = ["method", "size", "rate", *TUNING_TARGETS, "mean", "source, mean"]
-    return markdown([*columns, f"added to it at {GAIN:.0%} of the gain"], rows)
+    return _table([*columns, f"added to it at {GAIN:.0%} of the gain"], rows)
 
 
 def finals(done: Done, arm: Arm) -> str:
@@ -114,7 +99,7 @@ def finals(done: Done, arm: Arm) -> str:
     columns = ["method", "size", *TARGETS, "mean", "added to the source", "accuracy"]
     rows = []
     for size in SIZES:
-        for method in finalists(done, arm) or LOW_RANK:
+        for method in finalists(done, arm, size) or ():
             of_targets = [final_figures(done, arm, method, size, t, _target) for t in TARGETS]
             added = [final_figures(done, arm, method, size, t, _added) for t in TARGETS]
             hits = final_figures(done, arm, method, size, CHOICES, _accuracy)
@@ -122,7 +107,7 @@ def finals(done: Done, arm: Arm) -> str:
             cells_ += [over_targets(values) for values in (of_targets, added)]
             cells_.append(NOT_YET if hits is None else spread(hits, digits=1))
             rows.append([method, size, *cells_])
-    return markdown(columns, rows)
+    return _table(columns, rows)
 
 
 def paired(done: Done, arm: Arm) -> str:
@@ -135,7 +120,7 @@ def paired(done: Done, arm: Arm) -> str:
     rows = []
     for size in SIZES:
         reference = best_low_rank(done, arm, size)
-        for method in finalists(done, arm) or ():
+        for method in finalists(done, arm, size) or ():
             if reference is None or method == reference:
                 continue
             cells_ = [NOT_YET] * 3
@@ -150,7 +135,7 @@ def paired(done: Done, arm: Arm) -> str:
                 sums = [sum(sum(v) for v in values if v is not None) for values in (ours, theirs)]
                 cells_[2] = f"{sums[0] / sums[1]:.2f}" if sums[1] > 0 else NOT_YET
             rows.append([method, size, reference, *cells_])
-    return markdown(columns, rows)
+    return _table(columns, rows)
 
 
 def final_figures(
@@ -232,6 +217,10 @@ def _added(done: Done, run: Run) -> float:
 def _accuracy(done: Done, run: Run) -> float:
     """Percent right, the mean of the sets."""
     return 100 * mean(done[run.key].result["accuracy"][name] for name in SETS)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return markdown(columns, rows) if rows else "The rates that it needs are not known yet."
 
 
 def _loss(value: float) -> str:

@@ -301,12 +301,13 @@ def test_the_plan_begins_with_the_look_goes_beyond_edges_and_ends(everything: ru
 
 
 def test_the_best_on_the_target_and_on_the_source_enter_the_finals(everything: runs.Done) -> None:
-    chosen = finalists(everything, CPU)
-    assert chosen is not None
-    assert chosen[:5] == ["lora", "rslora", "dora", "grad", "random"]  # the shortest names
-    assert len(chosen) == 6
+    for size in SIZES:
+        chosen = finalists(everything, CPU, size)
+        assert chosen is not None
+        assert chosen[:5] == ["lora", "rslora", "dora", "grad", "random"]  # the shortest names
+        assert len(chosen) == 6
     made = [entry.run for entry in everything.values() if entry.run.stage == "final"]
-    assert len(made) == len(final_runs(everything, CPU, chosen)) == 6 * 2 * 5 * 5 * 3
+    assert len(made) == 2 * len(final_runs(everything, CPU, "small", chosen)) == 2 * 6 * 5 * 5 * 3
     assert {run.size for run in made} == set(SIZES)
 
 
@@ -393,7 +394,7 @@ def test_tables_fill_only_when_all_runs_are_there(everything: runs.Done) -> None
     assert "-0.0" not in tables.paired({}, CPU)
     nothing = [tables.finals({}, CPU), tables.paired({}, CPU), tables.tuning({}, CPU)]
     assert "±" not in "".join(nothing)
-    assert "| random | small |" in tables.paired(everything, CPU)
+    assert "| random | small | lora | +0.020" in tables.paired(everything, CPU)
 
 
 def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
