@@ -92,4 +92,8 @@ def global_ranks(scores: Mapping[str, Tensor], r: int) -> dict[str, int]:
         if spent + sum(scores[name].shape) <= total:  # the largest fractions are rounded up
             ranks[name] += 1
             spent += sum(scores[name].shape)
+    while spent > total:  # of many that got their 1 the highest pays
+        name = max(ranks, key=lambda name: ranks[name])
+        ranks[name] -= 1
+        spent -= sum(scores[name].shape)
     return {name.removesuffix(".weight"): rank for name, rank in ranks.items()}

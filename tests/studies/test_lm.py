@@ -257,10 +257,14 @@ def test_principal_entries_are_those_of_the_low_rank_part() -> None:
 def test_global_ranks_follow_the_scores_and_keep_the_budget() -> None:
     from studies.lm.scores import global_ranks
 
-    even, peaked = torch.rand(40, 40) + 1, torch.rand(40, 40) ** 8
-    ranks = global_ranks({"even.weight": even, "peaked.weight": peaked}, 3)
-    assert ranks["even"] == 1
-    assert ranks["peaked"] == 5
+    torch.manual_seed(0)
+    shapes = {"even": (40, 40), "other": (40, 20), "peaked": (40, 40)}
+    scores = {f"{name}.weight": torch.rand(shape) + 1 for name, shape in shapes.items()}
+    scores["peaked.weight"].view(-1)[:700] *= 100
+    ranks = global_ranks(scores, 3)
+    # under one threshold all 660 entries would be in one layer: 8 of its ranks
+    assert ranks == {"even": 1, "other": 1, "peaked": 6}
+    assert sum(rank * sum(shapes[name]) for name, rank in ranks.items()) <= 3 * (80 + 60 + 80)
 
 
 def losses(run: Run) -> tuple[float, float]:
