@@ -163,7 +163,7 @@ def test_units_that_lie_apart_in_memory_are_those_that_are_read() -> None:
     apart = np.array([3, 200, 3, 200, 3, 200], np.uint8)[::2]
     assert gaps.decode(apart, 100).tolist() == [3, 7, 11]
     packed = torch.from_numpy(apart)
-    support = gaps.from_gaps(packed, (10, 10))
+    support = gaps.support_of(packed, (10, 10))
     assert gaps.gaps_of(support, packed).units.is_contiguous()
 
 

@@ -23,6 +23,7 @@ from shira.masks.custom import custom_support
 from shira.masks.random import random_support
 from shira.masks.scored import grad_support, magnitude_support, snip_support
 from shira.masks.struct import struct_support
+from shira.masks.topk import check_scored
 from shira.support import Support
 
 MASK_FIELDS = ("mask_type", "random_seed", "mask_slot", "mask_options", "r", "density")
@@ -85,6 +86,7 @@ class MaskSpec:
                 raise ConfigError(f"mask_type {self.name!r}: {error}") from None
 
 
+_DIABLO = "(cf. DiaBlo, arXiv 2506.03230)"
 _GIVEN = ("shape", "k", "weight", "gradient", "seed", "name")
 
 MASKS: dict[str, MaskSpec] = {
@@ -97,10 +99,7 @@ MASKS: dict[str, MaskSpec] = {
         ("grad", "sec. 3.1", "gradient", grad_support),
         ("snip", "eq. 2", "weight gradient", snip_support),
         ("block", "(not in the paper)", "", block_support, check_options),
-        (
-            *("block_diagonal", "(cf. DiaBlo, arXiv 2506.03230)", ""),
-            *(block_diagonal_support, check_options),
-        ),
+        ("block_diagonal", _DIABLO, "", block_diagonal_support, check_options),
     )
 }
 
@@ -164,26 +163,12 @@ def choose(
     spec.check(options)
     where = f"{name}: " if name else ""
     given = {"weight": weight, "gradient": gradient}
-    for need in sorted(spec.needs_with(options)):
-        tensor = given[need]
-        if tensor is None:
-            how = (
-                "; run `config = shira.calibrate(model, config, batches)` first and pass the "
-                "config it returns to get_peft_model"
-                if need == "gradient"
-                else ""
-            )
-            raise MaskError(
-                f"{where}mask_type {mask_type!r} needs the {need}, but none was passed{how}"
-            )
-        if tuple(tensor.shape) != tuple(shape):
-            raise MaskError(
-                f"{where}the {need} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}"
-            )
     if "seed" in spec.parameters and seed is None and not spec.needs_with(options):
         raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
     values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
     try:
+        for need in sorted(spec.needs_with(options)):
+            check_scored(given[need], need, shape, f"mask_type {mask_type!r}")
         return spec.select(**{key: values[key] for key in spec.parameters if key in values})
     except MaskError as error:
         raise MaskError(f"{where}{error}") from error

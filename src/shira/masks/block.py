@@ -29,7 +29,7 @@ from shira.errors import MaskError, did_you_mean
 from shira.masks.budget import check_fits
 from shira.masks.random import permute, round_keys
 from shira.masks.scored import absolute_product
-from shira.masks.topk import BLOCK, check_scored
+from shira.masks.topk import BLOCK, check_scored, refuse_nan
 from shira.support import Support, matrix_shape
 
 SIZES = (128, 64, 32, 16, 8)
@@ -198,18 +198,14 @@ def _block_sums(
 ) -> Tensor:
     """Return float64 ``(blocks,)`` on the CPU: the sum of the score over each block, row-major."""
     rows, cols = matrix_shape(shape)
-    operands = []
-    for what, tensor, wanted in (
-        ("weight", weight, score in ("magnitude", "snip")),
-        ("gradient", gradient, score in ("grad", "snip")),
-    ):
-        if not wanted:
-            continue
-        if tensor is None:
-            raise MaskError(f"score={score!r} needs the {what}, but none was passed")
-        if tuple(tensor.shape) != tuple(shape):
-            raise MaskError(f"the {what} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}")
-        operands.append(check_scored(tensor, what))
+    operands = [
+        check_scored(tensor, what, shape, f"score={score!r}")
+        for what, tensor, by in (
+            ("weight", weight, ("magnitude", "snip")),
+            ("gradient", gradient, ("grad", "snip")),
+        )
+        if score in by
+    ]
     across = -(-cols // b)
     sums = [torch.empty(0, dtype=torch.float64)]
     for band in _bands(operands, rows, cols, b):
@@ -218,13 +214,7 @@ def _block_sums(
         cells = band.view(-1, b, across, b).sum((1, 3), dtype=torch.float64)
         sums.append(cells.reshape(-1).cpu())
     result = torch.cat(sums)
-    if bool(result.isnan().any()):
-        at = int(result.isnan().nonzero()[0])
-        raise MaskError(
-            f"the score of block ({at // across}, {at % across}) of {b} x {b} entries is not a "
-            "number (NaN), so there is no order; look for NaN or infinity in the weight or its "
-            "gradient"
-        )
+    refuse_nan(result, lambda at: f"block ({at // across}, {at % across}) of {b} x {b} entries")
     return result
 
 

@@ -119,26 +119,20 @@ class Budget:
         shapes: Mapping[str, tuple[int, ...]],
         otherwise: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        """Find the entries of highest score, given in flat pieces as `top_k` takes them.
+        """Return flat indices, increasing, of the entries of highest score of each tensor.
 
-        A budget that is left open is ``otherwise`` so many entries of each tensor.
-
-        Returns:
-            Increasing flat indices into each tensor, int64.
-
-        Raises:
-            MaskError: If a score is NaN.
+        Scores come in flat pieces as `top_k` takes them. A budget that is left open is
+        ``otherwise`` so many entries of each tensor.
         """
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        counts = otherwise
-        if self.given or counts is None:
-            counts = {name: self.entries(shape) for name, shape in shapes.items()}
+        if self.given or otherwise is None:
+            otherwise = {name: self.entries(shape) for name, shape in shapes.items()}
         if self.everywhere:
-            return top_k_of_all(scores, sizes, sum(counts.values()))
-        return {
-            name: top_k_of_all({name: blocks}, sizes, counts[name])[name]
-            for name, blocks in scores.items()
-        }
+            return top_k_of_all(scores, sizes, sum(otherwise.values()))
+        found: dict[str, Tensor] = {}
+        for name, blocks in scores.items():
+            found |= top_k_of_all({name: blocks}, sizes, otherwise[name])
+        return found
 
 
 def _of(name: str) -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from shira.base import accumulation_dtype
-from shira.errors import MaskError
 from shira.masks.budget import check_fits
 from shira.masks.topk import check_scored, row_blocks, top_k
 from shira.support import Support
@@ -81,12 +80,8 @@ def snip_support(weight: Tensor, gradient: Tensor, k: int) -> Support:
         MaskError: If the shapes differ, k entries do not fit, or either tensor holds NaN, no
             floats, or no values (meta).
     """
-    weight, gradient = check_scored(weight, "weight"), check_scored(gradient, "gradient")
-    if weight.shape != gradient.shape:
-        raise MaskError(
-            f"the gradient has the shape of its weight, {tuple(weight.shape)}, "
-            f"not {tuple(gradient.shape)}"
-        )
+    weight = check_scored(weight, "weight")
+    gradient = check_scored(gradient, "gradient", weight.shape)
     return _highest([weight, gradient], k)
 
 

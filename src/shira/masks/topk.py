@@ -8,7 +8,7 @@ what is kept between blocks are the best k entries so far. Memory is O(k + one b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
     start, count, device = 0, 0, torch.device("cpu")
     for scores in blocks:
         numel, device = scores.numel(), scores.device
-        _refuse_nan(scores, start)
+        refuse_nan(scores, lambda at, start=start: f"flat entry {start + at}")  # type: ignore[misc]
         if limit is None:
             found = torch.arange(numel, device=device)
         else:
@@ -66,11 +66,7 @@ def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
 def top_k_of_all(
     scores: Mapping[str, Iterable[Tensor]], sizes: Mapping[str, int], k: int
 ) -> dict[str, Tensor]:
-    """Find the k highest scores of several tensors of some sizes, one after the other.
-
-    Returns:
-        int64 ``(k_i,)`` for each: increasing flat indices of its entries among the k.
-    """
+    """Return the flat indices of each tensor's entries among the k of highest score of all."""
     blocks = itertools.chain.from_iterable(scores.values())
     flat = top_k(blocks, k) if k else torch.empty(0, dtype=torch.int64, device="cpu")
     found, start = {}, 0
@@ -99,10 +95,18 @@ def row_blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
             yield from row_blocks(row, size)
 
 
-def check_scored(tensor: Tensor, what: str) -> Tensor:
-    """Return a weight or gradient to score, detached, if it has values to look at."""
+def check_scored(
+    tensor: Tensor | None, what: str, shape: Sequence[int] | None = None, who: str = "the mask"
+) -> Tensor:
+    """Return a weight or gradient to score, detached, if it has values to look at, one an entry."""
+    if tensor is None:
+        how = "; run `config = shira.calibrate(model, config, batches)` first and pass the config "
+        how = f"{how}it returns to get_peft_model" if what == "gradient" else ""
+        raise MaskError(f"{who} needs the {what}, but none was passed{how}")
     if not isinstance(tensor, Tensor):
         raise MaskError(f"the {what} is a tensor, not {type(tensor).__name__}")
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise MaskError(f"the {what} has shape {tuple(tensor.shape)}, the mask {tuple(shape)}")
     if not tensor.is_floating_point():
         raise MaskError(f"the {what} holds floating point numbers, not {tensor.dtype}")
     if tensor.is_meta:
@@ -111,6 +115,16 @@ def check_scored(tensor: Tensor, what: str) -> Tensor:
             "choose by position: mask_type 'random' or 'struct'"
         )
     return tensor.detach()
+
+
+def refuse_nan(scores: Tensor, name_of: Callable[[int], str]) -> None:
+    """Refuse scores that are not numbers; ``name_of`` says which of them the first such is."""
+    if scores.numel() and bool(scores.max().isnan()):  # a maximum hands NaN on
+        first = int(scores.isnan().nonzero()[0])
+        raise MaskError(
+            f"the score of {name_of(first)} is not a number (NaN), so there is no order; look for "
+            "NaN or infinity in the weight or its gradient"
+        )
 
 
 def _highest(
@@ -124,12 +138,3 @@ def _highest(
     chosen[level[: k - int(np.count_nonzero(chosen))]] = True
     kept = np.flatnonzero(chosen)
     return [scores[kept]], [indices[kept]], limit
-
-
-def _refuse_nan(scores: Tensor, start: int) -> None:
-    if scores.numel() and bool(scores.max().isnan()):  # a maximum hands NaN on
-        at = start + int(scores.isnan().nonzero()[0])
-        raise MaskError(
-            f"the score of flat entry {at} is not a number (NaN), so there is no order; "
-            "look for NaN or infinity in the weight or its gradient"
-        )

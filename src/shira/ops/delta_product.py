@@ -15,7 +15,7 @@ one to the sum without rounding). In float32 and float64 the two differ by round
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +42,12 @@ def _sparse_product(
     plan = plan_for([indices], (rows, cols), (cols, 1))
     with no_autocast(x):
         if transposed:
-            by_column = plan.memo("columns", _columns, plan)
-            matrix = _csr(by_column, delta.index_select(0, by_column.order).to(wide), (cols, rows))
+            crow, col, order = plan.memo("columns", _columns, plan)
+            values, size = delta.index_select(0, order), (cols, rows)
         else:
-            matrix = _csr(_rows(plan), delta.to(wide), (rows, cols))
+            (crow, _, col), values, size = _rows(plan), delta, (rows, cols)
+        silence_csr_warning()
+        matrix = torch.sparse_csr_tensor(crow, col, values.to(wide), size, check_invariants=False)
         result: Tensor = torch.mm(matrix, x.to(wide).t()).t()  # (out, tokens), seen turned
         return result.contiguous()
 
@@ -161,28 +163,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _sparse_product.register_autograd(_backward, setup_context=_setup)
 
 
-class _Columns(NamedTuple):
-    """The entries in the order of columns: compressed rows of the transposed matrix."""
-
-    crow: Tensor
-    col: Tensor
-    order: Tensor
-    """int64 ``(k,)``: place of each entry in the order of rows."""
-
-
 def _rows(plan: Plan) -> Pattern:
     """Return the plan's pattern, kept: making it takes about as long as a product of few tokens."""
     return plan.kept or plan.memo("pattern", plan.pattern)
 
 
-def _columns(plan: Plan) -> _Columns:
+def _columns(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the compressed rows of the transposed matrix, and each of its entries' place here."""
     _, row, col = plan.pattern()
     order = torch.argsort(col, stable=True)
     crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
     crow[1:] = torch.cumsum(torch.bincount(col, minlength=plan.shape[1]), 0)
-    return _Columns(crow, row.index_select(0, order), order)
-
-
-def _csr(pattern: Pattern | _Columns, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    silence_csr_warning()
-    return torch.sparse_csr_tensor(pattern.crow, pattern.col, values, shape, check_invariants=False)
+    return crow, row.index_select(0, order), order

@@ -76,15 +76,9 @@ def encode(indices: Ints, widest: str = "U32") -> Units:
 
 
 def decode(units: Units, numel: int, count: int | None = None) -> Ints:
-    """Return the indices that `encode` was given.
+    """Return the indices that `encode` was given, int32 where ``numel`` allows, else int64.
 
-    Args:
-        units: ``(n,)`` of one of the dtypes of `UNITS`.
-        numel: Size of the weight; every index is below it.
-        count: How many indices there should be, if known.
-
-    Returns:
-        int32 where ``numel`` allows, else int64.
+    Every index is below ``numel``; there are ``count``, if that is known.
 
     Raises:
         SupportError: If an index is out of range, the units end within a gap or are those of more
@@ -116,11 +110,10 @@ def count_of(units: Units) -> int:
 
 
 def marks(units: Units) -> NDArray[np.int64]:
-    """Return from where on each block of the units can be read without those before it.
+    """Return ``(blocks + 1, 2)``: from where on each block of units can be read by itself.
 
-    Returns:
-        ``(blocks + 1, 2)``: how many indices the blocks before stand for, and the first index that
-        this one could hold; the last row is that of the end.
+    That is how many indices the blocks before stand for, and the first index that this one could
+    hold; the last row is that of the end.
     """
     starts = np.arange(0, len(units), BLOCK)
     found = np.zeros((len(starts) + 1, 2), np.int64)
@@ -132,8 +125,8 @@ def marks(units: Units) -> NDArray[np.int64]:
 
 
 def is_packed(indices: Tensor) -> bool:
-    """Return whether positions are packed: uint8 ``(n,)``, not integers ``(2, k)``."""
-    return indices.dtype == torch.uint8 and indices.dim() == 1
+    """Return whether positions are gaps, ``(n,)`` code units, not integers ``(2, k)``."""
+    return not indices.dtype.is_signed and indices.dim() == 1
 
 
 def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
@@ -169,17 +162,8 @@ def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
     """
     if not is_packed(indices):
         return Support.from_coordinates(shape, indices)
-    return from_gaps(indices, shape)
-
-
-def from_gaps(units: Tensor, shape: Sequence[int]) -> Support:
-    """Return the support whose gaps these are, in bytes or wider units; on their device.
-
-    Raises:
-        SupportError: If they are those of no support of such a weight.
-    """
-    flat = decode(units.detach().cpu().numpy(), math.prod(shape))
-    return Support._trusted(shape, torch.from_numpy(flat).to(units.device))
+    flat = decode(indices.detach().cpu().numpy(), math.prod(shape))
+    return Support._trusted(shape, torch.from_numpy(flat).to(indices.device))
 
 
 def gaps_of(support: Support, packed: Tensor | None = None) -> native.Gaps:

@@ -158,14 +158,10 @@ def lock_of(tensor: Tensor) -> Any:
 def write_to(
     memory: Tensor, write: Write, meanwhile: Callable[[Tensor], T], *, lasting: bool = False
 ) -> T:
-    """Write to a memory, call a function, and put back what was there.
+    """Write to a memory, call a function with it, and put back what was there.
 
-    Args:
-        memory: What is written to.
-        write: Made, with room for the values of before, in advance.
-        meanwhile: Called with ``memory`` when all is written, before another thread can see it;
-            its result is returned.
-        lasting: Leave the written values there, unless ``meanwhile`` raises.
+    No other thread sees what is written before the function has returned. If the write is
+    ``lasting``, it is put back only if the function raises.
 
     Raises:
         SharedMemoryError: If the memory is read-only or shared with other processes.
@@ -236,19 +232,21 @@ def _refuse_nested(lock: Any) -> None:
 _CHECKED = "_shira_private_at"
 """On a storage that torch did not allocate: its address when it was last found to be private."""
 
+_FOREIGN = (
+    "memory that is read-only or shared with other processes, where an adapter must not be written"
+)
+
 
 class SharedMemoryError(TargetError):
     """Memory that is read-only or shared was to be written to; nothing was."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(
-            f"a weight of shape {tuple(weight.shape)} lies in memory that is read-only or shared "
-            "with other processes, where an adapter must not be written; put a copy in its place"
-        )
+        shape = tuple(weight.shape)
+        super().__init__(f"a weight of shape {shape} lies in {_FOREIGN}; put a copy in its place")
 
 
 class MemoryMap:
-    """The process's mappings, read once, when first needed (Linux); elsewhere torch's own word."""
+    """The process's mappings, read once when first needed (Linux); elsewhere torch's own word."""
 
     def is_private(self, tensor: Tensor) -> bool:
         """Return whether the tensor's memory can be written without anyone else seeing it."""
@@ -260,17 +258,14 @@ class MemoryMap:
         # By the storage: an address may be mapped anew, otherwise. Its attributes live as long.
         if getattr(storage, _CHECKED, None) == storage.data_ptr():
             return True
-        private = not storage.nbytes() or self._maps_private(tensor)
+        private = not storage.nbytes() or not storage.is_shared()
+        address = tensor.data_ptr()
+        at = bisect.bisect_right(self._mappings, address, key=lambda mapping: mapping[0]) - 1
+        if storage.nbytes() and at >= 0 and address < self._mappings[at][1]:
+            private = self._mappings[at][2]
         if private:
             setattr(storage, _CHECKED, storage.data_ptr())
         return private
-
-    def _maps_private(self, tensor: Tensor) -> bool:
-        address = tensor.data_ptr()
-        at = bisect.bisect_right(self._mappings, address, key=lambda mapping: mapping[0]) - 1
-        if at >= 0 and address < self._mappings[at][1]:
-            return self._mappings[at][2]
-        return not tensor.untyped_storage().is_shared()
 
     @cached_property
     def _mappings(self) -> list[tuple[int, int, bool]]:
@@ -303,9 +298,8 @@ def make_private(weight: Tensor, memory_map: MemoryMap | None = None, *, warn: b
         weight.data = weight.data.clone()
     if warn:
         warnings.warn(
-            f"a weight of shape {tuple(weight.shape)} was moved to memory that is read-only or "
-            "shared with other processes, where an adapter must not be written; it has memory of "
-            "its own now",
+            f"a weight of shape {tuple(weight.shape)} was in {_FOREIGN}; it has memory of its own "
+            "now",
             stacklevel=3,
         )
 

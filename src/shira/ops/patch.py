@@ -91,15 +91,10 @@ def restored(values: Tensor, offsets: Tensor, *records: Overwritten | None) -> T
 
 
 class Exchange:
-    """One patch taken out of a weight and another put in, in place, and the way back.
+    """A patch taken out of a weight and another put in, in place; None stands for the base.
 
-    A `shira.ops.memory.Write`, made before anything is written.
-
-    Args:
-        weight: Of the patches' dtype and device; its memory stays where it is.
-        before: What is in it now; None for the base.
-        after: What is to be in it; None for the base.
-        check: Compare before writing. Without, whatever the entries hold is overwritten.
+    A `shira.ops.memory.Write`, made before anything is written. Without ``check``, whatever the
+    entries hold is overwritten.
     """
 
     def __init__(

@@ -22,24 +22,14 @@ import torch
 from torch import Tensor
 
 from shira.base import accumulation_dtype
-from shira.blocks import block_layout
+from shira.blocks import BlockLayout, block_layout
 from shira.errors import SupportError
 from shira.ops import native
-from shira.ops.gaps import from_gaps, gaps_of, is_packed, support_of
+from shira.ops.gaps import gaps_of, is_packed, support_of
 from shira.ops.memory import alias_of, offsets_of
 from shira.support import align, matrix_shape
 
 T = TypeVar("T")
-
-
-class Tiles(NamedTuple):
-    """The square tiles in which all entries of a support lie, row by row."""
-
-    size: int
-    row: Tensor
-    """int32 ``(tiles,)``: place of each in the grid of tiles, down."""
-    col: Tensor
-    """int32 ``(tiles,)``: the same, across."""
 
 
 class Pattern(NamedTuple):
@@ -74,12 +64,12 @@ class Plan:
     members: tuple[Tensor | None, ...] | None
     """For several adapters: int64 ``(k_i,)``, the place of each one's entries in the union; None
     for one that has them all."""
-    tiles: Tiles | None = None
-    """If the support fills square tiles, as those of block masks do."""
+    tiles: BlockLayout | None = None
+    """The square tiles that the support fills, as those of block masks do."""
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     def memo(self, key: Any, make: Callable[..., T], *arguments: Any) -> T:
-        """Return what was made of this plan under a key, making it if it was not yet."""
+        """Return what is made of this plan under a key, made once."""
         made: T | None = self._memo.get(key)
         if made is None:
             made = self._memo[key] = make(*arguments)
@@ -92,7 +82,7 @@ class Plan:
         assert self.gaps is not None
         kernels = native.load().library
         if kernels is None:
-            support = from_gaps(self.gaps.units, self.weight_shape)
+            support = support_of(self.gaps.units, self.weight_shape)
             return _pattern(support.coordinates(), self.shape[0])
         crow, row, col = kernels.coordinates(self.gaps, self.shape, True)
         assert row is not None
@@ -100,11 +90,10 @@ class Plan:
 
     def compressed(self) -> tuple[Tensor, Tensor]:
         """Return the pattern without the row of each entry: ``crow, col``."""
-        if self.kept is not None:
-            return self.kept.crow, self.kept.col
         kernels = native.load().library
-        if kernels is None or self.gaps is None:
+        if self.kept is not None or kernels is None:
             return self.pattern()[::2]
+        assert self.gaps is not None
         crow, _, col = kernels.coordinates(self.gaps, self.shape, False)
         return crow, col
 
@@ -173,9 +162,7 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         alone = members is None and not is_packed(indices[0])
         kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
     gaps = gaps_of(union, packed) if device.type == "cpu" else None
-    layout, tiles = block_layout(union), None
-    if layout is not None:
-        tiles = Tiles(layout.block_size, layout.row_block.int(), layout.col_block.int())
+    tiles = block_layout(union)
     return Plan((*shape,), (*stride,), matrix, union.nnz, device, gaps, kept, members, tiles)
 
 

@@ -151,7 +151,11 @@ class Undo:
         are then both done before it is raised.
         """
         make_private(weight)
-        write_to(weight.data, _Restoring(self, weight, commit), lambda data: None, lasting=True)
+        originals = self.originals.to(weight.device, weight.dtype)
+        merged = delta_write(weight.data, self.plan, originals[:0], originals)
+        undoing = _Noted(merged, weight, self.count, commit)
+        undoing.put_in = undoing.put_back  # to undo it is to complete it
+        write_to(weight.data, undoing, lambda data: None, lasting=True)
 
     def record(self, weight: Tensor) -> Overwritten:
         """Return what was overwritten, of the weight as it is now: see `restore`. O(k)."""
@@ -174,16 +178,11 @@ def merge_into(
 ) -> None:
     """Overwrite the entries of adapters with their replacement values, and let autograd know.
 
-    Several adapters are summed before the one rounding, so always from the originals. If anything
-    raises, an interrupt included, the weight is as it was.
-
-    Args:
-        weight: The base weight, perhaps with other adapters merged already.
-        deltas: Of each adapter that is to be in it afterwards, those that are already among them.
-        indices: The same, as `shira.ops.linear` takes them.
-        earlier: Of the adapters that are in it now.
-        commit: Notes what undoes this merge; called with ``earlier`` when that counts again.
-        check: Is given all replacement values ``(k,)`` before anything is written, and may raise.
+    Several adapters are summed before the one rounding, so always from the originals: deltas and
+    indices are those of all that are to be in it, ``earlier`` undoes those that are in it now. If
+    anything raises, an interrupt included, the weight is as it was. ``commit`` notes what undoes
+    this merge, and is called with ``earlier`` when that counts again; ``check`` is given all
+    replacement values ``(k,)`` before anything is written, and may raise.
     """
     plan = plan_for(indices, weight.shape, weight.stride())
     delta = plan.combine(deltas).detach()
@@ -203,11 +202,8 @@ def merge_into(
             check(result)
         return result
 
-    write: native.DeltaWrite | TorchWrite
-    if earlier is None and check is None:
-        write = delta_write(data, plan, delta)  # in one pass, if compiled
-    else:
-        write = TorchWrite(data, plan, new)
+    one_pass = earlier is None and check is None
+    write = delta_write(data, plan, delta) if one_pass else TorchWrite(data, plan, new)
 
     def note(data: Tensor) -> None:
         assert write.originals is not None
@@ -215,15 +211,17 @@ def merge_into(
         count = count_write(weight, earlier.count if earlier else None)
         commit(Undo(plan, originals, count))
 
-    write_to(data, _Merging(write, weight, lambda: commit(earlier)), note, lasting=True)
+    counted = WriteCount(None if weight.is_inference() else weight._version, 1)
+    write_to(data, _Noted(write, weight, counted, lambda: commit(earlier)), note, lasting=True)
 
 
-class _Merging:
-    """The write of a merge; when it is put back, that is noted where the merge was."""
+class _Noted:
+    """A write of a merge; that it is put back is noted where it was noted, and with autograd."""
 
-    def __init__(self, write: Write, weight: Tensor, undone: Callable[[], None]) -> None:
-        self.write, self.weight, self.undone = write, weight, undone
-        self.count = WriteCount(None if weight.is_inference() else weight._version, 1)
+    def __init__(
+        self, write: Write, weight: Tensor, count: WriteCount, undone: Callable[[], None]
+    ) -> None:
+        self.write, self.weight, self.count, self.undone = write, weight, count, undone
         self.put_in = write.put_in
 
     def put_back(self) -> None:
@@ -231,20 +229,3 @@ class _Merging:
         self.write.put_back()
         take_back(self.weight, self.count)
         self.undone()
-
-
-class _Restoring:
-    """The write of an unmerge: to undo it is to complete it, so that it is never left half done."""
-
-    def __init__(self, undo: Undo, weight: Tensor, commit: Callable[[], None]) -> None:
-        self.weight, self.count, self.commit = weight, undo.count, commit
-        originals = undo.originals.to(weight.device, weight.dtype)
-        self.write = delta_write(weight.data, undo.plan, originals[:0], originals)
-
-    def put_in(self) -> None:
-        """See `Write`."""
-        self.write.put_back()
-        take_back(self.weight, self.count)
-        self.commit()
-
-    put_back = put_in

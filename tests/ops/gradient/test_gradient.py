@@ -123,11 +123,10 @@ def test_tiles_equal_the_dense_product(instruction_set, data):
     left, right = operands(tokens, rows, cols, dtype)
     want = dense(left, right, support.coordinates())
     assert close(BACKENDS["tiles"].compute(left, right, plan, want.dtype), want, want.dtype)
-    assert close(batched(left, right, plan, plan.tiles, want.dtype), want, want.dtype)
+    assert close(batched(left, right, plan, want.dtype), want, want.dtype)
     if dtype != torch.float64:
-        at = plan.tiles
         with torch_threads(data.draw(st.integers(1, 3))):
-            got = kernels.tiles(left, right, *plan.compressed(), at.size, at.row, at.col)
+            got = kernels.tiles(left, right, *plan.compressed(), plan.tiles)
         assert close(got, want, torch.float32)
 
 
@@ -152,7 +151,7 @@ def test_batched_tiles_some_at_a_time(scratch):
     plan = make_plan([support.coordinates()], (40, 24), (24, 1))
     left, right = operands(5, 40, 24, torch.float32)
     scratch(1)
-    got = batched(left, right, plan, plan.tiles, torch.float32)
+    got = batched(left, right, plan, torch.float32)
     assert close(got, dense(left, right, support.coordinates()), torch.float32)
 
 

@@ -33,21 +33,11 @@ from shira.base import accumulation_dtype
 from shira.errors import ConfigError, did_you_mean
 from shira.ops import native
 from shira.ops.gradient import triton
-from shira.ops.plan import Plan, Tiles
+from shira.ops.plan import Plan
+from shira.support import Support
 
 _TOKENS_AT_A_TIME = 256  # 1 MiB of a 1024-column operand in float32
 _scratch_bytes = 64 * 2**20
-
-
-class Case(NamedTuple):
-    """All that the choice of a backend depends on."""
-
-    device: str
-    """``"cpu"``, ``"cuda"``, ..."""
-    dtype: torch.dtype
-    density: float
-    tiled: bool = False
-    """True if the support fills square tiles, as those of block masks do."""
 
 
 class Choice(NamedTuple):
@@ -62,8 +52,9 @@ class Backend(NamedTuple):
 
     compute: Callable[[Tensor, Tensor, Plan, torch.dtype], Tensor]
     """From the operands, the plan and the result's dtype to the gradient ``(k,)``."""
-    refusal: Callable[[Case], str | None]
-    """Says why it cannot compute a case; None if it can."""
+    refusal: Callable[[str, torch.dtype, bool], str | None]
+    """From device type, dtype and whether the support fills square tiles to the reason why it
+    cannot compute such a case; None if it can."""
     dense_from: float = 1.0
     """Density above which a dense product is faster."""
 
@@ -110,20 +101,20 @@ def choose(
         >>> shira.ops.choose("cpu", torch.float32, 0.02, tiled=True)
         Choice(name='tiles', why='the support fills square tiles')
     """
-    case = Case(torch.device(device).type, dtype, density, tiled)
+    case = torch.device(device).type, dtype, tiled
     told = _told()
     if told:
-        reason = BACKENDS[_known(told)].refusal(case)
+        reason = BACKENDS[_known(told)].refusal(*case)
         if reason is not None:
             raise ConfigError(
                 f"the backend {told!r}, asked for by SHIRA_BACKEND or use_backend, cannot compute "
-                f"the weight gradient at density {density:.3g} in {dtype} on {case.device}: "
+                f"the weight gradient at density {density:.3g} in {dtype} on {case[0]}: "
                 f"{reason}"
             )
         return Choice(told, "asked for by SHIRA_BACKEND or use_backend")
     passed_over = []
     for name, backend in BACKENDS.items():
-        reason = backend.refusal(case)
+        reason = backend.refusal(*case)
         if reason is None and density > backend.dense_from:
             reason = (
                 f"density {density:.3g} is over {backend.dense_from}, where a dense product is "
@@ -264,30 +255,27 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     return out
 
 
-def batched(left: Tensor, right: Tensor, plan: Plan, tiles: Tiles, wide: torch.dtype) -> Tensor:
+def batched(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
     """Compute the tiles in which all entries lie, through ``torch.bmm``.
 
     Some tiles at a time, so that the copies of their operands stay bounded.
     """
-    size, count, tokens = tiles.size, tiles.row.numel(), left.shape[0]
+    tiles, tokens = plan.tiles, left.shape[0]
+    assert tiles is not None
+    size = tiles.block_size
     product_dtype = wide if left.device.type == "cpu" else left.dtype
     down, across = _in_tiles(left, size), _in_tiles(right, size)  # (tokens, tiles, size)
     at_once = max(1, scratch_bytes() // (2 * tokens * size * left.itemsize + size * size * 4))
     out = torch.empty(plan.nnz, dtype=wide, device=left.device)
-    grid = torch.full(
-        (-(-plan.shape[0] // size), -(-plan.shape[1] // size)), -1, device=left.device
-    )
-    grid[tiles.row.long(), tiles.col.long()] = torch.arange(count, device=left.device)
-    row, col = (half.long() for half in plan.pattern()[1:])
-    tile = grid[row // size, col // size]  # (k,) which tile an entry is in
-    for first in range(0, count, at_once):
+    place = tiles.positions(Support._trusted(plan.shape, plan.flat()))  # in (tiles, size, size)
+    for first in range(0, len(tiles), at_once):
         some = slice(first, first + at_once)
-        a = down[:, tiles.row[some].long()].to(product_dtype)  # (tokens, tiles, size)
-        b = across[:, tiles.col[some].long()].to(product_dtype)
+        a = down[:, tiles.row_block[some]].to(product_dtype)  # (tokens, tiles, size)
+        b = across[:, tiles.col_block[some]].to(product_dtype)
         products = torch.bmm(a.permute(1, 2, 0), b.permute(1, 0, 2))  # (tiles, size, size)
-        here = (tile >= first) & (tile < first + at_once)
-        at = (tile[here] - first, row[here] % size, col[here] % size)
-        out[here] = products[at].to(wide)
+        at = place - first * size * size
+        here = (at >= 0) & (at < products.numel())
+        out[here] = products.view(-1)[at[here]].to(wide)
     return out
 
 
@@ -299,12 +287,11 @@ def _in_tiles(operand: Tensor, size: int) -> Tensor:
 
 
 def _tiles(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
-    assert plan.tiles is not None
-    kernels = native.load().library
-    if kernels is not None and left.device.type == "cpu" and left.dtype in native.KINDS:
-        at = plan.tiles
-        return kernels.tiles(left, right, *plan.compressed(), at.size, at.row, at.col)
-    return batched(left, right, plan, plan.tiles, wide)
+    kernels, tiles = native.load().library, plan.tiles
+    if kernels is None or left.device.type != "cpu" or left.dtype not in native.KINDS:
+        return batched(left, right, plan, wide)
+    assert tiles is not None
+    return kernels.tiles(left, right, *plan.compressed(), tiles)
 
 
 def _native(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
@@ -313,27 +300,28 @@ def _native(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     return kernels.entries(left, right, *plan.compressed())
 
 
-def _no_tiles(case: Case) -> str | None:
-    return None if case.tiled else "the support does not fill square tiles"
+def _no_tiles(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
+    return None if tiled else "the support does not fill square tiles"
 
 
-def _not_native(case: Case) -> str | None:
-    if case.device != "cpu":
-        return f"it runs on the CPU, not on {case.device}"
-    if case.dtype not in native.KINDS:
-        return f"it takes float32, bfloat16 and float16, not {case.dtype}"
+def _not_native(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
+    if device == "cpu" and dtype not in native.KINDS:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
     loaded = native.load()
-    return None if loaded.library else loaded.why
+    return _not_cpu(device) or (None if loaded.library else loaded.why)
 
 
-def _not_sampled(case: Case) -> str | None:
-    if case.device != "cpu":
-        return f"it runs on the CPU, not on {case.device}"
-    return None if has_sampled_product() else "this build of torch has no sparse.sampled_addmm"
+def _not_sampled(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
+    missing = "this build of torch has no sparse.sampled_addmm"
+    return _not_cpu(device) or (None if has_sampled_product() else missing)
 
 
-def _not_triton(case: Case) -> str | None:
-    able, why = triton.available(case.device, case.dtype)
+def _not_cpu(device: str) -> str | None:
+    return None if device == "cpu" else f"it runs on the CPU, not on {device}"
+
+
+def _not_triton(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
+    able, why = triton.available(device, dtype)
     return None if able else why
 
 
@@ -343,6 +331,6 @@ BACKENDS = {
     "tiles": Backend(_tiles, _no_tiles),
     "native": Backend(_native, _not_native, 0.2),
     "sampled": Backend(sampled, _not_sampled, 0.1),
-    "chunked": Backend(chunked, lambda case: None),
+    "chunked": Backend(chunked, lambda *case: None),
     "triton": Backend(triton.triton_weight_gradient, _not_triton),
 }

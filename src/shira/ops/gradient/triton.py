@@ -11,14 +11,9 @@ that would write a tile to memory, this writes its chosen positions only::
              out[dest[e]] = tile.flatten()[local[e]]         a gather in shared memory
 
 Memory beyond the operands is the result and 6 bytes an entry for the lists, kept with the plan.
-How to take scattered positions out of a tile that lives in registers, and what was left aside:
-
-- a *gather* (``tl.gather``): the tile goes through shared memory once, the entries are read from
-  there. Its cost is that of the tile, not of tile x entries. Chosen.
-- a scratch tile in global memory for each program, read back after a barrier: bounded as well, but
-  twice the traffic in L2, and it leans on the order of writes between threads.
-- one-hot products or masked sums for each entry: tile x entries operations.
-- compaction by a bit mask and a prefix sum: needs a mask of the weight's size.
+The entries are taken out of the tile by a *gather* (``tl.gather``): the tile goes through shared
+memory once, so the cost is that of the tile, not of tile x entries as with one-hot products or
+masked sums, and there is no scratch in global memory.
 
 Triton is optional and loaded on first use. Without a GPU, Triton's interpreter
 (``TRITON_INTERPRET=1``, set before Triton is imported) runs the same kernel slowly; the tests do.
@@ -42,12 +37,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tile(NamedTuple):
-    """Rows, columns and tokens of one program: powers of two, at least 16."""
+    """Rows, columns and tokens at a time of one program: powers of two, at least 16."""
 
     rows: int
     cols: int
     tokens: int
-    """Taken at a time."""
     warps: int
 
 
@@ -58,18 +52,13 @@ TILE_FLOAT = Tile(64, 64, 32, 4)
 
 
 class TileLists(NamedTuple):
-    """The entries of a plan, tile by tile."""
+    """The entries of a plan, tile by tile, as the kernel takes them."""
 
     row: Tensor
-    """int32 ``(tiles,)``: first row of each tile that has entries."""
     col: Tensor
-    """int32 ``(tiles,)``: its first column."""
     start: Tensor
-    """int32 ``(tiles + 1,)``."""
     local: Tensor
-    """int16 or int32 ``(k,)``: place of each entry within its tile."""
     dest: Tensor
-    """int32 ``(k,)``: place of each entry in the order of the plan."""
     most: int
     """Entries of the fullest tile."""
 
@@ -122,19 +111,9 @@ def triton_weight_gradient(
     tile = tile or (TILE_FLOAT if left.dtype == torch.float32 else TILE_HALF)
     tiles = plan.memo(tile, make_tile_lists, plan, tile)
     tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    sizes = tokens, *plan.shape, *left.stride(), *right.stride()
     sampled_tile[(tiles.row.numel(),)](
-        left,
-        right,
-        out,
-        tiles.row,
-        tiles.col,
-        tiles.start,
-        tiles.local,
-        tiles.dest,
-        tokens,
-        *plan.shape,
-        *left.stride(),
-        *right.stride(),
+        *(left, right, out, *tiles[:5], *sizes),
         TILE_ROWS=tile.rows,
         TILE_COLS=tile.cols,
         TILE_TOKENS=tile.tokens,

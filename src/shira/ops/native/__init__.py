@@ -3,22 +3,8 @@
 
 Plain C beside this file, compiled when shira is installed (`build`), called through ctypes on the
 memory of tensors. It links neither torch nor Python, and takes its threads from the OpenMP pool
-that torch has loaded already. Whatever is here, ``shira.ops`` can also do through torch alone:
-
-=============  ==========================================  ==================
-function       does                                        file
-=============  ==========================================  ==================
-`entries`      weight gradient at single entries           ``entries.c``
-`tiles`        weight gradient at square tiles             ``tiles.c``
-`DeltaWrite`   original + delta in its place, and back     ``gaps.c``
-`coordinates`  rows and columns of entries                 ``gaps.c``
-`encode_gaps`  sorted indices to gaps                      ``gaps.c``
-`decode_gaps`  gaps to sorted indices                      ``gaps.c``
-`swap`         one patch out, another in, compared first   ``patch.c``
-`touch`        the least that `swap` could do, to compare  ``patch.c``
-`permute`      images under a keyed permutation            ``points.c``
-`ascending`    distinct points sorted                      ``points.c``
-=============  ==========================================  ==================
+that torch has loaded already. Whatever is here, ``shira.ops`` can also do through torch alone, but
+for `Kernels.touch`: the least that `Kernels.swap` could do, to compare.
 """
 
 from __future__ import annotations
@@ -32,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shira.blocks import BlockLayout
+
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 8  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 9  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -117,21 +105,18 @@ class Kernels:
         return out
 
     def tiles(
-        self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor,
-        size: int, block_row: Tensor, block_col: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """Compute as `entries` does, for entries that all lie in ``size x size`` tiles.
-
-        The tiles are given by their places in the grid of tiles, int32 ``(tiles,)``.
-        """
+        self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor, tiles: BlockLayout
+    ) -> Tensor:
+        """Compute as `entries` does, for entries that all lie in these blocks."""
         left, right = _rows_contiguous(left), _rows_contiguous(right)
         threads = torch.get_num_threads()
         (tokens, rows), cols = left.shape, right.shape[1]
-        out, count = left.new_empty(col.numel(), dtype=torch.float32), block_row.numel()
+        size, count = tiles.block_size, len(tiles)
+        out = left.new_empty(col.numel(), dtype=torch.float32)
         scratch = left.new_empty(self._tiles_scratch(count, size, threads), dtype=torch.uint8)
         self._call["tiles"](
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, rows, cols,
-            crow.data_ptr(), col.data_ptr(), block_row.data_ptr(), block_col.data_ptr(),
+            crow.data_ptr(), col.data_ptr(), tiles.row_block.data_ptr(), tiles.col_block.data_ptr(),
             count, size, out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
         )  # fmt: skip
         return out
@@ -139,11 +124,9 @@ class Kernels:
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Find the entries in a matrix of at least one column.
+        """Return ``crow, row, col`` of the entries in a matrix of at least one column, int32.
 
-        Returns:
-            int32: ``(rows + 1,)``, where each row's entries begin; ``(k,)`` the row of each, or
-            None if they are not wanted; ``(k,)`` the column of each.
+        The row of each is None if they are not wanted.
         """
         k, units = gaps.nnz, gaps.units
         crow = units.new_empty(shape[0] + 1, dtype=torch.int32)
@@ -175,9 +158,7 @@ class Kernels:
     def decode_gaps(self, units: Tensor, numel: int, indices: Tensor) -> bool:
         """Write the indices whose gaps these units of 1 or 2 bytes are; all contiguous.
 
-        Returns:
-            Whether they are the gaps of exactly as many indices below ``numel`` as there is room
-            for.
+        False if they are not those of as many indices below ``numel`` as there is room for.
         """
         return bool(
             self._call["decode_gaps"](
@@ -187,34 +168,23 @@ class Kernels:
         )  # fmt: skip
 
     def swap(
-        self,
-        memory: Tensor,
-        before: tuple[Tensor, Tensor, Tensor] | None,
-        after: tuple[Tensor, Tensor, Tensor] | None,
-        check: bool,
-        done: ctypes.c_int,
-    ) -> int:
-        """Take one patch out of a memory and put another in, in one walk.
+        self, memory: Tensor, before: tuple[Tensor, ...] | None, after: tuple[Tensor, ...] | None,
+        check: bool, done: ctypes.c_int,
+    ) -> int:  # fmt: skip
+        """Take one patch out of a memory of items of 2, 4 or 8 bytes and put another in.
 
-        Args:
-            memory: 1-D, contiguous, of items of 2, 4 or 8 bytes.
-            before: Offsets, int32 or int64 ``(k,)``, ascending; what the base holds there and what
-                is there now, in the dtype of ``memory``; all contiguous. None for the base.
-            after: Likewise: offsets, what the base holds there, what is to be there.
-            check: Compare before writing.
-            done: Set to whether all is written.
-
-        Returns:
-            The offset of an entry that does not hold what it should, in which case nothing was
-            changed; or -1.
+        Both as ``offsets, originals, replacement`` of a `shira.ops.patch.Patch`; None is the base.
+        ``done`` is set to whether all is written. With ``check`` entries are compared first, and
+        the offset of one that does not hold what it should is returned, nothing being changed; -1
+        if there is none.
         """
-        entries = sum(patch[0].numel() for patch in (before, after) if patch)
+        offsets = [patch[0] for patch in (before, after) if patch]
+        entries = sum(map(Tensor.numel, offsets))
         if not entries:
             return -1  # and nothing to be undone
-        offsets = next(patch[0] for patch in (before, after) if patch)
         return self._call["swap"](  # type: ignore[no-any-return]
-            memory.data_ptr(), memory.itemsize, offsets.itemsize, *_patch(before), *_patch(after),
-            check, ctypes.byref(done), _threads(entries),
+            memory.data_ptr(), memory.itemsize, offsets[0].itemsize, *_patch(before),
+            *_patch(after), check, ctypes.byref(done), _threads(entries),
         )  # fmt: skip
 
     def touch(self, memory: Tensor, lines: Tensor, stream: Tensor) -> None:
@@ -227,10 +197,7 @@ class Kernels:
     def permute(
         self, start: int, count: int, numel: int, grid: tuple[int, int], keys: Tensor
     ) -> Tensor:
-        """Return images as ``shira.masks.random.permute``, int32 where they fit, else int64.
-
-        On a grid of so many rows and columns; keys are 64-bit words, contiguous.
-        """
+        """Return images as ``shira.masks.random.permute``; keys are 64-bit words, contiguous."""
         wide = numel > 2**31
         images = keys.new_empty(count, dtype=torch.int64 if wide else torch.int32)
         self._call["permute"](
@@ -253,7 +220,9 @@ class DeltaWrite:
     in ``originals``, ``(k,)``, once the delta is put in, or are given if it is in it already.
     """
 
-    __slots__ = ("_delta", "_gaps", "_inside", "_kernels", "_threads", "_weight", "originals")
+    __slots__ = (
+        *("_delta", "_entries", "_gaps", "_how", "_inside", "_kernels", "_weight", "originals"),
+    )
 
     def __init__(
         self, kernels: Kernels, weight: Tensor, gaps: Gaps, delta: Tensor,
@@ -266,25 +235,22 @@ class DeltaWrite:
         # anything in Python could.
         self._inside = ctypes.c_int(originals is not None)
         self.originals = weight.new_empty(gaps.nnz) if originals is None else originals
-        self._threads = 1 if gaps.nnz < _SHORT else torch.get_num_threads()
+        units = gaps.units
+        self._entries = (
+            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
+            gaps.marks.data_ptr(),
+        )  # fmt: skip
+        threads = 1 if gaps.nnz < _SHORT else torch.get_num_threads()
+        self._how = ctypes.byref(self._inside), KINDS[weight.dtype], threads
 
     def put_in(self) -> None:
         """Write, and keep what was there."""
-        weight, units = self._weight, self._gaps.units
-        self._kernels._enter(
-            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            self._gaps.marks.data_ptr(), self._delta.data_ptr(), self.originals.data_ptr(),
-            ctypes.byref(self._inside), KINDS[weight.dtype], self._threads,
-        )  # fmt: skip
+        delta, originals = self._delta.data_ptr(), self.originals.data_ptr()
+        self._kernels._enter(*self._entries, delta, originals, *self._how)
 
     def put_back(self) -> None:
         """Write the originals back, if `put_in` has written."""
-        weight, units = self._weight, self._gaps.units
-        self._kernels._leave(
-            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            self._gaps.marks.data_ptr(), self.originals.data_ptr(), ctypes.byref(self._inside),
-            KINDS[weight.dtype], self._threads,
-        )  # fmt: skip
+        self._kernels._leave(*self._entries, self.originals.data_ptr(), *self._how)
 
 
 @cache
@@ -326,13 +292,10 @@ def _rows_contiguous(operand: Tensor) -> Tensor:
     return operand if operand.stride(1) == 1 or operand.shape[1] == 1 else operand.contiguous()
 
 
-def _patch(
-    patch: tuple[Tensor, Tensor, Tensor] | None,
-) -> tuple[int | None, int | None, int | None, int]:
+def _patch(patch: tuple[Tensor, ...] | None) -> tuple[int | None, ...]:
     if patch is None:
         return None, None, None, 0
-    offsets, base, held = patch
-    return offsets.data_ptr(), base.data_ptr(), held.data_ptr(), offsets.numel()
+    return *(part.data_ptr() for part in patch), patch[0].numel()
 
 
 def _threads(entries: int) -> int:

@@ -141,34 +141,29 @@ int64_t NAME(shira_entries_scratch)(int64_t tokens, int64_t cols, int64_t nnz, i
     return 4 * (l.token_groups * l.group_size + apart);
 }
 
-// The two inner loops, made for each kind of operand and each T (OpenMP's regions are functions of
-// their own, into which constants do not reach).
-typedef void transpose_fn(const void *, ptrdiff_t, ptrdiff_t, int, int, int, float *);
-typedef void products_fn(const float *, const float *, const int32_t *, const int32_t *, float *,
-                         int, int);
-#define MAKE_TRANSPOSE(KIND, T)                                                                    \
-    static void transpose_##KIND##_##T(const void *in, ptrdiff_t at, ptrdiff_t stride, int tokens, \
-                                       int from, int to, float *out) {                             \
-        transpose(in, at, stride, tokens, from, to, out, T, KIND);                                 \
-    }
-#define MAKE(T)                                                                                    \
-    MAKE_TRANSPOSE(F32, T)                                                                         \
-    MAKE_TRANSPOSE(BF16, T)                                                                        \
-    MAKE_TRANSPOSE(F16, T)                                                                         \
-    static void products_##T(const float *left, const float *right, const int32_t *crow,           \
-                             const int32_t *col, float *out, int first, int last) {                \
-        products(left, right, crow, col, out, first, last, T);                                     \
-    }                                                                                              \
-    static transpose_fn *const transposes_##T[] = {transpose_F32_##T, transpose_BF16_##T,          \
-                                                   transpose_F16_##T};
-MAKE(64)
+// The two inner loops for each kind of operand and each T, as constants (OpenMP's regions are
+// functions of their own, into which constants do not reach).
 #if VL == 16
-MAKE(128)
-#define OTHER_T(KIND) KIND##_128
+#define OTHER_T 128
 #else
-MAKE(32)
-#define OTHER_T(KIND) KIND##_32
+#define OTHER_T 32
 #endif
+
+static void transpose_chunk(const void *in, ptrdiff_t at, ptrdiff_t stride, int tokens, int from,
+                            int to, float *out, int T, int kind) {
+#define TRANSPOSE(KIND)                                                                    \
+    if (T == 64) transpose(in, at, stride, tokens, from, to, out, 64, KIND);               \
+    else transpose(in, at, stride, tokens, from, to, out, OTHER_T, KIND)
+    if (kind == F32) { TRANSPOSE(F32); }
+    else if (kind == BF16) { TRANSPOSE(BF16); }
+    else { TRANSPOSE(F16); }
+}
+
+static void products_of_rows(const float *left, const float *right, const int32_t *crow,
+                             const int32_t *col, float *out, int first, int last, int T) {
+    if (T == 64) products(left, right, crow, col, out, first, last, 64);
+    else products(left, right, crow, col, out, first, last, OTHER_T);
+}
 
 // out (nnz) = (left^T right) at the entries of a compressed row pattern.
 // left (tokens, rows) and right (tokens, cols) of `kind`, rows of memory `*_stride` apart.
@@ -177,8 +172,6 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                          const int32_t *crow, const int32_t *col, float *out, float *scratch,
                          int kind, int threads) {
     layout l = lay_out(tokens, cols, crow[rows], threads);
-    transpose_fn *transpose_chunk = l.chunk == 64 ? transposes_64[kind] : OTHER_T(transposes)[kind];
-    products_fn *products_of_rows = l.chunk == 64 ? products_64 : OTHER_T(products);
     int64_t nnz = crow[rows], chunks = (tokens + l.chunk - 1) / l.chunk;
     int64_t steps = (chunks + l.token_groups - 1) / l.token_groups;
     int64_t sums_at = PADDED(cols * l.chunk), left_at = l.token_groups * l.group_size;
@@ -199,7 +192,7 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                 int from = (int)share(cols, member, l.row_groups);
                 int to = (int)share(cols, member + 1, l.row_groups);
                 transpose_chunk(right, t * right_stride, right_stride, here, from, to,
-                                scratch + group * l.group_size + (int64_t)from * l.chunk);
+                                scratch + group * l.group_size + (int64_t)from * l.chunk, l.chunk, kind);
             }
             if (wait) {
 #pragma omp barrier
@@ -219,8 +212,9 @@ void NAME(shira_entries)(const void *left, int64_t left_stride, const void *righ
                 for (; row < end; row += l.rows) {
                     int first = (int)row, last = (int)(row + l.rows < end ? row + l.rows : end);
                     if (crow[first] == crow[last]) continue;
-                    transpose_chunk(left, t * left_stride, left_stride, here, first, last, down);
-                    products_of_rows(down, across, crow, col, sums, first, last);
+                    transpose_chunk(left, t * left_stride, left_stride, here, first, last, down,
+                                    l.chunk, kind);
+                    products_of_rows(down, across, crow, col, sums, first, last, l.chunk);
                 }
             }
             if (wait) {

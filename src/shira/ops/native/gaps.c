@@ -73,13 +73,6 @@ INLINE int advance(walk *w, int64_t *from, uint32_t *at, const int size) {
     return n;
 }
 
-INLINE float of_bf16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-
 INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &value, 4);

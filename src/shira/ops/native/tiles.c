@@ -72,16 +72,12 @@ static void product(const float *a, int high, const float *b, int wide, int toke
     }
 }
 
-typedef void pack_fn(const void *, ptrdiff_t, int64_t, int, int64_t, int, float *, int);
-#define MAKE(KIND)                                                                             \
-    static void pack_##KIND(const void *in, ptrdiff_t stride, int64_t t0, int tokens,          \
-                            int64_t from, int count, float *out, int width) {                  \
-        pack(in, stride, t0, tokens, from, count, out, width, KIND);                           \
-    }
-MAKE(F32)
-MAKE(BF16)
-MAKE(F16)
-static pack_fn *const packs[] = {pack_F32, pack_BF16, pack_F16};
+static void pack_chunk(const void *in, ptrdiff_t stride, int64_t t0, int tokens, int64_t from,
+                       int count, float *out, int width, int kind) {
+    if (kind == F32) pack(in, stride, t0, tokens, from, count, out, width, F32);
+    else if (kind == BF16) pack(in, stride, t0, tokens, from, count, out, width, BF16);
+    else pack(in, stride, t0, tokens, from, count, out, width, F16);
+}
 
 // The first entry of a row at or after a column.
 INLINE int first_at(const int32_t *col, int low, int high, int64_t wanted) {
@@ -107,11 +103,10 @@ int64_t NAME(shira_tiles_scratch)(int64_t count, int size, int threads) {
 // Tile i covers `size` rows and columns from block_row[i] * size and block_col[i] * size on.
 void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
                        int64_t right_stride, int64_t tokens, int64_t rows, int64_t cols,
-                       const int32_t *crow, const int32_t *col, const int32_t *block_row,
-                       const int32_t *block_col, int64_t count, int size, float *out,
+                       const int32_t *crow, const int32_t *col, const int64_t *block_row,
+                       const int64_t *block_col, int64_t count, int size, float *out,
                        float *scratch, int kind, int threads) {
     int high = UP(size, MR), wide = ACROSS(size), chunk = size <= VL ? T_NARROW : T;
-    pack_fn *pack_chunk = packs[kind];
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -123,17 +118,19 @@ void NAME(shira_tiles)(const void *left, int64_t left_stride, const void *right,
         for (int64_t t = 0; t < tokens; t += chunk) {
             int here = tokens - t < chunk ? (int)(tokens - t) : chunk;
             for (int64_t tile = first; tile < last; tile++) {
-                int64_t row = (int64_t)block_row[tile] * size;
-                int64_t column = (int64_t)block_col[tile] * size;
+                int64_t row = block_row[tile] * size;
+                int64_t column = block_col[tile] * size;
                 if (tile == first || block_row[tile] != block_row[tile - 1])
-                    pack_chunk(left, left_stride, t, here, row, EXTENT(rows, row), a, high);
-                pack_chunk(right, right_stride, t, here, column, EXTENT(cols, column), b, wide);
+                    pack_chunk(left, left_stride, t, here, row, EXTENT(rows, row), a, high,
+                               kind);
+                pack_chunk(right, right_stride, t, here, column, EXTENT(cols, column), b, wide,
+                           kind);
                 product(a, high, b, wide, here, sums + (tile - first) * of_tile(size));
             }
         }
         for (int64_t tile = first; tile < last; tile++, sums += of_tile(size)) {
-            int64_t row = (int64_t)block_row[tile] * size;
-            int64_t column = (int64_t)block_col[tile] * size;
+            int64_t row = block_row[tile] * size;
+            int64_t column = block_col[tile] * size;
             int down = EXTENT(rows, row), across = EXTENT(cols, column);
             for (int i = 0; i < down; i++) {
                 int end = crow[row + i + 1];

@@ -82,14 +82,16 @@ INLINE vec load_as(const void *base, ptrdiff_t at, const int kind) {
 #endif
 }
 
+INLINE float of_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
 INLINE float scalar_as(const void *base, ptrdiff_t at, const int kind) {
     if (kind == F32) return ((const float *)base)[at];
-    if (kind == BF16) {
-        uint32_t bits = (uint32_t)((const uint16_t *)base)[at] << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
-    }
+    if (kind == BF16) return of_bf16(((const uint16_t *)base)[at]);
     return (float)((const _Float16 *)base)[at];
 }
 
