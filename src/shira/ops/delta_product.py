@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.ops.gradient import silence_csr_warning, weight_gradient
-from shira.ops.plan import Pattern, Plan, plan_for
+from shira.ops.plan import Pattern, Plan, pattern_of, plan_for
 from shira.ops.product import no_autocast
 
 
@@ -144,7 +144,7 @@ def _(left: Tensor, right: Tensor, indices: Tensor, shape: Any, count: int) -> T
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, delta, indices, shape, transposed = inputs
     ctx.save_for_backward(x if delta.requires_grad else x.new_empty(0), delta, indices)
-    ctx.shape, ctx.transposed, ctx.x_dtype = shape, transposed, x.dtype
+    ctx.shape, ctx.transposed = shape, transposed
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -152,11 +152,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = ddelta = None
     if ctx.needs_input_grad[0]:
         dx = sparse_product(grad, delta, indices, ctx.shape, transposed=not ctx.transposed)
-        dx = dx.to(ctx.x_dtype)
     if ctx.needs_input_grad[1]:
         left, right = (x, grad) if ctx.transposed else (grad, x)
         ddelta = torch.ops.shira.sampled_product(left, right, indices, ctx.shape, delta.numel())
-        ddelta = ddelta.to(delta.dtype)
     return dx, ddelta, None, None, None
 
 
@@ -172,6 +170,5 @@ def _columns(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Return the compressed rows of the transposed matrix, and each of its entries' place here."""
     _, row, col = plan.pattern()
     order = torch.argsort(col, stable=True)
-    crow = torch.zeros(plan.shape[1] + 1, dtype=torch.int32, device=order.device)
-    crow[1:] = torch.cumsum(torch.bincount(col, minlength=plan.shape[1]), 0)
-    return crow, row.index_select(0, order), order
+    crow, _, col = pattern_of(torch.stack((col, row)).index_select(1, order), plan.shape[1])
+    return crow, col, order

@@ -83,7 +83,7 @@ class Plan:
         kernels = native.load().library
         if kernels is None:
             support = support_of(self.gaps.units, self.weight_shape)
-            return _pattern(support.coordinates(), self.shape[0])
+            return pattern_of(support.coordinates(), self.shape[0])
         crow, row, col = kernels.coordinates(self.gaps, self.shape, True)
         assert row is not None
         return Pattern(crow, row, col)
@@ -160,13 +160,14 @@ def make_plan(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[
         packed = alias_of(indices[0]) if members is None else None
     else:
         alone = members is None and not is_packed(indices[0])
-        kept = _pattern(indices[0] if alone else union.coordinates(), matrix[0])
+        kept = pattern_of(indices[0] if alone else union.coordinates(), matrix[0])
     gaps = gaps_of(union, packed) if device.type == "cpu" else None
     tiles = block_layout(union)
     return Plan((*shape,), (*stride,), matrix, union.nnz, device, gaps, kept, members, tiles)
 
 
-def _pattern(coordinates: Tensor, rows: int) -> Pattern:
+def pattern_of(coordinates: Tensor, rows: int) -> Pattern:
+    """Return the pattern of rows and columns ``(2, k)``; it shares the memory of int32 ones."""
     row, col = (alias_of(half.to(torch.int32)) for half in coordinates)
     crow = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
     crow[1:] = torch.cumsum(torch.bincount(row, minlength=rows), 0)
