@@ -12,7 +12,7 @@ In a worker::
 
 In a client or trainer, with ``messages`` between them and the workers::
 
-    client, async_client    drive the adapters of an engine, by the steps of ``changes``
+    client                  drives the adapters of an engine, by the steps of ``changes``
     journal, supervisor     give a new engine what a lost one held; start a server again
     value_sender            new values at the same positions
     export                  patches of vLLM's own

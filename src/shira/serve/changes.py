@@ -7,8 +7,8 @@ all ranks or none, drop the caches and check that vLLM did, go on. Where the cac
 for whatever reason, the switch is taken back.
 
 Each method of `Changes` makes a coroutine, which is run under the engine's lock and reaches the
-engine by `Changes._answer`. `shira.serve.async_client.AsyncClient` returns it, to be awaited; in
-`shira.serve.client.Client` it never waits and is over at its first step. Imports nothing of vLLM.
+engine by `Changes._answer`. The `AsyncClient` of `shira.serve.client` returns it, to be awaited; in
+the `Client` it never waits and is over at its first step. Imports nothing of vLLM.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple
@@ -73,18 +72,14 @@ class AdapterScheduler:
         self.running = 0
         """Requests that were let in and have not ended."""
         self._alone = False
-        self._queues: dict[Hashable, deque[_Waiter]] = {}
+        self._queues: dict[Hashable, list[_Waiter]] = {}
         self._switching: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def waiting(self) -> dict[Hashable, int]:
         """Number of requests that wait for each adapter."""
-        return {
-            key: len(queue)
-            for key, queue in self._queues.items()
-            if queue and not isinstance(key, _Alone)
-        }
+        return {key: len(q) for key, q in self._queues.items() if not isinstance(key, _Alone)}
 
     @asynccontextmanager
     async def using(
@@ -100,7 +95,7 @@ class AdapterScheduler:
             Exception: What ``activate`` raised, if the adapter could not be switched to.
         """
         waiter = _Waiter(_now(), asyncio.get_running_loop().create_future())
-        self._queues.setdefault(adapter, deque()).append(waiter)
+        self._queues.setdefault(adapter, []).append(waiter)
         self._proceed()
         try:
             if not waiter.let_in.done():

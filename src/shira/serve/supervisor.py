@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -55,7 +54,7 @@ class Restarts:
         if not all(each >= 0 for each in (limit, window, first, longest)):
             raise ConfigError("restarts: the limit and all seconds are 0 or more")
         self.limit, self.window, self.first, self.longest = limit, window, first, longest
-        self._past: deque[float] = deque()
+        self._past: list[float] = []
 
     @property
     def count(self) -> int:
@@ -68,8 +67,7 @@ class Restarts:
         Args:
             died: When, on any clock that does not go back.
         """
-        while self._past and died - self._past[0] >= self.window:
-            self._past.popleft()
+        self._past = [past for past in self._past if died - past < self.window]
         if len(self._past) >= self.limit:
             return None
         wait = min(self.first * 2.0 ** min(len(self._past), 64), self.longest)

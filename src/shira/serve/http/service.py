@@ -34,7 +34,7 @@ from shira.errors import (
     shown,
 )
 from shira.serve import journal as journals
-from shira.serve.async_client import AsyncClient
+from shira.serve.client import AsyncClient
 from shira.serve.http.names import NameTakenError, adapter_name, below
 from shira.serve.journal import Kept, Record
 from shira.serve.scheduler import AdapterScheduler
