@@ -50,22 +50,16 @@ class Shared:
 
     Two switches of one engine must not interleave, and a request salted through one client must not
     meet a switch made through another.
-
-    Attributes:
-        lock: Held while anything is changed.
-        gate: Of the asynchronous clients: requests share it, a switch is alone.
-        discarded: The engine sleeps without its weights.
-        stale: Its caches may hold answers of other weights: no request may run.
-        reports: The workers' last answers.
-        kept: Adapters that were loaded through the clients, by name.
     """
 
-    lock: Any
+    lock: Any  # held while anything is changed
+    # Requests of the asynchronous clients share it, a switch is alone.
     gate: AdapterScheduler = field(default_factory=lambda: AdapterScheduler(_no_switch))
-    discarded: bool = False
-    stale: bool = False
+    discarded: bool = False  # the engine sleeps without its weights
+    stale: bool = False  # its caches may hold answers of other weights: no request may run
+    # The workers' last answers.
     reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)  # loaded through the clients, by name
 
 
 async def _no_switch(adapter: Any) -> None:

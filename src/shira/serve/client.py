@@ -59,8 +59,7 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
         """Call ``llm.generate`` under the present state, in salt mode with its salt on prompts."""
         with self._lock:
             if self.cache == "salt":
-                single = isinstance(prompts, (str, Mapping))
-                each = [prompts] if single else prompts
+                each = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
                 prompts = [salted(prompt, self.salt) for prompt in each]
             return self.llm.generate(prompts, *args, **kwargs)
 

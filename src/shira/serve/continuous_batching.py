@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from shira.errors import (
@@ -60,16 +61,13 @@ class AdapterBatching:
     def add_request(self, input_ids: Sequence[int], **options: Any) -> str | None:
         """Add a request as the manager does; waits while a switch is under way."""
         with self._gate:
-            request: str | None = self.manager.add_request(list(input_ids), **options)
-            return request
+            return self.manager.add_request(list(input_ids), **options)  # type: ignore[no-any-return]
 
     def add_requests(self, inputs: Sequence[Sequence[int]], **options: Any) -> list[str]:
         """Add requests as the manager does; waits while a switch is under way."""
         with self._gate:
-            requests: list[str] = self.manager.add_requests(
-                [list(ids) for ids in inputs], **options
-            )
-            return requests
+            lists = [list(ids) for ids in inputs]
+            return self.manager.add_requests(lists, **options)  # type: ignore[no-any-return]
 
     def switch(self, selection: Weights, *, timeout: float | None = None) -> None:
         """Let the requests in flight end, switch, empty the cache, go on.
@@ -92,7 +90,9 @@ class AdapterBatching:
             idle_before = False
             while True:
                 with self.manager.pause():
-                    idle = self._idle()
+                    processor = self.manager.batch_processor
+                    running = processor is not None and processor.has_pending_requests()
+                    idle = self.manager.input_queue.empty() and not running
                     # Between its pauses the loop takes what came in out of the queue, and only
                     # after the pause puts it where it can be seen: only two in a row are proof.
                     if idle and idle_before:
@@ -109,12 +109,6 @@ class AdapterBatching:
                 if not idle:
                     time.sleep(_POLL_SECONDS)
 
-    def _idle(self) -> bool:
-        processor = self.manager.batch_processor
-        return self.manager.input_queue.empty() and (
-            processor is None or not processor.has_pending_requests()
-        )
-
     def _reset_cache(self) -> None:
         processor = self.manager.batch_processor
         if processor is not None:
@@ -126,7 +120,7 @@ _POLL_SECONDS = 0.002
 
 def _applier(adapters: Any) -> Callable[[Weights], None]:
     if callable(getattr(adapters, "merge_adapter", None)):
-        return lambda selection: _merge(adapters, selection)
+        return partial(_merge, adapters)
     if callable(getattr(adapters, "activate", None)):
         return lambda selection: (
             adapters.deactivate() if selection is None else adapters.activate(selection)

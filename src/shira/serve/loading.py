@@ -37,14 +37,11 @@ _REMEDY = "save it without base_fingerprint in its metadata"
 class LoadedAdapter(NamedTuple):
     """An adapter as one process holds it."""
 
-    entries: Mapping[Storage, Entry]
-    """Its part of the adapter; all that follows is of the whole."""
-    digest: str
-    """Hash of names, shapes, positions, values."""
+    entries: Mapping[Storage, Entry]  # its part of the adapter; all that follows is of the whole
+    digest: str  # of names, shapes, positions, values
     nnz: int
     parameters: int
-    checked: int
-    """Number of parameters known to have the base that the adapter was made on."""
+    checked: int  # parameters known to have the base that the adapter was made on
 
     @property
     def nnz_here(self) -> int:
@@ -56,10 +53,8 @@ class Piece(NamedTuple):
     """The entries of a parameter that lie in one place."""
 
     storage: Storage
-    entries: Tensor
-    """int64 ``(n,)``: which of the parameter's."""
-    positions: Tensor
-    """int64 ``(n,)``: where in the storage."""
+    entries: Tensor  # int64 (n,): which of the parameter's
+    positions: Tensor  # int64 (n,): where in the storage
 
     def base(self, active: Plan[Storage], some: slice = slice(None)) -> Tensor:
         """Return the base's values at some of the positions, whatever is active; on the CPU."""

@@ -15,8 +15,7 @@ and for each side an offset and strides, which alone map one to the other::
     sizes (4, 4)   source (4, 1) + 16   target (4, 1) + 0
 
 A loader that does not place the weight verbatim (quantizes, casts, derives another tensor, changes
-the model in another way) is refused by name, with the model as it was. Knows ``nn.Module`` and
-nothing of any engine; locating k entries costs O(k).
+the model in another way) is refused. Locating k entries costs O(k).
 """
 
 from __future__ import annotations
@@ -53,30 +52,20 @@ class Model(Protocol):
 class Storage:
     """A storage of the model as one 1-D weight, whatever parameters are views of it."""
 
-    key: int
-    """One number for each storage; by it alone two of these are equal."""
-    name: str = field(compare=False)
-    """The model's name of the first parameter or buffer in it."""
-    weight: Tensor = field(compare=False)
-    """``(n,)`` all of it."""
+    key: int  # one number for each storage; by it alone two of these are equal
+    name: str = field(compare=False)  # the model's, of the first parameter or buffer in it
+    weight: Tensor = field(compare=False)  # (n,): all of it
 
 
-Dim = tuple[int, int, int]
-"""One dimension of a box: its size, and the steps of source and target, in entries."""
+Dim = tuple[int, int, int]  # of a box: its size, and the steps of source and target, in entries
 
 
 class Box(NamedTuple):
-    """A view of the checkpoint's weight and the view of the storage that it is copied to.
+    """A view of the checkpoint's weight and the view of the storage that it is copied to."""
 
-    Attributes:
-        dims: Steepest source stride first; no dimension of size one.
-        source_offset: Where the view begins in the flat weight.
-        target_offset: Where it begins in the storage.
-    """
-
-    dims: tuple[Dim, ...]
-    source_offset: int
-    target_offset: int
+    dims: tuple[Dim, ...]  # steepest source stride first; none of size one
+    source_offset: int  # where the view begins in the flat weight
+    target_offset: int  # where it begins in the storage
 
     def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return which of ``(k,)`` flat indices lie in the box, and where in the storage.

@@ -34,8 +34,7 @@ Activate = Callable[[Any], Awaitable[Any]]
 
 
 class _Waiter(NamedTuple):
-    since: float
-    """Event loop time of arrival."""
+    since: float  # event loop time of arrival
     let_in: asyncio.Future[None]
 
 

@@ -66,7 +66,7 @@ class ShiraWorkerExtension:
             "shira_load", lambda adapters: self._shira_load(adapters, name, path, compare)
         )
 
-    def shira_activate(self, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
+    def shira_activate(self: Any, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
         """Make adapters active in place of those that are.
 
         Args:
@@ -77,9 +77,14 @@ class ShiraWorkerExtension:
             ``active`` as ``{name: scale}``, and so ``previous``; ``state``: a hash of what is
             active, ``"base"`` if nothing is.
         """
-        return self._shira_do(
-            "shira_activate", lambda adapters: self._shira_switch(adapters, weights, scale)
-        )
+
+        def switch(adapters: WorkerAdapters) -> dict[str, Any]:
+            self.synchronize_device()  # steps in flight still read the weights
+            previous = adapters.active
+            adapters.activate(weights, scale)
+            return {"previous": previous}
+
+        return self._shira_do("shira_activate", switch)  # type: ignore[no-any-return]
 
     def shira_check(self, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
         """Fail as `shira_activate` would with the same arguments; nothing changes."""
@@ -87,9 +92,7 @@ class ShiraWorkerExtension:
 
     def shira_deactivate(self) -> dict[str, Any]:
         """Put the base back, bit for bit; returns as `shira_activate`."""
-        return self._shira_do(
-            "shira_deactivate", lambda adapters: self._shira_switch(adapters, None)
-        )
+        return {**self.shira_activate(None), "method": "shira_deactivate"}
 
     def shira_unload(self, name: str) -> dict[str, Any]:
         """Forget an adapter that is not active."""
@@ -177,14 +180,6 @@ class ShiraWorkerExtension:
                     f"{self.model_config.quantization!r}; adapters need it unquantized"
                 ) from error
             raise
-
-    def _shira_switch(
-        self: Any, adapters: WorkerAdapters, weights: Weights, scale: float = 1.0
-    ) -> dict[str, Any]:
-        self.synchronize_device()  # steps in flight still read the weights
-        previous = adapters.active
-        adapters.activate(weights, scale)
-        return {"previous": previous}
 
 
 class _EngineProcesses(Processes):

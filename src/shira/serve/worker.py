@@ -106,12 +106,9 @@ class WorkerAdapters:
                 raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
             return read()
 
-        here = storage_keys(self.model)
-        self._placements = {
-            asked: found
-            for asked, found in self._placements.items()
-            if all(placement.storage.key in here for placement in found)
-        }
+        known = {placement.storage.key for each in self._placements.values() for placement in each}
+        if not known <= storage_keys(self.model):  # weights have been replaced
+            self._placements.clear()
         stored = self.stored if compare else None
         active = self._weights.state.plan
         self.adapters[name] = load(read_new, self.locate, active, self.processes, stored)
@@ -159,10 +156,7 @@ class WorkerAdapters:
         self._write(after)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return hashes of all weights of this process: ``base``, whatever is active, and as is.
-
-        Reads every weight, some at a time: it is the identity of the whole.
-        """
+        """Return hashes of all weights of this process: ``base``, whatever is active, and as is."""
         base, now = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for storage in storages_of(self.model).values():
             patch = self._weights.state.plan.get(storage)

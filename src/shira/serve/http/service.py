@@ -48,12 +48,9 @@ _TOLD = ("digest", "nnz", "parameters")  # of the engine's report
 class Served(NamedTuple):
     """An adapter, or several together, under a name."""
 
-    weights: Mapping[str, float]
-    """Scale by name of loaded adapters."""
-    path: str | None
-    """The path it was loaded from, as the client put it; None for several adapters together."""
-    report: Mapping[str, Any]
-    """The engine's report of it."""
+    weights: Mapping[str, float]  # scale by name of loaded adapters
+    path: str | None  # as the client put it; None for several adapters together
+    report: Mapping[str, Any]  # the engine's
 
 
 class AdapterService:
@@ -89,19 +86,14 @@ class AdapterService:
         self._last_switch: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # the event loop itself keeps them weakly
         self.journal = journal
-        self.lost: dict[str, str] = {}
-        """Why a name that was served before could not be restored."""
-        self.set_aside: dict[str, str] | None = None
-        """Name of the file, and why it was set aside; None: nothing was."""
+        self.lost: dict[str, str] = {}  # why a name that was served before could not be restored
+        self.set_aside: dict[str, str] | None = None  # name of the file, and why it was set aside
         self._before: Record | None = None  # what the journal said at the start, once restored
         self._written: Record | None = None
         self._writing = asyncio.Lock()
 
     def resolve(self, model: object) -> str | None:
-        """Return the adapter that a ``model`` field names; None: the base, or what else is served.
-
-        `UnknownAdapterError` if it is nothing that is served.
-        """
+        """Return the adapter that a ``model`` field names; None: the base (or a LoRA on it)."""
         if model is None or model == "" or model in self.base_models:
             return None
         if isinstance(model, str) and model in self.served:

@@ -47,11 +47,9 @@ IDLE_PATHS = frozenset().union(
 
 _NO_MODEL_RUNS = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel")
 
-BODY_LIMIT = 16 * 2**20
-"""The largest body that is read, in bytes, unless `Turns` is told another."""
-
+BODY_LIMIT = 16 * 2**20  # bytes of the largest body that is read, unless `Turns` is told another
+# Commas and opening brackets in a body: they, not its length, are what parsing takes long for.
 ITEM_LIMIT = 2**19
-"""Commas and opening brackets in a body: they, not its length, are what parsing takes long for."""
 
 _LENGTH = b"content-length"
 _SMALL = 64 * 2**10  # bytes that are parsed on the event loop
@@ -66,9 +64,8 @@ class Turns:
     Args:
         app: The application.
         service: Gives the service, or None as long as the engine is not there.
-        own_paths: Paths of the service itself, which wait for no turn; their bodies have
-            `routes.BODY_LIMIT` bytes at most.
-        body_limit: Bytes of any other body.
+        own_paths: Paths of the service itself, which wait for no turn.
+        body_limit: Bytes of a body, unless it is of those paths: see `routes.BODY_LIMIT`.
     """
 
     def __init__(
