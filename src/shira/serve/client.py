@@ -16,8 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from shira.errors import ServeError
 from shira.serve import changes
@@ -114,7 +113,7 @@ class AsyncClient(
     but are awaited. A caller that is cancelled does not stop a change half way.
     """
 
-    _sleep_mode = MappingProxyType({"mode": "wait"})
+    _sleep_mode: ClassVar[Mapping[str, str]] = {"mode": "wait"}
 
     def __init__(self, engine: Any, *, cache: Cache = "reset") -> None:
         super().__init__(engine, cache, asyncio.Lock)

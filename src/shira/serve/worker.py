@@ -335,7 +335,7 @@ class Route:
         loaded = self.worker.require(self.name)
         entries = {}
         for storage, (_, old) in loaded.entries.items():
-            offsets, order = self._order.get(storage, (None, ...))
+            offsets, order = self._order.get(storage, (None, None))
             if old.offsets is not offsets:
                 raise AdapterError(
                     f"adapter {self.name!r} was loaded anew since the positions were agreed on"
