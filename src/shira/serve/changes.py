@@ -243,19 +243,17 @@ class Changes(Generic[Done, Report, Reports]):
             dropped = await self._drop_caches()
         except BaseException:
             with suppress(Exception):  # the first error counts
-                await self._take_back(said["previous"])
+                await self._call("shira_activate", said["previous"])
+                self._shared.stale = False
             raise
         if not dropped:
-            await self._take_back(said["previous"])
+            await self._call("shira_activate", said["previous"])
+        self._shared.stale = False
+        if not dropped:
             raise ServeError(
                 "vLLM did not drop its prefix cache (blocks are in use), so old weights would have "
                 "answered for new ones; the switch was taken back"
             )
-        self._shared.stale = False
-
-    async def _take_back(self, previous: Mapping[str, float]) -> None:
-        await self._call("shira_activate", previous)
-        self._shared.stale = False
 
     async def _drop_caches(self) -> bool:
         inner = getattr(self._engine, "llm_engine", self._engine)

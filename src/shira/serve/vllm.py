@@ -236,10 +236,8 @@ def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> N
                 "shira.serve.vllm as the worker extension, before the model"
             )
         absorbed = getattr(module, "kv_b_proj", None)
-        if any(hasattr(module, made) for made in ("W_UV", "W_UK_T", "W_K", "W_V")) and any(
-            storage_key(parameter) in keys
-            for parameter in (absorbed.parameters() if absorbed is not None else ())
-        ):
+        derives = any(hasattr(module, made) for made in ("W_UV", "W_UK_T", "W_K", "W_V"))
+        if derives and absorbed is not None and keys & set(map(storage_key, absorbed.parameters())):
             raise PlacementError(
                 f"vLLM computes with matrices derived from {name!r} (multi-head latent "
                 "attention): single entries of it cannot be exchanged"
