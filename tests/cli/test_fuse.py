@@ -111,11 +111,11 @@ def test_help_names_every_method(shira):
 
 
 def test_weights_of_paths(tmp_path):
-    assert split_weight("a") == ("a", None)
+    assert split_weight("a") == ("a", 1.0)
     assert split_weight("a=0.5") == ("a", 0.5)
     assert split_weight("dir=x/a=-2e-1") == ("dir=x/a", -0.2)
     (tmp_path / "lr=3").mkdir()
-    assert split_weight(f"{tmp_path}/lr=3") == (f"{tmp_path}/lr=3", None)
+    assert split_weight(f"{tmp_path}/lr=3") == (f"{tmp_path}/lr=3", 1.0)
     assert split_weight(f"{tmp_path}/lr=3=2") == (f"{tmp_path}/lr=3", 2.0)
     with pytest.raises(ConfigError):
         split_weight("a=b")

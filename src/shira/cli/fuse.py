@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shira.cli import options
+from shira.cli.convert import save
 from shira.cli.output import print_json, write
 from shira.cli.progress import Steps
 from shira.errors import ConfigError
@@ -103,18 +104,15 @@ def command(
     from shira.fusing import fuse
     from shira.store.atomic import check_outputs
 
-    given = [split_weight(argument) for argument in adapters]
-    paths = [path for path, _ in given]
+    paths, weights = zip(*map(split_weight, adapters), strict=True)
     check_outputs({"--output": output}, paths, [base])
     options.check_new(output, overwrite, empty_folder=False)
-    saving: dict[str, Any] = {"dtype": options.dtype_named(dtype, options.FLOATS)}
-    if file_format is not None:
-        saving["format"] = file_format
+    options.dtype_named(dtype, options.FLOATS)
     read, names = read_all(paths, base), short_names(paths)
     with Steps("fusing") as steps:
         fused = fuse(
             read,
-            [1.0 if weight is None else weight for _, weight in given],
+            weights,
             method,
             density=density,
             k=k,
@@ -128,7 +126,7 @@ def command(
         )
     if fill:
         fused = _filled(fused, output)
-    fused.save(output, **saving)
+    save(fused, output, file_format or "compact", dtype)
     if as_json:
         print_json(
             {
@@ -150,14 +148,11 @@ def command(
         write(f"whole tensors, carried as they are: {', '.join(fused.tensors)}")
 
 
-def split_weight(argument: str) -> tuple[str, float | None]:
-    """Split ``"a=0.5"`` into path and weight; the weight is None where there is none.
-
-    A path that exists is taken whole, whatever is in it.
-    """
+def split_weight(argument: str) -> tuple[str, float]:
+    """Split ``"a=0.5"`` into path and weight, 1 if there is none; of a path that exists, too."""
     path, sign, weight = argument.rpartition("=")
     if not sign or Path(argument).exists():
-        return argument, None
+        return argument, 1.0
     try:
         return path, float(weight)
     except ValueError:
@@ -169,9 +164,8 @@ def split_weight(argument: str) -> tuple[str, float | None]:
 
 def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
     """Return the short name of the adapter at a path."""
-    found = [
-        n for n, path in zip(names, paths, strict=True) if Path(path).resolve() == whole.resolve()
-    ]
+    resolved = [Path(path).resolve() for path in paths]
+    found = [n for n, path in zip(names, resolved, strict=True) if path == whole.resolve()]
     if len(found) != 1:
         raise ConfigError(
             f"--whole {whole} is {len(found)} of the adapters; name one of {', '.join(paths)}"

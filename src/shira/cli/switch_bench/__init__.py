@@ -69,11 +69,12 @@ def command(
     else:
         made_up = {f"layers.{i}.weight": contenders.shape_of(shape) for i in range(layers)}
         loaded = {name: contenders.random_adapter(made_up, rank, i) for i, name in enumerate("ab")}
-    module = contenders.module_of(contenders.shapes_in(loaded.values()), contenders.DTYPES[dtype])
+    module = contenders.module_of(contenders.shapes_in(loaded), contenders.DTYPES[dtype])
     result = {"dtype": dtype, **contenders.measure(loaded, module, repeats)}
     first = next(iter(loaded.values()))
-    beside = contenders.compare(first, contenders.DTYPES[dtype], repeats) if compare else None
-    result["one_weight"] = beside
+    result["one_weight"] = (
+        contenders.compare(first, contenders.DTYPES[dtype], repeats) if compare else None
+    )
     if as_json:
         print_json(result)
     else:

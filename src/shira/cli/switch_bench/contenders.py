@@ -12,11 +12,12 @@ of them with fresh ones would take longer than the measurement.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from shira.adapter import Adapter
 from shira.base import fingerprint
 from shira.delta import SparseDelta
-from shira.errors import AdapterError, ConfigError, MissingDependencyError
+from shira.errors import ConfigError, MissingDependencyError
+from shira.fusing.result import check_together
 from shira.masks import random_support
 from shira.ops import native
 from shira.ops.patch import Patch
@@ -74,18 +76,13 @@ def random_adapter(shapes: Mapping[str, Sequence[int]], r: int, seed: int) -> Ad
     return Adapter(deltas)
 
 
-def shapes_in(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
+def shapes_in(adapters: Mapping[str, Adapter]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that adapters, which agree on them, are for."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for adapter in adapters:
+    for adapter in adapters.values():
         adapter.require_sparse("switch-bench")
-        for name, delta in adapter.items():
-            if shapes.setdefault(name, delta.support.shape) != delta.support.shape:
-                raise AdapterError(
-                    f"the adapters are for different bases: {name!r} has shape {shapes[name]} in "
-                    f"one and {delta.support.shape} in another"
-                )
-    return shapes
+    check_together([*adapters.values()], [*adapters], check_base=False)
+    deltas = (delta for adapter in adapters.values() for delta in adapter.items())
+    return {name: delta.support.shape for name, delta in deltas}
 
 
 class Switching:
@@ -95,6 +92,7 @@ class Switching:
         self.module = module
         self.switch = Switch(module)
         self.names = list(adapters)
+        self._around = itertools.cycle(self.names)
         for name, adapter in adapters.items():
             self.switch.load(name, adapter, check_base=False)
 
@@ -109,10 +107,8 @@ class Switching:
         self.switch.deactivate()
 
     def onwards(self) -> None:
-        """Activate the adapter after the one that is active."""
-        now = next(iter(self.switch.active), self.names[-1])
-        at = self.names.index(now)
-        self.switch.activate(self.names[(at + 1) % len(self.names)])
+        """Activate the next adapter, after the last the first."""
+        self.switch.activate(next(self._around))
 
 
 def limits(switching: Switching) -> dict[str, Callable[[], None]]:
