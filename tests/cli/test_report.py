@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from shira import Adapter, SparseDelta, Support
 from shira.cli import report
 from shira.cli.report.gather import mask_map, side, training_curve
-from shira.cli.report.page import template
+from shira.cli.report.page import ENVIRONMENT
 from shira.masks import random_support
 from shira.store.compact import COMPACT_NAME
 from tests.cli.browser import look, need_browser
@@ -210,12 +210,12 @@ def test_nothing_that_comes_from_a_file_becomes_markup(shira, tmp_path):
 
 
 def test_every_text_is_escaped():
-    page = template('<p title="{{ text }}">{{ text }}</p>')
+    page = ENVIRONMENT.from_string('<p title="{{ text }}">{{ text }}</p>')
     assert page.render(text='a<b>"&') == (
         '<p title="a&lt;b&gt;&#34;&amp;">a&lt;b&gt;&#34;&amp;</p>'
     )
     assert page.render(text="a\x00\u202eb").endswith(r">a\x00\u202eb</p>")
-    block = template("{{ value | tojson }}")
+    block = ENVIRONMENT.from_string("{{ value | tojson }}")
     assert "</" not in block.render(value=["</script>", "<!--"])
     assert json.loads(block.render(value=["</script>", "\u2028"])) == ["</script>", "\u2028"]
 

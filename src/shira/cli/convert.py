@@ -95,12 +95,14 @@ def command(
     if to == "patch":
         assert checkpoint is not None  # checked
         save_patches(to_patches(adapter, checkpoint, scale=scale, check_base=check_base), output)
-        saved = written(output, to)
     else:
-        saved = save(adapter, output, to, dtype)
+        save(adapter, output, to, dtype)
+    size = out.file_bytes(output)
     if as_json:
         told = {
-            **saved,
+            "output": str(output),
+            "format": to,
+            "bytes": size,
             "parameters": len(adapter),
             "nnz": adapter.nnz,
             "density": adapter.density,
@@ -108,9 +110,9 @@ def command(
         }
         out.print_json(told if made is None else told | made.as_json())
         return
-    sparse = saved["bytes"] - sum(tensor.nbytes for tensor in adapter.tensors.values())
+    sparse = size - sum(tensor.nbytes for tensor in adapter.tensors.values())
     lines = {
-        "output": f"{output}, {to}, {out.megabytes(saved['bytes'])}",
+        "output": f"{output}, {to}, {out.megabytes(size)}",
         "entries": f"{adapter.nnz:,} in {len(adapter)} weights, density {adapter.density:.2%}",
         "size": f"{sparse / max(adapter.nnz, 1):.2f} bytes an entry",
     }
@@ -127,14 +129,8 @@ def command(
         out.listing("Weights", ("weight", *numbers), rows, right=numbers)
 
 
-def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> dict[str, Any]:
-    """Write an adapter as ``--format`` and ``--dtype`` say; what was written, for JSON."""
+def save(adapter: Adapter, path: Path, format: str, dtype: str | None) -> None:
+    """Write an adapter as ``--format`` and ``--dtype`` say."""
     if format == "compact":
         path.parent.mkdir(parents=True, exist_ok=True)
     adapter.save(path, format=format, dtype=options.dtype_named(dtype))  # type: ignore[arg-type]
-    return written(path, format)
-
-
-def written(path: Path, format: str) -> dict[str, Any]:
-    """Return what JSON says of a file, or of a folder of files."""
-    return {"output": str(path), "format": format, "bytes": out.file_bytes(path)}

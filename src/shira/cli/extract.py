@@ -82,18 +82,20 @@ def command(
             exclude=exclude or (),
             progress=steps.tell,
         )
-    saved = save(told.adapter, output, to, dtype)
+    save(told.adapter, output, to, dtype)
+    size = out.file_bytes(output)
     kept = stored is None or (
         stored.is_floating_point
         and all(bool((d.values.to(stored) == d.values).all()) for d in told.adapter.values())
     )
     exact = told.exact and kept
     if as_json:
-        out.print_json({**saved, **told.as_json(), "exact": exact})
+        made = {"output": str(output), "format": to, "bytes": size}
+        out.print_json({**made, **told.as_json(), "exact": exact})
     else:
         found = told.as_json()
         lines = {
-            "output": f"{output}, {to}, {out.megabytes(saved['bytes'])}",
+            "output": f"{output}, {to}, {out.megabytes(size)}",
             "entries": f"{found['nnz']:,} in {len(told.adapter)} weights, density "
             f"{found['density']:.2%}; {found['differing']:,} differ",
             "exact": "no",

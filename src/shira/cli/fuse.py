@@ -149,7 +149,7 @@ def command(
 
 
 def split_weight(argument: str) -> tuple[str, float]:
-    """Split ``"a=0.5"`` into path and weight, 1 if there is none; of a path that exists, too."""
+    """Split ``"a=0.5"`` into path and weight, 1 if not given; a path that exists is all path."""
     path, sign, weight = argument.rpartition("=")
     if not sign or Path(argument).exists():
         return argument, 1.0

@@ -46,14 +46,6 @@ class _Plain(Console):
         super().print(*(Text(shown(o)) if isinstance(o, str) else o for o in objects), **options)
 
 
-class PlainTable(Table):
-    """A table whose every text is shown as it is."""
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row of texts."""
-        super().add_row(*(Text(_cell(cell)) for cell in cells), **options)
-
-
 def _cell(text: object) -> str:
     """Return a text as a table shows it; of one so long that rich takes minutes, the start."""
     text = shown(text)
@@ -68,19 +60,6 @@ def console(stream: TextIO | None = None) -> Console:
     plain = {"force_terminal": False, "color_system": None, "width": _PLAIN_WIDTH}
     more: Any = {} if stream.isatty() else plain
     return _Plain(file=stream, highlight=False, markup=False, emoji=False, **more)
-
-
-def table(
-    title: str, *columns: str, right: Sequence[str] = (), note: str = "", **kwargs: Any
-) -> PlainTable:
-    """Return an empty table; ``note`` is a second title, ``right`` the columns of numbers."""
-    style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
-    heading = Text("\n".join(map(_cell, filter(None, (title, note)))), style="table.title")
-    result = PlainTable(title=heading, title_justify="left", box=style, **kwargs)
-    for name in columns:
-        justify: Any = "right" if name in right else "left"
-        result.add_column(Text(_cell(name)), justify=justify, overflow="fold")
-    return result
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
@@ -98,12 +77,18 @@ def print_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     right: Sequence[str] = (),
-    **kwargs: Any,
+    note: str = "",
+    **options: Any,
 ) -> None:
-    """Print a table of these rows."""
-    result = table(title, *columns, right=right, **kwargs)
+    """Print a table; ``note`` is a second title, ``right`` are the columns of numbers."""
+    style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
+    heading = Text("\n".join(map(_cell, filter(None, (title, note)))), style="table.title")
+    result = Table(title=heading, title_justify="left", box=style, **options)
+    for name in columns:
+        justify: Any = "right" if name in right else "left"
+        result.add_column(Text(_cell(name)), justify=justify, overflow="fold")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*(Text(_cell(cell)) for cell in row))
     console().print(result)
 
 

@@ -76,7 +76,8 @@ def command(
     names = short_names(adapters)
     read = read_all(adapters, base)
     pairs = all_pairs(read, names, interference=not fast, seed=seed, check_base=check_base)
-    found_ranks = ranks(read, names, seed=seed) if rank else []
+    measured = ranks(read, names, seed=seed) if rank else {}
+    found_ranks = [(name, *item) for name, by in measured.items() for item in by.items()]
     if plot is not None:
         plot_matrix(names, pairs, figure, plot)
     if as_json:
@@ -100,9 +101,8 @@ def command(
         rows = []
         for of, parameter, value in found_ranks:
             sign = ">= " if value.at_least else "" if value.exact else "~ "
-            stable = f"{value.stable_rank:.1f}"
-            told_rank = f"{sign}{value.rank}"
-            rows.append((of, parameter, told_rank, value.bound, stable, value.spectral_norm))
+            known = (f"{sign}{value.rank}", value.bound, f"{value.stable_rank:.1f}")
+            rows.append((of, parameter, *known, value.spectral_norm))
         print_table("Numerical ranks", ("adapter", "weight", *numbers), rows, numbers)
     if plot is not None:
         write(f"{plot}: the {figure} of all pairs")

@@ -58,24 +58,21 @@ def all_pairs(
     check_base: bool,
 ) -> list[Overlap]:
     """Return the overlap of each two, in the order (0, 1), (0, 2), ..., (1, 2), ..."""
-    chosen = list(itertools.combinations(range(len(adapters)), 2))
-    sizes = [len(adapters[i].keys() | adapters[j].keys()) for i, j in chosen]
-    found = []
-    with Steps("comparing", sum(sizes)) as steps:
-        for number, (i, j) in enumerate(chosen):
-            before = sum(sizes[:number])
-            found.append(
-                overlap(
-                    adapters[i],
-                    adapters[j],
-                    interference=interference,
-                    seed=seed,
-                    check_base=check_base,
-                    names=(names[i], names[j]),
-                    progress=lambda done, _, before=before: steps.update(before + done),  # type: ignore[misc]
-                )
+    pairs = list(itertools.combinations(zip(names, adapters, strict=True), 2))
+    done = itertools.count(1)
+    with Steps("comparing", sum(len(a.keys() | b.keys()) for (_, a), (_, b) in pairs)) as steps:
+        return [
+            overlap(
+                a,
+                b,
+                interference=interference,
+                seed=seed,
+                check_base=check_base,
+                names=(of_a, of_b),
+                progress=lambda *_: steps.update(next(done)),
             )
-    return found
+            for (of_a, a), (of_b, b) in pairs
+        ]
 
 
 def matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str) -> list[list[float | None]]:
@@ -86,14 +83,10 @@ def matrix(names: Sequence[str], pairs: Sequence[Overlap], figure: str) -> list[
 
 def ranks(
     adapters: Sequence[Adapter], names: Sequence[str], *, seed: int
-) -> list[tuple[str, str, Rank]]:
-    """Return the rank of each delta: adapter, parameter, rank."""
-    deltas = [
-        (name, parameter, delta)
-        for name, adapter in zip(names, adapters, strict=True)
-        for parameter, delta in adapter.items()
-    ]
-    return [
-        (name, parameter, numerical_rank(delta, seed=seed))
-        for name, parameter, delta in track(deltas, "ranks")
-    ]
+) -> dict[str, dict[str, Rank]]:
+    """Return the rank of each delta, by adapter and parameter."""
+    deltas = [(n, *item) for n, a in zip(names, adapters, strict=True) for item in a.items()]
+    found: dict[str, dict[str, Rank]] = {name: {} for name in names}
+    for name, parameter, delta in track(deltas, "ranks"):
+        found[name][parameter] = numerical_rank(delta, seed=seed)
+    return found

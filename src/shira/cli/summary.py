@@ -31,6 +31,7 @@ BASE_FIELD = "base_model_name_or_path"
 TEXT_COLUMNS = ("weight", "shape", "dtype")
 """Columns of `Target.cells` that hold no number."""
 
+_HASHES = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 _NEEDS_BASE = "needs --base"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -44,11 +45,6 @@ class Figures:
     mean_abs: float | None = None
     std: float | None = None
     zeros: int = 0
-
-    @property
-    def largest(self) -> float:
-        """The largest absolute value; 0 if there is none."""
-        return max(-(self.min or 0.0), self.max or 0.0)
 
     @classmethod
     def of(cls, parts: Iterable[Tensor]) -> Figures:
@@ -207,11 +203,7 @@ class Summary:
                 name: {"shape": list(t.shape), "dtype": dtype_text(t), "bytes": t.nbytes}
                 for name, t in self.whole.items()
             },
-            "config": {
-                name: value
-                for name, value in self.metadata.items()
-                if name not in (FINGERPRINT_FIELD, ROUNDED_FIELD)
-            },
+            "config": {n: value for n, value in self.metadata.items() if n not in _HASHES},
         }
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -251,13 +243,11 @@ class Summary:
         return ", ".join(known) or "not recorded"
 
     def _about_base(self) -> str:
-        unlike = self.unlike_base
+        unlike, verdicts = self.unlike_base, Counter(target.base for target in self.targets)
         if unlike:
             return f"is ANOTHER base: {len(unlike)} weights differ, such as {unlike[0]}"
-        verdicts = Counter(target.base for target in self.targets)
-        if set(verdicts) <= {"same", "same after rounding"}:
-            rounded = verdicts["same after rounding"]
-            return f"is the same base{' after rounding' if rounded else ''}"
+        if verdicts.keys() <= {"same", "same after rounding"}:
+            return "is the same base" + " after rounding" * ("same after rounding" in verdicts)
         return "as the base: " + ", ".join(f"{count} {told}" for told, count in verdicts.items())
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401  if it is missing, that is said first
-from rich.table import Table
 from safetensors.torch import save as to_bytes
 
 from shira.checkpoints import open_checkpoint
@@ -31,7 +30,7 @@ from shira.cli.demo.settings import (
 from shira.cli.demo.tasks import Task, build_tasks, collect
 from shira.cli.demo.training import Run, train_task
 from shira.cli.demo.verify import proofs
-from shira.cli.output import console, megabytes, quieten, table
+from shira.cli.output import console, megabytes, print_table, quieten
 from shira.cli.progress import say
 from shira.cli.report import write_report
 from shira.cli.train.model import load_tokenizer
@@ -79,7 +78,7 @@ def run_demo(root: Path, settings: Settings) -> bool:
     }
     _write_json(root / RESULTS, results)
     for task in tasks:
-        out.print(_task_table(task, runs[task.name]))
+        _print_task(task, runs[task.name])
         out.print()
 
     say("reloading both adapters in a new process")
@@ -136,20 +135,18 @@ def _verify(root: Path) -> dict[str, Any]:
     return found
 
 
-def _task_table(task: Task, runs: Mapping[str, Run]) -> Table:
+def _print_task(task: Task, runs: Mapping[str, Run]) -> None:
     columns = ("accuracy", "trained parameters", "share of model", "file", "seconds")
-    result = table(
-        f"{task.name}: {task.question}",
-        *("", *columns),
-        right=columns,
-        note=f"{len(task.labels)} labels, chance {1 / len(task.labels):.1%}, "
-        f"{len(task.train):,} training and {len(task.test):,} test docstrings",
+    note = (
+        f"{len(task.labels)} labels, chance {1 / len(task.labels):.1%}, "
+        f"{len(task.train):,} training and {len(task.test):,} test docstrings"
     )
     names = {"frozen": "before: frozen encoder, trained head", "shira": "after: SHiRA"}
+    rows = []
     for how, run in runs.items():
         share = run.accuracy
         error = math.sqrt(share * (1 - share) / max(len(task.test), 1))  # one standard error
-        result.add_row(
+        row = (
             names[how],
             f"{share:.1%} (+- {error:.1%})",
             f"{run.trained:,}",
@@ -157,7 +154,8 @@ def _task_table(task: Task, runs: Mapping[str, Run]) -> Table:
             "-" if run.file_bytes is None else megabytes(run.file_bytes),
             f"{run.seconds:.0f}",
         )
-    return result
+        rows.append(row)
+    print_table(f"{task.name}: {task.question}", ("", *columns), rows, columns, note)
 
 
 def _write_examples(root: Path, task: Task) -> None:

@@ -79,14 +79,13 @@ def write_report(
     that is an input or that lies nowhere, jinja2 or matplotlib that is missing.
     """
     from shira.cli.report.gather import LOGS, gather, log_folder
-    from shira.store.atomic import check_outputs, write_atomically
+    from shira.store.atomic import check_kind, check_outputs, write_atomically
 
     logs = [log_folder(path) / name for path in paths for name in LOGS]
     check_outputs({"--output": output}, [*paths, *logs], [base.path if base else None])
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}")
-    if output.is_dir():
-        raise ConfigError(f"--output {output}: is a folder; name a file in it")
+    check_kind(output)
     for package in ("jinja2", "matplotlib"):
         if find_spec(package) is None:
             raise MissingDependencyError(f"shira report needs {package}: pip install {package}")

@@ -134,9 +134,7 @@ def gather(
     summaries = [summarize(path, base) for path in track(paths, "reading")]
     adapters = [summary.required_adapter("a report") for summary in summaries]
     pairs = all_pairs(adapters, names, interference=not fast, seed=seed, check_base=check_base)
-    measured: dict[str, dict[str, Rank]] = {name: {} for name in names}
-    for name, parameter, rank in [] if fast else ranks(adapters, names, seed=seed):
-        measured[name][parameter] = rank
+    measured = {} if fast else ranks(adapters, names, seed=seed)
     real = [path.resolve() for path in paths]
     folders = Counter(map(log_folder, set(real)))  # whose log is it, if several share a folder?
     most = side(sum(map(len, adapters)))
@@ -145,7 +143,7 @@ def gather(
             name=name,
             summary=summary,
             maps=[mask_map(key, delta.support, most) for key, delta in adapter.items()],
-            ranks=measured[name],
+            ranks=measured.get(name, {}),
             curve=training_curve(summary.path) if folders[log_folder(path)] == 1 else None,
         )
         for name, path, summary, adapter in zip(names, real, summaries, adapters, strict=True)

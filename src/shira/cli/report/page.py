@@ -7,19 +7,18 @@ The page's style sheet colours them, for a light and a dark page: marks have the
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from hashlib import sha256
 from io import BytesIO
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -39,14 +38,20 @@ _MATRICES = {
     "cosine": "Of the angle between the deltas: 0 is unrelated, 1 the same way, -1 the opposite.",
     "conflicts": "Share of the shared entries whose signs differ, so that one undoes the other.",
 }
-Titles = dict[str, list[str]]
-"""Texts of the marks of each series, by the ``gid`` of their artists."""
+ENVIRONMENT = Environment(
+    loader=PackageLoader("shira.cli", "report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=lambda value: value if isinstance(value, Markup) else shown(value, lines=True),
+)
+"""Of templates in which every text is shown as it is and escaped."""
 
 
 def page(adapters: Sequence[Described], pairs: Sequence[Overlap]) -> str:
     """Return the HTML document; the same adapters give the same text."""
     names = [described.name for described in adapters]
-    text: str = template().render(
+    ENVIRONMENT.filters["sha256"] = lambda text: b64encode(sha256(text.encode()).digest()).decode()
+    return ENVIRONMENT.get_template("page.html").render(
         adapters=adapters,
         pairs=pairs,
         names=names,
@@ -60,23 +65,6 @@ def page(adapters: Sequence[Described], pairs: Sequence[Overlap]) -> str:
         maps=[made for described in adapters for made in described.maps],
         version=__version__,
     )
-    return text
-
-
-def template(source: str | None = None) -> Any:
-    """Return a template, of the page by default, in which every text is escaped."""
-
-    def finalize(value: object) -> object:
-        plain = isinstance(value, str) and not isinstance(value, Markup)
-        return shown(value, lines=True) if plain else value
-
-    def sha256(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
-
-    made = Environment(autoescape=True, undefined=StrictUndefined, finalize=finalize)
-    made.filters["sha256"] = sha256
-    page = files("shira.cli.report") / "page.html"
-    return made.from_string(source or page.read_text(encoding="utf-8"))
 
 
 def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[str, str]]:
@@ -91,8 +79,9 @@ def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[
     yield "How large is it?", f"{size}; {megabytes(summary.file_bytes)} on disk."
     change = "No single entries."
     if every.nnz:
-        mean, most, zeros = every.figures.mean_abs, every.figures.largest, every.figures.zeros
-        change = f"Its entries by {mean:.3g} on average, at most {most:.3g}"
+        figures, zeros = every.figures, every.figures.zeros
+        most = max(-(figures.min or 0.0), figures.max or 0.0)
+        change = f"Its entries by {figures.mean_abs:.3g} on average, at most {most:.3g}"
         strongest = max(summary.targets, key=lambda target: target.figures.mean_abs or 0.0)
         change += f", most in {strongest.name}" if len(summary.targets) > 1 else ""
         change += f"; {zeros:,} entries stay as they are" if zeros else ""
@@ -197,7 +186,7 @@ def _training(curve: Curve) -> Chart:
     step_unit, x_label = axis_unit(points[:, 0], "optimizer step")
     loss_unit, y_label = axis_unit(points[:, 1], "loss")
     figure, axes = _axes(x_label, y_label)
-    titles: Titles = {}
+    titles: dict[str, list[str]] = {}
     for number, series in enumerate(curve.series.values()):
         steps, losses = np.array(series).T
         marker = "o" if len(series) <= 100 else None
@@ -233,7 +222,7 @@ def _by_weight(label: str, names: Sequence[str], series: Mapping[str, Sequence[f
     values = np.array(list(series.values()), dtype=np.float64)
     unit, y_label = axis_unit(values, label)
     figure, axes = _axes("weight, in the order of the table", y_label)
-    titles: Titles = {}
+    titles: dict[str, list[str]] = {}
     for which, row in enumerate(values):
         gid = f"s{which}"
         axes.plot(range(1, len(names) + 1), row / unit, gid=gid, marker="o", linestyle="none")
@@ -256,8 +245,11 @@ def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _inline(figure: Figure, label: str, titles: Titles) -> Markup:
-    """Return a figure as SVG without styles, links and ids, which is read aloud as ``label``."""
+def _inline(figure: Figure, label: str, titles: dict[str, list[str]]) -> Markup:
+    """Return a figure as SVG without styles, links and ids, which is read aloud as ``label``.
+
+    ``titles`` are the texts of the marks of each series, by the ``gid`` of their artists.
+    """
     buffer = BytesIO()
     figure.savefig(buffer, format="svg")
     root = ElementTree.fromstring(buffer.getvalue())

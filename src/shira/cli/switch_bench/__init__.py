@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,9 +71,8 @@ def command(
     module = contenders.module_of(contenders.shapes_in(loaded), contenders.DTYPES[dtype])
     result = {"dtype": dtype, **contenders.measure(loaded, module, repeats)}
     first = next(iter(loaded.values()))
-    result["one_weight"] = (
-        contenders.compare(first, contenders.DTYPES[dtype], repeats) if compare else None
-    )
+    beside = contenders.compare(first, contenders.DTYPES[dtype], repeats) if compare else None
+    result["one_weight"] = beside
     if as_json:
         print_json(result)
     else:
@@ -96,26 +94,23 @@ def _show(result: dict[str, Any]) -> None:
     rows = []
     for way, times in result["switch_seconds"].items():
         limit = (result["limit_seconds"] or {}).get(way)
-        rows.append((_SWITCHES[way], times, limit))
+        rows.append(_row(_SWITCHES[way], times, limit))
         if limit:
-            rows.append(("  limit: its cache lines", limit, None))
-    _show_times("Switching", "what", "x limit", rows)
+            rows.append(_row("  limit: its cache lines", limit))
+    numbers = ("best ms", "median ms", "x limit")
+    print_table("Switching", ("what", *numbers), rows, numbers)
     one = result["one_weight"]
     if one:
         size = "x".join(map(str, one["shape"]))
         title = f"One weight of {size}, {one['entries']:,} entries, LoRA of rank {one['lora_rank']}"
         seconds = one["seconds"]
-        rows = [(_CONTENDERS[name], times, seconds["shira"]) for name, times in seconds.items()]
-        _show_times(title, "in and out", "x shira", rows)
+        rows = [_row(_CONTENDERS[name], times, seconds["shira"]) for name, times in seconds.items()]
+        numbers = ("best ms", "median ms", "x shira")
+        print_table(title, ("in and out", *numbers), rows, numbers)
     came = "came" if result["base_equal_bit_for_bit"] else "DID NOT come"
     write(f"The base {came} back bit for bit.")
 
 
-def _show_times(title: str, first: str, ratio: str, rows: Sequence[Any]) -> None:
-    """Print a row for each (name, times, times to compare with or None)."""
-    numbers = ("best ms", "median ms", ratio)
-    cells = []
-    for name, times, reference in rows:
-        shown = f"{times['median'] / reference['median']:.1f}" if reference else ""
-        cells.append((name, f"{1e3 * times['best']:.2f}", f"{1e3 * times['median']:.2f}", shown))
-    print_table(title, (first, *numbers), cells, numbers)
+def _row(name: str, times: Any, reference: Any = None) -> tuple[str, ...]:
+    ratio = f"{times['median'] / reference['median']:.1f}" if reference else ""
+    return name, f"{1e3 * times['best']:.2f}", f"{1e3 * times['median']:.2f}", ratio

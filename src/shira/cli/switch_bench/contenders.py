@@ -96,11 +96,6 @@ class Switching:
         for name, adapter in adapters.items():
             self.switch.load(name, adapter, check_base=False)
 
-    def patches(self, name: str) -> Mapping[Target, Patch]:
-        """Return what an adapter writes, by weight."""
-        with self.switch.using(name):
-            return self.switch._weights.state.plan
-
     def there_and_back(self) -> None:
         """Activate the first adapter and deactivate it: what PEFT's merge and unmerge are."""
         self.switch.activate(self.names[0])
@@ -121,14 +116,12 @@ def limits(switching: Switching) -> dict[str, Callable[[], None]]:
     loaded = native.load()
     if loaded.library is None:
         raise MissingDependencyError(loaded.why)
-    touch = loaded.library.touch
-    adapters = [switching.patches(name) for name in switching.names[:2]]
-
-    def lines_and_words(*plans: Mapping[Target, Patch]) -> list[tuple[Tensor, Tensor, int]]:
-        targets = dict.fromkeys(target for plan in plans for target in plan)
-        return [_walk(t.weight, [plan[t] for plan in plans if t in plan]) for t in targets]
-
-    alone, both = lines_and_words(adapters[0]), lines_and_words(*adapters)
+    touch, switch = loaded.library.touch, switching.switch
+    plans = []
+    for name in switching.names[:2]:
+        with switch.using(name):
+            plans.append(switch._weights.state.plan)
+    alone, both = _touched(plans[:1]), _touched(plans)
     stream = torch.zeros(max(words for *_, words in both), dtype=torch.int64)
 
     def walk(steps: list[tuple[Tensor, Tensor, int]]) -> None:
@@ -138,12 +131,16 @@ def limits(switching: Switching) -> dict[str, Callable[[], None]]:
     return {"there_and_back": partial(walk, alone * 2), "onwards": partial(walk, both)}
 
 
-def _walk(weight: Tensor, patches: list[Patch]) -> tuple[Tensor, Tensor, int]:
-    """Return a weight, its 64-byte lines that patches touch, and the patches' 8-byte words."""
-    words = sum(p.offsets.nbytes + p.originals.nbytes + p.replacement.nbytes for p in patches) // 8
-    offsets = torch.cat([patch.offsets.long() for patch in patches])
-    lines: Tensor = torch.unique(offsets * weight.element_size() // 64)  # type: ignore[no-untyped-call]
-    return weight, lines.to(torch.int32), words
+def _touched(plans: Sequence[Mapping[Target, Patch]]) -> list[tuple[Tensor, Tensor, int]]:
+    """Return weights, their 64-byte lines that patches touch, and the patches' 8-byte words."""
+    found = []
+    for target in dict.fromkeys(target for plan in plans for target in plan):
+        patches, size = [plan[target] for plan in plans if target in plan], target.weight.itemsize
+        words = sum(p.offsets.nbytes + p.originals.nbytes + p.replacement.nbytes for p in patches)
+        offsets = torch.cat([patch.offsets.long() for patch in patches])
+        lines: Tensor = torch.unique(offsets * size // 64)  # type: ignore[no-untyped-call]
+        found.append((target.weight, lines.to(torch.int32), words // 8))
+    return found
 
 
 def merge_and_unmerge(layer: Any) -> None:
