@@ -1,26 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to fuse: pure functions, and `METHODS`, the table of which method takes which.
 
-============== =============== ================= ================================================
-method         each delta      together          source
-============== =============== ================= ================================================
-sum            as it is        weighted sum      task arithmetic, arXiv 2212.04089; paper sec. 3.3
-mean           as it is        weighted mean     the same
-ties           trimmed         elected mean      TIES, arXiv 2306.01708
-dare           dropped         weighted sum      DARE, arXiv 2311.03099
-dare_ties      dropped         elected mean      both
-della          MagPrune        elected mean      DELLA, arXiv 2406.11617
-magnitude      as it is        sum, then pruned  the largest k of the sum
-magnitude_prune trimmed        weighted sum      PEFT's combination type of that name
-============== =============== ================= ================================================
-
 Some functions make one delta sparser before it is combined: TIES' trim, DARE's drop, DELLA's
 MagPrune. Their ``density`` is the share of the delta's own entries that stay (PEFT's and mergekit's
 word). Others make one delta of several: the weighted sum and mean, and TIES' elected mean. These
 work on the union of the supports, where a position that a delta lacks is a zero of it; sums are
 made in float32 (float64 if a delta is) in the order given, each product rounded before it is added.
 
-A further method is a function in a file of its own and a row in the table.
+Sources are in the docstrings. A further method is a function in a file of its own and a row in the
+table.
 """
 
 from __future__ import annotations

@@ -139,16 +139,9 @@ class OverlapFigures:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON can hold it; figures that were not asked for are null."""
-        return {
-            "nnz_a": self.nnz_a,
-            "nnz_b": self.nnz_b,
-            "shared": self.shared,
-            "jaccard": self.jaccard,
-            "sign_conflicts": self.sign_conflicts,
-            "cosine": self.cosine,
-            "awom": None if self.awom is None else self.awom.as_json(),
-            "awor": None if self.awor is None else self.awor.as_json(),
-        }
+        names = ("nnz_a", "nnz_b", "shared", "jaccard", "sign_conflicts", "cosine", "awom", "awor")
+        told = {name: getattr(self, name) for name in names}
+        return {name: v.as_json() if isinstance(v, Estimate) else v for name, v in told.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

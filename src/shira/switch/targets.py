@@ -57,19 +57,17 @@ class Targets:
         self._by_name: dict[str, Target] = {}
         self._buffers: dict[str, Target] = {}
         self._blocks: dict[int, list[_Block]] = {}  # by the address of their storage
-        for path, owner in unwrapped(module).named_modules(remove_duplicate=False):
-            for found, tensors in (
-                (self._by_name, owner._parameters),
-                (self._buffers, owner._buffers),
-            ):
-                for attribute, tensor in tensors.items():
+        modules = [*unwrapped(module).named_modules(remove_duplicate=False)]
+        for found, kind in ((self._by_name, "_parameters"), (self._buffers, "_buffers")):
+            for path, owner in modules:
+                for attribute, tensor in getattr(owner, kind).items():
                     if tensor is None:
                         continue
                     name = base_module_name(f"{path}.{attribute}" if path else attribute)
-                    found.setdefault(name, Target(name, owner, attribute))
+                    target = found.setdefault(name, Target(name, owner, attribute))
                     if is_plain(tensor) and not tensor.is_meta:
                         at = tensor.untyped_storage().data_ptr()
-                        self._blocks.setdefault(at, []).append(_block(name, tensor))
+                        self._blocks.setdefault(at, []).append(_block(target, tensor))
 
     def find(self, name: str, *, buffers: bool = False) -> Target:
         """Return the parameter, or buffer, that the base model calls so; else an `AdapterError`."""
@@ -92,33 +90,27 @@ class Targets:
         Names whose memory overlaps the weight's, but for its own; and all that is exactly this
         weight, itself included: parameters first, then buffers, each in the model's order.
         """
-        own = _block(target.name, target.weight)
+        own = _block(target, target.weight)
         blocks = self._blocks.get(target.weight.untyped_storage().data_ptr(), [])
-        overlapping = {b.name for b in blocks if b.start < own.end and own.start < b.end}
-        same = dict.fromkeys(b.name for b in blocks if b[1:] == own[1:])
-        tied = [
-            found[name]
-            for found in (self._by_name, self._buffers)
-            for name in same
-            if name in found
-        ]
-        return sorted(overlapping - {own.name}), tied
+        overlapping = {b.target.name for b in blocks if b.start < own.end and own.start < b.end}
+        tied = [block.target for block in blocks if block[1:] == own[1:]]
+        return sorted(overlapping - {target.name}), tied
 
 
 class _Block(NamedTuple):
     """The memory of a tensor: from its first byte to after its last."""
 
-    name: str
+    target: Target
     start: int
     end: int
     layout: Layout
 
 
-def _block(name: str, tensor: Tensor) -> _Block:
+def _block(target: Target, tensor: Tensor) -> _Block:
     layout, start = layout_of(tensor), tensor.data_ptr()
     span = sum((n - 1) * step for n, step in zip(layout.shape, layout.stride, strict=True))
     extent = (1 + span) * tensor.element_size() if tensor.numel() else 0
-    return _Block(name, start, start + extent, layout)
+    return _Block(target, start, start + extent, layout)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -168,11 +168,8 @@ class PatchedWeights(Generic[P]):
         _note(before, after)
 
     def remember(self, places: Iterable[P]) -> None:
-        """Note how these weights, and no others, are laid out, for `follow`.
-
-        Of one that is known already the note stays: it may have been cast since.
-        """
-        known = self._layouts
+        """Note how these weights, and no others, are laid out, for `follow`."""
+        known = self._layouts  # may have been cast since
         self._layouts = {place: known.get(place) or layout_of(place.weight) for place in places}
 
     def follow(self, forget: Callable[[P], None]) -> None:
@@ -274,10 +271,17 @@ def combined(members: Sequence[tuple[str, float, Mapping[P, Entry]]]) -> dict[P,
     plan = {}
     for place in dict.fromkeys(place for _, _, entries in members for place in entries):
         here = [(name, each[place], scale) for name, scale, each in members if place in each]
-        whole = [(name, entry) for name, entry, _ in here if entry.values is None]
+        whole = [(name, entry.patch) for name, entry, _ in here if entry.values is None]
         if whole:
-            _check_all_are(whole[0], here, place)
-            plan[place] = whole[0][1].patch
+            first, plan[place] = whole[0]
+            new = plan[place].replacement
+            for name, (values, patch), _ in here:
+                if values is not None or not same_bits(patch.replacement, new):
+                    raise AdapterError(
+                        f"adapters {first!r} and {name!r} cannot be active together: the first "
+                        f"replaces the whole of {place.name!r}, and the second changes it to "
+                        "something else"
+                    )
             continue
         try:
             plan[place] = _summed(
@@ -287,17 +291,6 @@ def combined(members: Sequence[tuple[str, float, Mapping[P, Entry]]]) -> dict[P,
             scales = {name: scale for name, scale, _ in members}
             raise AdapterError(f"{scales}, parameter {place.name!r}: {error}") from None
     return plan
-
-
-def _check_all_are(
-    whole: tuple[str, Entry], here: Sequence[tuple[str, Entry, float]], place: Place
-) -> None:
-    for name, (values, patch), _ in here:
-        if values is not None or not same_bits(patch.replacement, whole[1].patch.replacement):
-            raise AdapterError(
-                f"adapters {whole[0]!r} and {name!r} cannot be active together: the first replaces "
-                f"the whole of {place.name!r}, and the second changes it to something else"
-            )
 
 
 def _summed(deltas: Sequence[tuple[Tensor, Patch, float]]) -> Patch:
