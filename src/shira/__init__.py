@@ -54,17 +54,8 @@ _WHERE = {
     "overlap": "shira.measure",
 }
 _MODULES = (
-    "cli",
-    "convert",
-    "errors",
-    "fusing",
-    "masks",
-    "measure",
-    "ops",
-    "serve",
-    "store",
-    "switch",
-    "tuner",
+    *("cli", "convert", "errors", "fusing", "masks", "measure"),
+    *("ops", "serve", "store", "switch", "tuner"),
 )
 
 __all__ = [

@@ -29,9 +29,7 @@ Verdict = Literal[
 ]
 """The answer of `judge`: is a base the one that an adapter was made on?"""
 
-_FLOATS = {str(d).removeprefix("torch."): d for d in (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16,
-)}  # fmt: skip
+_FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 

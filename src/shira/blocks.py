@@ -173,12 +173,12 @@ def block_layout(support: Support, candidates: Sequence[int] = CANDIDATES) -> Bl
     if not support.nnz:
         return None
     head = support.indices[:_PREFIX].cpu().numpy()
-    columns = _runs(head, _breaks(head), cols)[0] % cols
+    columns = _runs(head, np.diff(head) != 1, cols)[0] % cols
     sizes = [b for b in sorted(candidates, reverse=True) if b > 0 and not (columns % b).any()]
     if not sizes:
         return None
     indices = support.indices.cpu().numpy()
-    starts, lengths = _runs(indices, _breaks(indices), cols)
+    starts, lengths = _runs(indices, np.diff(indices) != 1, cols)
     for b in sizes:
         _, numbers, rest = _blocks_of_size((b, b), (rows, cols), starts, lengths)
         if len(rest):  # has to be the beginning of one block
@@ -198,7 +198,7 @@ def find_blocks(shape: Sequence[int], indices: Ints) -> Blocks | None:
     rows, cols = matrix_shape(shape)
     if not len(indices):
         return None
-    breaks = _breaks(indices)
+    breaks = np.diff(indices) != 1  # before each index but the first
     # An unstructured support goes no further. (Where a row ends a run does too: there are more.)
     if len(indices) < min(_LEAST, cols) * (1 + np.count_nonzero(breaks)):
         return None
@@ -273,12 +273,6 @@ def _extents(size: tuple[int, int], numbers: Longs, shape: Sequence[int]) -> tup
     rows, cols = matrix_shape(shape)
     down, across = np.divmod(numbers, max(1, grid(size, shape)[1]))
     return np.minimum(size[0], rows - down * size[0]), np.minimum(size[1], cols - across * size[1])
-
-
-def _breaks(indices: Ints) -> NDArray[np.bool_]:
-    """Return, for each index but the first, whether it does not follow the one before it."""
-    breaks: NDArray[np.bool_] = indices[1:] - indices[:-1] != 1
-    return breaks
 
 
 def _runs(indices: Ints, breaks: NDArray[np.bool_], cols: int) -> tuple[Longs, Longs]:

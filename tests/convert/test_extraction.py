@@ -270,6 +270,9 @@ def test_models_that_differ_in_more_than_values(tensors, full, tmp_path):
     prefixed = {f"wrapped.{name}": tensor for name, tensor in full.items()}
     same = extract(tensors, full, density=0.1).adapter
     assert extract(tensors, prefixed, density=0.1).adapter == same
+    found = extract(tensors, prefixed, density=0.1, exclude=["*norm*"])
+    assert found.excluded
+    assert found.only_in_base == found.only_in_tuned == ()
 
 
 def test_values_that_are_not_finite(tensors, full):

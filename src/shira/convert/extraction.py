@@ -152,7 +152,7 @@ def extract(
     """
     budget = Budget(density, r, everywhere)
     old, new = source_of(base), source_of(tuned)
-    names, excluded = _chosen(old, new, include, exclude)
+    names, shared = _chosen(old, new, include, exclude)
     reader = _Reader(old, new, names, progress)
     if not budget.given:
         supports = _all_that_differ(reader)
@@ -160,7 +160,39 @@ def extract(
         shapes = {name: old.shapes[name] for name in names}
         found = budget.largest({name: reader.scores(name) for name in names}, shapes)
         supports = {name: Support._trusted(shapes[name], flat) for name, flat in found.items()}
-    return _assemble(reader, supports, excluded)
+    deltas, changes, bases = {}, [], {}
+    for name, support in supports.items():
+        if not reader.differing[name]:
+            continue
+        before = old.entries(name, support.indices)
+        after = new.entries(names[name], support.indices).to(before.dtype)
+        differs = before != after  # a budget may reach beyond what differs
+        before, after = before[differs], after[differs]
+        values, missed = exact_delta(before, after)
+        if values.numel():
+            kept = Support._trusted(support.shape, support.indices[differs])
+            deltas[name] = SparseDelta(kept, values)
+            bases[name] = before
+        differing, k, energy = reader.differing[name], values.numel(), reader.energy[name]
+        kept_energy = energy
+        if k < differing:
+            wide = accumulation_dtype(before.dtype)
+            kept_energy = float((after.to(wide) - before.to(wide)).double().square().sum())
+        changes.append(Change(name, support.shape, differing, k, energy, kept_energy, missed))
+    theirs = set(shared.values())
+    metadata = fingerprint_fields(bases)
+    if isinstance(old, OnDisk):
+        recorded = old.checkpoint.config.get("_name_or_path")
+        metadata["base_model_name_or_path"] = recorded or old.label
+    return Extraction(
+        adapter=Adapter(deltas, metadata),
+        changes=tuple(changes),
+        unchanged=len(names) - len(changes),
+        excluded=tuple(name for name in shared if name not in names),
+        only_in_base=tuple(name for name in old.shapes if name not in shared),
+        only_in_tuned=tuple(name for name in new.shapes if name not in theirs),
+        not_compared=tuple(dict.fromkeys((*old.others, *new.others))),
+    )
 
 
 def exact_delta(base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
@@ -234,8 +266,8 @@ class _Reader:
 
 def _chosen(
     old: Source, new: Source, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return parameters to look at, with what the tuned model calls each, and those left out."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what the tuned model calls the parameters to look at, and all that both have."""
     shared = {name: name for name in old.shapes if name in new.shapes}
     if not shared:
         prefix = match_names(list(old.shapes), list(new.shapes)) if old.shapes else None
@@ -264,7 +296,7 @@ def _chosen(
                 f"{new.shapes[theirs]} in {new.label}; leave it out with exclude, or is this "
                 "another base?"
             )
-    return names, tuple(name for name in shared if name not in names)
+    return names, shared
 
 
 def _all_that_differ(reader: _Reader) -> dict[str, Support]:
@@ -288,42 +320,3 @@ def _all_that_differ(reader: _Reader) -> dict[str, Support]:
         flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
         supports[name] = Support._trusted(reader.old.shapes[name], flat)
     return supports
-
-
-def _assemble(
-    reader: _Reader, supports: Mapping[str, Support], excluded: tuple[str, ...]
-) -> Extraction:
-    old, new, names = reader.old, reader.new, reader.names
-    deltas, changes, bases = {}, [], {}
-    for name, support in supports.items():
-        if not reader.differing[name]:
-            continue
-        before = old.entries(name, support.indices)
-        after = new.entries(names[name], support.indices).to(before.dtype)
-        differs = before != after  # a budget may reach beyond what differs
-        before, after = before[differs], after[differs]
-        values, missed = exact_delta(before, after)
-        if values.numel():
-            kept = Support._trusted(support.shape, support.indices[differs])
-            deltas[name] = SparseDelta(kept, values)
-            bases[name] = before
-        differing, k, energy = reader.differing[name], values.numel(), reader.energy[name]
-        wide = accumulation_dtype(before.dtype)
-        kept_energy = float((after.to(wide) - before.to(wide)).double().square().sum())
-        if k == differing:
-            kept_energy = energy
-        changes.append(Change(name, support.shape, differing, k, energy, kept_energy, missed))
-    theirs = set(names.values()) | {names.get(name, name) for name in excluded}
-    metadata = fingerprint_fields(bases)
-    if isinstance(old, OnDisk):
-        recorded = old.checkpoint.config.get("_name_or_path")
-        metadata["base_model_name_or_path"] = recorded or old.label
-    return Extraction(
-        adapter=Adapter(deltas, metadata),
-        changes=tuple(changes),
-        unchanged=len(names) - len(changes),
-        excluded=excluded,
-        only_in_base=tuple(n for n in old.shapes if n not in names and n not in excluded),
-        only_in_tuned=tuple(name for name in new.shapes if name not in theirs),
-        not_compared=tuple(dict.fromkeys((*old.others, *new.others))),
-    )

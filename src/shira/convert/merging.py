@@ -23,14 +23,7 @@ from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import Verdict, accept, fingerprint, judge
-from shira.checkpoints.entries import (
-    Edit,
-    Progress,
-    Written,
-    check_output,
-    read_entries,
-    rewrite,
-)
+from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
 from shira.checkpoints.models import OnDisk, locate_deltas
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries, replacing_undo

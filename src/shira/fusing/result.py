@@ -43,8 +43,7 @@ def check_together(
 ) -> None:
     """Refuse adapters with a parameter of different shapes or devices, or of different bases.
 
-    A fingerprint says nothing of other positions than its own, so it is compared where two
-    adapters have the same ones. The names are for errors.
+    A fingerprint is compared where two have the same positions: it says nothing of others.
     """
     for (a, a_name), (b, b_name) in itertools.combinations(zip(adapters, names, strict=True), 2):
         common = [(name, a[name].support, b[name].support) for name in a if name in b]
@@ -172,9 +171,8 @@ def record(
     parts = []
     for source, name, weight in zip(sources, names, weights, strict=True):
         part = {"name": name, "weight": weight, "nnz": source.nnz}
-        for field in ("mask_type", "random_seed", "mask_slot"):
-            if source.metadata.get(field) is not None:
-                part[field] = source.metadata[field]
+        known = {f: source.metadata.get(f) for f in ("mask_type", "random_seed", "mask_slot")}
+        part |= {field: value for field, value in known.items() if value is not None}
         made = source.metadata.get(FUSED)
         if isinstance(made, Mapping) and "method" in made:
             part["method"] = made["method"]

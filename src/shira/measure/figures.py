@@ -231,14 +231,9 @@ def cells(of: OverlapFigures) -> tuple[str, ...]:
 
 def _text_table(rows: Sequence[Sequence[str]]) -> str:
     """Align cells; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ((row[0].ljust(first), *map(str.rjust, row[1:], others)) for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -18,21 +18,8 @@ from torch import nn
 from shira.adapter import Adapter
 from shira.delta import checked_scale
 from shira.errors import AdapterError, SwitchError, TargetError, UnknownAdapterError, did_you_mean
-from shira.switch.targets import (
-    Prepared,
-    Target,
-    give_private_memory,
-    refuse_merged,
-    resolve,
-)
-from shira.switch.weights import (
-    ChangedWeightError,
-    PatchedWeights,
-    Plan,
-    Scales,
-    State,
-    combined,
-)
+from shira.switch.targets import Prepared, Target, give_private_memory, refuse_merged, resolve
+from shira.switch.weights import ChangedWeightError, PatchedWeights, Plan, Scales, State, combined
 
 __all__ = ["Switch"]
 
