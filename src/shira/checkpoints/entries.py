@@ -29,7 +29,7 @@ from torch import Tensor
 from shira.checkpoints.opening import Checkpoint
 from shira.errors import ConfigError
 from shira.store.atomic import replacing
-from shira.store.header import WHOLE_DTYPES, Stored, bits_of, read_bits, tensor_of
+from shira.store.header import WHOLE_DTYPES, Bits, Stored, bits_of, read_bits, tensor_of
 
 Progress = Callable[[int, int], None]
 """Told how much is done (bytes, entries) and how much there is in all."""
@@ -62,9 +62,7 @@ def read_entries(stored: Stored, flat: Tensor) -> Tensor:
     found = np.empty(flat.numel(), disk)
     where = flat.numpy()
     with open(stored.file, "rb", buffering=0) as file:
-        for low, high in windows(where, disk.itemsize):
-            first = int(where[low])
-            span = read_bits(file, stored, first, int(where[high - 1]) + 1 - first)
+        for low, high, first, span in _spans(file, stored, where):
             found[low:high] = span[where[low:high] - first]
     return tensor_of(found, stored)
 
@@ -77,32 +75,28 @@ def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
             yield tensor_of(read_bits(file, stored, first, min(size, count - first)), stored)
 
 
-def windows(where: NDArray[np.signedinteger], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Cut ``(k,)`` increasing indices into runs ``low:high`` that are read together."""
-    if not where.size:
-        return
+def _spans(
+    file: BinaryIO, stored: Stored, where: NDArray[np.signedinteger]
+) -> Iterator[tuple[int, int, int, Bits]]:
+    """Read runs ``low:high`` of increasing indices, each with the bits from the first one on."""
+    itemsize = WHOLE_DTYPES[stored.dtype].itemsize
     cuts = np.flatnonzero(np.diff(where) > _GAP // itemsize) + 1
     length = WINDOW // itemsize
     for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), where.size], strict=True):
         while low < high:
-            stop = low + int(np.searchsorted(where[low:high], int(where[low]) + length))
-            yield low, stop
+            first = int(where[low])
+            stop = low + int(np.searchsorted(where[low:high], first + length))
+            yield low, stop, first, read_bits(file, stored, first, int(where[stop - 1]) + 1 - first)
             low = stop
 
 
 @dataclass(frozen=True)
 class Edit:
-    """New values for some entries of one tensor.
-
-    Attributes:
-        stored: The tensor, in the checkpoint that is copied.
-        flat: ``(k,)`` increasing flat indices.
-        values: ``(k,)`` in the tensor's dtype.
-    """
+    """New values for some entries of one tensor of the checkpoint that is copied."""
 
     stored: Stored
-    flat: Tensor
-    values: Tensor
+    flat: Tensor  # (k,) increasing flat indices
+    values: Tensor  # (k,) in the tensor's dtype
 
 
 @dataclass(frozen=True)
@@ -213,9 +207,7 @@ def copy_file(source: Path, target: Path, edits: Sequence[Edit] = ()) -> Iterato
 def write_entries(file: BinaryIO, edit: Edit) -> None:
     """Overwrite entries in a copy of their file, open for reading and writing, unbuffered."""
     where, new = edit.flat.numpy(), bits_of(edit.values).numpy()
-    for low, high in windows(where, new.itemsize):
-        first = int(where[low])
-        span = read_bits(file, edit.stored, first, int(where[high - 1]) + 1 - first)
+    for low, high, first, span in _spans(file, edit.stored, where):
         span[where[low:high] - first] = new[low:high]
         file.seek(edit.stored.start + first * span.itemsize)
         rest = span.data.cast("B")

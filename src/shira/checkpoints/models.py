@@ -6,10 +6,6 @@ An adapter's names are the checkpoint's, or differ by one prefix: a task model c
 other way round. Names are taken as they are if the checkpoint has all of them, else with the one
 prefix that makes it have all. What cannot be found is explained: tied, packed by quantization,
 fused on loading, or misspelt.
-
-`shapes_of` gives shapes, `source_of` names, shapes, dtypes, a tensor in flat pieces and single
-entries of it, of a checkpoint on disk, a module or a mapping. From disk no more than a piece is in
-memory at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -104,9 +99,7 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
 
 
 def locate_deltas(
-    deltas: Mapping[str, SparseDelta],
-    checkpoint: Checkpoint,
-    whole: Mapping[str, Tensor] = MappingProxyType({}),
+    deltas: Mapping[str, SparseDelta], checkpoint: Checkpoint, whole: Mapping[str, Tensor]
 ) -> tuple[dict[str, Stored], Prefix]:
     """Find the stored tensors of deltas and whole tensors, as `locate` does, of their shapes."""
     try:
@@ -222,7 +215,7 @@ def shapes_of(base: Base, names: Collection[str] | None = None) -> dict[str, tup
 
 
 class OnDisk:
-    """The floating-point tensors of a checkpoint, by name.
+    """The floating-point tensors of a checkpoint, no more than a piece of them in memory at a time.
 
     Attributes:
         label: What to call the model in messages.

@@ -80,25 +80,22 @@ def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
         where = _from_hub(os.fspath(base))
     folder = where if where.is_dir() else where.parent
     config = _config_of(folder / "config.json")
+    chosen = _chosen(where, config) if where.is_dir() else where
     index: Path | None = None
     placed: Mapping[str, str] = {}
-    if where.is_dir():
-        chosen = _chosen(where, config)
-        if chosen is None:
-            files = tuple(sorted(f for f in where.glob("*.safetensors") if f.name not in _ADAPTERS))
-            if not files:
-                why = _why(where)
-                raise FileFormatError(f"{where}: the folder has no safetensors checkpoint{why}")
-        elif chosen.name.endswith(_INDEX):
-            index, placed = chosen, _read_index(chosen)
-            files = tuple(where / name for name in sorted(set(placed.values())))
-        else:
-            files = (chosen,)
-            index = _index_of(chosen)
-    elif where.suffix in _PICKLES:
+    if chosen is None:
+        files = tuple(sorted(f for f in where.glob("*.safetensors") if f.name not in _ADAPTERS))
+        if not files:
+            why = _why(where)
+            raise FileFormatError(f"{where}: the folder has no safetensors checkpoint{why}")
+    elif chosen.suffix in _PICKLES:
         raise FileFormatError(f"{where}: {_PICKLED}")
+    elif chosen != where and chosen.name.endswith(_INDEX):
+        index, placed = chosen, _read_index(chosen)
+        files = tuple(where / name for name in sorted(set(placed.values())))
     else:
-        files = (where,)
+        files = (chosen,)
+        index = None if chosen == where else _index_of(chosen)
     tensors: dict[str, Stored] = {}
     for path in files:
         with open_tensors(path) as file:

@@ -301,7 +301,7 @@ def _targets(
     """Return a target for each delta; ``records`` tell how a compact file stores them."""
     targets = []
     recorded = adapter.metadata.get(FINGERPRINT_FIELD) or {}
-    stored = {} if base is None else locate_deltas(adapter, base)[0]
+    stored = {} if base is None else locate_deltas(adapter, base, {})[0]
     for name, delta in adapter.items():
         values = lost = verdict = None
         if name in stored:

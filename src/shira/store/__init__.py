@@ -122,8 +122,16 @@ def save(
             f"unknown format {format!r}; there is {', '.join(map(repr, FORMATS))}."
             f"{did_you_mean(format, FORMATS)}"
         )
+    where = Path(path)
     if format == "compact":
-        write_compact(adapter, _compact_file_in(Path(path)), dtype, indices)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            if (where / name).exists():
+                raise ConfigError(
+                    f"{where}: this folder holds an adapter in PEFT's format ({name}), beside "
+                    "which a compact one would not be found; name a file, such as "
+                    f"{where.with_name(where.name + '.safetensors')}, or give format='peft'"
+                )
+        write_compact(adapter, where / COMPACT_NAME if where.is_dir() else where, dtype, indices)
         return
     if indices is not None:
         raise ConfigError(
@@ -131,17 +139,3 @@ def save(
             "format='compact'"
         )
     write_peft(adapter, path, dtype)
-
-
-def _compact_file_in(path: Path) -> Path:
-    """Return where to write a compact file; in a folder, where `load` finds it."""
-    if not path.is_dir():
-        return path
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
-        if (path / name).exists():
-            raise ConfigError(
-                f"{path}: this folder holds an adapter in PEFT's format ({name}), beside which "
-                f"a compact one would not be found; name a file, such as "
-                f"{path.with_name(path.name + '.safetensors')}, or give format='peft'"
-            )
-    return path / COMPACT_NAME

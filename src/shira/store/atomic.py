@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from shira.errors import ConfigError
@@ -142,12 +142,9 @@ def _make(target: Path, folder: bool) -> tuple[Path, int]:
             descriptor = -1 if os.name == "nt" else os.open(temporary, os.O_RDONLY)
         else:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if descriptor < 0 or fcntl is None:
-            return temporary, descriptor
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks, on which nothing is taken for a leftover
-            return temporary, descriptor
+        if descriptor >= 0 and fcntl is not None:
+            with suppress(OSError):  # of file systems without locks, where nothing is a leftover
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(temporary):
             return temporary, descriptor
         os.close(descriptor)  # taken for a leftover between its making and its lock
@@ -165,17 +162,11 @@ def _remove_leftovers(target: Path) -> None:
         if name.endswith(".old") and not target.exists():
             os.rename(path, target)  # killed between two renames
             continue
-        try:
+        with suppress(OSError), ExitStack() as stack:  # being written, or not ours to remove
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(path)
-        except OSError:  # being written, or not ours to remove
-            pass
-        finally:
-            os.close(descriptor)
 
 
 def _take_place(new: Path, target: Path) -> None:
@@ -204,8 +195,8 @@ def _exchange(a: Path, b: Path) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    elif path.is_symlink() or path.exists():
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: AnyPath) -> None:

@@ -119,7 +119,12 @@ def write_compact(
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():
         fields, parts = _coded(name, delta.support, adapter.metadata, indices)
-        values, scale = _stored_values(name, delta, dtype)
+        scale = None
+        if dtype == torch.int8:
+            stored(name, delta.values, torch.float32)  # the dtype that they will be read in
+            values, scale = quantize(delta.values.detach().cpu())
+        else:
+            values = stored(name, delta.values, dtype, _DTYPES)
         records[name] = Record(
             delta.support.shape, delta.nnz, WORDS[values.dtype], scale=scale, **fields
         )
@@ -227,11 +232,10 @@ def _file_at(path: Path) -> Path:
 
 def _table(file: TensorFile) -> Table:
     """Return the table, with every tensor that it needs there, of the right dtype and shape."""
-    for key in (TABLE, CHECKSUM):
-        if key not in file.metadata:
-            raise FileFormatError(
-                f"{file.path}: not in the compact format: its __metadata__ has no {key!r}"
-            )
+    if missing := [key for key in (TABLE, CHECKSUM) if key not in file.metadata]:
+        raise FileFormatError(
+            f"{file.path}: not in the compact format: its __metadata__ has no {missing[0]!r}"
+        )
     table = parse(file.metadata[TABLE], file.path, file.size)
     expected: dict[str, tuple[Collection[str], tuple[int, ...] | None]] = {}
     for name, record in table.records.items():
@@ -394,27 +398,14 @@ def _indices_of_blocks(
 # Values: in their dtype, or in one byte each with one scale for each parameter
 
 
-def _stored_values(
-    name: str, delta: SparseDelta, dtype: torch.dtype | None
-) -> tuple[Tensor, float | None]:
-    if dtype != torch.int8:
-        return stored(name, delta.values, dtype, _DTYPES), None
-    stored(name, delta.values, torch.float32)  # the dtype that the values will be read in
-    return quantize(delta.values.detach().cpu())
-
-
 def quantize(values: Tensor) -> tuple[Tensor, float]:
     """Return values as int8 and their scale.
 
     ``scale = max |v| / 127`` in float32 and ``q = round(v / scale)``, half to even. Every value is
     within ``ERROR_BOUND * scale`` of what `dequantize` makes of it.
 
-    Args:
-        values: ``(k,)`` floating point, finite in float32 too.
-
-    Returns:
-        int8 ``(k,)``, between -127 and 127, and the scale, a number that float32 can hold. The
-        scale of no values, or of zeros alone, is 0.
+    Values are finite in float32 too; the steps are from -127 to 127; the scale is a number of
+    float32, 0 for no values or zeros alone.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     if not largest:

@@ -57,12 +57,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def recorded_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of the base weights that the config records, by parameter name."""
-    shapes = config.get(SHAPES_FIELD)
-    return None if shapes is None else {name: tuple(sizes) for name, sizes in shapes.items()}
-
-
 def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
     """Return the text of a config that fits an adapter.
 

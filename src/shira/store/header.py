@@ -70,23 +70,14 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file.
+    """One tensor of a file."""
 
-    Attributes:
-        key: Its name in the file.
-        file: The file.
-        dtype: In safetensors' words: ``"F32"``, ``"I16"``.
-        shape: Its shape.
-        start: Its first byte, counted from the start of the file.
-        end: The byte behind its last.
-    """
-
-    key: str
+    key: str  # its name in the file
     file: Path
-    dtype: str
+    dtype: str  # in safetensors' words: "F32", "I16"
     shape: tuple[int, ...]
-    start: int
-    end: int
+    start: int  # its first byte, counted from the start of the file
+    end: int  # the byte behind its last
 
 
 @dataclass(frozen=True)
@@ -203,16 +194,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def check_values(values: Tensor) -> None:
     """Raise an `EntryError` if there are NaN or infinite values."""
-    if not values.numel():
-        return
-    least, largest = values.aminmax()  # either is NaN if there is one
-    if math.isfinite(least.item()) and math.isfinite(largest.item()):
-        return
-    nan = int(values.isnan().sum())
-    infinite = int(values.isinf().sum())
-    raise EntryError(
-        f"the values are not finite: {nan} NaN and {infinite} infinite of {values.numel()}"
-    )
+    # Both the least and the largest are NaN if there is one.
+    if values.numel() and not all(math.isfinite(end.item()) for end in values.aminmax()):
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        raise EntryError(
+            f"the values are not finite: {nan} NaN and {infinite} infinite of {values.numel()}"
+        )
 
 
 def check_whole(tensor: Tensor) -> None:

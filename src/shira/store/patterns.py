@@ -44,11 +44,9 @@ _REPEATS = {c.MAX_REPEAT, c.MIN_REPEAT, getattr(c, "POSSESSIVE_REPEAT", c.MAX_RE
 
 
 def check_patterns(config: Mapping[str, Any], names: Collection[str] | None = None) -> None:
-    """Check every pattern of module names in a configuration of PEFT's, as PEFT uses it.
+    """Check every pattern in the fields of a configuration of PEFT's, as PEFT uses it.
 
-    Args:
-        config: Its fields; those that hold no patterns are left alone.
-        names: That it will be matched with; None stands for those of a model.
+    ``names`` are those that it will be matched with; None stands for those of a model.
 
     Raises:
         ConfigError: If one is no regular expression, or matching it, or all, could take minutes.
@@ -158,19 +156,15 @@ def _ways(items: Any, after: _Next, names: _Names) -> float:
 
 def _ways_of(op: Any, value: Any, after: _Next, names: _Names) -> float:
     """Return such a bound for one item of a sequence."""
-    if op in _REPEATS:
-        least, most, body = value
-        return _ways_of_repeat(int(least), int(most), body, after, names)
     if op in (c.ASSERT, c.ASSERT_NOT):
         names.asserted.append(_ways(value[1], _END, names))
         return 1.0
-    parts = _parts(op, value)
-    ways = [_ways(part, after, names) for part in parts] or [1.0]
-    return sum(ways) if op is c.BRANCH and not _apart(parts, after) else max(ways)
-
-
-def _ways_of_repeat(least: int, most: int, body: Any, after: _Next, names: _Names) -> float:
-    least, most = min(least, names.length), min(most, names.length)
+    if op not in _REPEATS:
+        parts = _parts(op, value)
+        ways = [_ways(part, after, names) for part in parts] or [1.0]
+        return sum(ways) if op is c.BRANCH and not _apart(parts, after) else max(ways)
+    least, most = (min(int(times), names.length) for times in value[:2])
+    body = value[2]
     start = _first(body)
     meet = bool(start.first & after.first) or start.empty
     if most <= 1:

@@ -35,16 +35,12 @@ from shira.base import judge
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError, did_you_mean
 from shira.store.atomic import check_kind, write_atomically
-from shira.store.config import (
-    SHAPES_FIELD,
-    compose_config,
-    read_config,
-    recorded_shapes,
-)
+from shira.store.config import SHAPES_FIELD, compose_config, read_config
 from shira.store.header import (
     FLOATS,
     WHOLE_DTYPES,
     EntryError,
+    Stored,
     TensorFile,
     check_values,
     check_whole,
@@ -75,21 +71,13 @@ _WRITTEN_INDICES = (torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class RawDelta:
-    """A file's entries for one module; all is checked but what needs the weight's shape.
+    """A file's entries for one module; all is checked but what needs the weight's shape."""
 
-    Attributes:
-        values: ``(k,)`` floating point, finite, in the stored dtype.
-        coordinates: int32 ``(2, k)``, row and column, unique, in row-major order.
-        weight_name: The base model's own name of the weight.
-        key: The module's name in the file, prefix included.
-        index_dtype: Dtype of the indices in the file, such as ``"I32"``.
-    """
-
-    values: Tensor
-    coordinates: Tensor
-    weight_name: str
-    key: str
-    index_dtype: str
+    values: Tensor  # (k,) floating point, finite, in the stored dtype
+    coordinates: Tensor  # int32 (2, k), row and column, unique, in row-major order
+    weight_name: str  # the base model's own name of the weight
+    key: str  # the module's name in the file, prefix included
+    index_dtype: str  # of the indices in the file, such as "I32"
 
     @property
     def nnz(self) -> int:
@@ -119,7 +107,8 @@ class PeftFile:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the base weights by parameter name, if the config records them."""
-        return recorded_shapes(self.config)
+        shapes = self.config.get(SHAPES_FIELD)
+        return None if shapes is None else {name: tuple(sizes) for name, sizes in shapes.items()}
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -142,7 +131,7 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
     config = read_config(config_path) if config_path else {}
     with open_tensors(weights) as file:
         pairs, others = _sort_out(file)
-        if not pairs and recorded_shapes(config) != {}:
+        if not pairs and config.get(SHAPES_FIELD) != {}:
             raise FileFormatError(
                 f"{weights}: not a SHiRA adapter: none of its {len(others)} tensors is a {VALUES}"
             )
@@ -154,11 +143,7 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
 
 
 def validate_against(file: PeftFile, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Check a file against the shapes of the weights it is for.
-
-    Args:
-        file: From `read_peft`.
-        shapes: By parameter name; may have more parameters than the file.
+    """Check a file against the shapes of the base's weights, by parameter name.
 
     Raises:
         FileFormatError: If a target is not among them or a row or column is out of range.
@@ -234,35 +219,37 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
         row, column = raw.coordinates
         flat = row.long().mul_(matrix_shape(shape)[1]).add_(column)
         delta = SparseDelta(Support._trusted(shape, flat), raw.values)
-        if name in file.copies and not _is_the_base(file, name, flat):
-            whole[name] = file.copies[name].clone()
-            held = whole[name].view(-1)
-            held[flat] = delta.replacement(held[flat])
-        else:
-            deltas[name] = delta
+        if name in file.copies:
+            held = file.copies[name].view(-1)[flat]
+            verdict = judge(file.config, name, torch.ones(1), held)
+            if verdict == "another":
+                raise FileFormatError(
+                    f"{file.path}: its copy of the base's {name!r} does not hold the values that "
+                    "the adapter was trained on, as their fingerprint says; save the adapter again "
+                    "with save_pretrained(..., save_embedding_layers=False)"
+                )
+            if verdict not in ("same", "same after rounding"):
+                # Without a fingerprint nothing is known of the copy, and it has to come along.
+                whole[name] = file.copies[name].clone()
+                whole[name].view(-1)[flat] = delta.replacement(held)
+                continue
+        deltas[name] = delta
     return Adapter(deltas, file.metadata, whole)
 
 
 def read_whole(
     file: TensorFile, keys: Iterable[str], sparse: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read tensors of a PEFT file that no tuner has made: whole ones of the base model.
+    """Read tensors of a PEFT file that no tuner has made, by the base model's own names.
 
-    Those of the weights in ``sparse``, which the adapter changes otherwise, are copies of the base.
-
-    Returns:
-        Whole tensors, and copies of the base's weights that are among ``sparse``, both by the base
-        model's own names.
-
-    Raises:
-        FileFormatError: If one is of another PEFT method, is there twice, changes a weight of
-            ``sparse``, is of a dtype that models do not keep, or holds values that are not finite.
+    They are whole tensors, and copies of the base's weights that are among ``sparse``: those that
+    the adapter changes otherwise.
     """
     whole: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key in keys:
         with refusing(file.path, f"tensor {key!r}"):
-            parts, name, dtype = key.split("."), base_module_name(key), file.tensors[key].dtype
+            parts, name = key.split("."), base_module_name(key)
             if any(part.startswith(_FOREIGN) for part in parts) or not all(parts):
                 raise EntryError("not known: no SHiRA tensor and no tensor of a base model")
             if name in sparse and "base_layer" not in parts:
@@ -270,28 +257,15 @@ def read_whole(
             found = copies if name in sparse else whole
             if name in found:
                 raise EntryError(f"duplicate: the file holds {name!r} twice")
-            if dtype not in WHOLE_DTYPES:
-                choices = ", ".join(WHOLE_DTYPES)
-                raise EntryError(f"dtype {dtype} is not one of {choices} (a whole tensor)")
+            _check_dtype(file.tensors[key], WHOLE_DTYPES, "a whole tensor")
             found[name] = file.read(key)
             check_whole(found[name])
     return whole, copies
 
 
-def _is_the_base(file: PeftFile, name: str, flat: Tensor) -> bool:
-    """Check whether a copy of the base's weight in a file is what its adapter was made on.
-
-    Without a fingerprint nothing is known, and the copy has to come along.
-    """
-    held = file.copies[name].view(-1)[flat]
-    verdict = judge(file.config, name, torch.ones(1), held)
-    if verdict == "another":
-        raise FileFormatError(
-            f"{file.path}: its copy of the base's {name!r} does not hold the values that the "
-            "adapter was trained on, as their fingerprint says; save the adapter again with "
-            "save_pretrained(..., save_embedding_layers=False)"
-        )
-    return verdict in ("same", "same after rounding")
+def _check_dtype(tensor: Stored, choices: Collection[str], what: str) -> None:
+    if tensor.dtype not in choices:
+        raise EntryError(f"dtype {tensor.dtype} is not one of {', '.join(choices)} ({what})")
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -301,16 +275,14 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         config = path.with_name(CONFIG_NAME)
         return path, config if path.name == WEIGHTS_NAME and config.exists() else None
-    weights, config = path / WEIGHTS_NAME, path / CONFIG_NAME
-    if not weights.exists():
-        pickled = " (its adapter_model.bin is a pickle, which can run code and is not read)"
-        raise FileFormatError(
-            f"{path}: not an adapter: there is no {WEIGHTS_NAME}"
-            f"{pickled if (path / 'adapter_model.bin').exists() else ''}"
-        )
-    if not config.exists():
-        raise FileFormatError(f"{path}: not an adapter: there is no {CONFIG_NAME}")
-    return weights, config
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if not (path / name).exists():
+            pickled = " (its adapter_model.bin is a pickle, which can run code and is not read)"
+            there = name == WEIGHTS_NAME and (path / "adapter_model.bin").exists()
+            raise FileFormatError(
+                f"{path}: not an adapter: there is no {name}{pickled if there else ''}"
+            )
+    return path / WEIGHTS_NAME, path / CONFIG_NAME
 
 
 def _sort_out(file: TensorFile) -> tuple[dict[str, str], list[str]]:
@@ -338,18 +310,14 @@ def _read_delta(file: TensorFile, key: str) -> RawDelta:
     names = f"{key}.{VALUES}", f"{key}.{INDICES}"
     of_values, of_indices = (file.tensors[name] for name in names)
     with refusing(file.path, f"tensor {names[0]!r}"):
-        if of_values.dtype not in FLOATS:
-            choices = ", ".join(FLOATS)
-            raise EntryError(f"dtype {of_values.dtype} is not one of {choices} (floating point)")
+        _check_dtype(of_values, FLOATS, "floating point")
         if len(of_values.shape) != 1:
             raise EntryError(f"shape {of_values.shape} is not (k,)")
         values = file.read(names[0])
         check_values(values)
     with refusing(file.path, f"tensor {names[1]!r}"):
         k = len(values)
-        if of_indices.dtype not in _READ_INDICES:
-            choices = ", ".join(_READ_INDICES)
-            raise EntryError(f"dtype {of_indices.dtype} is not one of {choices} (integers)")
+        _check_dtype(of_indices, _READ_INDICES, "integers")
         if of_indices.shape != (2, k):
             raise EntryError(f"shape {of_indices.shape} is not (2, {k}), as {k} values need")
         coordinates, values = in_order(file.read(names[1]), values)
@@ -415,7 +383,12 @@ def write_peft(
     text = compose_config(adapter, fields)
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():
-        key = PEFT_PREFIX + _module_of(name)
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or not module:
+            raise AdapterError(
+                f"PEFT's format names modules, and {name!r} is not the 'weight' of one"
+            )
+        key = PEFT_PREFIX + module
         values = stored(name, delta.values, dtype, tuple(FLOATS.values()))
         tensors[f"{key}.{VALUES}"] = values.clone()  # none may share memory
         tensors[f"{key}.{INDICES}"] = _stored_indices(name, delta, indices_dtype)
@@ -431,13 +404,6 @@ def write_peft(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_NAME, raw)
     write_atomically(folder / CONFIG_NAME, text.encode())
-
-
-def _module_of(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if kind != "weight" or not module:
-        raise AdapterError(f"PEFT's format names modules, and {name!r} is not the 'weight' of one")
-    return module
 
 
 def _stored_indices(name: str, delta: SparseDelta, dtype: torch.dtype | None) -> Tensor:

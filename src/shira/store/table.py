@@ -2,8 +2,7 @@
 """The table of a compact file's parameters, as a value and as JSON.
 
 A compact file is a safetensors file whose ``__metadata__`` has two texts: ``shira``, the table as a
-JSON object, and ``shira_crc32``, over the table and all data. ``docs/file-format.md`` specifies
-both. ``compact`` composes a table when it writes and parses one when it reads.
+JSON object, and ``shira_crc32``, over the table and all data: see ``docs/file-format.md``.
 """
 
 from __future__ import annotations
@@ -46,46 +45,27 @@ _HEX = re.compile(r"[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Record:
-    """One parameter of a compact file.
+    """One parameter of a compact file; what is None is for another coding."""
 
-    Attributes:
-        shape: Of the weight.
-        k: The number of entries.
-        values: Dtype of the stored values, in safetensors' words.
-        indices: One of `CODINGS`.
-        scale: Of int8 values; None for others.
-        block: Height and width of a block, for ``"blocks"``.
-        seed: Of the mask, for ``"seed"``.
-        slot: Of the mask, for ``"seed"``.
-        check: CRC-32 of the indices, eight hex digits, for ``"seed"``.
-    """
-
-    shape: tuple[int, ...]
-    k: int
-    values: str
-    indices: str
-    scale: float | None = None
-    block: tuple[int, int] | None = None
-    seed: int | None = None
+    shape: tuple[int, ...]  # of the weight
+    k: int  # number of entries
+    values: str  # dtype of the stored values, in safetensors' words
+    indices: str  # one of CODINGS
+    scale: float | None = None  # of int8 values
+    block: tuple[int, int] | None = None  # height and width
+    seed: int | None = None  # of the mask
     slot: int | None = None
-    check: str | None = None
+    check: str | None = None  # CRC-32 of the indices, eight hex digits
 
 
 @dataclass(frozen=True)
 class Table:
-    """All that a file says of itself.
-
-    Attributes:
-        records: By parameter name.
-        metadata: The adapter's.
-        library: What wrote the file: ``"shira 0.1.0"``.
-        tensors: Dtype, in safetensors' words, and shape of each whole tensor, by parameter name.
-    """
+    """All that a file says of itself, by parameter name."""
 
     records: Mapping[str, Record]
     metadata: Mapping[str, Any]
-    library: str
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    library: str  # what wrote the file: "shira 0.1.0"
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of the whole tensors
 
 
 def compose(table: Table) -> str:
