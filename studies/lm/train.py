@@ -24,14 +24,7 @@ from torch.nn.functional import cross_entropy
 from studies.lm import base as bases
 from studies.lm import data as texts
 from studies.lm.methods import ADAPTER, Adapted, adapt
-from studies.lm.protocol import (
-    CALIBRATION_BATCHES,
-    RENEWED_AT,
-    RENEWED_SHARE,
-    SETS,
-    SOURCE,
-    Run,
-)
+from studies.lm.protocol import CALIBRATION_BATCHES, RENEWED_AT, RENEWED_SHARE, SETS, SOURCE, Run
 from studies.lm.renew import EntryAdamW, candidates, renew
 
 EVALUATED_AT_ONCE = {"cpu": 8, "cuda": 32}
