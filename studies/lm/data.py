@@ -60,8 +60,7 @@ def measured(run: Run, data: Path, tokenizer: Any, name: str) -> Rows:
     """
     final = run.stage == "final"
     if name == CHOICES:
-        part, count = ("test", 2 * run.rows) if final else ("validation", run.rows)
-        return _answers(_questions(data, part, count), tokenizer, run.window)
+        return _asked(data, tokenizer, final, run.window, (2 if final else 1) * run.rows)
     if final:
         ids = _encoded(data, name, "test", tokenizer)
         whole = ids[: len(ids) // run.window * run.window].view(-1, run.window)
@@ -151,9 +150,12 @@ def _shuffled(data: Path, part: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _questions(data: Path, part: str, count: int) -> list[tuple[str, dict[str, Any]]]:
-    sets = _shuffled(data, "train" if part == "validation" else part)
-    return [(name, each) for name, rows in sets.items() for each in rows[:count]]
+@functools.lru_cache
+def _asked(data: Path, tokenizer: Any, final: bool, window: int, count: int) -> Rows:
+    """Every answer to so many questions of each set."""
+    sets = _shuffled(data, "test" if final else "train")
+    asked = [(name, each) for name, rows in sets.items() for each in rows[:count]]
+    return _answers(asked, tokenizer, window)
 
 
 @functools.lru_cache
