@@ -54,11 +54,7 @@ UNKNOWN = "0.22"
 
 
 def register() -> None:
-    """Make PEFT use shira's classes, once.
-
-    Raises:
-        MissingDependencyError: If PEFT is too old.
-    """
+    """Make PEFT use shira's classes, once."""
     _check_version(peft.__version__)
     if peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SHIRA] is ShiraModel:
         return

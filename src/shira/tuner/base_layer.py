@@ -158,12 +158,10 @@ def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> No
     The layer has the same adapters merged as then. No tensor of the state dict is written to.
     """
     undo, given = getattr(layer, "_undo", None), state_dict.get(key)
-    if not isinstance(given, Tensor):
-        return
-    if given.data_ptr() == stored_weight(layer).data_ptr():
+    if isinstance(given, Tensor) and given.data_ptr() == stored_weight(layer).data_ptr():
         state_dict[key] = stored_weight(pristine(layer)).detach()
         return
-    if undo is None:
+    if undo is None or not isinstance(given, Tensor):
         return
     support = Support(undo.plan.weight_shape, undo.plan.flat())
     found, merged = (values_at(weight, support) for weight in (given, base_of(layer).weight))

@@ -272,12 +272,8 @@ def as_ours(config: Any) -> ShiraConfig:
     """Return one of PEFT's own configurations, made before shira was imported, as ours."""
     if isinstance(config, ShiraConfig) or not isinstance(config, StockConfig):
         return config  # type: ignore[no-any-return]
-    known = {field.name for field in dataclasses.fields(ShiraConfig)}
-    values = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.init and field.name in known
-    }
+    known = {field.name for field in dataclasses.fields(ShiraConfig) if field.init}
+    values = {name: value for name, value in vars(config).items() if name in known}
     ours = ShiraConfig(**values | {"inference_mode": True})  # no second warning of an own mask
     ours.inference_mode = config.inference_mode
     if config.mask_fn is not None and config.mask_fn is not random_mask:

@@ -45,8 +45,11 @@ class GradientWatch:
         if not runs_eagerly(*values):
             self.stop()
             return
-        if not self._handles:
-            self._watch_what_else_trains()
+        if not self._handles:  # a pass that reaches no adapter at all is a first pass too
+            model = self._model()
+            for name, parameter in () if model is None else model.named_parameters():
+                if parameter.requires_grad and "shira_weight." not in name and parameter.is_leaf:
+                    self._handles[name] = parameter.register_hook(lambda _: self._await_end())
         for name, value in zip(adapter_names, values, strict=True):
             key = (id(layer), name)
             if value.requires_grad and key not in self._handles:
@@ -63,13 +66,6 @@ class GradientWatch:
         for layer in self._layers:
             if layer._gradient_watch is self:
                 layer._gradient_watch = None
-
-    def _watch_what_else_trains(self) -> None:
-        # A pass that reaches no adapter at all is a first pass too.
-        model = self._model()
-        for name, parameter in () if model is None else model.named_parameters():
-            if parameter.requires_grad and "shira_weight." not in name and parameter.is_leaf:
-                self._handles[name] = parameter.register_hook(lambda _: self._await_end())
 
     def _reach(self, key: tuple[int, str]) -> None:
         self._reached.add(key)

@@ -50,11 +50,7 @@ def digest_of(support: Support) -> str:
 
 
 class IndexDict(BufferDict):
-    """``{adapter name: int32 (2, k)}``: row and column of each trained entry, sorted.
-
-    Args:
-        shape: Of the weight.
-    """
+    """``{adapter name: int32 (2, k)}``: row and column of each trained entry, sorted."""
 
     _buffers: dict[str, Any]
 
@@ -107,7 +103,6 @@ class IndexDict(BufferDict):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self:
             destination[prefix + name] = self[name]
 
@@ -190,10 +185,7 @@ def compare(digests: Digests, group: dist.ProcessGroup | None) -> None:
 
 
 def raise_if_different(by_rank: Sequence[Digests]) -> None:
-    """Raise if a parameter that two ranks have differs between them.
-
-    A parameter that only some ranks have (stages of a pipeline) is no contradiction.
-    """
+    """Raise if a parameter that two ranks have, as all but stages of a pipeline do, differs."""
     different: dict[tuple[str, str], tuple[int, int]] = {}
     first: dict[tuple[str, str], int] = {}
     for rank, digests in enumerate(by_rank):

@@ -96,7 +96,6 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.chosen: dict[str, str] = {}
         self.shira_weight = nn.ParameterDict({})
         self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
         self.base_reloaded = False
@@ -182,11 +181,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         if adapter not in self.scaling:
             return
         scale = checked_scale(adapter, scale)
-        merged = list(self.merged_adapters) if adapter in self.merged_adapters else []
-        if merged:  # first, so that what is merged has the scale that is noted, at any interrupt
+        merged = list(self.merged_adapters)
+        if adapter in merged:  # first, so that it has the scale that is noted, at any interrupt
             self.unmerge()
         self.scaling[adapter] = scale
-        if merged:
+        if adapter in merged:
             self.merge(adapter_names=merged)
 
     def support(self, adapter_name: str) -> Support:

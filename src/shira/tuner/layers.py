@@ -5,12 +5,8 @@ A type says which base layers it adapts, and computes their product with the del
 weight. To add one, write its class, here or in a file of its own, and put it into `LAYERS`.
 
 In a mixed batch (``adapter_names=``) the base is computed once for all samples, where that is
-cheaper, and a type puts each adapter's k entries on top for the samples that want it:
-
-- linear layers: ``y_g += x_g dW_g^T``, O(tokens of the group * k); see `shira.ops.sparse_product`
-  for how its rounding differs from the merged weight's;
-- embeddings: the entries of the rows that were looked up are replaced, O(tokens * k / rows), which
-  is the merged table's look-up bit for bit.
+cheaper, and a type puts each adapter's k entries on top for the samples that want it. An embedding
+is then the merged table's look-up bit for bit; a linear layer rounds as `shira.ops.sparse_product`.
 """
 
 from __future__ import annotations

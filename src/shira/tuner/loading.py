@@ -114,8 +114,7 @@ def _check_whole(
 ) -> None:
     """Check that the model has the file's whole tensors, and the file all of ``modules_to_save``.
 
-    PEFT leaves out what the model lacks, and fails on what the file lacks when it has changed the
-    model already.
+    PEFT does so late, when it has changed the model, or not at all.
     """
     for name in file.whole:
         if name not in shapes:
@@ -187,10 +186,7 @@ def named_for_loading(
 def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what is about to be loaded into the layers, checked, with positions sorted.
-
-    Room is made where the size differs, once all is checked.
-    """
+    """Return what is about to be loaded into the layers, checked and sorted; make room for it."""
     layers = layers_of(model, adapter_name)
     known = {
         f"{path}.{kind}.{name}"

@@ -134,13 +134,10 @@ class ShiraModel(BaseTuner):
                 if adapter_name == REFERENCE:
                     self._copy_adapter_of_same_config(target, config)
             else:
-                if backend_of(base_of(target)) is None:  # a packed weight is never written to
-                    weight, memory_map = target.weight, getattr(self, "_memory_map", None)
-                    if isinstance(weight, nn.Parameter):
-                        make_private(weight, memory_map, warn=False)
-                new_module = layer_class(
-                    target, support, adapter_name, config=config, r=r, **kwargs
-                )
+                packed = backend_of(base_of(target)) is not None  # such is never written to
+                if not packed and isinstance(weight := target.weight, nn.Parameter):
+                    make_private(weight, getattr(self, "_memory_map", None), warn=False)
+                new_module = layer_class(target, support, adapter_name, config, r, **kwargs)
                 if adapter_name not in self.active_adapters:
                     new_module.requires_grad_(False)
                 new_module.weight_name = name
@@ -181,8 +178,7 @@ class ShiraModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         for name, config in self.peft_config.items():  # its layers will not be there to look at
             if isinstance(config, ShiraConfig):
-                for field, value in describe(config, self.model, name).items():
-                    setattr(config, field, value)
+                vars(config).update(describe(config, self.model, name))
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
         restore = merges_of(self.model)
         try:
@@ -313,13 +309,7 @@ class ShiraModel(BaseTuner):
         return names
 
     def _check_merge_allowed(self) -> None:
-        """Refuse a weight that is packed, sharded, computed or shared with an unadapted module.
-
-        Before anything is merged, so that no model is left half merged.
-
-        Raises:
-            MergeError: If there is one.
-        """
+        """Refuse weights that cannot be merged into, before anything is merged."""
         super()._check_merge_allowed()
         layers = layers_of(self.model).values()
         for layer in layers:

@@ -11,9 +11,6 @@ and nothing has to be put back; the packed weight is never touched::
 B is the one dense temporary of the weight's size in shira's training: O(m n) for the length of a
 product, made twice a step and never kept from forward to backward. Keeping it would undo what the
 quantization saves.
-
-Deltas are float32 and are added in the dtype of the product. No dtype between 4 bit and that of the
-product rounds them away, as merging into the packed weight would.
 """
 
 from __future__ import annotations

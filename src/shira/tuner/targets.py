@@ -92,10 +92,7 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
 
 
 def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
-    """Warn of each listed target that matches no module, and of ``modules_to_save`` if none does.
-
-    PEFT leaves them out and says nothing.
-    """
+    """Warn of listed targets that match no module, and of ``modules_to_save`` if none does."""
     names = _known_names(model)
     targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
     idle = [
@@ -153,10 +150,7 @@ def _known_names(model: nn.Module) -> set[str]:
 
 
 def check_target(name: str, target: nn.Module) -> None:
-    """Check that an adapted layer can stand in for a module, a base layer or an adapted one.
-
-    It has to act as its merged model would.
-    """
+    """Check that an adapted layer can stand in for a module, a base layer or an adapted one."""
     base_layer = base_of(target)
     kind, layer_class = type(base_layer).__name__, layer_class_of(base_layer)
     if layer_class is None:
