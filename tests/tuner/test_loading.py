@@ -139,6 +139,9 @@ def test_wrong_base_under_a_name_that_is_there(tmp_path):
         model.load_adapter(tmp_path / "wrong", "default")
     assert torch.equal(model(X), want)
     randomize(model, 7)
+    model.load_adapter(tmp_path / "right", "new")
+    with pytest.raises(WrongBaseError, match=r"lin[12]\.weight"):
+        model.load_adapter(tmp_path / "wrong", "new")
     model.load_adapter(tmp_path / "right", "default")
     assert torch.equal(model(X), want)
     (tmp_path / "right" / "adapter_config.json").unlink()  # which PEFT does not read then

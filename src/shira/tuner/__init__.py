@@ -176,11 +176,12 @@ def _check_again(
 ) -> Any:
     """Check a file also if it is loaded under a name that is there, where PEFT reads no config."""
     config = model.peft_config.get(adapter_name)
-    if isinstance(config, ShiraConfig):
-        if not config._just_read:
-            check_file(model.get_base_model(), model_id, kwargs)
+    if isinstance(config, ShiraConfig) and not config._just_read:
+        check_file(model.get_base_model(), model_id, kwargs)
+    result = load(model, model_id, adapter_name, *args, **kwargs)
+    if isinstance(config := model.peft_config[adapter_name], ShiraConfig):
         config._just_read = False
-    return load(model, model_id, adapter_name, *args, **kwargs)
+    return result
 
 
 def _check_after(

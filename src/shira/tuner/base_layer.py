@@ -23,10 +23,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from shira.errors import TargetError
 from shira.ops.memory import keep_over_fork, memory_of, offsets_of, settle
 from shira.ops.patch import Overwritten, restored
 from shira.store.names import gathered, is_partitioned, is_sharded, whole
@@ -49,16 +48,9 @@ def members(module: nn.Module, *names: str) -> list[Any]:
     ``module.weight`` is first looked for, in vain, as an ordinary attribute and then found by
     ``nn.Module.__getattr__``: a microsecond a name, which a layer's call paid twenty times over.
     """
-    parameters, modules = module._parameters, module._modules
-    found: list[Any] = []
-    for name in names:
-        if name in parameters:
-            found.append(parameters[name])
-        elif name in modules:
-            found.append(modules[name])
-        else:  # FSDP1 and parametrizations put something else in a parameter's place
-            found.append(getattr(module, name))
-    return found
+    parameters = module._parameters
+    # FSDP1 and parametrizations put something else in a parameter's place
+    return [parameters[n] if n in parameters else getattr(module, n) for n in names]
 
 
 def base_of(layer: Any) -> Any:
@@ -198,25 +190,6 @@ def _overwritten(layer: nn.Module, weight: Tensor) -> list[Overwritten]:
         offsets, originals = patch.offsets.to(weight.device), patch.originals
         records.append(Overwritten(offsets, originals.to(weight.device, weight.dtype)))
     return [record for record in records if record.nnz]
-
-
-def onloaded(values: nn.ParameterDict, name: str, what: str) -> Tensor:
-    """Return an adapter's values in a layer, brought from where Accelerate has put them.
-
-    Values to be trained are refused, as their gradient would be lost; the message begins with
-    ``what``.
-    """
-    here: Tensor = values[name]
-    if not here.is_meta or not has_offloaded_params(values):
-        return here
-    if here.requires_grad and torch.is_grad_enabled():
-        raise TargetError(
-            f"{what}: the values of adapter {name!r} are offloaded, so they cannot be trained; "
-            "offload the base model first, and add the adapter afterwards"
-        )
-    with align_module_device(values):
-        brought: Tensor = values[name].detach()
-    return brought
 
 
 def gather_for_call(layer: nn.Module, parameter: Tensor) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import has_offloaded_params
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ from shira.tuner.base_layer import (
     input_of,
     is_computed,
     members,
-    onloaded,
     stored_weight,
     way_to_call,
     weight_of,
@@ -221,8 +220,15 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         return self._scaled(adapter, self.shira_weight[adapter])
 
     def _scaled(self, adapter: str, values: Tensor) -> Tensor:
-        if values.is_meta:
-            values = onloaded(self.shira_weight, adapter, self.weight_name)
+        if values.is_meta and has_offloaded_params(self.shira_weight):
+            if values.requires_grad and torch.is_grad_enabled():  # the gradient would be lost
+                raise TargetError(
+                    f"{self.weight_name}: the values of adapter {adapter!r} are offloaded, so they "
+                    "cannot be trained; offload the base model first, and add the adapter "
+                    "afterwards"
+                )
+            with align_module_device(self.shira_weight):
+                values = self.shira_weight[adapter].detach()
         scale = self.scaling[adapter]
         return values if scale == 1.0 else values * scale
 

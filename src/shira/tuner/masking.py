@@ -204,10 +204,7 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any
 
 
 def _gradient_magnitudes(
-    model: nn.Module,
-    group: Sequence[tuple[str, Any]],
-    batches: Iterable[Any],
-    loss_fn: LossFn,
+    model: nn.Module, group: Sequence[tuple[str, Any]], batches: Iterable[Any], loss_fn: LossFn
 ) -> dict[str, Tensor]:
     """Return the sum over the batches of each weight's gradient's magnitude, in float32."""
     totals: dict[str, Tensor] = {}

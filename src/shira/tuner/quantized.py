@@ -60,11 +60,7 @@ def unpacked(layer: nn.Module) -> Tensor | None:
 
 @torch.compiler.disable(reason="a packed weight is unpacked by its own library")
 def quantized_linear(
-    x: Tensor,
-    layer: nn.Module,
-    backend: Any,
-    deltas: Sequence[Tensor],
-    indices: Sequence[Tensor],
+    x: Tensor, layer: nn.Module, backend: Any, deltas: Sequence[Tensor], indices: Sequence[Tensor]
 ) -> Tensor:
     """Compute ``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
 

@@ -119,10 +119,7 @@ def describe(
 
 
 def watch(
-    config: ShiraConfig,
-    model: nn.Module,
-    adapter_name: str,
-    known: Known = MappingProxyType({}),
+    config: ShiraConfig, model: nn.Module, adapter_name: str, known: Known = MappingProxyType({})
 ) -> None:
     """Have a configuration described by an adapter, as long as its model is there.
 
