@@ -129,6 +129,19 @@ def test_a_config_of_ones_own_goes_before_the_files(tmp_path):
     PeftModel.from_pretrained(mlp(seed=1), tmp_path, config=config)
 
 
+def test_a_file_without_shapes_has_the_targets_of_its_config(tmp_path):
+    saved(tmp_path)
+    path, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, tensors = json.loads(path.read_text()), load_file(file)
+    path.write_text(json.dumps({**config, "shira_shapes": None, "target_modules": ["lin2"]}))
+    with pytest.raises(FileFormatError, match=r"unknown target: 'lin1\.weight' is in the file"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    path.write_text(json.dumps({**config, "shira_shapes": None}))
+    save_file({key: t for key, t in tensors.items() if "lin1" not in key}, file)
+    with pytest.raises(FileFormatError, match=r"missing target: .* name 'lin1\.weight'"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
 def test_wrong_base_under_a_name_that_is_there(tmp_path):
     model = saved(tmp_path / "right")
     want = model(X)

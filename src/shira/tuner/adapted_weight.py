@@ -88,13 +88,8 @@ class AdaptedWeight(Tensor):
     @staticmethod
     def __new__(cls, weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> AdaptedWeight:
         """Return a tensor of the weight's shape, without memory."""
-        self: AdaptedWeight = Tensor._make_wrapper_subclass(
-            cls,
-            weight.shape,
-            strides=weight.stride(),
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        layout: Any = {"strides": weight.stride(), "dtype": weight.dtype, "device": weight.device}
+        self: AdaptedWeight = Tensor._make_wrapper_subclass(cls, weight.shape, **layout)
         self._weight, self._deltas, self._inside = weight, deltas, inside
         self._seen = versions_of(weight, *deltas)
         return self

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from shira.ops.memory import keep_over_fork, memory_of, offsets_of, settle
 from shira.ops.patch import Overwritten, restored
@@ -48,9 +49,10 @@ def members(module: nn.Module, *names: str) -> list[Any]:
     ``module.weight`` is first looked for, in vain, as an ordinary attribute and then found by
     ``nn.Module.__getattr__``: a microsecond a name, which a layer's call paid twenty times over.
     """
-    parameters = module._parameters
-    # FSDP1 and parametrizations put something else in a parameter's place
-    return [parameters[n] if n in parameters else getattr(module, n) for n in names]
+    parameters, found = module._parameters, []
+    for name in names:  # FSDP1 and parametrizations put something else in a parameter's place
+        found.append(parameters[name] if name in parameters else getattr(module, name))
+    return found
 
 
 def base_of(layer: Any) -> Any:
@@ -77,10 +79,9 @@ def is_computed(base_layer: nn.Module) -> bool:
     By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
     the forward (the older weight_norm and spectral_norm, pruning).
     """
-    parametrizations = base_layer._modules.get("parametrizations")
-    parametrized = parametrizations is not None and "weight" in parametrizations._modules
-    made = parametrized or any(name.startswith("weight_") for name in base_layer._parameters)
-    return made and "weight" not in base_layer._parameters
+    parts = base_layer._parameters
+    made = is_parametrized(base_layer, "weight") or any(n.startswith("weight_") for n in parts)
+    return made and "weight" not in parts
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from shira.support import Support, matrix_shape
 from shira.tuner.base_layer import readable, weight_of
 from shira.tuner.quantized import unpacked
 
-MaskFn = Callable[..., Any]
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -103,7 +102,7 @@ class ShiraConfig(PeftConfig):
                 f"save_dtype is one of {', '.join(SAVE_DTYPES)}, or None, not {self.save_dtype!r}."
                 f"{did_you_mean(str(self.save_dtype), SAVE_DTYPES)}"
             )
-        self.mask_fn: MaskFn | None = self._builtin_mask_fn()
+        self.mask_fn: Callable[..., Any] | None = self._builtin_mask_fn()
         # Finds the weights that belong to this config; set by from_pretrained, used once.
         self._source: Callable[[], str | None] | None = None
         self._just_read = False  # that file was checked, or this config is to go before its own
@@ -141,7 +140,7 @@ class ShiraConfig(PeftConfig):
                 "a regular expression can name the layers itself"
             )
 
-    def _builtin_mask_fn(self) -> MaskFn | None:
+    def _builtin_mask_fn(self) -> Callable[..., Any] | None:
         if self.mask_type in MASKS:
             options = self.mask_options or {}
             if "slot" in options:
@@ -175,16 +174,10 @@ class ShiraConfig(PeftConfig):
                     "a way that cannot be unpacked; choose by position: mask_type 'random', "
                     "'struct', 'block' or 'block_diagonal'"
                 )
-            return choose(
-                self.mask_type,
-                shape,
-                self.entries(shape, r, name),
-                weight=weight,
-                seed=self.draw_seed(),
-                name=name,
-                slot=self.mask_slot,
-                **(self.mask_options or {}),
-            )
+            k = self.entries(shape, r, name)
+            options: dict[str, Any] = {"slot": self.mask_slot, **(self.mask_options or {})}
+            options |= {"weight": weight, "seed": self.draw_seed(), "name": name}
+            return choose(self.mask_type, shape, k, **options)
 
     def draw_seed(self) -> int:
         """Return the seed of the mask; drawn and recorded now if there was none."""

@@ -193,12 +193,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta, scaled: a sparse COO tensor of the weight's matrix shape."""
+        indices, shape = self.shira_indices[adapter], matrix_shape(self.weight_shape)
         return torch.sparse_coo_tensor(
-            self.shira_indices[adapter],
-            self._delta(adapter),
-            matrix_shape(self.weight_shape),
-            is_coalesced=True,
-            check_invariants=False,
+            indices, self._delta(adapter), shape, is_coalesced=True, check_invariants=False
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -250,9 +247,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """
         settle(stored_weight(self))
         result = super().state_dict(*args, **kwargs)
-        if any(
-            value.is_meta and hasattr(value, "full_tensor") for value in self.shira_weight.values()
-        ):
+        values = self.shira_weight.values()
+        if any(value.is_meta and hasattr(value, "full_tensor") for value in values):
             self.shira_indices.leave_out(result, f"{kwargs.get('prefix', '')}shira_indices.")
         return result
 
@@ -314,30 +310,31 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             kind = getattr(backend, "backend_name", "") or type(backend).__name__
             why = (
                 f"a quantized weight ({kind}): packing it again would round most of the deltas "
-                "away and change the weights around them. Keep the adapter unmerged, or load the "
-                "base model unquantized and merge there"
+                "away and change the weights around them. Load the base model unquantized first"
             )
         elif is_computed(base):
             why = (
                 "a weight that is computed from other parameters (weight_norm, spectral_norm, "
                 "orthogonal, pruning): it would be computed anew without them. Remove the "
                 "parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
-                "prune.remove), or keep the adapter unmerged"
+                "prune.remove)"
             )
         elif is_sharded(weight_of(base)):
             why = (
-                "a weight of which this process has a part only (FSDP2, ZeRO-3); save the adapter, "
+                "a weight of which this process has a part only (FSDP2, ZeRO-3). Save the adapter "
                 "and merge it into a model in one process"
             )
         elif overlaps_itself(weight_of(base)):
             why = (
                 "a weight whose entries share memory (an expanded tensor), so that writing one "
-                "writes others. Clone the weight first, or keep the adapter unmerged"
+                "writes others. Clone the weight first"
             )
         else:
             return
-        names = f"adapters {list(adapter_names)}"
-        raise MergeError(f"{self.weight_name}: {names} cannot be merged into {why}")
+        raise MergeError(
+            f"{self.weight_name}: adapters {list(adapter_names)} cannot be merged into {why}, or "
+            "keep them unmerged"
+        )
 
     def unmerge(self) -> None:
         """Put the originals back, bit for bit."""

@@ -56,13 +56,9 @@ class Linear(ShiraLayer):
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
     def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        added = ops.sparse_product(
-            x.reshape(-1, x.shape[-1]),
-            self._delta(adapter),
-            self.shira_indices.kept(adapter),
-            self.weight_shape,
-            transposed=self.fan_in_fan_out,
-        )
+        delta, indices = self._delta(adapter), self.shira_indices.kept(adapter)
+        rows, shape = x.reshape(-1, x.shape[-1]), self.weight_shape
+        added = ops.sparse_product(rows, delta, indices, shape, transposed=self.fan_in_fan_out)
         # in the wide dtype of `added`, rounded once
         return (result + added.view(result.shape)).to(result.dtype)
 
@@ -81,24 +77,13 @@ class Conv2d(ShiraLayer):
         base: Any = self.get_base_layer()
         weight, bias = members(base, "weight", "bias")
         x = self._cast_input(x, weight)
-        padding = [0, 0]
+        padding = base.padding
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             # as nn.Conv2d itself does for padding other than a number of zeros
             mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
-        else:
-            padding = list(base.padding)
-        return ops.conv2d(
-            x,
-            weight,
-            bias,
-            deltas,
-            indices,
-            stride=base.stride,
-            padding=padding,
-            dilation=base.dilation,
-            groups=base.groups,
-        )
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        window = {"stride": base.stride, "padding": padding, "dilation": base.dilation}
+        return ops.conv2d(x, weight, bias, deltas, indices, groups=base.groups, **window)
 
 
 _CONV_FORWARD = nn.Conv2d._conv_forward

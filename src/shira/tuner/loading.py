@@ -32,9 +32,6 @@ from shira.tuner.layer import ShiraLayer
 from shira.tuner.saving import by_own_names, is_elsewhere, layers_of, path_in_state
 from shira.tuner.targets import matched_modules
 
-Incoming = Mapping[str, Support]
-"""Supports in a file, by parameter name."""
-
 WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 """Options of loading that say where and how a file is found on the hub."""
 
@@ -51,23 +48,27 @@ def weights_of(model_id: str, options: Mapping[str, Any]) -> str | None:
         return None
 
 
-def read_incoming(config: ShiraConfig, model: nn.Module) -> Incoming | None:
+def read_incoming(config: ShiraConfig, model: nn.Module) -> dict[str, Support] | None:
     """Return the supports of the adapter whose config this is, all of its file checked.
 
     None if the config was not read by ``from_pretrained``, and so knows no file beside it.
     """
-    source = None if config._source is None else config._source()
-    if source is None:
+    if config._source is None or (source := config._source()) is None:
         return None
     file = read_peft(source)
     shapes = shapes_of(model)
     validate_against(file, shapes)
-    _check_targets(file, config, model)
-    _check_whole(file, config, model, shapes)
     layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
-    for path, module in model.named_modules():
+    for path, module in matched_modules(config, model):
         if isinstance(getattr(module, "weight", None), Tensor):
             layers.setdefault(weight_name(base_module_name(path)), module)
+    present = {raw.weight_name for raw in file.tensors.values()}
+    for name in sorted(layers.keys() ^ present):
+        why = f"unknown target: {name!r} is in the file, but not among the config's target_modules"
+        if name in layers:
+            why = f"missing target: the config's target_modules name {name!r}, the file has none"
+        raise FileFormatError(f"{file.path}: {why}")
+    _check_whole(file, config, model, shapes)
     supports: dict[str, Support] = {}
     verdicts: dict[str, Verdict] = {}
     for raw in file.tensors.values():
@@ -93,20 +94,6 @@ def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> N
         return
     if isinstance(config, ShiraConfig):
         read_incoming(config, model)
-
-
-def _check_targets(file: PeftFile, config: ShiraConfig, model: nn.Module) -> None:
-    wanted = {
-        weight_name(base_module_name(name))
-        for name, module in matched_modules(config, model)
-        if hasattr(module, "weight")
-    }
-    present = {raw.weight_name for raw in file.tensors.values()}
-    for name in sorted(wanted ^ present):
-        why = f"unknown target: {name!r} is in the file, but not among the config's target_modules"
-        if name in wanted:
-            why = f"missing target: the config's target_modules name {name!r}, the file has none"
-        raise FileFormatError(f"{file.path}: {why}")
 
 
 def _check_whole(
@@ -188,12 +175,7 @@ def check_state_dict(
 ) -> dict[str, Tensor]:
     """Return what is about to be loaded into the layers, checked and sorted; make room for it."""
     layers = layers_of(model, adapter_name)
-    known = {
-        f"{path}.{kind}.{name}"
-        for path, layer in layers_of(model).items()
-        for name in layer.shira_weight
-        for kind in (VALUES, INDICES)
-    }
+    known = {f"{path}.{kind}.{adapter_name}" for path in layers for kind in (VALUES, INDICES)}
     for key in filter(_is_sparse, state_dict):
         if key not in known:
             path = base_module_name(key.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])

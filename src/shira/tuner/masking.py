@@ -168,16 +168,14 @@ def calibrate(
 def _refuse_merged(model: nn.Module) -> None:
     """Refuse a model whose gradients are not those of the base."""
     for name, module in model.named_modules():
-        merged = getattr(module, "merged_adapters", None)
-        if merged:
+        where, undo = "", ""
+        if merged := getattr(module, "merged_adapters", None):
+            where, undo = f"adapters {list(merged)} are merged into", "unmerge_adapter()"
+        elif getattr(module._parameters.get("weight"), "shira_patch", None) is not None:
+            where, undo = "a shira.Switch has an adapter in", "its deactivate()"
+        if where:
             raise MergeError(
-                f"{name}: adapters {list(merged)} are merged into the weight, so its gradient is "
-                "not the base's; call unmerge_adapter() first"
-            )
-        if getattr(module._parameters.get("weight"), "shira_patch", None) is not None:
-            raise MergeError(
-                f"{name}: a shira.Switch has an adapter in the weight, so its gradient is not the "
-                "base's; call its deactivate() first"
+                f"{name}: {where} the weight, so its gradient is not the base's; call {undo} first"
             )
 
 

@@ -28,7 +28,7 @@ from shira.tuner.gradient_watch import GradientWatch
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, new_models
 from shira.tuner.layer import ShiraLayer, trainable_as_before
 from shira.tuner.layers import layer_class_of
-from shira.tuner.loading import Incoming, check_state_dict, named_for_loading, read_incoming
+from shira.tuner.loading import check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
@@ -271,17 +271,10 @@ class ShiraModel(BaseTuner):
                 )
             if owners:
                 trained_whole[name] = wrapper, owners[0]
-        fused, config = fused_adapter(
-            self.model,
-            adapters,
-            weights,
-            combination_type,
-            density=density,
-            majority_sign_method=None if majority_sign_method == "total" else majority_sign_method,
-            k=k,
-            epsilon=epsilon,
-            seed=seed,
-        )
+        options: dict[str, Any] = {"density": density, "k": k, "epsilon": epsilon, "seed": seed}
+        if majority_sign_method != "total":  # which is the default
+            options["majority_sign_method"] = majority_sign_method
+        fused, config = fused_adapter(self.model, adapters, weights, combination_type, **options)
         config.modules_to_save = list(trained_whole) or None
         for field in ("task_type", "base_model_name_or_path", "revision"):  # of the one model
             setattr(config, field, getattr(self.peft_config[adapters[0]], field))
@@ -395,7 +388,7 @@ class _Configs(dict[str, Any]):
 
 
 def choose_entries(
-    config: ShiraConfig, key: str, target: nn.Module, incoming: Incoming | None = None
+    config: ShiraConfig, key: str, target: nn.Module, incoming: dict[str, Support] | None = None
 ) -> Support:
     """Check that a target can be adapted and choose its entries, unless a file has them."""
     check_target(key, target)

@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
@@ -27,26 +28,20 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
     configurations, hooks. The values of tensors are not: who writes to them checks before.
     All this only if the model then has a module of this ``kind``.
     """
-    modules = []
-    for module in model.modules():
-        attributes = dict(module.__dict__)
-        containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
-        modules.append((module, attributes, [(value, copy.copy(value)) for value in containers]))
+    values = (value for m in model.modules() for value in (m.__dict__, *m.__dict__.values()))
+    copies: Any = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         if not any(isinstance(module, kind) for module in model.modules()):
             raise
-        for module, attributes, copies in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for container, before in copies:
-                container.clear()
-                if isinstance(container, list):
-                    container.extend(before)
-                else:
-                    container.update(before)
+        for container, before in copies:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(before)
+            else:
+                container.update(before)
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
         raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -91,20 +92,22 @@ def describe(
         digest = digest_of(support)
         unchanged = layer.chosen.get(adapter_name) == digest
         as_chosen &= unchanged
-        as_budgeted &= _entries(config, module, support.shape) == support.nnz
+        k = None
+        with suppress(MaskError):
+            k = config.entries(support.shape, config.rank_of(module), module)
+        as_budgeted &= k == support.nnz
         part = is_sharded(stored_weight(layer))  # such are read together, or not at all
         values = base_values(layer, support, gather) if gather or not part else None
-        found = None if values is None else fingerprint_fields({name: values})
-        if found is None and known.get(name, ("",))[0] == digest:
+        hidden = layer.quantization_backend is not None or (part and not layer.base_reloaded)
+        found: dict[str, Any] = {}
+        if values is not None:
+            found = fingerprint_fields({name: values})
+        elif known.get(name, ("",))[0] == digest:
             found = known[name][1]
-        elif (
-            found is None
-            and unchanged
-            and (layer.quantization_backend is not None or (part and not layer.base_reloaded))
-        ):
+        elif unchanged and hidden:
             found = {field: getattr(config, field, None) for field in _OF_THE_BASE}
-        for field, told in (found or {}).items():
-            prints[field] |= {name: told[name]} if name in (told or {}) else {}
+        for field, told in found.items():
+            prints[field] |= {name: told[name]} if told and name in told else {}
     if not shapes:
         return {}
     fields: dict[str, Any] = {
@@ -236,14 +239,6 @@ def in_few_bytes(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[
             tensor = stored
         result[key] = tensor
     return result
-
-
-def _entries(config: ShiraConfig, module: str, shape: tuple[int, ...]) -> int | None:
-    """Return the number of entries that the configuration gives a weight."""
-    try:
-        return config.entries(shape, config.rank_of(module), module)
-    except MaskError:
-        return None
 
 
 def fused_adapter(

@@ -238,8 +238,7 @@ def _refuse_other_places(targets: Iterable[tuple[str, nn.Module]], model: nn.Mod
             if key not in _OF_TORCH:
                 others += [(key, part) for part in _modules_in(value)]
         for key, part in others:
-            if id(part) in names:
-                name = names[id(part)]
+            if name := names.get(id(part)):
                 raise TargetError(
                     f"{name!r} is also held by {owner_name or 'the model'} "
                     f"({type(owner).__name__}) as {key!r}: what is called from there would not be "
@@ -251,13 +250,11 @@ def _refuse_other_places(targets: Iterable[tuple[str, nn.Module]], model: nn.Mod
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
-def _modules_in(value: object) -> Iterable[nn.Module]:
-    if isinstance(value, nn.Module):
-        return [value]
+def _modules_in(value: Any) -> Iterable[nn.Module]:
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple, set)):
-        return ()
+        value = [value]
     return [one for one in value if isinstance(one, nn.Module)]
 
 
