@@ -210,8 +210,7 @@ def ignore_in_ddp(model: nn.Module) -> None:
     They never change, and `check_new_models` sees to it that they are equal. Names that others put
     into the model's list stay; without SHiRA layers the list is as it was before.
     """
-    names = ignored_by_ddp(model)
-    if names:
+    if names := ignored_by_ddp(model):
         setattr(model, _IGNORED, names)
     elif _IGNORED in model.__dict__:
         delattr(model, _IGNORED)

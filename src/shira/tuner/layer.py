@@ -449,8 +449,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Return deltas, scaled, and positions of adapters that are about to be computed with."""
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
+        parameters = members(values, *adapter_names)
         deltas, indices, trains = [], [], False
-        for name, parameter in zip(adapter_names, members(values, *adapter_names), strict=True):
+        for name, parameter in zip(adapter_names, parameters, strict=True):
             gather_for_call(self, parameter)
             deltas.append(self._scaled(name, parameter))
             indices.append(positions.kept(name))
@@ -461,7 +462,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             if self._positions_unchecked:
                 check_new_models(self)
             if self._gradient_watch is not None:
-                self._gradient_watch.use(self, adapter_names, members(values, *adapter_names))
+                self._gradient_watch.use(self, adapter_names, parameters)
         return deltas, indices
 
     def _parts_in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], Inside]:

@@ -45,8 +45,7 @@ class Linear(ShiraLayer):
         x = self._cast_input(x, weight)
         backend = self.quantization_backend
         if backend is not None and can_unpack(backend):
-            result: Tensor = quantized_linear(x, base, backend, deltas, indices)
-            return result
+            return quantized_linear(x, base, backend, deltas, indices)  # type: ignore[no-any-return]
         if backend is not None:
             # A weight that cannot be unpacked (GPTQ, AWQ, ...): the delta alone, on a weight of
             # zeros that takes no memory, is added to what the base layer computes.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
@@ -295,10 +295,9 @@ class ShiraModel(BaseTuner):
         return adapter_names_in_effect(self, kwargs.get("adapter_names"), kwargs.get("num_beams"))
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        try:
-            names: list[str] = super()._get_module_names_tied_with_embedding()
-        except NotImplementedError:  # a model that does not tell its embeddings
-            return []
+        names: list[str] = []
+        with suppress(NotImplementedError):  # a model that does not tell its embeddings
+            names = super()._get_module_names_tied_with_embedding()
         return names
 
     def _check_merge_allowed(self) -> None:
