@@ -163,11 +163,12 @@ def choose(
     spec.check(options)
     where = f"{name}: " if name else ""
     given = {"weight": weight, "gradient": gradient}
-    if "seed" in spec.parameters and seed is None and not spec.needs_with(options):
+    needs = spec.needs_with(options)
+    if "seed" in spec.parameters and seed is None and not needs:
         raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
     values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
     try:
-        for need in sorted(spec.needs_with(options)):
+        for need in sorted(needs):
             check_scored(given[need], need, shape, f"mask_type {mask_type!r}")
         return spec.select(**{key: values[key] for key in spec.parameters if key in values})
     except MaskError as error:

@@ -93,13 +93,7 @@ def permute(
 ) -> NDArray[np.signedinteger]:
     """Return the images of the points ``start, ..., start + count - 1`` under the permutation.
 
-    Costs O(count) time and memory, whatever ``numel``.
-
-    Returns:
-        ``(count,)`` distinct integers in ``[0, numel)``, int32 where they fit, else int64.
-
-    Raises:
-        MaskError: If the points are not in the domain, or the domain is too large.
+    They are distinct integers in ``[0, numel)``, int32 where they fit, else int64. O(count).
     """
     if numel > _LIMIT:
         raise MaskError(f"random masks are for weights of up to 2^62 entries, not {numel}")
@@ -110,13 +104,10 @@ def permute(
     a = math.isqrt(numel - 1) + 1
     b = -(-numel // a)
     kernels = native.load().library
-    if kernels is not None:
-        words = torch.from_numpy(keys.view(np.int64).copy())
-        images: NDArray[np.signedinteger] = kernels.permute(
-            start, count, numel, (a, b), words
-        ).numpy()
-        return images
-    return permute_in_numpy(start, count, numel, (a, b), keys)
+    if kernels is None:
+        return permute_in_numpy(start, count, numel, (a, b), keys)
+    words = torch.from_numpy(keys.view(np.int64).copy())
+    return kernels.permute(start, count, numel, (a, b), words).numpy()  # type: ignore[no-any-return]
 
 
 def permute_in_numpy(

@@ -22,17 +22,11 @@ BLOCK = 2**22
 
 
 def top_k(blocks: Iterable[Tensor], k: int) -> Tensor:
-    """Return flat indices of the k highest scores; of equal scores the first.
+    """Return flat indices, int64 ``(k,)`` increasing, of the k highest scores; k is at least 1.
 
-    The answer depends on the scores alone, not on the device or on how they are cut into blocks:
-    1-D float32 or float64 tensors of any lengths, in order of their flat index, on one device. k is
-    at least 1.
-
-    Returns:
-        int64 ``(k,)``, increasing, on the scores' device.
-
-    Raises:
-        MaskError: If a score is NaN, or there are fewer than k.
+    Of equal scores the first. The answer depends on the scores alone, not on the device or on how
+    they are cut into blocks: 1-D float32 or float64 tensors of any lengths, in order of their flat
+    index, on one device.
     """
     # Candidates in order of their index: the best k at the last look, and what came since and was
     # better than the worst of them. They are looked through when there are twice as many as needed,

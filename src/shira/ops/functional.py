@@ -19,24 +19,19 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.ops.gradient import weight_gradient
 from shira.ops.plan import Plan, plan_for
-from shira.ops.product import Product, Within
+from shira.ops.product import Gradients, Options, Product, Within
 from shira.ops.resident import resident
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""``dx, dweight, dvalues``."""
 
 
 class _Linear(Product):
     """Options: ``transposed``."""
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
         (transposed,) = options
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
         plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
         (transposed,), (need_x, need_weight, need_values) = options, needs
@@ -54,7 +49,7 @@ class _Linear(Product):
             dx = within(lambda adapted: grad @ (adapted.t() if transposed else adapted))
         return dx, dweight, dvalues
 
-    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Options, weight: Tensor) -> Tensor:
         (transposed,) = options
         return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
 
@@ -68,13 +63,11 @@ class _Conv2d(Product):
 
     keeps_x = True
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, *options)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
         plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
         (*window, groups), (need_x, need_weight, need_values) = options, needs
@@ -85,7 +78,7 @@ class _Conv2d(Product):
         )
         return dx, dense if need_weight else None, _gathered(dense, plan) if need_values else None
 
-    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Options, weight: Tensor) -> Tensor:
         return torch.empty_like(x)
 
     def dbias(self, grad: Tensor) -> Tensor:
@@ -99,13 +92,11 @@ class _Embedding(Product):
     of (distinct ids) x dim, never in one of the table's size.
     """
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
         return F.embedding(x, weight)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
         plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
         (padding_idx,), (_, need_weight, need_values) = options, needs

@@ -197,10 +197,8 @@ def settle(tensor: Tensor | None) -> None:
     """Wait until no write is under way in a tensor's memory; undo one that was interrupted.
 
     For readers of the base: what they read next is the base, unless another thread begins a write
-    meanwhile. Costs next to nothing where no write is under way at all.
-
-    Raises:
-        SwitchError: If this thread itself is in a write, as `write_to`.
+    meanwhile; refused within a write of this thread, as by `write_to`. Costs next to nothing where
+    no write is under way at all.
     """
     if under_way and tensor is not None and not tensor.is_meta:
         address = tensor.untyped_storage().data_ptr()
@@ -285,10 +283,8 @@ class MemoryMap:
 def make_private(weight: Tensor, memory_map: MemoryMap | None = None, *, warn: bool = True) -> None:
     """Give a parameter in shared or read-only memory a private copy, of the same identity.
 
-    For many weights the memory map is made once.
-
-    Raises:
-        SharedMemoryError: If another tensor lies in such memory: it is the caller's, and not moved.
+    For many weights the memory map is made once. Another tensor in such memory is the caller's, and
+    not moved: a `SharedMemoryError`.
     """
     if (memory_map or MemoryMap()).is_private(weight.data):
         return

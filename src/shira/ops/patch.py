@@ -105,20 +105,12 @@ class Exchange:
         self._there: list[tuple[Tensor, Tensor]] = []
 
     def run(self) -> None:
-        """Exchange the patches; an interrupt leaves the weight as it was.
-
-        Raises:
-            ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
-        """
+        """Exchange the patches, or change nothing: after an interrupt or a `ChangedEntryError`."""
         if self.before is not None or self.after is not None:
             write_to(self.weight, self, lambda memory: None, lasting=True)
 
     def compare(self) -> None:
-        """Compare the entries as `run` would; writes nothing.
-
-        Raises:
-            ChangedEntryError: If an entry holds other bits than it should.
-        """
+        """Raise the `ChangedEntryError` that `run` would; writes nothing."""
         memory = memory_of(self.weight.data)
         settle(self.weight)
         if self.before is not None:
@@ -185,11 +177,7 @@ class Exchanges:
         self._exchanges = tuple(exchanges)
 
     def run(self) -> None:
-        """Run all, one after the other; if one raises, or an interrupt comes, roll all back.
-
-        Raises:
-            ChangedEntryError: If an entry holds other bits than it should; nothing was changed.
-        """
+        """Run all, one after the other; if one raises, or an interrupt comes, roll all back."""
         try:
             for exchange in self._exchanges:
                 exchange.run()

@@ -28,7 +28,9 @@ from shira.ops.resident import resident
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor[] deltas, Tensor[] indices"
 _GRADIENT_ARGUMENTS = "Tensor grad, Tensor x, Tensor weight, Tensor[] deltas, Tensor[] indices"
 _PLAIN = (Tensor, torch.nn.Parameter)
+Options = Sequence[Any]
 Within = Callable[[Callable[[Tensor], Any]], Any]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Product:
@@ -45,16 +47,14 @@ class Product:
     keeps_x = False
     """True if the gradient of x needs x."""
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None, options: Sequence[Any], weight: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
         """Return the product with an adapted weight, of the dtype of x if that is floating."""
         raise NotImplementedError
 
     def gradients(
-        self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor, within: Within,
+        self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
         plan: Plan, needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> Gradients:  # fmt: skip
         """Return ``dx``, dense ``dweight`` and, at the plan's entries, ``dvalues``, as needed.
 
         ``weight`` is the base; ``within`` calls a function with the adapted weight. ``x`` is there
@@ -62,7 +62,7 @@ class Product:
         """
         raise NotImplementedError
 
-    def fake_dx(self, grad: Tensor, x: Tensor, options: Sequence[Any], weight: Tensor) -> Tensor:
+    def fake_dx(self, grad: Tensor, x: Tensor, options: Options, weight: Tensor) -> Tensor:
         """Return an empty ``dx``, for tracing."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class Product:
 
     def _compute(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,
-        options: Sequence[Any],
+        options: Options,
     ) -> Tensor:  # fmt: skip
         if torch._C._is_any_autocast_enabled() and _casts(x):
             with no_autocast(x):
@@ -104,7 +104,7 @@ class Product:
 
     def _gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[Tensor], plan: Plan,
-        options: Sequence[Any], needs: Sequence[bool],
+        options: Options, needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Return ``dx, dweight, *dvalues``, those of x, weight and values that are needed."""
         if torch._C._is_any_autocast_enabled() and _casts(grad):

@@ -34,7 +34,6 @@ from shira.errors import ConfigError, did_you_mean
 from shira.ops import native
 from shira.ops.gradient import triton
 from shira.ops.plan import Plan
-from shira.support import Support
 
 _TOKENS_AT_A_TIME = 256  # 1 MiB of a 1024-column operand in float32
 _scratch_bytes = 64 * 2**20
@@ -267,7 +266,10 @@ def batched(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     down, across = _in_tiles(left, size), _in_tiles(right, size)  # (tokens, tiles, size)
     at_once = max(1, scratch_bytes() // (2 * tokens * size * left.itemsize + size * size * 4))
     out = torch.empty(plan.nnz, dtype=wide, device=left.device)
-    place = tiles.positions(Support._trusted(plan.shape, plan.flat()))  # in (tiles, size, size)
+    row, col = (half.long() for half in plan.pattern()[1:])
+    known, order = tiles.ids().sort()
+    tile = order[torch.searchsorted(known, row // size * across.shape[1] + col // size)]
+    place = (tile * size + row % size) * size + col % size  # (k,) in (tiles, size, size)
     for first in range(0, len(tiles), at_once):
         some = slice(first, first + at_once)
         a = down[:, tiles.row_block[some]].to(product_dtype)  # (tokens, tiles, size)
