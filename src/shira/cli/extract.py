@@ -21,12 +21,6 @@ EXAMPLES = (
     "shira extract ./llama ./llama-tuned --density 0.02 --include '*proj.weight' --output a.safetensors",  # noqa: E501
     "shira extract ./llama ./tuned --density 0.02 --output a.safetensors --json | jq .energy_share",
 )
-_LEFT = {
-    "excluded": "left out",
-    "only_in_base": "only in the base",
-    "only_in_tuned": "only in the tuned",
-    "not_compared": "not compared",
-}
 
 
 def command(
@@ -108,7 +102,9 @@ def command(
         if found["missed"]:
             missed = f"{found['missed']:,} entries"
             lines["not reached"] = f"{missed}, which no float64 delta carries there exactly"
-        lines |= {title: listed(found[field]) for field, title in _LEFT.items() if found[field]}
+        for field in ("excluded", "only_in_base", "only_in_tuned", "not_compared"):
+            if found[field]:
+                lines[field.replace("_", " ")] = listed(found[field])
         out.facts("Extracted", lines.items())
         rows = [
             (c.name, f"{c.differing:,}", f"{c.kept:,}", out.percent(c.energy_kept, c.energy, 2))

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from shira.cli.convert import save
 from shira.cli.output import print_json, write
 from shira.cli.progress import Steps
 from shira.errors import ConfigError
-
-if TYPE_CHECKING:
-    from shira.adapter import Adapter
 
 EXAMPLES = (
     "shira fuse poems code -o both",
@@ -68,7 +65,7 @@ def command(
         Path | None,
         typer.Option(
             help="The adapter whose whole tensors (heads trained under modules_to_save) the result "
-            "has. Without it, all that have one have to agree, at weight 1.",
+            "has. Without it, all that have one have to agree, at weight 1."
         ),
     ] = None,
     base: options.BaseForShapes = None,
@@ -101,14 +98,19 @@ def command(
     is invalid; nothing is written.
     """
     from shira.cli.several import read_all, short_names
-    from shira.fusing import fuse
+    from shira.fusing import fill_to_rank, fuse
     from shira.store.atomic import check_outputs
+    from shira.support import matrix_shape
 
     paths, weights = zip(*map(split_weight, adapters), strict=True)
     check_outputs({"--output": output}, paths, [base])
     options.check_new(output, overwrite, empty_folder=False)
     options.dtype_named(dtype, options.FLOATS)
-    read, names = read_all(paths, base), short_names(paths)
+    names = short_names(paths)
+    named = dict(zip(map(os.path.realpath, paths), names, strict=True))
+    if whole is not None and os.path.realpath(whole) not in named:
+        raise ConfigError(f"--whole {whole} is no adapter here; name one of {', '.join(paths)}")
+    read = read_all(paths, base)
     with Steps("fusing") as steps:
         fused = fuse(
             read,
@@ -119,13 +121,20 @@ def command(
             epsilon=epsilon,
             majority_sign_method=majority_sign_method,
             seed=seed,
-            whole=None if whole is None else _named(whole, paths, names),
+            whole=None if whole is None else named[os.path.realpath(whole)],
             check_base=check_base,
             names=names,
             progress=steps.tell,
         )
     if fill:
-        fused = _filled(fused, output)
+        r, fused = fill_to_rank(fused)
+        for name, delta in fused.items():
+            if delta.nnz != r * sum(matrix_shape(delta.support.shape)):
+                raise ConfigError(
+                    f"--fill: {output} would have {delta.nnz} entries in {name!r} of shape "
+                    f"{delta.support.shape}, and no r has room for them all in every weight as "
+                    "r (m + n); fuse fewer entries (--method magnitude --k), or leave out --fill"
+                )
     save(fused, output, file_format or "compact", dtype)
     if as_json:
         print_json(
@@ -160,29 +169,3 @@ def split_weight(argument: str) -> tuple[str, float]:
             f"{argument!r}: there is no such file or folder, and {weight!r} is no weight; write "
             "PATH or PATH=0.5"
         ) from None
-
-
-def _named(whole: Path, paths: Sequence[str], names: Sequence[str]) -> str:
-    """Return the short name of the adapter at a path."""
-    resolved = [Path(path).resolve() for path in paths]
-    found = [n for n, path in zip(names, resolved, strict=True) if path == whole.resolve()]
-    if len(found) != 1:
-        raise ConfigError(
-            f"--whole {whole} is {len(found)} of the adapters; name one of {', '.join(paths)}"
-        )
-    return found[0]
-
-
-def _filled(fused: Adapter, output: Path) -> Adapter:
-    from shira.fusing import fill_to_rank
-    from shira.support import matrix_shape
-
-    r, filled = fill_to_rank(fused)
-    for name, delta in filled.items():
-        if delta.nnz != r * sum(matrix_shape(delta.support.shape)):
-            raise ConfigError(
-                f"--fill: {output} would have {delta.nnz} entries in {name!r} of shape "
-                f"{delta.support.shape}, and no r has room for them all in every weight as "
-                "r (m + n); fuse fewer entries (--method magnitude --k), or leave out --fill"
-            )
-    return filled

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,26 +66,18 @@ def command(
         print_json(summary.as_json())
         return
     facts(str(path), summary.lines())
-    _show_targets(summary.targets, each=each)
-    if plot is not None:
-        write(f"{plot}: where the entries are, and a histogram of the values")
-
-
-def _show_targets(targets: Sequence[Target], *, each: bool) -> None:
-    """Print the adapted weights; like ones of different layers share a row unless ``each``."""
-    from shira.cli.summary import TEXT_COLUMNS, together, without_number
-
-    if not targets:
-        return
-    title = "Targets"
+    targets, title = summary.targets, "Targets"
     if not each and len(targets) > _FEW:
         title = "Targets (* is a layer's number; --all lists each weight)"
         groups: dict[tuple[str, object, str], list[Target]] = {}
         for target in targets:
-            key = (without_number(target.name), target.shape, target.dtype)
+            key = (summaries.without_number(target.name), target.shape, target.dtype)
             groups.setdefault(key, []).append(target)
-        targets = [together(name, like) for (name, *_), like in groups.items()]
-    cells = [target.cells() for target in targets]
-    columns = [c for c in cells[0] if console().width >= _WIDE or c not in _WIDE_ONLY]
-    rows = [[row[column] for column in columns] for row in cells]
-    print_table(title, columns, rows, [c for c in columns if c not in TEXT_COLUMNS])
+        targets = [summaries.together(name, like) for (name, *_), like in groups.items()]
+    if targets:
+        cells = [target.cells() for target in targets]
+        columns = [c for c in cells[0] if console().width >= _WIDE or c not in _WIDE_ONLY]
+        rows = [[row[column] for column in columns] for row in cells]
+        print_table(title, columns, rows, [c for c in columns if c not in summaries.TEXT_COLUMNS])
+    if plot is not None:
+        write(f"{plot}: where the entries are, and a histogram of the values")

@@ -81,7 +81,7 @@ def command(
         **written_files(told),
         "undo file": "not written (--undo)" if told.undo is None else str(told.undo),
         "entries": f"{told.nnz:,} in {len(told.targets)} weights",
-        "lost to rounding": out.share(told.lost, told.nonzero, "deltas other than zero"),
+        "lost to rounding": out.of_deltas(told.lost, told.nonzero),
         "names": told.naming,
         "base": ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()) or "-",
     }

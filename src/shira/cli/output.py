@@ -110,9 +110,9 @@ def percent(part: float, whole: float, digits: int = 1) -> str:
     return f"{part / whole:.{digits}%}" if whole else "-"
 
 
-def share(part: int, whole: int, what: str) -> str:
-    """Return a part of a whole, as a count and in percent."""
-    return f"{part:,} of {whole:,} {what} ({percent(part, whole)})"
+def of_deltas(part: int, whole: int) -> str:
+    """Return a part of the deltas other than zero, as a count and in percent."""
+    return f"{part:,} of {whole:,} deltas other than zero ({percent(part, whole)})"
 
 
 def shape_text(shape: Sequence[int] | None) -> str:

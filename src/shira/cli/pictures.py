@@ -104,8 +104,19 @@ def plot_adapter(summary: Summary, path: Path, *, each: bool = False) -> None:
     down = max(1, -(-len(drawn) // across))
     drawing = new_drawing((3.4 * across + 1.0, 3.0 * down + 2.6), "--plot", path)
     top, bottom = drawing.subfigures(2, 1, height_ratios=[3.0 * down, 2.6])
-    _draw_maps(top, drawn, len(maps), (down, across))
-    _draw_histogram(bottom, summary)
+    title = "Share of entries trained, by place in the weight"
+    top.suptitle(title + (f" ({len(drawn)} of {len(maps)} drawn)" if len(maps) > _MOST else ""))
+    if drawn:
+        _draw_maps(top, top.subplots(down, across, squeeze=False), drawn)
+    counts, edges = histogram(summary.all.values)
+    unit, label = axis_unit(edges, "value")
+    axes = bottom.add_subplot(xlabel=label, ylabel="entries")
+    zeros = summary.all.figures.zeros
+    axes.set_title(f"Values: {summary.all.nnz:,} entries, {zeros:,} zeros", fontsize=9)
+    axes.stairs(counts, edges / unit, fill=True)
+    if counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.8)
     write_drawing(drawing, path, dpi=110)
 
 
@@ -122,15 +133,10 @@ def mean_maps(adapter: Adapter, *, each: bool) -> dict[str, Map]:
     return titled
 
 
-def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[int, int]) -> None:
-    title = "Share of entries trained, by place in the weight"
-    figure.suptitle(title + (f" ({len(drawn)} of {of} drawn)" if len(drawn) < of else ""))
-    if not drawn:
-        return
+def _draw_maps(figure: Any, grid: Any, drawn: list[tuple[str, Map]]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     reach = max((float(made.max()) for _, made in drawn if made.size), default=0.0) or 1.0
-    grid = figure.subplots(*size, squeeze=False)
     image = None
     for axes in grid.flat:
         axes.set_axis_off()
@@ -142,15 +148,3 @@ def _draw_maps(figure: Any, drawn: list[tuple[str, Map]], of: int, size: tuple[i
             image = axes.imshow(made, cmap="viridis", vmin=0.0, vmax=reach, aspect="auto")
     if image is not None:
         figure.colorbar(image, ax=list(grid.flat), shrink=0.8, format=PercentFormatter(1.0))
-
-
-def _draw_histogram(figure: Any, summary: Summary) -> None:
-    counts, edges = histogram(summary.all.values)
-    unit, label = axis_unit(edges, "value")
-    axes = figure.add_subplot(xlabel=label, ylabel="entries")
-    zeros = summary.all.figures.zeros
-    axes.set_title(f"Values: {summary.all.nnz:,} entries, {zeros:,} zeros", fontsize=9)
-    axes.stairs(counts, edges / unit, fill=True)
-    if counts.any():
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.8)

@@ -32,8 +32,7 @@ class Steps:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Steps:
-        self._started = time.perf_counter()
-        self._done = 0
+        self._started, self._done = time.perf_counter(), 0
         if sys.stderr.isatty():
             from rich import progress as bars
 

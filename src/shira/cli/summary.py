@@ -21,7 +21,7 @@ from shira.checkpoints import FLOATS, Checkpoint, shapes_of
 from shira.checkpoints.entries import read_entries
 from shira.checkpoints.models import locate_deltas
 from shira.cli.options import check_paths
-from shira.cli.output import dtype_text, file_bytes, megabytes, shape_text, share, whole_tensors
+from shira.cli.output import dtype_text, file_bytes, megabytes, of_deltas, shape_text, whole_tensors
 from shira.errors import ConfigError
 from shira.masks import MASK_FIELDS
 from shira.store import is_compact, read_compact, read_peft, to_adapter
@@ -138,10 +138,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Summary:
-    """An adapter: where it lies, its targets, its whole tensors, and what its config says.
-
-    ``adapter`` is None if the shapes of its weights are not known.
-    """
+    """An adapter: where it lies, its targets, its whole tensors, and what its config says."""
 
     path: Path
     format: str
@@ -149,7 +146,7 @@ class Summary:
     targets: Sequence[Target]
     metadata: Mapping[str, Any]
     whole: Mapping[str, Tensor]
-    adapter: Adapter | None
+    adapter: Adapter | None  # None if the shapes of its weights are not known
     base: Path | None
     library: str | None = None
 
@@ -222,8 +219,7 @@ class Summary:
         columns = ("min", "max", "mean abs", "std", "zeros")
         yield "", ", ".join(f"{column} {cells[column]}" for column in columns)
         changes = nnz - self.all.figures.zeros
-        told = _NEEDS_BASE if lost is None else share(lost, changes, "deltas other than zero")
-        yield "lost in bfloat16", told
+        yield "lost in bfloat16", _NEEDS_BASE if lost is None else of_deltas(lost, changes)
         yield "mask", self.mask
         yield "base", str(self.metadata.get(BASE_FIELD) or "not recorded")
         prints = sum(target.fingerprint is not None for target in self.targets)

@@ -75,8 +75,7 @@ def write_report(
 ) -> None:
     """Write the page of some adapters; whatever goes wrong, an old page stays as it was.
 
-    Options are those of the command. Whatever can be told before adapters are read is: an output
-    that is an input or that lies nowhere, jinja2 or matplotlib that is missing.
+    Options are those of the command. What can be refused before adapters are read is refused then.
     """
     from shira.cli.report.gather import LOGS, gather, log_folder
     from shira.store.atomic import check_kind, check_outputs, write_atomically

@@ -78,10 +78,7 @@ class Curve:
 
 
 def training_curve(path: Path) -> Curve | None:
-    """Return the curve of the adapter at ``path``; None if there is no log with losses beside it.
-
-    A log that cannot be read is no error: it is not what was asked for. The curve says so.
-    """
+    """Return the curve of the adapter at ``path``, or why it cannot be read; None without one."""
     problem = None
     for name, key in LOGS.items():
         file = log_folder(path) / name

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from shira._version import __version__
-from shira.cli.output import megabytes, percent, share
+from shira.cli.output import megabytes, of_deltas, percent
 from shira.cli.pictures import axis_unit, histogram
 from shira.cli.report.gather import Curve, Described
 from shira.cli.several import matrix
@@ -107,8 +107,8 @@ def _in_short(described: Described, pairs: Sequence[Overlap]) -> Iterator[tuple[
         yield "Does it clash?", clash
 
 
-def _weights(described: Described) -> tuple[list[str], list[list[str]]]:
-    """Return the columns of the table of weights, and a row for each weight."""
+def _weights(described: Described) -> list[dict[str, str]]:
+    """Return a row of the table for each weight, by column."""
     rows = []
     for target in described.summary.targets:
         row = target.cells()
@@ -119,7 +119,7 @@ def _weights(described: Described) -> tuple[list[str], list[list[str]]]:
             rank = described.ranks[target.name]
             row |= {"rank": str(rank), "stable rank": f"{rank.stable_rank:.1f}"}
         rows.append(row)
-    return list(rows[0]) if rows else ["weight"], [list(row.values()) for row in rows]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def charts(described: Described) -> Iterator[Chart]:
     yield Chart("Values", about, _histogram(*histogram(every.values)))
 
     sizes = [target.figures.mean_abs or 0.0 for target in summary.targets]
-    drawing = _by_weight("mean absolute value", names, {"": sizes})
-    yield Chart("Size of the deltas", "Mean absolute value in each weight.", drawing)
+    about = "Mean absolute value in each weight."
+    yield _by_weight("Size of the deltas", about, names, {"mean absolute value": sizes})
 
     if described.ranks:
         found = [described.ranks[name] for name in names]
@@ -153,23 +153,16 @@ def charts(described: Described) -> Iterator[Chart]:
             "numerical rank": [float(rank.rank) for rank in found],
             "stable rank": [rank.stable_rank for rank in found],
         }
-        yield Chart(
-            "Rank of the deltas",
-            f"{about}. The stable rank says how many directions matter.",
-            _by_weight("rank", names, series),
-            list(series),
-        )
+        about += ". The stable rank says how many directions matter."
+        yield _by_weight("Rank of the deltas", about, names, series)
     if every.vanishing is not None:
-        told = share(every.vanishing, every.nnz - every.figures.zeros, "deltas other than zero")
+        told = of_deltas(every.vanishing, every.nnz - every.figures.zeros)
         lost = [
             100 * (target.vanishing or 0) / max(target.nnz - target.figures.zeros, 1)
             for target in summary.targets
         ]
-        yield Chart(
-            "Lost to rounding",
-            f"{told} change nothing in a bfloat16 copy of the base.",
-            _by_weight("% lost in bf16", names, {"": lost}),
-        )
+        about = f"{told} change nothing in a bfloat16 copy of the base."
+        yield _by_weight("Lost to rounding", about, names, {"% lost in bf16": lost})
     if described.curve is not None:
         yield _training(described.curve)
 
@@ -217,20 +210,22 @@ def _histogram(counts: Any, edges: Any) -> Markup:
 
 
 @_STYLED
-def _by_weight(label: str, names: Sequence[str], series: Mapping[str, Sequence[float]]) -> Markup:
+def _by_weight(
+    title: str, about: str, names: Sequence[str], series: Mapping[str, Sequence[float]]
+) -> Chart:
     """Draw a point for each weight, in the order of the weights, for each of up to two series."""
     values = np.array(list(series.values()), dtype=np.float64)
-    unit, y_label = axis_unit(values, label)
+    unit, y_label = axis_unit(values, ", ".join(series))
     figure, axes = _axes("weight, in the order of the table", y_label)
     titles: dict[str, list[str]] = {}
-    for which, row in enumerate(values):
+    for which, (label, row) in enumerate(zip(series, values, strict=True)):
         gid = f"s{which}"
         axes.plot(range(1, len(names) + 1), row / unit, gid=gid, marker="o", linestyle="none")
         told = zip(names, row, strict=True)
         titles[gid] = [f"{name}: {label} {value:.4g}" for name, value in told]
     axes.set_ylim(0.0, 1.05 * float((values / unit).max(initial=0.0)) or 1.0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    return _inline(figure, f"{label} of each weight", titles)
+    return Chart(title, about, _inline(figure, f"{title}, weight by weight", titles), list(series))
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Any, Any]:

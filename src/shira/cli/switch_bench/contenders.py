@@ -221,11 +221,7 @@ def digest(module: nn.Module) -> list[str]:
 
 
 def measure(adapters: Mapping[str, Adapter], module: nn.Module, repeats: int) -> dict[str, Any]:
-    """Time `Switch` with these adapters on a module, beside the least that it could do.
-
-    Both of them ``there_and_back``, in with the first adapter and out again, and with two or more
-    adapters ``onwards``, from one to the next.
-    """
+    """Time `Switch` with these adapters on a module, beside the least that it could do."""
     before = digest(module)
     start = time.perf_counter()
     ours = Switching(module, adapters)
@@ -263,18 +259,16 @@ def compare(adapter: Adapter, dtype: torch.dtype, repeats: int) -> dict[str, Any
     delta = max(matrices.values(), key=lambda delta: delta.support.numel)
     shape = delta.support.shape
     r = max(1, round(delta.nnz / sum(shape)))
-
-    def linear() -> nn.Linear:
-        return linear_around(next(module_of({"w": shape}, dtype).parameters()))
-
-    switching = Switching(module_of({"w": shape}, dtype), {"a": Adapter({"w": delta})})
+    module, *others = (module_of({"w": shape}, dtype) for _ in range(4))
+    ours = Switching(module, {"a": Adapter({"w": delta})})
+    linears = [linear_around(next(other.parameters())) for other in others]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layers = {
-            "shira_in_peft": shira_in_peft(linear(), delta),
-            "peft_shira": peft_shira(linear(), delta),
-            "peft_lora": peft_lora(linear(), r),
+            "shira_in_peft": shira_in_peft(linears[0], delta),
+            "peft_shira": peft_shira(linears[1], delta),
+            "peft_lora": peft_lora(linears[2], r),
         }
         runs = {name: partial(merge_and_unmerge, layer) for name, layer in layers.items()}
-        times = in_turns({"shira": switching.there_and_back, **runs}, repeats)
+        times = in_turns({"shira": ours.there_and_back, **runs}, repeats)
     return {"shape": list(shape), "entries": delta.nnz, "lora_rank": r, "seconds": times}
