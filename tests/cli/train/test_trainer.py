@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
-from shira.cli.train.trainer import CheckedTrainer, classification_figures
+from shira.cli.train.options import TrainOptions
+from shira.cli.train.trainer import CheckedTrainer, classification_figures, set_warmup
 from shira.errors import ShiraError
 
 
@@ -110,3 +111,20 @@ def test_classification_figures():
     assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, said))
     expected = sklearn.f1_score(labels, said, labels=range(4), average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"warmup": 0.1, "max_steps": 50}, 5),
+        ({"warmup": 7.0, "max_steps": 50}, 7),
+        ({"warmup": 0.0}, 0),
+        ({"max_steps": 1}, 0),  # its one step would have a rate of 0
+        # 100 rows in steps of 4 x 2 on 2 processes, twice over
+        ({"warmup": 0.5, "batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 2.0}, 7),
+    ],
+)
+def test_warmup(options, steps):
+    arguments = SimpleNamespace(world_size=2, warmup_steps=None)
+    set_warmup(arguments, TrainOptions(**options), rows=100)
+    assert arguments.warmup_steps == steps

@@ -1,88 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo from beginning to end: text, tasks, training, proofs in a new process, tables."""
+"""The demo from beginning to end: texts, training, proofs in a new process, tables."""
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  if it is missing, that is said first
+import torch
 from safetensors.torch import save as to_bytes
+from transformers import TrainingArguments
 
 from shira.checkpoints import open_checkpoint
-from shira.cli.demo.settings import (
-    EXAMPLES,
-    MODEL_NAME,
-    PREDICTIONS,
-    REPORT,
-    RESULTS,
-    Settings,
-    model_path,
-)
-from shira.cli.demo.tasks import Task, build_tasks, collect
-from shira.cli.demo.training import Run, train_task
+from shira.cli.demo.task import PREDICTIONS, REPORT, RESULTS, Task
 from shira.cli.demo.verify import proofs
 from shira.cli.output import console, megabytes, print_table, quieten
 from shira.cli.progress import say
 from shira.cli.report import write_report
-from shira.cli.train.model import load_tokenizer
+from shira.cli.train.data import Data
+from shira.cli.train.model import adapt, adapter_config, load_base, load_tokenizer
+from shira.cli.train.options import TrainOptions
 from shira.cli.train.outputs import versions
+from shira.cli.train.trainer import fit, make_trainer, training_arguments
 from shira.errors import ConfigError, ShiraError
 from shira.store.atomic import check_kind, check_outputs, write_atomically
+from shira.store.names import WEIGHTS_NAME
 
 
-def run_demo(root: Path, settings: Settings) -> bool:
-    """Run the demo, writing into `root` alone; return whether every proof holds."""
+def run_demo(root: Path, name: str, task: Task) -> bool:
+    """Run the demo of this name, writing into `root` alone; return whether every proof holds."""
     started = time.perf_counter()
-    _check_root(root)
-    say(
-        f"{MODEL_NAME}, density {settings.density:.1%}, {settings.steps} steps of "
-        f"{settings.batch_size} texts, seed {settings.seed}"
-    )
     quieten(warnings_too=True)
+    model = task.model_path()  # the package is the first thing to be missing
+    _check_root(root, model)
+    say(
+        f"{task.MODEL}, density {task.density:.1%}, {task.steps} steps of "
+        f"{task.batch_size} texts, seed {task.seed}"
+    )
     root.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"settings": asdict(settings)}
+    results: dict[str, Any] = {"task": name, "model": str(model), "settings": asdict(task)}
     _write_json(root / RESULTS, results)  # from here on the folder is the demo's
     out = console()
 
-    docstrings = collect(seed=settings.seed, files_per_library=settings.files_per_library)
-    tasks = build_tasks(
-        docstrings,
-        seed=settings.seed,
-        train_per_label=settings.train_per_label,
-        test_per_label=settings.test_per_label,
-    )
-    for task in tasks:
-        _write_examples(root, task)
-    outputs = max(len(task.labels) for task in tasks)  # two heads of one width fit one base
-    tokenizer = load_tokenizer(settings.options())
-    runs, logits = {}, {}
-    for slot, task in enumerate(tasks):
-        runs[task.name], logits[task.name] = train_task(
-            task, tokenizer, settings, outputs=outputs, slot=slot, root=root
-        )
-    write_atomically(root / PREDICTIONS, to_bytes(logits))
-    results |= {
-        "tasks": [task.name for task in tasks],
-        "labels": {task.name: task.labels for task in tasks},
-        "outputs": outputs,
-        "versions": versions(),
-    }
-    _write_json(root / RESULTS, results)
-    for task in tasks:
-        _print_task(task, runs[task.name])
+    facts = task.write_texts(root)
+    results |= {**facts, "versions": versions()}
+    runs: dict[str, dict[str, Any]] = {}
+    logits = {}
+    for slot, adapter in enumerate(facts["tasks"]):
+        options = task.options(model, slot)
+        tokenizer = load_tokenizer(options)
+        data = task.data(root, adapter, tokenizer, facts)
+        runs[adapter], trained = _train(task, adapter, options, data, tokenizer, root)
+        logits[adapter] = task.predict(trained, tokenizer, root, adapter, "with it trained")
+        _print_figures(task, adapter, facts, data, runs[adapter])
         out.print()
+    write_atomically(root / PREDICTIONS, to_bytes(logits))
+    _write_json(root / RESULTS, results)
 
     say("reloading both adapters in a new process")
     found = _verify(root)
+    for prompt in found["answers"].get("base", ()):
+        rows = [(w, " ".join(said[prompt].split())) for w, said in found["answers"].items()]
+        print_table(" ".join(prompt.split()), ("model", "answer"), rows)
+        out.print()
     out.print("Proofs, in a new process that knows the saved files alone:")
     proven = list(proofs(found))
     for proof in proven:
@@ -94,11 +81,11 @@ def run_demo(root: Path, settings: Settings) -> bool:
         soft_wrap=True,
     )
     say("drawing the report")
-    adapters = [root / task.name for task in tasks]
-    write_report(adapters, root / REPORT, open_checkpoint(model_path()))
+    adapters = [root / adapter for adapter in facts["tasks"]]
+    write_report(adapters, root / REPORT, open_checkpoint(model), fast=task.FAST_REPORT)
     took = time.perf_counter() - started
     results |= {
-        "runs": {n: {how: asdict(run) for how, run in both.items()} for n, both in runs.items()},
+        "runs": runs,
         "verified": found,
         "proofs": [asdict(proof) for proof in proven],
         "seconds": took,
@@ -109,15 +96,78 @@ def run_demo(root: Path, settings: Settings) -> bool:
     return all(proof.holds for proof in proven)
 
 
-def _check_root(root: Path) -> None:
+def _check_root(root: Path, model: Path) -> None:
     """Refuse a folder in which the demo would overwrite what is not its own."""
-    model = model_path()  # the package is the first thing to be missing
     check_outputs({"--output": root}, checkpoints=[model])
     check_kind(root, folder=True)
     if root.exists() and any(root.iterdir()) and not (root / RESULTS).exists():
         raise ConfigError(
             f"--output {root} is a folder of something else (it holds no {RESULTS}); name another"
         )
+
+
+def _train(
+    task: Task, name: str, options: TrainOptions, data: Data, tokenizer: Any, root: Path
+) -> tuple[dict[str, Any], Any]:
+    """Train an adapter, and before that a new head without one; return figures and the model.
+
+    Both start from the same head and see the same batches. Adapter and head are written into the
+    folder of `root` that is named as the adapter.
+    """
+    folder, runs = root / name, {}
+    before, after = task.RUNS
+    for how in (before, after) if task.head_learning_rate else (after,):
+        model = load_base(options, data.labels, tokenizer.pad_token_id)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        if how == after:
+            config, device = adapter_config(options), torch.device("cpu")
+            model = adapt(model, config, options, data, tokenizer, device)
+        else:
+            for parameter, tensor in model.named_parameters():
+                tensor.requires_grad_(_in_head(parameter))
+        named = [(n, tensor) for n, tensor in model.named_parameters() if tensor.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [tensor for n, tensor in named if _in_head(n) == head], "lr": rate}
+            for head, rate in ((True, task.head_learning_rate), (False, task.learning_rate))
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(
+                options, Path(scratch), save_strategy="no", **_grouped_by_length()
+            )
+            what = f"{name}: {how}"
+            more: dict[str, Any] = {"what": what, "optimizers": (optimizer, None)}
+            trainer = make_trainer(model, options, data, tokenizer, arguments, **more)
+            result = fit(trainer, total=total)
+        if how == after:
+            model.save_pretrained(folder)
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card, an empty form
+        if result.before:
+            runs[before] = {task.FIGURE: result.before[task.FIGURE], "total": total}
+        runs[how] = {
+            task.FIGURE: result.after[task.FIGURE],
+            "trained": result.trained,
+            "trained_in_encoder": sum(tensor.numel() for tensor in groups[1]["params"]),
+            "total": total,
+            "seconds": result.seconds,
+            "file_bytes": (folder / WEIGHTS_NAME).stat().st_size if how == after else None,
+        }
+    return runs, model
+
+
+def _in_head(name: str) -> bool:
+    return "classifier." in name
+
+
+def _grouped_by_length() -> dict[str, Any]:
+    """Return the argument for batches of similar length, a fifth less to compute, as it is named.
+
+    Transformers has changed it.
+    """
+    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:
+        return {"train_sampling_strategy": "group_by_length"}
+    return {"group_by_length": True}
 
 
 def _verify(root: Path) -> dict[str, Any]:
@@ -135,37 +185,26 @@ def _verify(root: Path) -> dict[str, Any]:
     return found
 
 
-def _print_task(task: Task, runs: Mapping[str, Run]) -> None:
-    columns = ("accuracy", "trained parameters", "share of model", "file", "seconds")
-    note = (
-        f"{len(task.labels)} labels, chance {1 / len(task.labels):.1%}, "
-        f"{len(task.train):,} training and {len(task.test):,} test docstrings"
-    )
-    names = {"frozen": "before: frozen encoder, trained head", "shira": "after: SHiRA"}
+def _print_figures(
+    task: Task, name: str, facts: Mapping[str, Any], data: Data, runs: Mapping[str, Any]
+) -> None:
+    columns = (task.FIGURE, "trained parameters", "share of model", "file", "seconds")
+    title, note = task.about(name, facts)
+    tested = len(data.evaluation or ())
     rows = []
     for how, run in runs.items():
-        share = run.accuracy
-        error = math.sqrt(share * (1 - share) / max(len(task.test), 1))  # one standard error
-        row = (
-            names[how],
-            f"{share:.1%} (+- {error:.1%})",
-            f"{run.trained:,}",
-            f"{run.trained / run.total:.2%}",
-            "-" if run.file_bytes is None else megabytes(run.file_bytes),
-            f"{run.seconds:.0f}",
+        trained, size = run.get("trained", 0), run.get("file_bytes")
+        cells = (
+            task.RUNS[how],
+            task.shown(run[task.FIGURE], tested),
+            f"{trained:,}",
+            f"{trained / run['total']:.2%}",
+            "-" if size is None else megabytes(size),
+            f"{run.get('seconds', 0):.0f}",
         )
-        rows.append(row)
-    print_table(f"{task.name}: {task.question}", ("", *columns), rows, columns, note)
-
-
-def _write_examples(root: Path, task: Task) -> None:
-    rows = [
-        {"text": doc.text, "label": getattr(doc, task.name), "split": split, "source": doc.source}
-        for split, docs in (("train", task.train), ("test", task.test))
-        for doc in docs
-    ]
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write_atomically(root / EXAMPLES.format(task=task.name), text.encode())
+        rows.append(cells)
+    note = f"{note}, {len(data.train):,} training and {tested:,} test {task.TEXTS}"
+    print_table(title, ("", *columns), rows, columns, note)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

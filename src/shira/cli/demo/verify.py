@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shira.cli.demo.settings import EXAMPLES, PREDICTIONS, RESULTS, Settings
-from shira.cli.demo.training import head_labels, predict_logits
+from shira.cli.demo import demo_of
+from shira.cli.demo.task import PREDICTIONS, RESULTS, head_labels
 from shira.cli.output import no_accelerator_note, offline, quieten
 from shira.cli.progress import track
 from shira.cli.train.model import load_base, load_tokenizer
@@ -45,30 +45,29 @@ def verify(root: Path) -> dict[str, Any]:
     from shira import PeftModel
 
     written = json.loads((root / RESULTS).read_text(encoding="utf-8"))
-    settings = Settings(**written["settings"])
-    tasks: list[str] = written["tasks"]
-    labels, options = head_labels(written["outputs"]), settings.options()
+    task = demo_of(written["task"])(**written["settings"])
+    names: list[str] = written["tasks"]
+    options = task.options(written["model"])
     tokenizer = load_tokenizer(options)
-    base, other = (load_base(options, labels, tokenizer.pad_token_id) for _ in range(2))
+    base, other = (
+        load_base(options, head_labels(written), tokenizer.pad_token_id) for _ in range(2)
+    )
     fresh = dict(base_weights(other))
-    model = PeftModel.from_pretrained(base, root / tasks[0], adapter_name=tasks[0])
-    for task in tasks[1:]:
-        model.load_adapter(root / task, adapter_name=task)
-
-    def predict(task: str, what: str) -> Tensor:
-        lines = (root / EXAMPLES.format(task=task)).read_text(encoding="utf-8").splitlines()
-        texts = [row["text"] for row in map(json.loads, lines) if row["split"] == "test"]
-        return predict_logits(model, tokenizer, texts, settings, f"{task}: predicting {what}")
+    answers = {"base": task.answers(base, tokenizer)}
+    model: Any = PeftModel.from_pretrained(base, root / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(root / name, adapter_name=name)
 
     predictions = load_file(root / PREDICTIONS)
     found: dict[str, Any] = {"tasks": {}}
-    for task in tasks:
-        saved = predictions[task]
-        model.set_adapter(task)
-        logits = predict(task, "again")
+    for name in names:
+        saved = predictions[name]
+        model.set_adapter(name)
+        logits = task.predict(model, tokenizer, root, name, "again")
         model.merge_adapter()
-        merged = predict(task, "with it merged")
-        found["tasks"][task] = {
+        merged = task.predict(model, tokenizer, root, name, "with it merged")
+        answers[name] = task.answers(model, tokenizer)
+        found["tasks"][name] = {
             "predictions": len(saved),
             "predictions_changed": int((logits.argmax(1) != saved.argmax(1)).sum()),
             "largest_logit_difference": float((logits - saved).abs().max()),
@@ -80,8 +79,11 @@ def verify(root: Path) -> dict[str, Any]:
             ),
         }
         model.unmerge_adapter()
-    found["switch_seconds"] = _switch(model, tasks, settings.switches)
-    now = dict(base_weights(model))
+    found["switch_seconds"] = _switch(model, names, task.switches)
+    restored = model.unload()
+    answers["base restored"] = task.answers(restored, tokenizer)
+    found["answers"] = answers if answers["base"] else {}
+    now = dict(base_weights(restored))
     found["base_tensors"] = len(fresh)
     found["base_weights"] = sum(tensor.numel() for tensor in fresh.values())
     found["base_missing"] = sorted(fresh.keys() ^ now.keys())
@@ -93,7 +95,7 @@ def verify(root: Path) -> dict[str, Any]:
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Return the base's own weights under its own names, without the head and without adapters."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.named_parameters():
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if "shira_" not in plain and not plain.startswith("classifier."):
             yield plain, tensor
@@ -132,6 +134,13 @@ def proofs(found: Mapping[str, Any]) -> Iterator[Proof]:
             f"{task}: merged, {seen['weights_changed_while_in']:,} base weights are "
             "overwritten and the logits are those of the unmerged model "
             f"(largest difference: {seen['merged_difference']:.1e})",
+        )
+    if said := found["answers"]:
+        same = sum(said["base"][prompt] == text for prompt, text in said["base restored"].items())
+        yield Proof(
+            same == len(said["base"]),
+            f"{same} of {len(said['base'])} answers of the restored base are word for word those "
+            "of before",
         )
     changed = len(found["base_changed"]) + len(found["base_missing"])
     yield Proof(

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two text classification tasks of real text that is on any machine: docstrings of libraries.
+"""Real text that is on any machine: the docstrings of installed libraries.
 
-One task asks which library wrote a docstring, the other what kind of thing it documents. All
-docstrings of a source file fall on one side of the split, and a text occurs once, so that nothing
-of the test set was seen in training. Everything depends on the seed and the installed files alone;
-those are parsed with :mod:`ast` and never imported, so reading them runs none of their code.
+Source files are parsed with :mod:`ast` and never imported, so reading them runs none of their code.
+Everything depends on the seed and the installed files alone.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
-import itertools
 import random
 import re
 import sysconfig
+import textwrap
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,36 +49,23 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _PROPERTIES = frozenset({"cached_property", "property"})
 _MAX_FILE_BYTES = 300_000
-_MAX_A_FILE = 8  # of one label, so that no single file makes up a class
 _MIN_WORDS = 6  # of a docstring; fewer say too little to be told apart
+_MAX_LINES = 12  # of a function that is short
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
 class Docstring:
-    """One docstring: its cleaned text, who wrote it, what it documents, and where it stands."""
+    """One docstring: its cleaned text, who wrote it, and what it documents."""
 
     text: str
     library: str
     kind: str
     source: str
-
-
-@dataclass(frozen=True)
-class Task:
-    """A classification task, named as the field of `Docstring` that it asks for.
-
-    `train` and `test` hold equally many docstrings of each label.
-    """
-
-    name: str
-    question: str
-    labels: tuple[str, ...]
-    train: tuple[Docstring, ...]
-    test: tuple[Docstring, ...]
-
-    def answer(self, doc: Docstring) -> int:
-        """Return the index of a docstring's label in `labels`."""
-        return self.labels.index(getattr(doc, self.name))
+    name: str = ""
+    summary: str = ""  # the first paragraph as it stands
+    code: str = ""  # of a short function, without the docstring
 
 
 def library_root(library: str) -> Path | None:
@@ -115,17 +99,31 @@ def read_docstrings(
     """
     if path.stat().st_size > _MAX_FILE_BYTES:
         return []
+    source_code = path.read_bytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(path.read_bytes())
+            tree = ast.parse(source_code)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    return [
-        Docstring(text, library, kind, source)
-        for kind, raw in [("module", ast.get_docstring(tree) or ""), *_documented(tree)]
-        if len((text := clean(raw, max_words=max_words)).split()) >= _MIN_WORDS
-    ]
+    lines = source_code.decode(errors="replace").split("\n")
+    found = []
+    for kind, node in [("module", tree), *_documented(tree)]:
+        raw = ast.get_docstring(node) or ""
+        text = clean(raw, max_words=max_words)
+        if len(text.split()) >= _MIN_WORDS:
+            summary = " ".join(raw.split("\n\n")[0].split())
+            name = getattr(node, "name", path.stem)
+            found.append(Docstring(text, library, kind, source, name, summary, _code(node, lines)))
+    return found
+
+
+def _code(node: Documented, lines: list[str]) -> str:
+    if not isinstance(node, ast.FunctionDef) or not node.end_lineno:
+        return ""
+    body = lines[node.body[0].end_lineno : node.end_lineno]
+    code = lines[node.lineno - 1 : node.body[0].lineno - 1] + body
+    return textwrap.dedent("\n".join(code)) if body and len(code) <= _MAX_LINES else ""
 
 
 def clean(raw: str, *, max_words: int) -> str:
@@ -141,12 +139,11 @@ def clean(raw: str, *, max_words: int) -> str:
     return " ".join(text.split()[:max_words])
 
 
-def _documented(node: ast.AST, *, in_class: bool = False) -> Iterator[tuple[str, str]]:
-    """Return (kind, docstring) of everything documented inside a node, in source order."""
-    for child in ast.iter_child_nodes(node):
+def _documented(tree: ast.AST, *, in_class: bool = False) -> Iterator[tuple[str, Documented]]:
+    """Return (kind, node) of everything that can be documented inside a node, in source order."""
+    for child in ast.iter_child_nodes(tree):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if raw := ast.get_docstring(child):
-                yield _kind(child, in_class=in_class), raw
+            yield _kind(child, in_class=in_class), child
             yield from _documented(child, in_class=isinstance(child, ast.ClassDef))
         elif isinstance(child, (ast.If, ast.Try, ast.With)):
             yield from _documented(child, in_class=in_class)
@@ -186,58 +183,3 @@ def collect(
 def split_of(source: str, *, seed: int, test_share: float) -> str:
     """Return ``"train"`` or ``"test"`` for a source file, from its name and the seed alone."""
     return "test" if random.Random(f"{seed} split {source}").random() < test_share else "train"
-
-
-def build_tasks(
-    docstrings: Sequence[Docstring], *, seed: int, train_per_label: int, test_per_label: int
-) -> list[Task]:
-    """Return the tasks `library` and `kind`, each balanced over its labels.
-
-    The test share of the source files is what the two sizes ask for. Where a label has too few
-    docstrings, every label of that task gets as many as the rarest one has.
-    """
-    share = test_per_label / (train_per_label + test_per_label)
-    sides: dict[str, list[Docstring]] = {"train": [], "test": []}
-    for doc in docstrings:
-        sides[split_of(doc.source, seed=seed, test_share=share)].append(doc)
-    present = {doc.library for doc in docstrings}
-    libraries = tuple(name for name in LIBRARIES if name in present)
-    return [
-        Task(
-            name=name,
-            question=question,
-            labels=labels,
-            train=_balanced(sides["train"], name, labels, train_per_label, seed),
-            test=_balanced(sides["test"], name, labels, test_per_label, seed),
-        )
-        for name, question, labels in (
-            ("library", "Which library wrote this docstring?", libraries),
-            ("kind", "What kind of thing does this docstring document?", KINDS),
-        )
-    ]
-
-
-def _balanced(
-    docstrings: Sequence[Docstring], field: str, labels: tuple[str, ...], size: int, seed: int
-) -> tuple[Docstring, ...]:
-    """Return `size` of each label (fewer for all where one label has fewer), shuffled.
-
-    Within a label the value of the other field is spread as evenly as there is text, so that one
-    task cannot be answered through the other.
-    """
-    other = "kind" if field == "library" else "library"
-    drawn: list[list[Docstring]] = []
-    for label in labels:
-        groups: dict[str, list[Docstring]] = defaultdict(list)
-        taken: dict[str, int] = defaultdict(int)
-        candidates = [doc for doc in docstrings if getattr(doc, field) == label]
-        random.Random(f"{seed} {field} {label}").shuffle(candidates)
-        for doc in candidates:
-            if taken[doc.source] < _MAX_A_FILE:
-                taken[doc.source] += 1
-                groups[getattr(doc, other)].append(doc)
-        turns = itertools.zip_longest(*(groups[key] for key in sorted(groups)))
-        drawn.append([doc for turn in turns for doc in turn if doc is not None][:size])
-    chosen = [doc for docs in drawn for doc in docs[: min(map(len, drawn))]]
-    random.Random(f"{seed} {field} order").shuffle(chosen)
-    return tuple(chosen)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings out of source files, and the tasks made of them.
-
-The tasks are balanced, without overlap between the splits, and decided by the seed alone.
-"""
+"""Docstrings out of source files, decided by the seed alone."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ from collections import Counter
 
 import pytest
 
-from shira.cli.demo.tasks import (
+from shira.cli.demo.docstrings import (
     KINDS,
     LIBRARIES,
-    Docstring,
-    build_tasks,
     clean,
     collect,
     library_root,
@@ -78,6 +73,18 @@ def test_kinds(source):
     assert not any("short" in doc.text for doc in found)
 
 
+def test_code_of_short_functions(tmp_path):
+    path = tmp_path / "thing.py"
+    path.write_text(
+        'class Shape:\n    def size(self, unit):\n        """How large it is in all, '
+        'in some unit.\n\n        And more.\n        """\n        # scaled\n        return 1\n'
+    )
+    (doc,) = read_docstrings(path, library="x", source="x")
+    assert doc.summary == "How large it is in all, in some unit."
+    assert (doc.name, doc.kind) == ("size", "method")
+    assert doc.code == "def size(self, unit):\n    # scaled\n    return 1"
+
+
 def test_texts_are_cut(source):
     found = read_docstrings(source, library="x", source="x", max_words=7)
     assert {len(doc.text.split()) for doc in found} == {7}
@@ -136,78 +143,16 @@ def real():
     return collect(seed=3, files_per_library=60, libraries=SOME)
 
 
-def build(docstrings, **sizes):
-    sizes = {"seed": 3, "train_per_label": 12, "test_per_label": 6, **sizes}
-    return build_tasks(docstrings, **sizes)
-
-
 def test_deterministic(real):
     assert collect(seed=3, files_per_library=60, libraries=SOME) == real
-    assert build(real) == build(real)
-    assert build(real, seed=4) != build(real)
-
-
-def test_no_source_file_and_no_text_in_both_splits(real):
-    for task in build(real):
-        train, test = task.train, task.test
-        assert train
-        assert test
-        assert not {e.source for e in train} & {e.source for e in test}
-        texts = [example.text for example in (*train, *test)]
-        assert len(texts) == len(set(texts))
-    # one rule for both tasks: what one trains on, the other does not test on
-    splits = [({e.source for e in t.train}, {e.source for e in t.test}) for t in build(real)]
-    assert not splits[0][0] & splits[1][1]
-    assert not splits[1][0] & splits[0][1]
-
-
-def test_balanced_over_the_labels(real):
-    library, kind = build(real)
-    assert library.labels == ("standard library", "numpy", "sympy")
-    assert kind.labels == KINDS
-    for task in (library, kind):
-        for examples in (task.train, task.test):
-            counts = Counter(map(task.answer, examples))
-            assert set(counts) == set(range(len(task.labels)))
-            assert len(set(counts.values())) == 1
-    assert Counter(map(library.answer, library.train))[0] == 12
-
-
-def test_labels_are_true(real):
-    library, kind = build(real)
-    for doc in library.train:
-        assert library.labels[library.answer(doc)] == doc.library == doc.source.partition("/")[0]
-    assert all(kind.labels[kind.answer(doc)] == doc.kind for doc in kind.test)
-
-
-def test_the_rarest_label_sets_the_size():
-    docstrings = [
-        Docstring(f"text number {i} of {kind}", "torch", kind, f"torch/{i}.py")
-        for kind in KINDS
-        for i in range(4 if kind == "property" else 40)
-    ]
-    _, kind = build(docstrings, test_per_label=12)
-    for examples in (kind.train, kind.test):
-        assert set(Counter(map(kind.answer, examples)).values()) <= {1, 2, 3}
-
-
-def test_one_file_does_not_make_up_a_class():
-    docstrings = [
-        Docstring(f"text number {i} of {kind}", "torch", kind, "torch/same.py")
-        for kind in KINDS
-        for i in range(30)
-    ]
-    _, kind = build(docstrings, train_per_label=30)
-    split = kind.train or kind.test
-    assert set(Counter(map(kind.answer, split)).values()) == {8}
 
 
 def test_copies_are_dropped(tmp_path, monkeypatch):
-    import shira.cli.demo.tasks as tasks
+    import shira.cli.demo.docstrings as docstrings
 
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text('"""The same words stand here, twice in all."""\n')
-    monkeypatch.setattr(tasks, "library_root", lambda library: tmp_path)
+    monkeypatch.setattr(docstrings, "library_root", lambda library: tmp_path)
     assert len(collect(seed=0, files_per_library=9, libraries=["x"])) == 1
 
 
