@@ -122,7 +122,7 @@ def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
 def test_a_failed_proof_is_exit_status_1(shira, monkeypatch):
     import shira.cli.demo.run as run
 
-    monkeypatch.setattr(run, "run_demo", lambda output, name, task: False)
+    monkeypatch.setattr(run, "run_demo", lambda *arguments: False)
     assert shira("demo").status == 1
 
 

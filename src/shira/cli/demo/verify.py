@@ -8,6 +8,7 @@ a base that was loaded afresh. The findings go to standard output as one JSON ob
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -20,8 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shira.cli.demo import demo_of
-from shira.cli.demo.task import PREDICTIONS, RESULTS, head_labels
+from shira.cli.demo.task import PREDICTIONS, RESULTS, Task, head_labels
 from shira.cli.output import no_accelerator_note, offline, quieten
 from shira.cli.progress import track
 from shira.cli.train.model import load_base, load_tokenizer
@@ -45,7 +45,8 @@ def verify(root: Path) -> dict[str, Any]:
     from shira import PeftModel
 
     written = json.loads((root / RESULTS).read_text(encoding="utf-8"))
-    task = demo_of(written["task"])(**written["settings"])
+    module = importlib.import_module(f"shira.cli.demo.{written['task']}")
+    task: Task = module.Demo(**written["settings"])
     names: list[str] = written["tasks"]
     options = task.options(written["model"])
     tokenizer = load_tokenizer(options)
