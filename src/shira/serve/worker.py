@@ -38,14 +38,7 @@ from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.support import Support
-from shira.switch.weights import (
-    ChangedWeightError,
-    Entry,
-    PatchedWeights,
-    State,
-    combined,
-    make_patch,
-)
+from shira.switch.weights import ChangedWeightError, PatchedWeights, State, combined, make_patch
 
 _CHUNK = 2**24  # entries hashed at a time
 
@@ -334,14 +327,16 @@ class Route:
         check_finite(values, f"adapter {self.name!r} that were sent")
         loaded = self.worker.require(self.name)
         entries = {}
-        for storage, (_, old) in loaded.entries.items():
+        for storage, entry in loaded.entries.items():
+            old = entry.patch
             offsets, order = self._order.get(storage, (None, None))
             if old.offsets is not offsets:
                 raise AdapterError(
                     f"adapter {self.name!r} was loaded anew since the positions were agreed on"
                 )
             new = values[order].to(storage.weight.device)
-            entries[storage] = Entry(new, make_patch(old.offsets, old.originals, new))
+            patch = make_patch(old.offsets, old.originals, new)
+            entries[storage] = entry._replace(values=new, patch=patch)
         raw = values.detach().contiguous().view(torch.uint8).numpy().data
         digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
         return loaded._replace(entries=entries, digest=digest)
