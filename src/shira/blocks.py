@@ -198,7 +198,7 @@ def find_blocks(shape: Sequence[int], indices: Ints) -> Blocks | None:
     rows, cols = matrix_shape(shape)
     if not len(indices):
         return None
-    breaks = np.diff(indices) != 1  # before each index but the first
+    breaks = indices[1:] - indices[:-1] != 1
     # An unstructured support goes no further. (Where a row ends a run does too: there are more.)
     if len(indices) < min(_LEAST, cols) * (1 + np.count_nonzero(breaks)):
         return None

@@ -82,14 +82,15 @@ class Support:
         """
         if not isinstance(mask, Tensor):
             raise SupportError(f"a mask is a tensor, not {type(mask).__name__}")
+        chosen = mask if mask.dtype == torch.bool else mask != 0
         if mask.dtype != torch.bool:
-            odd = mask.masked_select((mask != 0) & (mask != 1))
+            odd = mask.masked_select(chosen & (mask != 1))
             if odd.numel():
                 raise SupportError(
                     f"a mask holds only zeros and ones, but {odd.numel()} of its entries are "
                     f"others, the first of them {odd[0].item()}"
                 )
-        return cls._trusted(mask.shape, mask.reshape(-1).nonzero().squeeze(1))
+        return cls._trusted(mask.shape, chosen.reshape(-1).nonzero().squeeze(1))
 
     @classmethod
     def from_coordinates(cls, shape: Sequence[int], coordinates: Tensor) -> Support:
