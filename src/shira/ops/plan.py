@@ -109,12 +109,6 @@ class Plan:
         """Return the place of each entry in the weight's memory, int64 ``(k,)``; made anew."""
         return offsets_of(self.flat(), self.weight_shape, self.stride)
 
-    @property
-    def density(self) -> float:
-        """Entries over the entries of the weight."""
-        numel = self.shape[0] * self.shape[1]
-        return self.nnz / numel if numel else 0.0
-
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
         """Return one delta on the union, ``(k,)``: those of the adapters, added up."""
         if self.members is None:

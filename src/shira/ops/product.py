@@ -77,14 +77,12 @@ class Product:
         indices: Sequence[Tensor], *options: Any,
     ) -> Tensor:  # fmt: skip
         """Compute the product."""
-        if runs_eagerly(x, weight, *deltas):
-            if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-                plan = plan_for(indices, weight.shape, weight.stride())
-                return self._compute(x, weight, bias, deltas, plan, options)
-            result: Tensor = _apply(self, options, bias, x, weight, *deltas, *indices)
-        else:
-            result = self._op(x, weight, bias, list(deltas), list(indices), *options)
-        return result
+        if not runs_eagerly(x, weight, *deltas):
+            return self._op(x, weight, bias, list(deltas), list(indices), *options)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return _apply(self, options, bias, x, weight, *deltas, *indices)  # type: ignore[no-any-return]
+        plan = plan_for(indices, weight.shape, weight.stride())
+        return self._compute(x, weight, bias, deltas, plan, options)
 
     def _compute(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], plan: Plan,

@@ -18,6 +18,7 @@ another one; one that cannot compute the case at hand is then an error, never si
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -163,8 +164,8 @@ def _known(name: str) -> str:
 
 
 def _backend_for(left: Tensor, plan: Plan) -> Backend:
-    tiled = plan.tiles is not None
-    return BACKENDS[choose(left.device, left.dtype, plan.density, tiled=tiled).name]
+    density, tiled = plan.nnz / math.prod(plan.shape), plan.tiles is not None
+    return BACKENDS[choose(left.device, left.dtype, density, tiled=tiled).name]
 
 
 def scratch_bytes() -> int:
@@ -302,10 +303,6 @@ def _native(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     return kernels.entries(left, right, *plan.compressed())
 
 
-def _no_tiles(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
-    return None if tiled else "the support does not fill square tiles"
-
-
 def _not_native(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
     if device == "cpu" and dtype not in native.KINDS:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
@@ -330,7 +327,9 @@ def _not_triton(device: str, dtype: torch.dtype, tiled: bool) -> str | None:
 # In order of preference. The density of ``sampled`` was measured on two cores; that of ``native``
 # is extrapolated from its times at 2 % (``benchmarks/results/kernel.json``).
 BACKENDS = {
-    "tiles": Backend(_tiles, _no_tiles),
+    "tiles": Backend(
+        _tiles, lambda *case: None if case[-1] else "the support does not fill square tiles"
+    ),
     "native": Backend(_native, _not_native, 0.2),
     "sampled": Backend(sampled, _not_sampled, 0.1),
     "chunked": Backend(chunked, lambda *case: None),
