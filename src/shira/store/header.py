@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ WHOLE_DTYPES: Mapping[str, torch.dtype] = {
 
 Bits = NDArray[np.signedinteger[Any]]
 _READABLE = {**WHOLE_DTYPES, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
+_UNITS = {name: np.dtype(f"<i{dtype.itemsize}") for name, dtype in _READABLE.items()}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 WORDS: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _READABLE.items()}
 """Safetensors' words for the dtypes that are read and written."""
@@ -68,8 +69,7 @@ _BITS = {
 }
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor of a file."""
 
     key: str  # its name in the file
@@ -161,22 +161,24 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
 
 def read_bits(file: BinaryIO, stored: Stored, first: int = 0, count: int | None = None) -> Bits:
     """Read a stored tensor, or ``count`` entries of it, as integers of their width: 1-D."""
-    width = _READABLE[stored.dtype].itemsize
-    raw = np.empty(width * (math.prod(stored.shape) if count is None else count), np.uint8)
-    file.seek(stored.start + first * width)
+    unit = _UNITS[stored.dtype]
+    size = stored.end - stored.start if count is None else count * unit.itemsize
+    raw = np.empty(size, np.uint8)
+    file.seek(stored.start + first * unit.itemsize)
     rest = raw.data
     while rest:
         got = file.readinto(rest)  # type: ignore[attr-defined]
         if not got:
             raise FileFormatError(f"{stored.file}: tensor {stored.key!r}: truncated while read")
         rest = rest[got:]
-    return raw.view(f"<i{width}")
+    return raw.view(unit)
 
 
 def tensor_of(bits: Bits, stored: Stored) -> Tensor:
     """Return the entries of a stored tensor that these bits are: 1-D, in the same memory."""
-    native = bits.astype(bits.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(native).view(_READABLE[stored.dtype])
+    if sys.byteorder == "big":
+        bits = bits.astype(bits.dtype.newbyteorder("="))
+    return torch.from_numpy(bits).view(_READABLE[stored.dtype])
 
 
 def bits_of(values: Tensor) -> Tensor:
@@ -194,8 +196,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def check_values(values: Tensor) -> None:
     """Raise an `EntryError` if there are NaN or infinite values."""
-    # Both the least and the largest are NaN if there is one.
-    if values.numel() and not all(math.isfinite(end.item()) for end in values.aminmax()):
+    if not values.numel():
+        return
+    least, largest = values.aminmax()  # either is NaN if there is one
+    if not (math.isfinite(least.item()) and math.isfinite(largest.item())):
         nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
         raise EntryError(
             f"the values are not finite: {nan} NaN and {infinite} infinite of {values.numel()}"
@@ -224,14 +228,12 @@ def in_order(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if bool(inexact.any()):
             bad = coordinates[inexact][0].item()
             raise EntryError(f"index {bad} is no whole number below 2^24")
-    wide = coordinates.to(torch.int64)
-    outside = (wide < 0) | (wide >= COORDINATE_LIMIT)
-    if bool(outside.any()):
-        index = int(wide[outside][0])
-        if coordinates.dtype == torch.uint64:  # the largest wrap
-            index %= 2**64
-        raise EntryError(f"index {index} {'is negative' if index < 0 else 'overflows int32'}")
-    row, column = wide
+    row, column = wide = coordinates.to(torch.int64)
+    for index in map(int, wide.aminmax() if wide.numel() else ()):
+        if not 0 <= index < COORDINATE_LIMIT:
+            if coordinates.dtype == torch.uint64:  # the largest wrap
+                index %= 2**64
+            raise EntryError(f"index {index} {'is negative' if index < 0 else 'overflows int32'}")
     key = row * COORDINATE_LIMIT + column
     if bool((key[1:] > key[:-1]).all()):
         return coordinates.to(torch.int32), values
