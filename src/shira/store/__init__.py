@@ -21,13 +21,7 @@ import torch
 
 from shira.adapter import Adapter
 from shira.errors import ConfigError, did_you_mean
-from shira.store.compact import (
-    COMPACT_NAME,
-    CompactFile,
-    is_compact,
-    read_compact,
-    write_compact,
-)
+from shira.store.compact import COMPACT_NAME, CompactFile, is_compact, read_compact, write_compact
 from shira.store.names import CONFIG_NAME, WEIGHTS_NAME
 from shira.store.peft import (
     PeftFile,
