@@ -33,8 +33,7 @@ _BATCH = 64  # texts to predict at once
 class Task(ABC):
     """Everything that decides a demo's result beside the installed files, and what it consists of.
 
-    The defaults were chosen on another seed than the default one. A sparse adapter needs a larger
-    learning rate than a dense one.
+    A sparse adapter needs a larger learning rate than a dense one.
     """
 
     seed: int = 42

@@ -6,16 +6,13 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from shira.cli.output import console, needed_for, no_accelerator_note, quieten
 from shira.cli.progress import say
 from shira.cli.train.options import GROUPS, TrainOptions, fields, resolve
-
-if TYPE_CHECKING:
-    from shira.cli.train.outputs import Result
 
 EXAMPLES = (
     "shira train --model bert-base-uncased --task text-classification --train-file train.csv"
@@ -101,10 +98,6 @@ def _train(options: TrainOptions) -> None:
     with writing("the adapter", output):
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
     write_outputs(output, options, data, result, model.peft_config["default"])
-    _say_result(output, result)
-
-
-def _say_result(output: Path, result: Result) -> None:
     out = console()
     for when, figures in (("before", result.before), ("after", result.after)):
         if figures:

@@ -91,17 +91,14 @@ def check_fits(model: Any, options: TrainOptions, data: Data) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = max(int(row_lengths(table).max()) for table in tables)
     for name, module in model.named_modules():
-        learnt = isinstance(module, nn.Embedding) and re.search(
-            "position|wpe", name.rpartition(".")[2]
-        )
-        if not learnt or not isinstance(positions, int):
-            continue
-        most = positions if module.padding_idx is None else positions - module.padding_idx - 1
-        if longest > most:
-            raise ConfigError(
-                f"--model {options.model}: it has {most} positions, and a row has {longest} "
-                f"tokens: give --max-length {most}"
-            )
+        learnt = re.search("position|wpe", name.rpartition(".")[2])
+        if learnt and isinstance(module, nn.Embedding) and isinstance(positions, int):
+            most = positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if longest > most:
+                raise ConfigError(
+                    f"--model {options.model}: it has {most} positions, and a row has {longest} "
+                    f"tokens: give --max-length {most}"
+                )
 
 
 def adapter_config(options: TrainOptions) -> Any:
