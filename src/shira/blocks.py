@@ -319,14 +319,18 @@ def _blocks_of_size(
     size: tuple[int, int], shape: tuple[int, int], starts: Longs, lengths: Longs
 ) -> Blocks:
     (height, width), cols = size, shape[1]
-    across = grid(size, shape)[1]
+    down, across = grid(size, shape)
     row, column = np.divmod(starts, cols)
     ends = column + lengths
     # The rows of blocks that a run covers from end to end, and how many of each block there are.
     low, high = -(-column // width), np.where(ends == cols, across, ends // width)
     covered = np.maximum(high - low, 0)
     block = np.repeat(row // height * across + low, covered) + _counting(covered)
-    numbers, inverse, counts = _tally(block, grid(size, shape))
+    if down * across > 4 * len(block):
+        numbers, inverse, counts = np.unique(block, return_inverse=True, return_counts=True)
+    else:
+        numbers, inverse = np.arange(down * across), block
+        counts = np.bincount(block, minlength=down * across)
     full = counts == _extents(size, numbers, shape)[0]
     # What is left is in runs that begin or end within a block, or cover a row of one not full.
     owner = np.repeat(np.arange(len(starts)), covered)
@@ -335,11 +339,3 @@ def _blocks_of_size(
     lengths = lengths[~whole]
     rest = np.repeat(starts[~whole], lengths) + _counting(lengths)
     return Blocks(size, numbers[full], rest[~np.isin(_block_of(rest, size, shape), numbers[full])])
-
-
-def _tally(block: Longs, of: tuple[int, int]) -> tuple[Longs, Longs, Longs]:
-    """Return which blocks there are, where each is among them, how often each is there."""
-    if of[0] * of[1] > 4 * len(block):
-        return np.unique(block, return_inverse=True, return_counts=True)
-    counts = np.bincount(block, minlength=of[0] * of[1])
-    return np.arange(of[0] * of[1]), block, counts

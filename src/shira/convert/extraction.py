@@ -258,10 +258,8 @@ class _Reader:
     def scores(self, name: str) -> Iterator[Tensor]:
         """Give the absolute differences of all entries of a tensor, piece by piece."""
         for numel, here, size in self.differences(name):
-            if here.numel() == numel:
-                yield size
-            else:
-                yield size.new_zeros(numel).index_put_((here,), size)
+            everywhere = here.numel() == numel
+            yield size if everywhere else size.new_zeros(numel).index_put_((here,), size)
 
 
 def _chosen(

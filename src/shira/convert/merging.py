@@ -12,7 +12,6 @@ result has the bits of a model that was loaded, merged in memory and saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -210,7 +209,14 @@ def merge(
         verdicts = {told.name: told.base for told in targets}
         remedy = "check_base=False, --no-check-base"
         accept(adapter.metadata, verdicts, str(checkpoint.path), remedy, warn=False)
-    _check_lost(targets, max_lost)
+    lost, nonzero = sum(t.lost for t in targets), sum(t.nonzero for t in targets)
+    if lost > max_lost * nonzero:
+        worst = max(targets, key=lambda t: t.lost / max(t.nonzero, 1))
+        raise MergeError(
+            f"rounding swallows {lost} of {nonzero} deltas ({lost / nonzero:.1%}), more than the "
+            f"{max_lost:.1%} allowed; most in {worst.key!r} ({worst.dtype}). Merge into a "
+            "checkpoint of a wider dtype, or allow more"
+        )
     edits = [edit for _, edit, _ in changes]
     undone = [undone for _, _, undone in changes if undone.values.numel()]
     with replacing_undo(undo_path, undone) if undo_path else nullcontext(lambda: None) as put:
@@ -273,14 +279,3 @@ def _change(
     for_undo = {"file": place[2], "shape": list(stored.shape), "merged": fingerprint(new)}
     undone = Entries(stored.key, for_undo, Support._trusted(stored.shape, flat), old)
     return told, Edit(stored, flat, new), undone
-
-
-def _check_lost(targets: Sequence[MergedDelta], most: float) -> None:
-    lost, nonzero = sum(t.lost for t in targets), sum(t.nonzero for t in targets)
-    if lost > most * nonzero:
-        worst = max(targets, key=lambda t: t.lost / max(t.nonzero, 1))
-        raise MergeError(
-            f"rounding swallows {lost} of {nonzero} deltas ({lost / nonzero:.1%}), more than the "
-            f"{most:.1%} allowed; most in {worst.key!r} ({worst.dtype}). Merge into a checkpoint "
-            "of a wider dtype, or allow more"
-        )

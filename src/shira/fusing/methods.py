@@ -174,9 +174,8 @@ def digest(delta: SparseDelta) -> bytes:
 def uniform(count: int, seed: int, name: str, delta: bytes, occurrence: int = 0) -> Tensor:
     """Draw float64 numbers ``(count,)`` in [0, 1) for a delta's entries, on the CPU.
 
-    They are keyed by the seed, the parameter's name and the delta's `digest`, the same on every
-    platform and with every version of numpy; no global generator is used. ``occurrence`` tells
-    deltas apart that are equal in every bit.
+    They are the same on every platform and with every version of numpy; no global generator is
+    used. ``occurrence`` tells deltas apart that are equal in every bit.
     """
     text = f"{int(seed)}\0{occurrence}\0{name}\0".encode("utf-8", "surrogatepass") + delta
     key = hashlib.blake2b(text, digest_size=16, person=b"shira.fuse").digest()

@@ -125,11 +125,7 @@ def is_plain(tensor: Tensor) -> bool:
 def check_writable(
     target: Target, shape: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> None:
-    """Refuse a weight that an adapter for ``shape`` cannot be put into.
-
-    ``dtype`` is that of a whole tensor that replaces it; None for deltas. One that is no floating
-    point replaces a buffer of its very dtype.
-    """
+    """Refuse a weight that deltas, or a whole tensor of ``dtype`` in its place, cannot go into."""
     weight = target.weight
     counts = dtype is not None and not dtype.is_floating_point and weight.dtype == dtype
     if not is_plain(weight) or (weight.dtype not in _DTYPES and not counts):

@@ -237,8 +237,7 @@ def make_entry(
 ) -> tuple[Entry, Tensor]:
     """Return an adapter's entry on a weight, and the originals in the order of its support.
 
-    A whole tensor is rounded once to the weight's dtype and costs what the weight has entries; what
-    is ``active`` in the weight is seen through. `AdapterError` if a finite original stays not so.
+    What is ``active`` in the weight is seen through. `AdapterError` if a finite one stays not so.
     """
     if isinstance(change, SparseDelta):
         flat = change.support.indices.to(weight.device).contiguous()
