@@ -20,6 +20,7 @@ from studies.lm.protocol import (
     BY_SOURCE,
     BY_TARGET,
     FINAL_SEEDS,
+    GAIN,
     GRIDS,
     LOOK,
     LOOK_ORDER,
@@ -36,9 +37,6 @@ from studies.lm.protocol import (
 )
 from studies.lm.runs import Done
 from studies.tuning import explore
-
-GAIN = 0.9
-"""Equal gain: so much of what the best low-rank method of a size gains on the target."""
 
 Point = tuple[float, float]
 """The losses of a run on target and source; infinity where they were not finite."""

@@ -70,6 +70,9 @@ FINAL_SEEDS = (1, 2, 3, 4, 5)
 LOWER = 2
 """Final runs are made at the chosen rate, and at so many lower ones, to compare at equal gain."""
 
+GAIN = 0.85
+"""Equal gain: so much of what the best low-rank method of a size gains on the target."""
+
 BY_TARGET, BY_SOURCE = 2, 1
 """Of ours so many enter a size's finals by the lowest loss, mean of the tuning targets; and so many
 more by the smallest loss added to the source at equal gain."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
 from studies.lm.plan import (
-    GAIN,
     added_at,
     at_equal_gain,
     best_low_rank,
@@ -23,6 +22,7 @@ from studies.lm.plan import (
 from studies.lm.protocol import (
     CHOICES,
     FINAL_SEEDS,
+    GAIN,
     LOOK,
     LOWER,
     SETS,

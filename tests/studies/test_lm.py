@@ -316,10 +316,10 @@ def test_the_best_on_the_target_and_on_the_source_enter_the_finals(everything: r
 
 
 def test_what_is_forgotten_is_compared_at_equal_gain(everything: runs.Done) -> None:
-    # lora's best target loss is 4.04 of 6.0 before: 90 % of its gain is at 4.236
+    # lora's best target loss is 4.04 of 6.0 before: 85 % of its gain is at 4.334
     for method in ("random", "lora"):
         best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
-        lower = best - (4.236 - 4 - len(method) / 100) * 10
+        lower = best - (4.334 - 4 - len(method) / 100) * 10
         expected = 6 + (lower - best) / 10 - 4
         found = at_equal_gain(everything, CPU, method, "small", "python_code")
         if lower < min(protocol.GRIDS[method]):
