@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from shira.errors import MissingDependencyError
 from studies import command
 from studies.lm import base as bases
 from studies.lm import data as texts
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the device's")
-    parser.add_argument("--base", type=Path, default=bases.CACHE, help="folder of the base model")
+    parser.add_argument("--base", type=Path, help="folder of the base model (default: the demo's)")
     parser.add_argument("--parts", type=Path, help="folder that pack made; the base comes from it")
     parser.add_argument("--results", type=Path, default=STUDY.results, help="folder of the runs")
     arguments = parser.parse_args(argv)
@@ -65,7 +66,7 @@ def _make_missing(arguments: Namespace, arm: Arm) -> int:
         return 0
     try:
         base = bases.ensure(arguments.base, arguments.parts)
-    except FileNotFoundError as error:
+    except MissingDependencyError as error:
         print(f"skipped: {error}")
         return 0
 

@@ -386,7 +386,7 @@ def test_what_is_packed_is_put_together_again(
     one, two = bases.pack(data, tmp_path / "parts")
     assert not texts.absent(one / "data", "python_code")
     assert not texts.absent(one / "data", CHOICES)
-    assert bases._joined(tmp_path / "parts", tmp_path / "whole").read_bytes() == content
+    assert bases._joined(tmp_path / "parts", tmp_path).read_bytes() == content
     assert (two / bases.GGUF).stat().st_size == len(content) - 1000
 
 

@@ -150,11 +150,12 @@ def model_path() -> Path:
 
     path = Path(HF_HOME) / "shira" / packed.stem
     if not path.exists():
-        _unpack(packed, path)
+        unpack(packed, path)
     return path
 
 
-def _unpack(packed: Path, path: Path) -> None:
+def unpack(packed: Path, path: Path) -> None:
+    """Make a plain checkpoint in bfloat16 of a GGUF file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say(f"unpacking {Demo.MODEL} into {path}, once")
