@@ -6,7 +6,6 @@ A layer undoes what it was itself in the middle of (`shira.ops.resident`); this 
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,11 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
     configurations, hooks. The values of tensors are not: who writes to them checks before.
     All this only if the model then has a module of this ``kind``.
     """
-    values = (value for m in model.modules() for value in (m.__dict__, *m.__dict__.values()))
-    copies: Any = [(value, copy.copy(value)) for value in values if type(value) in _CONTAINERS]
+    copies: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        settings = module.__dict__
+        copies.append((settings, settings.copy()))
+        copies += [(v, v.copy()) for v in settings.values() if type(v) in _CONTAINERS]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
