@@ -168,6 +168,14 @@ def test_what_cannot_be_agreed_on():
         routes(cluster, "a", b)
     with pytest.raises(AdapterError, match="other positions"):
         routes(cluster, "a", part)
+    for name in SHAPES:  # what the path has beside what is loaded would go nowhere
+        cluster.load(name, Adapter({name: a[name]}))
+        with pytest.raises(AdapterError, match="other positions"):
+            routes(cluster, name, a)
+    empty = SparseDelta(Support(SHAPES["q"], torch.empty(0, dtype=torch.int64)), torch.empty(0))
+    cluster.load("empty", Adapter({"q": empty}))
+    with pytest.raises(AdapterError, match="other positions"):
+        routes(cluster, "empty", a)
 
 
 def test_what_cannot_be_values_changes_nothing():

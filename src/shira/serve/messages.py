@@ -64,9 +64,8 @@ def agree(processes: Processes, step: Callable[[], T]) -> T:
     except Exception as error:
         failure, cause = Failure(type(error).__name__, str(error), processes.rank), error
     everyone = gather(processes, failure)
-    first = next(filter(None, everyone), None)
-    if first is not None:
-        raise first.error(name_rank=len(everyone) > 1) from cause
+    if failures := [each for each in everyone if each is not None]:
+        raise failures[0].error(name_rank=len(everyone) > 1) from cause
     return result  # type: ignore[return-value]  # the step went well
 
 

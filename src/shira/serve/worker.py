@@ -311,11 +311,12 @@ class Route:
                 break
             entries = torch.cat([piece.entries + first[name] for name, piece in parts])
             order[storage] = entry.patch.offsets, entries[by]
-        if order.keys() != loaded.entries.keys():
-            raise AdapterError(
-                f"adapter {self.name!r} was loaded with other positions than those at the path"
-            )
-        return order
+        else:
+            if order.keys() == loaded.entries.keys():
+                return order
+        raise AdapterError(
+            f"adapter {self.name!r} was loaded with other positions than those at the path"
+        )
 
     def _exchanged(self, values: Tensor) -> LoadedAdapter:
         """Return the adapter with other values; nothing is written."""
