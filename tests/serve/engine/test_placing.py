@@ -67,7 +67,13 @@ def test_on_two_ranks(cases):
 
 @pytest.fixture(scope="module")
 def alone():
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
     placing.initialize(0, 1, free_port())
+    yield
+    # The workers of engines are forked from this process, and begin with what it has.
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 @pytest.mark.parametrize("kind", KINDS)
