@@ -139,7 +139,7 @@ BODIES = st.dictionaries(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(requests=st.lists(st.tuples(st.sampled_from(sorted(routes.OWN_PATHS)), BODIES), max_size=6))
 def test_any_body_has_an_answer_that_can_be_sent(tmp_path_factory, requests):
     """No 500, whatever the fields hold; what is told of the state can always be sent."""
