@@ -70,10 +70,26 @@ def test_there_and_back(case):
     assert layout is not None
     assert layout.block_size == b
     assert layout.cut == cut
+    assert layout.nnz == support.nnz
     whole = ids if cut is None else ids[:-1]
     assert layout.ids().tolist() == sorted(whole) + ids[len(whole) :]
     assert len(layout) == len(ids)
     assert support_of_blocks(shape, b, layout.ids(), layout.cut) == support
+    # positions: a (blocks, b, b) tensor cut out of the weight holds the values at the support
+    rows, cols = layout.shape
+    weight = torch.randn(math.ceil(rows / b) * b, math.ceil(cols / b) * b)
+    pieces = torch.stack(
+        [
+            weight[i * b : i * b + b, j * b : j * b + b]
+            for i, j in zip(layout.row_block.tolist(), layout.col_block.tolist(), strict=True)
+        ]
+    )
+    values = weight[:rows, :cols].reshape(-1)[support.indices.long()]
+    assert torch.equal(pieces.view(-1)[layout.positions(support)], values)
+    assert layout.regular == all(
+        (i + 1) * b <= rows and (j + 1) * b <= cols
+        for i, j in zip(layout.row_block.tolist(), layout.col_block.tolist(), strict=True)
+    )
 
 
 @settings(deadline=None, max_examples=200)
@@ -131,6 +147,7 @@ def test_unstructured_supports_are_turned_away(density):
 def test_a_full_weight_is_blocks():
     layout = block_layout(Support((64, 96), torch.arange(64 * 96)), (32,))
     assert layout.ids().tolist() == [0, 1, 2, 3, 4, 5]
+    assert layout.regular
     assert layout.cut is None
 
 

@@ -95,9 +95,46 @@ class BlockLayout:
         """Return how many blocks there are, a cut one included."""
         return self.row_block.numel()
 
+    @property
+    def nnz(self) -> int:
+        """Entries in all."""
+        heights, widths = self.extents()
+        sizes = heights * widths
+        return int(sizes.sum() if self.cut is None else sizes[:-1].sum() + self.cut)
+
+    @property
+    def regular(self) -> bool:
+        """True if every block covers b x b entries of the weight: none is at a ragged edge."""
+        return all(bool((sides == self.block_size).all()) for sides in self.extents())
+
+    def extents(self) -> tuple[Tensor, Tensor]:
+        """Return the rows and columns that each block covers, cut or not: int64 ``(blocks,)``."""
+        b, (rows, cols) = self.block_size, self.shape
+        return (rows - self.row_block * b).clamp(max=b), (cols - self.col_block * b).clamp(max=b)
+
     def ids(self) -> Tensor:
         """Return the row-major number of each block in the block grid: int64 ``(blocks,)``."""
         return self.row_block * grid((self.block_size,) * 2, self.shape)[1] + self.col_block
+
+    def positions(self, support: Support) -> Tensor:
+        """Return where the support's entries stand in a ``(blocks, b, b)`` tensor of the blocks.
+
+        ``blocks.view(-1)[positions]`` are the support's values in its own order. O(k).
+
+        Args:
+            support: The one that has this layout.
+
+        Returns:
+            int64 ``(k,)`` on the support's device.
+        """
+        return self.places(*support.coordinates().long())
+
+    def places(self, row: Tensor, col: Tensor) -> Tensor:
+        """Return `positions` for the rows and columns of entries, int64 ``(k,)`` both."""
+        b = self.block_size
+        known, order = self.ids().sort()
+        block = order[torch.searchsorted(known, row // b * grid((b, b), self.shape)[1] + col // b)]
+        return (block * b + row % b) * b + col % b
 
 
 def support_of_blocks(

@@ -268,9 +268,7 @@ def batched(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     at_once = max(1, scratch_bytes() // (2 * tokens * size * left.itemsize + size * size * 4))
     out = torch.empty(plan.nnz, dtype=wide, device=left.device)
     row, col = (half.long() for half in plan.pattern()[1:])
-    known, order = tiles.ids().sort()
-    tile = order[torch.searchsorted(known, row // size * across.shape[1] + col // size)]
-    place = (tile * size + row % size) * size + col % size  # (k,) in (tiles, size, size)
+    place = tiles.places(row, col)  # (k,) in (tiles, size, size)
     for first in range(0, len(tiles), at_once):
         some = slice(first, first + at_once)
         a = down[:, tiles.row_block[some]].to(product_dtype)  # (tokens, tiles, size)
