@@ -132,7 +132,8 @@ def read_lora(
             raise FileFormatError(f"{weights}: not a LoRA: no tensor is a {_LINEAR[0]}")
         fields = {field: config.get(field) for field in ("rank_pattern", "alpha_pattern")}
         try:
-            check_patterns(fields, [base_module_name(key) for key in modules])
+            for names in (None, [base_module_name(key) for key in modules]):
+                check_patterns(fields, names)
         except ConfigError as error:
             raise FileFormatError(f"{folder / CONFIG_NAME}: {error}") from error
         factors = [
