@@ -93,7 +93,7 @@ def test_what_it_writes_is_what_it_says(quick):
 
 
 def test_the_proofs_fail_when_they_should(quick, tmp_path, monkeypatch):
-    from shira.cli.demo import verify
+    from shira.cli.demo import run as verify
 
     _, folder = quick
     shutil.copytree(folder / "out", tmp_path / "out")

@@ -170,7 +170,7 @@ def test_a_base_that_differs_at_the_end_is_told(shown, tmp_path, monkeypatch):
 
     import torch
 
-    from shira.cli.demo import verify
+    from shira.cli.demo import run as verify
 
     root, _ = shown
     shutil.copytree(root, tmp_path / "out")

@@ -58,7 +58,7 @@ def _train(options: TrainOptions) -> None:
     from shira.cli.train.trainer import fit, make_trainer, training_arguments, writing
 
     quieten(warnings_too=False)
-    config = models.adapter_config(options)
+    models.adapter_config(options)  # refuses what it cannot be
     arguments = training_arguments(options, output / checkpoints.CHECKPOINTS)
     record = checkpoints.record_of(options, arguments.world_size)
     if checkpoint is not None:
@@ -72,7 +72,7 @@ def _train(options: TrainOptions) -> None:
     models.check_fits(base, options, data)
     total = sum(parameter.numel() for parameter in base.parameters())
     if checkpoint is None:
-        model = models.adapt(base, config, options, data, tokenizer, arguments.device)
+        model = models.adapt(base, options, data, tokenizer, arguments.device)
     else:
         model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find a run's checkpoints, choose the one to resume from, and check that a folder is free.
 
-Beside what the Trainer writes, each checkpoint has a record of the settings that it was made with
-and of when its run was started, so that a run does not go on from one of another job, nor from one
-of an earlier run into the same folder.
+Each has a record of its settings and of when its run was started, so that a run does not go on from
+one of another job, nor from one of an earlier run into the same folder.
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ _FREE = (
 
 
 def find_checkpoint(output: Path, resume: str | None) -> Path | None:
-    """Find the checkpoint that ``--resume`` names: ``last``, ``auto`` or a path.
-
-    Of those that are not whole, because the run was killed while it wrote them, the one before is
-    taken, and it is said.
-    """
+    """Find the last whole checkpoint for ``--resume``, or check the one whose path it gives."""
     if resume is None:
         return None
     if resume not in ("last", "auto"):
@@ -57,17 +52,17 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
         for path in (output / CHECKPOINTS).glob("checkpoint-*")
         if path.is_dir() and path.name.rpartition("-")[2].isdecimal()
     )
-    broken: list[str] = []
+    broken = ""
     for _, _, path in reversed(found):
         if (why := _broken(path)) is None:
-            for told in broken:
-                say(f"{told}; going on from {path.name}")
+            if broken:
+                say(f"going on from {path.name}{broken}")
             return path
-        broken.append(f"{path.name} is not whole ({why})")
+        broken += f". {path.name} is not whole ({why})"
     if broken or resume == "last":
         raise ConfigError(
             f"--resume {resume}: there is no whole checkpoint in {output / CHECKPOINTS}; without "
-            f"--resume the training starts anew{''.join(f'. {told}' for told in broken)}"
+            f"--resume the training starts anew{broken}"
         )
     return None
 
@@ -80,10 +75,7 @@ WRITTEN = (
 
 
 def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -> None:
-    """Refuse to write over the data, the base or, unless told to, an adapter.
-
-    (The ``train.yaml`` of the folder may be the file of ``--config``: it is the record of the run.)
-    """
+    """Refuse to write over the data, the base or, unless told to, an adapter."""
     check_kind(output, folder=True)
     check_outputs(
         {f"--output, {name}:": output / name for name in WRITTEN},
@@ -126,10 +118,7 @@ def started(checkpoint: Path | None) -> float:
 
 
 def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Compare a checkpoint's settings with those of the run that goes on from it.
-
-    A difference in what decides the trained entries or the rows is an error, another one is said.
-    """
+    """Refuse a checkpoint whose settings gave other entries or rows; tell any other difference."""
     path = checkpoint / RECORD
     if not path.is_file():
         say(f"{checkpoint.name} has no {RECORD}: its settings are not compared with those of now")

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's files as rows of token ids: reading, finding columns, encoding, batching.
 
-Files are read through ``datasets``, which keeps rows on disk, so that they may be larger than
-memory. Nothing here knows of models or training.
+Files are read through ``datasets``, which keeps rows on disk: they may be larger than memory.
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ class Data:
 
 def load_data(options: TrainOptions, tokenizer: Any) -> Data:
     """Read and encode the files of a run."""
-    path = options.train_file or ""
-    parts = [(read_table(path), path)]
-    if options.eval_file is not None:
-        parts.append((read_table(options.eval_file), options.eval_file))
+    files = [path for path in (options.train_file, options.eval_file) if path is not None]
+    parts = [(read_table(path), path) for path in files]
     if options.eval_fraction is not None:
         table = parts[0][0]
         try:
@@ -59,7 +56,7 @@ def load_data(options: TrainOptions, tokenizer: Any) -> Data:
             raise ConfigError(
                 f"--eval-fraction {options.eval_fraction} of {len(table)} rows: {str(error)[:300]}"
             ) from error
-        parts = [(split["train"], path), (split["test"], path)]
+        parts = [(split["train"], files[0]), (split["test"], files[0])]
     encode = _encode_labelled if options.task == "text-classification" else _encode_running
     (train, *evaluation), labels = encode(parts, options, tokenizer)
     return Data(train, evaluation[0] if evaluation else None, labels)
@@ -100,8 +97,8 @@ def column(table: Any, wanted: str | None, usual: Sequence[str], *, what: str, p
             f"{did_you_mean(wanted, names)}"
         )
     by_lower_name = {name.lower(): name for name in names}
-    found = [by_lower_name[name] for name in usual if name in by_lower_name]
-    name = wanted if wanted is not None else next(iter(found), None)
+    found = (by_lower_name[name] for name in usual if name in by_lower_name)
+    name = next(found, None) if wanted is None else wanted
     if name is None:
         raise ConfigError(
             f"{path}: which column is the {what}? There are {listed}; say --{what}-column"
@@ -242,10 +239,9 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def collator(options: TrainOptions, tokenizer: Any) -> Any:
-    """Return what pads rows to the longest and stacks them: int64 tensors ``(B, longest)``.
+    """Return what pads rows to the longest, as int64 ``(B, longest)``, and labels with -100.
 
-    Labels of tokens are padded with -100; labels of classes are ``(B,)``. It shows no tokenizer,
-    which a Trainer would write into each checkpoint, many times the size of an adapter.
+    It shows no tokenizer: a Trainer would write that into each checkpoint.
     """
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 

@@ -65,10 +65,7 @@ def load_base(options: TrainOptions, labels: Sequence[str] | None, pad_token_id:
 
 
 def check_modules(model: nn.Module, options: TrainOptions) -> None:
-    """Refuse modules to save that the model lacks.
-
-    PEFT takes every module whose path ends with the name, and leaves out a name that has none.
-    """
+    """Refuse modules to save of which no path ends with the name: PEFT leaves such a name out."""
     paths = [path for path, _ in model.named_modules() if path]
     for name in _names(options.modules_to_save) or []:
         if not any(f"base_model.model.{path}".endswith(name) for path in paths):
@@ -119,19 +116,12 @@ def adapter_config(options: TrainOptions) -> Any:
 
 
 def adapt(
-    model: Any,
-    config: Any,
-    options: TrainOptions,
-    data: Data,
-    tokenizer: Any,
-    device: torch.device,
+    model: Any, options: TrainOptions, data: Data, tokenizer: Any, device: torch.device
 ) -> Any:
-    """Return the base with a new adapter in it; ``grad`` and ``snip`` see some training rows.
-
-    Every process of several takes the same rows, so that all choose the same entries.
-    """
+    """Return the base with a new adapter in it; of several processes, all see the same rows."""
     from shira import calibrate, get_peft_model
 
+    config = adapter_config(options)
     if "gradient" in MASKS[options.mask_type].needs:
         rows = data.train.shuffle(seed=options.seed)
         rows = rows.select(range(min(options.calibration_samples, len(rows))))

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,10 +197,8 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, list) and all(isinstance(v, str) for v in value):
         return ",".join(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             return float(value)  # YAML reads 1e-3 as text
-        except (ValueError, OverflowError):
-            pass
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: {value!r:.100} is not {_KIND[hint]}")
@@ -225,8 +224,8 @@ def _check(options: TrainOptions) -> None:
         raise ConfigError("--eval-file and --eval-fraction both say what to evaluate on: give one")
     if options.eval_fraction is not None and not 0 < options.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction is between 0 and 1, not {options.eval_fraction}")
-    for field, _ in fields():
-        check_value(field.name, getattr(options, field.name))
+    for name, value in vars(options).items():
+        check_value(name, value)
     for name in ("train_file", "eval_file"):
         value = getattr(options, name)
         if value is not None and not Path(value).is_file():

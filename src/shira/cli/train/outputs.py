@@ -23,7 +23,6 @@ from shira.errors import shown
 from shira.store.atomic import write_atomically
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-_OF_THIS_RUN = ("resume", "overwrite")  # options that are not of the job
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")  # no name of Markdown
 
 
@@ -56,15 +55,18 @@ def write_outputs(
         "versions": versions(),
         "platform": platform.platform(),
     }
-    _write(output / "metrics.json", json.dumps(figures, indent=2))
-    given = {name: value for name, value in asdict(options).items() if value is not None}
-    job = {name: value for name, value in given.items() if name not in _OF_THIS_RUN}
-    _write(output / "train.yaml", yaml.safe_dump(job, sort_keys=False))
+    write_json(output / "metrics.json", figures)
+    job = {
+        name: value
+        for name, value in asdict(options).items()
+        if value is not None and name not in ("resume", "overwrite")  # which are of this run
+    }
+    write_atomically(output / "train.yaml", yaml.safe_dump(job, sort_keys=False).encode())
     if data.labels is not None:
-        _write(output / "labels.json", json.dumps(list(data.labels), indent=2))
+        write_json(output / "labels.json", data.labels)
     plotted = plot_losses(result.history, output / "loss.png")
     card = model_card(options, data, result, config, plot=plotted)
-    _write(output / "README.md", card)
+    write_atomically(output / "README.md", f"{card}\n".encode())
 
 
 def versions() -> dict[str, str]:
@@ -76,8 +78,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, f"{text.rstrip()}\n".encode())
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as JSON, in place of whatever file is there."""
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], path: Path) -> bool:

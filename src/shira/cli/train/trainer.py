@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,8 @@ def writing(what: str, folder: object) -> Iterator[None]:
 class CheckedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that stops before it logs, saves or returns what is NaN or infinite.
 
-    Also where a checkpoint cannot be written, as on a full disk. The first step with such a loss is
-    noted on the device, so that no step waits for it. Progress is shown by `shira.cli.progress`, as
-    `what`; `after_saving` is called with the folder of each checkpoint that the process writes.
+    The first step with such a loss is noted on the device, so that no step waits for it.
+    `after_saving` is called with the folder of each checkpoint that the process writes.
     """
 
     def __init__(
@@ -63,33 +62,19 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self._after_saving = after_saving
-        self._first: torch.Tensor | None = None
-        self._progress = _Progress(what)
+        self._first: Any = math.inf  # a tensor as soon as there was a step
+        self.progress = _Progress(what)
         self.remove_callback(PrinterCallback)
-        self.add_callback(self._progress)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and leave the terminal as it was, also after an error."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._progress.close()
+        self.add_callback(self.progress)
 
     def figures(self) -> dict[str, float]:
-        """Evaluate, and return the figures without timings; every process must call it.
-
-        Those of a language model, which has no other metrics, include its perplexity.
-        """
-        try:
-            found = self.evaluate()
-        finally:
-            self._progress.close()
+        """Evaluate, and return the figures without timings; every process must call it."""
         figures = {
             name.removeprefix("eval_"): float(value)
-            for name, value in found.items()
+            for name, value in self.evaluate().items()
             if name.startswith("eval_") and not name.endswith(_SPEEDS)
         }
-        if self.compute_metrics is None:
+        if self.compute_metrics is None:  # of a language model
             figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
         return figures
 
@@ -97,8 +82,7 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
         """Take a step as the Trainer does, and note the first loss that is not finite."""
         loss = super().training_step(*args, **kwargs)
         step = loss.new_full((), self.state.global_step + 1, dtype=torch.float64)
-        here = torch.where(torch.isfinite(loss.detach()), math.inf, step)
-        self._first = here if self._first is None else torch.minimum(self._first, here)
+        self._first = torch.where(loss.detach().isfinite(), math.inf, step).clamp(max=self._first)
         return loss
 
     def log(self, *args: Any, **kwargs: Any) -> None:
@@ -116,22 +100,18 @@ class CheckedTrainer(Trainer):  # type: ignore[misc]
 
     def _check_finite(self) -> None:
         """Refuse to go on if the loss of a step until now, or a trained value, is not finite."""
-        advice = (
-            "No adapter was written. A smaller learning rate may help, or a base in float32 if it "
-            "is in half precision"
-        )
-        first = math.inf if self._first is None else float(self._first)
-        if math.isfinite(first):
+        model: Any = self.model
+        first, bad = float(self._first), "the loss"
+        when = f"at step {first:.0f}"
+        if not math.isfinite(first):
+            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            bad = next((name for name, value in trained if not value.isfinite().all()), "")
+            when = f"after step {self.state.global_step}"
+        if bad:
             raise ShiraError(
-                f"the loss was not finite (NaN or infinite) at step {first:.0f}. {advice}"
+                f"{bad} was not finite (NaN or infinite) {when}. No adapter was written. A smaller "
+                "learning rate may help, or a base in float32 if it is in half precision"
             )
-        assert self.model is not None  # the Trainer's own type allows it before it has one
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise ShiraError(
-                    f"{name} was not finite (NaN or infinite) after step {self.state.global_step}. "
-                    f"{advice}"
-                )
 
 
 def make_trainer(
@@ -154,14 +134,15 @@ def fit(trainer: CheckedTrainer, *, total: int, checkpoint: Path | None = None) 
     """Train, evaluate before and after, and return the figures; `total` is the base's size."""
     evaluates = trainer.eval_dataset is not None
     before = {}
-    if evaluates and trainer.compute_metrics is None and checkpoint is None:
-        before = trainer.figures()  # a new classification head has nothing to say yet
     model: Any = trainer.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    began = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - began
-    after = trainer.figures() if evaluates else {}
+    with closing(trainer.progress):
+        if evaluates and trainer.compute_metrics is None and checkpoint is None:
+            before = trainer.figures()  # a new classification head has nothing to say yet
+        began = time.perf_counter()
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - began
+        after = trainer.figures() if evaluates else {}
     state, device = trainer.state, trainer.args.device
     if not math.isfinite(after.get("loss", 0.0)):
         raise ShiraError(
@@ -245,9 +226,8 @@ _OF_THE_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def _scheduler(name: str, evaluates: bool) -> str:
-    kinds = {str(kind.value) for kind in SchedulerType}
-    known = [each for each in (*_SCHEDULERS, *_OF_THE_EVALUATION) if each in kinds]
-    one_of("--scheduler", name, known)
+    known = list(SchedulerType)
+    one_of("--scheduler", name, [n for n in (*_SCHEDULERS, *_OF_THE_EVALUATION) if n in known])
     if name in _OF_THE_EVALUATION and not evaluates:
         raise ConfigError(
             f"--scheduler {name} goes by the evaluation: give --eval-file or --eval-fraction"
@@ -278,20 +258,23 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
         if state.is_world_process_zero:
             self._steps = Steps(self._what, state.max_steps).__enter__()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for key in ("loss", "eval_loss"):
-            if key in (logs or {}):
-                self._note = f"{key} {logs[key]:.3f}"
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def on_log(self, *args: Any, logs: Any, **kwargs: Any) -> None:
+        for key in logs.keys() & {"loss", "eval_loss"}:
+            self._note = f"{key} {logs[key]:.3f}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._steps is not None:
             self._steps.update(state.global_step, self._note)
 
     def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
@@ -299,17 +282,15 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         total = len(eval_dataloader)
         if self._steps is None:
             self._steps = Steps("evaluating", total).__enter__()
-        if self._steps.what == self._what:
-            self._steps.update(state.global_step, f"evaluating {self._evaluated}/{total}")
-        else:
+        if self._steps.what == "evaluating":
             self._steps.update(self._evaluated)
+        else:
+            self._steps.update(state.global_step, f"evaluating {self._evaluated}/{total}")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated = 0
 
     def close(self) -> None:
-        """Leave the terminal as it was, also where the training or an evaluation broke off."""
-        self._evaluated = 0
         if self._steps is not None:
             self._steps.__exit__(None, None, None)
         self._steps = None
