@@ -265,7 +265,8 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()
 
-    def on_log(self, *args: Any, logs: Any, **kwargs: Any) -> None:
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         for key in logs.keys() & {"loss", "eval_loss"}:
             self._note = f"{key} {logs[key]:.3f}"
 
@@ -273,13 +274,11 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         if self._steps is not None:
             self._steps.update(state.global_step, self._note)
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._evaluated += 1
-        total = len(eval_dataloader)
+        total = len(kwargs["eval_dataloader"])
         if self._steps is None:
             self._steps = Steps("evaluating", total).__enter__()
         if self._steps.what == "evaluating":
