@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two text classification tasks made of docstrings, for a small pretrained encoder.
 
-One asks which library wrote a docstring, the other what kind of thing it documents. All docstrings
-of a source file fall on one side of the split, and a text occurs once, so that nothing of the test
-set was seen in training. For each task a head is trained on the frozen encoder, and then the same
-head with an adapter, on the same batches.
+All docstrings of a source file fall on one side of the split, and a text occurs once. For each task
+a head is trained on the frozen encoder, then the same head with an adapter, on the same batches.
 """
 
 from __future__ import annotations
@@ -95,11 +93,7 @@ class Demo(Task):
     def split(
         self, docstrings: Sequence[Docstring], task: str
     ) -> tuple[list[Docstring], list[Docstring]]:
-        """Return the docstrings to train and to test on, equally many of each label.
-
-        The test share of the source files is what the two sizes ask for. Where a label has too few
-        docstrings, every label of that task gets as many as the rarest one has.
-        """
+        """Return docstrings to train and to test on, as many of each label as the rarest has."""
         share = self.test_per_label / (self.train_per_label + self.test_per_label)
         sides: dict[str, list[Docstring]] = {"train": [], "test": []}
         for doc in docstrings:
@@ -141,10 +135,9 @@ def label_names(docstrings: Sequence[Docstring]) -> dict[str, tuple[str, ...]]:
 def _balanced(
     docstrings: Sequence[Docstring], field: str, labels: tuple[str, ...], size: int, seed: int
 ) -> list[Docstring]:
-    """Return `size` of each label (fewer for all where one label has fewer), shuffled.
+    """Return `size` of each label or fewer, shuffled, spread evenly over the other field's values.
 
-    Within a label the value of the other field is spread as evenly as there is text, so that one
-    task cannot be answered through the other.
+    So one task cannot be answered through the other.
     """
     other = "kind" if field == "library" else "library"
     drawn: list[list[Docstring]] = []

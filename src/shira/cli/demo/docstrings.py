@@ -77,10 +77,7 @@ def library_root(library: str) -> Path | None:
 
 
 def source_files(root: Path, *, seed: int, limit: int) -> list[Path]:
-    """Return at most `limit` Python files under `root`, in an order that `seed` alone decides.
-
-    Test folders and other people's packages inside `root` are left out.
-    """
+    """Return at most `limit` Python files under `root`, not of tests, in an order of the seed."""
     found = sorted(
         path
         for path in root.rglob("*.py")
@@ -93,10 +90,7 @@ def source_files(root: Path, *, seed: int, limit: int) -> list[Path]:
 def read_docstrings(
     path: Path, *, library: str, source: str, max_words: int = 60
 ) -> list[Docstring]:
-    """Return the docstrings of one source file, cleaned and cut to `max_words` words.
-
-    A file that cannot be parsed has none.
-    """
+    """Return the docstrings of one source file, cleaned; one that cannot be parsed has none."""
     if path.stat().st_size > _MAX_FILE_BYTES:
         return []
     source_code = path.read_bytes()
@@ -139,32 +133,27 @@ def clean(raw: str, *, max_words: int) -> str:
     return " ".join(text.split()[:max_words])
 
 
-def _documented(tree: ast.AST, *, in_class: bool = False) -> Iterator[tuple[str, Documented]]:
+def _documented(tree: ast.AST, function: str = "function") -> Iterator[tuple[str, Documented]]:
     """Return (kind, node) of everything that can be documented inside a node, in source order."""
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield _kind(child, in_class=in_class), child
-            yield from _documented(child, in_class=isinstance(child, ast.ClassDef))
+        if isinstance(child, ast.ClassDef):
+            yield "class", child
+            yield from _documented(child, "method")
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = {getattr(d, "id", None) or getattr(d, "attr", "") for d in child.decorator_list}
+            is_property = function == "method" and names & _PROPERTIES
+            yield "property" if is_property else function, child
+            yield from _documented(child)
         elif isinstance(child, (ast.If, ast.Try, ast.With)):
-            yield from _documented(child, in_class=in_class)
-
-
-def _kind(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, *, in_class: bool) -> str:
-    if isinstance(node, ast.ClassDef):
-        return "class"
-    if not in_class:
-        return "function"
-    names = {getattr(d, "id", None) or getattr(d, "attr", "") for d in node.decorator_list}
-    return "property" if names & _PROPERTIES else "method"
+            yield from _documented(child, function)
 
 
 def collect(
     *, seed: int, files_per_library: int, libraries: Sequence[str] = LIBRARIES
 ) -> list[Docstring]:
-    """Return every distinct docstring of `files_per_library` source files of each library.
+    """Return every distinct docstring of `files_per_library` source files of each library there is.
 
-    The seed decides which files; a library that is not installed is left out. Of docstrings that
-    begin with the same plain words the first is taken (libraries copy their own).
+    Of those that begin with the same plain words the first is taken (libraries copy their own).
     """
     todo = [
         (library, root, path)

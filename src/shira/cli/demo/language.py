@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model that learns to document functions, and one that learns to talk like a pirate.
 
-Both kinds of text are made of the docstrings of installed libraries: short functions with their
-summaries, and definitions put into other words by a few rules. All text of a source file is either
-trained on or held out.
+The texts are short functions with their summaries, and definitions put into other words by a few
+rules. All text of a source file is either trained on or held out.
 """
 
 from __future__ import annotations
@@ -133,11 +132,7 @@ class Demo(Task):
 
 
 def model_path() -> Path:
-    """Return the folder of the language model, unpacked from its package the first time.
-
-    The package holds 4-bit weights, which the library that reads them cannot write. A plain
-    checkpoint in bfloat16 is made of them beside the models of the Hugging Face hub.
-    """
+    """Return the folder of the model, unpacked the first time beside those of the hub."""
     root = library_root(MODEL_PACKAGE)
     packed = next(root.glob("*.gguf"), None) if root else None
     if packed is None or library_root("gguf") is None:

@@ -31,10 +31,7 @@ _BATCH = 64  # texts to predict at once
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Everything that decides a demo's result beside the installed files, and what it consists of.
-
-    A sparse adapter needs a larger learning rate than a dense one.
-    """
+    """Everything that decides a demo's result beside the installed files."""
 
     seed: int = 42
     density: float = 0.02
