@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import contenders, memory
+from shira import ShiraConfig, get_peft_model
 from shira.ops import native, use_backend
 
 WORK = contenders.Workload(
@@ -61,3 +64,18 @@ def test_a_step_holds_the_saved_inputs_and_a_multiple_of_k(name, tokens):
 def test_a_dense_gradient_would_be_seen():
     with use_backend("chunked"):
         assert peak("shira", WORK) - peak("floor", WORK) > bound(WORK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and through torch
+def test_an_unmerge_lets_go_of_the_originals_at_once(dtype):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8)).to(dtype)
+    model = get_peft_model(base, ShiraConfig(r=1, target_modules=["0"], init_weights=False))
+    gc.collect()
+    gc.disable()  # a circle would keep them, and be found some time later
+    try:
+        model.merge_adapter()
+        originals = weakref.ref(base[0]._undo.originals)
+        model.unmerge_adapter()
+        assert originals() is None
+    finally:
+        gc.enable()

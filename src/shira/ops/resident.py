@@ -153,8 +153,7 @@ class Undo:
         make_private(weight)
         originals = self.originals.to(weight.device, weight.dtype)
         merged = delta_write(weight.data, self.plan, originals[:0], originals)
-        undoing = _Noted(merged, weight, self.count, commit)
-        undoing.put_in = undoing.put_back  # to undo it is to complete it
+        undoing = _Undoing(merged, weight, self.count, commit)
         write_to(weight.data, undoing, lambda data: None, lasting=True)
 
     def record(self, weight: Tensor) -> Overwritten:
@@ -222,10 +221,19 @@ class _Noted:
         self, write: Write, weight: Tensor, count: WriteCount, undone: Callable[[], None]
     ) -> None:
         self.write, self.weight, self.count, self.undone = write, weight, count, undone
-        self.put_in = write.put_in
+
+    def put_in(self) -> None:
+        """See `Write`."""
+        self.write.put_in()
 
     def put_back(self) -> None:
         """See `Write`."""
         self.write.put_back()
         take_back(self.weight, self.count)
         self.undone()
+
+
+class _Undoing(_Noted):
+    """The undoing of a merge; to undo it is to complete it, so that it is never left half done."""
+
+    put_in = _Noted.put_back

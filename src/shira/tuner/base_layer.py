@@ -62,8 +62,10 @@ def base_of(layer: Any) -> Any:
 
 def weight_of(base_layer: nn.Module) -> Tensor:
     """Return the layer's weight; of a quantized layer the packed one."""
-    with at_rest([base_layer]):
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
+    weight = base_layer._parameters.get("weight")
+    if weight is None:  # computed from others, or GPTQ's
+        with at_rest([base_layer]):
+            return base_layer.weight  # type: ignore[return-value]
     return weight
 
 

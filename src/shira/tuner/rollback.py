@@ -51,9 +51,9 @@ def as_it_was(model: nn.Module, kind: type[nn.Module] = nn.Module) -> Iterator[N
 
 def merges_of(model: nn.Module) -> Callable[[], None]:
     """Return what puts a model's layers back, and into each what is merged into it now."""
-    children = [(module._modules, dict(module._modules)) for module in model.modules()]
-    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
-    merged = [(layer, list(layer.merged_adapters)) for layer in layers]
+    modules = list(model.modules())
+    children = [(module._modules, module._modules.copy()) for module in modules]
+    merged = [(m, list(m.merged_adapters)) for m in modules if isinstance(m, ShiraLayer)]
 
     def restore() -> None:
         for modules, before in children:
