@@ -275,6 +275,13 @@ def test_models_that_differ_in_more_than_values(tensors, full, tmp_path):
     assert found.only_in_base == found.only_in_tuned == ()
 
 
+def test_a_model_on_the_meta_device_has_no_values(tensors, full):
+    away = {name: tensor.to("meta") for name, tensor in full.items()}
+    for base, tuned in ((away, full), (tensors, away)):
+        with pytest.raises(AdapterError, match=r"the state dict: '.*' has no values.*checkpoint"):
+            extract(base, tuned, density=0.1)
+
+
 def test_values_that_are_not_finite(tensors, full):
     full["model.norm.weight"][3] = math.nan
     with pytest.raises(AdapterError, match=r"'model.norm.weight': .*not finite"):

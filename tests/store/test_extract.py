@@ -119,6 +119,19 @@ def test_metadata_is_the_config_in_plain_values() -> None:
     assert adapter_of_model(base()).metadata == {}
 
 
+@pytest.mark.parametrize("field", [{(1, 2): 3}, {Kind: 1}, {torch.float16: 1}])
+def test_a_config_that_no_file_can_hold_is_refused(field: Any) -> None:
+    model = Peft(base())
+    model.peft_config["default"].to_dict = lambda: {"nested": field}  # type: ignore[method-assign]
+    with pytest.raises(AdapterError, match="config of adapter 'default' cannot be written as JSON"):
+        adapter_of_model(model)
+
+
+def test_values_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"'0\.weight': adapter 'default': .*meta"):
+        adapter_of_model(base().to("meta"))
+
+
 class Wrapper(nn.Module):
     """A module that PEFT lets adapters train whole: nested as ``ModulesToSaveWrapper`` does."""
 

@@ -289,14 +289,22 @@ class InMemory:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `OnDisk`."""
         # One that is not contiguous is copied whole, and only while it is looked at.
-        whole = self._tensors[name].reshape(-1)
+        whole = self._tensor(name).reshape(-1)
         for low in range(0, whole.numel(), PIECE):
             yield whole[low : low + PIECE].cpu()
 
     def entries(self, name: str, flat: Tensor) -> Tensor:
         """See `OnDisk`."""
-        tensor = self._tensors[name]
+        tensor = self._tensor(name)
         return torch.take(tensor, flat.to(tensor.device).long()).cpu()
+
+    def _tensor(self, name: str) -> Tensor:
+        if (tensor := self._tensors[name]).is_meta:
+            raise AdapterError(
+                f"{self.label}: {name!r} has no values: it is on the meta device, or offloaded; "
+                "load the model without offloading, or give the path of its checkpoint"
+            )
+        return tensor
 
 
 Source: TypeAlias = OnDisk | InMemory

@@ -20,7 +20,7 @@ from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.store.config import SHAPES_FIELD
-from shira.store.header import EntryError, in_order
+from shira.store.header import in_order
 from shira.store.names import base_module_name, full_shape, gathered, unwrapped, weight_name, whole
 from shira.support import Support
 
@@ -85,11 +85,11 @@ def _delta_of_layer(layer: Any, name: str, adapter_name: str) -> SparseDelta:
     shape = full_shape(layer.get_base_layer().weight)
     if adapter_name not in layer.shira_indices:
         raise AdapterError(f"{name!r}: adapter {adapter_name!r} has values but no indices")
-    values = _copied(layer.shira_weight[adapter_name])
     try:
+        values = _copied(layer.shira_weight[adapter_name])
         coordinates, values = in_order(_copied(layer.shira_indices[adapter_name]), values)
         return SparseDelta(Support.from_coordinates(shape, coordinates), values)
-    except (EntryError, ValueError) as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of tensors on the meta device
         raise AdapterError(f"{name!r}: adapter {adapter_name!r}: {error}") from error
 
 
@@ -104,7 +104,12 @@ def _metadata(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     config = configs[adapter_name]
     described = getattr(config, "to_dict_of", None)  # shira's own config looks at the layers
     fields = described(root, adapter_name) if described else config.to_dict()
-    plain = json.loads(json.dumps(fields, default=_plain))
+    try:
+        plain = json.loads(json.dumps(fields, default=_plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"the config of adapter {adapter_name!r} cannot be written as JSON: {error}"
+        ) from error
     return {field: value for field, value in plain.items() if field != SHAPES_FIELD}
 
 
