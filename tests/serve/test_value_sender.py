@@ -176,6 +176,9 @@ def test_what_cannot_be_agreed_on():
     cluster.load("empty", Adapter({"q": empty}))
     with pytest.raises(AdapterError, match="other positions"):
         routes(cluster, "empty", a)
+    skipped = Adapter({**a, "expert9": a["expert1"]})  # the loader puts it nowhere
+    with pytest.raises(AdapterError, match="other positions"):
+        routes(cluster, "a", skipped)
 
 
 def test_what_cannot_be_values_changes_nothing():

@@ -312,7 +312,7 @@ class Route:
             entries = torch.cat([piece.entries + first[name] for name, piece in parts])
             order[storage] = entry.patch.offsets, entries[by]
         else:
-            if order.keys() == loaded.entries.keys():
+            if order.keys() == loaded.entries.keys() and fixed.nnz == loaded.nnz:
                 return order
         raise AdapterError(
             f"adapter {self.name!r} was loaded with other positions than those at the path"
