@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shira import Support, ops
 from shira.base import replacement
+from shira.errors import SupportError
 from shira.masks import random_support
 from shira.ops import gaps, make_plan, native
 from shira.ops.gaps import gaps_of, is_packed, pack, support_of, unpack
@@ -68,6 +69,12 @@ def test_made_without_gradients_they_serve_training_too():
     ops.linear(x, weight, None, [values], [small]).sum().backward()
     assert values.grad.abs().sum() > 0
     assert ops.plan_for([small], (20, 30), (30, 1)) is ops.plan_for([small], (20, 30), (30, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint32, torch.uint64])
+def test_units_that_no_kernel_walks_are_refused(dtype):
+    with pytest.raises(SupportError, match="the indices of an active adapter are unusable"):
+        make_plan([torch.tensor([1, 0, 1]).to(dtype)], (4, 4), (4, 1))
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])

@@ -125,8 +125,8 @@ def marks(units: Units) -> NDArray[np.int64]:
 
 
 def is_packed(indices: Tensor) -> bool:
-    """Return whether positions are gaps, ``(n,)`` code units, not integers ``(2, k)``."""
-    return not indices.dtype.is_signed and indices.dim() == 1
+    """Return whether positions are gaps in units that the kernels walk, not ``(2, k)``."""
+    return indices.dtype in (torch.uint8, torch.uint16) and indices.dim() == 1
 
 
 def pack(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
