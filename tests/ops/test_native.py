@@ -67,6 +67,17 @@ def test_enter_writes_the_replacements_and_leave_the_originals(
 
 
 @needs_kernels
+def test_what_was_put_in_is_taken_out_where_the_weight_was_moved_meanwhile():
+    plan = make_plan([random_indices((4, 4), 5)], (4, 4), (4, 1))
+    weight = torch.zeros(4, 4)
+    write = native.DeltaWrite(native.load().library, weight, plan.gaps, torch.ones(5))
+    write.put_in()
+    weight.share_memory_()
+    write.put_back()
+    assert not weight.any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_no_numbers_come_through(dtype):
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 6e-8, 3.4e38])

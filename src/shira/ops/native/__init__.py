@@ -53,7 +53,7 @@ class Gaps(NamedTuple):
     """Entries of a weight in one piece of memory by the gaps between them; see `shira.ops.gaps`."""
 
     units: Tensor
-    """uint8, uint16 or uint32 ``(n,)``, contiguous."""
+    """uint8 or uint16 ``(n,)``, contiguous."""
     marks: Tensor
     """int64 ``(blocks + 1, 2)``, contiguous: `shira.ops.gaps.marks`."""
     nnz: int
@@ -236,21 +236,20 @@ class DeltaWrite:
         self._inside = ctypes.c_int(originals is not None)
         self.originals = weight.new_empty(gaps.nnz) if originals is None else originals
         units = gaps.units
-        self._entries = (
-            weight.data_ptr(), units.data_ptr(), units.itemsize, units.numel(),
-            gaps.marks.data_ptr(),
-        )  # fmt: skip
+        # not the weight's address: its memory may be moved before an interrupted write is undone
+        self._entries = units.data_ptr(), units.itemsize, units.numel(), gaps.marks.data_ptr()
         threads = 1 if gaps.nnz < _SHORT else torch.get_num_threads()
         self._how = ctypes.byref(self._inside), KINDS[weight.dtype], threads
 
     def put_in(self) -> None:
         """Write, and keep what was there."""
         delta, originals = self._delta.data_ptr(), self.originals.data_ptr()
-        self._kernels._enter(*self._entries, delta, originals, *self._how)
+        self._kernels._enter(self._weight.data_ptr(), *self._entries, delta, originals, *self._how)
 
     def put_back(self) -> None:
         """Write the originals back, if `put_in` has written."""
-        self._kernels._leave(*self._entries, self.originals.data_ptr(), *self._how)
+        weight, originals = self._weight.data_ptr(), self.originals.data_ptr()
+        self._kernels._leave(weight, *self._entries, originals, *self._how)
 
 
 @cache
