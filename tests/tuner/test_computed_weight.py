@@ -56,6 +56,13 @@ def net(kind):
     return Net(KINDS[kind]).eval()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_are_not_taken_for_one_tied_weight(kind):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({name: KINDS[kind](nn.Linear(64, 64)) for name in "abcd"})
+    assert len(shira_layers(adapted(base, list("abcd")))) == 4
+
+
 @pytest.mark.filterwarnings("ignore:One of the base layers:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(kind):

@@ -25,7 +25,7 @@ from shira.errors import MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
 from shira.store.header import FLOATS
 from shira.store.names import base_module_name, full_shape, is_sharded
-from shira.tuner.base_layer import Way, base_of, is_computed, way_to_call, weight_of
+from shira.tuner.base_layer import Way, base_of, is_computed, stored_weight, way_to_call, weight_of
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
@@ -262,8 +262,7 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse two targets with one weight between them: each would have its own entries in it."""
     seen: dict[int, str] = {}
     for name, module in targets:
-        base = base_of(module)
-        place = _place_of(weight_of(base)) if layer_class_of(base) else None
+        place = _place_of(stored_weight(module)) if layer_class_of(base_of(module)) else None
         if place is not None and seen.setdefault(place, name) != name:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "
@@ -274,7 +273,7 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
 
 def refuse_merging_shared_weights(model: nn.Module, layers: Collection[ShiraLayer]) -> None:
     """Refuse to merge into the weight of a layer that a module which is not adapted has too."""
-    owners = {_place_of(weight_of(layer.get_base_layer())): layer for layer in layers}
+    owners = {_place_of(stored_weight(layer)): layer for layer in layers}
     inside = {id(module) for layer in layers for module in layer.modules()}
     for name, module in model.named_modules():
         if id(module) in inside:
