@@ -142,6 +142,18 @@ def test_a_file_without_shapes_has_the_targets_of_its_config(tmp_path):
         PeftModel.from_pretrained(mlp(), tmp_path)
 
 
+def test_a_state_dict_of_the_whole_model_with_another_adapter(tmp_path):
+    model = saved(tmp_path)
+    other = PeftModel.from_pretrained(mlp(), tmp_path)
+    for each in (model, other):
+        each.add_adapter("another", ShiraConfig(r=1, target_modules=["lin2"], random_seed=5))
+    randomize(model)
+    set_peft_model_state_dict(other, model.state_dict(), "another")
+    want, got = (get_peft_model_state_dict(each, adapter_name="another") for each in (model, other))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+
+
 def test_wrong_base_under_a_name_that_is_there(tmp_path):
     model = saved(tmp_path / "right")
     want = model(X)

@@ -226,7 +226,7 @@ def _inject_over_shira(
             if not isinstance(module, BaseTunerLayer) or isinstance(module, ShiraLayer):
                 continue
             below = shira_layer_below(module)
-            dora = any(getattr(module, "use_dora", {}).values())
+            dora = below is not None and any(getattr(module, "use_dora", {}).values())
             if below is not None and (dora or not isinstance(module, mixed.Layers)):
                 kind = "DoRA" if dora else type(module).__name__
                 raise TargetError(

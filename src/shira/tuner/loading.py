@@ -175,7 +175,11 @@ def check_state_dict(
 ) -> dict[str, Tensor]:
     """Return what is about to be loaded into the layers, checked and sorted; make room for it."""
     layers = layers_of(model, adapter_name)
-    known = {f"{path}.{kind}.{adapter_name}" for path in layers for kind in (VALUES, INDICES)}
+    kinds = (VALUES, INDICES)  # a state dict may be that of the whole model, with other adapters
+    of_layers = (
+        (path, name) for path, one in layers_of(model).items() for name in one.shira_weight
+    )
+    known = {f"{path}.{kind}.{name}" for path, name in of_layers for kind in kinds}
     for key in filter(_is_sparse, state_dict):
         if key not in known:
             path = base_module_name(key.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])
@@ -186,7 +190,7 @@ def check_state_dict(
     checked = dict(state_dict)
     supports: dict[str, Support] = {}
     for path, layer in layers.items():
-        keys = value_key, index_key = [f"{path}.{k}.{adapter_name}" for k in (VALUES, INDICES)]
+        keys = value_key, index_key = [f"{path}.{kind}.{adapter_name}" for kind in kinds]
         present = [key for key in keys if key in state_dict]
         if len(present) == 1:
             raise FileFormatError(f"of {value_key} and {index_key} only {present[0]!r} is there")
