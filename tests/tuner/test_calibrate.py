@@ -70,6 +70,23 @@ def test_every_kind_of_layer_and_density():
     assert conv.support("default").nnz == round(0.2 * conv.weight.numel())
 
 
+def test_an_embedding_with_sparse_gradients():
+    rows = [torch.randint(11, (2, 4)) for _ in range(2)]
+    chosen = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(11, 8, sparse=sparse)
+        model = torch.nn.ModuleDict({"emb": table})
+        calibrated = calibrate(
+            model,
+            config(target_modules=["emb"]),
+            rows,
+            loss_fn=lambda model, batch: model["emb"](batch).square().mean(),
+        )
+        chosen.append(get_peft_model(model, calibrated).base_model.model["emb"].support("default"))
+    assert chosen[0] == chosen[1]
+
+
 def test_the_models_own_loss_and_saving(tmp_path):
     model = llama()
     rows = torch.randint(64, (2, 9))

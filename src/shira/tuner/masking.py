@@ -211,9 +211,9 @@ def _gradient_magnitudes(
     def collect(name: str, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is not None and name in totals:
-            totals[name] += gradient.abs_()
+            totals[name] += gradient.to_dense().abs_()
         elif gradient is not None:
-            totals[name] = gradient.abs_().float()
+            totals[name] = gradient.to_dense().abs_().float()
 
     try:
         for name, layer in group:
