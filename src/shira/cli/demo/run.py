@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,8 @@ def run_demo(root: Path, name: str, task: Task) -> bool:
     write_json(root / RESULTS, results)
 
     say("reloading both adapters in a new process")
-    process = subprocess.run(
-        [sys.executable, "-m", "shira.cli.demo.run", str(root)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "shira.cli.demo.run", str(root)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
         raise ShiraError(
             f"the second process ended with status {process.returncode}; what it said is above"
@@ -240,12 +236,20 @@ def verify(root: Path) -> dict[str, Any]:
             ),
         }
         model.unmerge_adapter()
-    found["switch_seconds"] = _switch(model, names, task.switches)
+    seconds = []
+    model.set_adapter(names[-1])
+    model.merge_adapter()
+    for turn in track(range(task.switches), "switching adapters"):
+        started = time.perf_counter()
+        switch(model, names[turn % len(names)])
+        seconds.append(time.perf_counter() - started)
+    model.unmerge_adapter()
     restored = model.unload()
     answers["base restored"] = task.answers(restored, tokenizer)
     now = dict(base_weights(restored))
     both = fresh.keys() & now.keys()
     return found | {
+        "switch_seconds": seconds,
         "answers": answers if answers["base"] else {},
         "base_tensors": len(fresh),
         "base_weights": sum(tensor.numel() for tensor in fresh.values()),
@@ -267,18 +271,6 @@ def switch(model: Any, task: str) -> None:
     model.unmerge_adapter()
     model.set_adapter(task)
     model.merge_adapter()
-
-
-def _switch(model: Any, tasks: Sequence[str], times: int) -> list[float]:
-    seconds = []
-    model.set_adapter(tasks[-1])
-    model.merge_adapter()
-    for turn in track(range(times), "switching adapters"):
-        started = time.perf_counter()
-        switch(model, tasks[turn % len(tasks)])
-        seconds.append(time.perf_counter() - started)
-    model.unmerge_adapter()
-    return seconds
 
 
 def proofs(found: Mapping[str, Any]) -> Iterator[Proof]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,12 +20,9 @@ from shira.cli.train.options import TrainOptions, check_value
 from shira.store.atomic import write_atomically
 
 # In the demo's folder, beside the texts, and a folder for each adapter:
-RESULTS = "demo.json"
-"""Settings, figures and proofs."""
-PREDICTIONS = "predictions.safetensors"
-"""Logits of some texts as the training process saw them, one tensor an adapter."""
-REPORT = "report.html"
-"""The page that shows both adapters."""
+RESULTS = "demo.json"  # settings, figures and proofs
+PREDICTIONS = "predictions.safetensors"  # logits as the training saw them, one tensor an adapter
+REPORT = "report.html"  # the page that shows both adapters
 
 _BATCH = 64  # texts to predict at once
 
@@ -43,20 +41,13 @@ class Task(ABC):
     files_per_library: int = 400
     switches: int = 100
 
-    MODEL: ClassVar[str]
-    """The base model, as a person calls it."""
-    KIND: ClassVar[str]
-    """The task as `shira train` calls it."""
-    QUICK: ClassVar[Mapping[str, int]]
-    """Settings that ``--quick`` changes: all runs and is proven, but nothing is learnt so soon."""
-    FIGURE: ClassVar[str]
-    """The figure of merit, of those that an evaluation gives."""
-    TEXTS: ClassVar[str]
-    """The word for the texts."""
-    ABOUT: ClassVar[Mapping[str, str]]
-    """The adapters' names, and what they learn."""
-    RUNS: ClassVar[Mapping[str, str]]
-    """The runs that are compared, before and after, in words."""
+    MODEL: ClassVar[str]  # the base model, as a person calls it
+    KIND: ClassVar[str]  # the task as `shira train` calls it
+    QUICK: ClassVar[Mapping[str, int]]  # settings with which all is proven, but nothing learnt
+    FIGURE: ClassVar[str]  # of merit, of those that an evaluation gives
+    TEXTS: ClassVar[str]  # the word for the texts
+    ABOUT: ClassVar[Mapping[str, str]]  # the adapters' names, and what they learn
+    RUNS: ClassVar[Mapping[str, str]]  # before and after, in words
     FAST_REPORT: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -65,10 +56,7 @@ class Task(ABC):
 
     @abstractmethod
     def write_texts(self, root: Path) -> dict[str, Any]:
-        """Write the texts, and return ``tasks``, the adapters' names, and what `data` has to know.
-
-        ``outputs``, if there, is the width of a head that one base has for all adapters.
-        """
+        """Write the texts; return ``tasks``, the adapters' names, and what `data` has to know."""
 
     @abstractmethod
     def data(self, root: Path, name: str, tokenizer: Any, facts: Mapping[str, Any]) -> Data:
@@ -82,9 +70,11 @@ class Task(ABC):
     def note(self, name: str, facts: Mapping[str, Any]) -> str:
         """Return what to know of the figures of an adapter."""
 
-    @abstractmethod
     def shown(self, figure: float, rows: int) -> str:
-        """Return a figure of so many rows to read."""
+        """Return a loss to read, or the accuracy of so many rows with its standard error."""
+        if self.FIGURE == "loss":
+            return f"{figure:.3f}"
+        return f"{figure:.1%} (+- {math.sqrt(figure * (1 - figure) / max(rows, 1)):.1%})"
 
     def answers(self, model: Any, tokenizer: Any) -> dict[str, str]:
         """Return what the model answers to the prompts that a person reads, if there are some."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,14 +79,8 @@ def _train(options: TrainOptions) -> None:
 
     since = checkpoints.started(checkpoint)
     made = [folder for folder in (output / checkpoints.CHECKPOINTS, output) if not folder.exists()]
-    trainer = make_trainer(
-        model,
-        options,
-        data,
-        tokenizer,
-        arguments,
-        after_saving=lambda folder: checkpoints.write_record(folder, record, since),
-    )
+    note = partial(checkpoints.write_record, record=record, started=since)
+    trainer = make_trainer(model, options, data, tokenizer, arguments, after_saving=note)
     try:
         result = fit(trainer, total=total, checkpoint=checkpoint)
     except BaseException:

@@ -67,11 +67,10 @@ def find_checkpoint(output: Path, resume: str | None) -> Path | None:
     return None
 
 
-WRITTEN = (
+WRITTEN = (  # by a run into its output folder
     *("adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.json"),
     *("train.yaml", "labels.json", "loss.png"),
 )
-"""The files that a run writes into its output folder."""
 
 
 def check_output(output: Path, options: TrainOptions, checkpoint: Path | None) -> None:

@@ -17,27 +17,22 @@ from shira.cli.train.options import TrainOptions
 from shira.errors import ConfigError, did_you_mean
 
 READERS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".txt": ("text", {}),
-    ".text": ("text", {}),
-    ".parquet": ("parquet", {}),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".txt", ".text"), "text"),
+    ".parquet": "parquet",
 }
 TEXT_NAMES = ("text", "sentence", "content", "body", "document", "review", "question", "utterance")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "tag")
 PROMPT, COMPLETION = "prompt", "completion"
 IGNORED = -100  # a label that the loss leaves out
+_SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool", "null")
+_LONGEST_LABEL = 1000  # characters
 
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded rows to train and to evaluate on; `labels` are class names, in order.
-
-    A row has ``input_ids`` and ``labels``: a class's number, or one for each token.
-    """
+    """Rows of ``input_ids`` and ``labels`` (a class's number, or tokens); class names in order."""
 
     train: Any
     evaluation: Any | None
@@ -70,11 +65,11 @@ def read_table(path: str) -> Any:
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         raise ConfigError(f"{path}: a file of {', '.join(READERS)} is needed, not of {suffix!r}")
-    reader, arguments = READERS[suffix]
+    reader, options = READERS[suffix], {"delimiter": "\t"} if suffix == ".tsv" else {}
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it tells of an error, and then raises it
     try:
-        table = load_dataset(reader, data_files=path, split="train", **arguments)
+        table = load_dataset(reader, data_files=path, split="train", **options)
     except Exception as error:  # readers raise what they like; the cause is kept
         cause = str(error.__cause__ or error)
         if "corresponds to no data" in cause:  # how `datasets` puts it
@@ -116,9 +111,6 @@ def column(table: Any, wanted: str | None, usual: Sequence[str], *, what: str, p
     return name
 
 
-_SCALARS = ("string", "large_string", "int", "uint", "float", "double", "bool", "null")
-
-
 def _encode_labelled(
     parts: Sequence[tuple[Any, str]], options: TrainOptions, tokenizer: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
@@ -147,9 +139,6 @@ def _encode_labelled(
         if not (lengths := row_lengths(encoded[-1])).all():
             raise ConfigError(f"{where}: row {int(lengths.argmin()) + 1} has no text")
     return encoded, names
-
-
-_LONGEST_LABEL = 1000
 
 
 def _class_names(values: Iterable[Any], where: str) -> tuple[str, ...]:
@@ -239,10 +228,7 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def collator(options: TrainOptions, tokenizer: Any) -> Any:
-    """Return what pads rows to the longest, as int64 ``(B, longest)``, and labels with -100.
-
-    It shows no tokenizer: a Trainer would write that into each checkpoint.
-    """
+    """Return what pads rows to the longest, and shows a Trainer no tokenizer to save each time."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if options.task == "text-classification":

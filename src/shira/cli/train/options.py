@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `shira train`: one dataclass from which command line, YAML and checks are made.
-
-A value comes from the command line, else from the file of ``--config``, else from the default here.
-"""
+"""The options of `shira train`: one dataclass from which command line, YAML and checks are made."""
 
 from __future__ import annotations
 
@@ -36,15 +33,15 @@ TASKS = {
 }
 DEFAULT_DENSITY = 0.02
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GROUPS = {
+GROUPS = {  # of the help, by the first option of each
     "model": "Model",
     "train_file": "Data",
     "target_modules": "Adapter",
     "learning_rate": "Training",
     "output": "Output",
 }
-"""The groups of options in the help, by the first option of each."""
 _LARGEST = 2**16  # bytes of a file of options
+_KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -154,7 +151,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loader = yaml.SafeLoader(raw.decode())
         root = loader.get_single_node()
-        flat = _is_flat(root)
+        flat = root is None or _is_flat(root)
         pairs = loader.construct_pairs(root, deep=True) if root and flat else []
     except Exception as error:  # PyYAML's constructors raise more than its own errors
         raise ConfigError(f"{path}: not YAML: {str(error)[:300]}") from error
@@ -178,8 +175,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _is_flat(root: Any) -> bool:
     """Return if nothing is nested: references in references could make much of a few lines."""
-    if root is None:
-        return True
     return root.id == "mapping" and all(
         part.id == "scalar"
         for _, value in root.value
@@ -202,9 +197,6 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: {value!r:.100} is not {_KIND[hint]}")
-
-
-_KIND = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def flag(name: str) -> str:

@@ -30,6 +30,15 @@ from shira.cli.train.outputs import Result
 from shira.errors import ConfigError, ShiraError
 
 _SPEEDS = ("runtime", "_per_second", "_preparation_time")
+_NAMED_ALIKE = (  # options of transformers' and ours
+    *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
+    *("seed", "logging_steps", "eval_steps", "save_total_limit"),
+)
+_SCHEDULERS = (  # of transformers', those that need no further argument
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
+    *("constant_with_warmup", "inverse_sqrt"),
+)
+_OF_THE_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 @contextmanager
@@ -169,10 +178,7 @@ def fit(trainer: CheckedTrainer, *, total: int, checkpoint: Path | None = None) 
 
 
 def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
-    """Return transformers' ``TrainingArguments``; the warm-up is left to `set_warmup`.
-
-    Checkpoints go to `folder`; `more` wins over what follows from the options.
-    """
+    """Return transformers' ``TrainingArguments``, of which `more` wins over the options."""
     evaluates = options.eval_file is not None or options.eval_fraction is not None
     on_cpu = options.cpu or not torch.accelerator.is_available()
     arguments: dict[str, Any] = {
@@ -201,13 +207,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         arguments["ddp_backend"] = "gloo"
-    return TrainingArguments(**{**arguments, **more})
-
-
-_NAMED_ALIKE = (
-    *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
-    *("seed", "logging_steps", "eval_steps", "save_total_limit"),
-)
+    return TrainingArguments(**arguments | more)
 
 
 def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
@@ -216,13 +216,6 @@ def set_warmup(arguments: Any, options: TrainOptions, *, rows: int) -> None:
     steps = options.max_steps or math.ceil(rows / a_step * options.epochs)
     share = min(math.ceil(options.warmup * steps), steps - 1)
     arguments.warmup_steps = math.ceil(options.warmup) if options.warmup >= 1 else share
-
-
-_SCHEDULERS = (  # of transformers', those that need no further argument
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant"),
-    *("constant_with_warmup", "inverse_sqrt"),
-)
-_OF_THE_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def _scheduler(name: str, evaluates: bool) -> str:
