@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -227,6 +229,13 @@ def test_the_record_tells_how_it_was_made():
     for gone in ("random_seed", "r", "base_fingerprint"):
         assert gone not in fused.metadata
     assert fused.metadata["target_modules"] == ["one", "two", "conv"]
+
+
+@pytest.mark.parametrize("number", [Fraction, np.float32])
+def test_numbers_of_other_types_are_recorded_as_floats(number):
+    options = {"method": "della", "density": number(0.5), "epsilon": number(0.25)}
+    made = fuse([random_adapter(0), random_adapter(1)], **options).metadata["fused"]
+    assert json.dumps([made["density"], made["epsilon"]]) == "[0.5, 0.25]"
 
 
 def test_a_long_chain_has_a_short_record():

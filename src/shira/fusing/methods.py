@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -267,10 +268,10 @@ def method_of(name: str, given: Mapping[str, Any]) -> tuple[Method, dict[str, An
                 f"{', '.join(method.options) or 'none'}"
             )
     density = given.get("density", method.density)
-    if density is not None and not (
-        isinstance(density, (int, float, np.number)) and 0 < density <= 1
-    ):
-        raise ConfigError(f"density is a share in (0, 1], not {density!r}")
+    if density is not None:
+        if not (isinstance(density, numbers.Real) and 0 < density <= 1):  # type: ignore[operator]
+            raise ConfigError(f"density is a share in (0, 1], not {density!r}")
+        density = float(density)
     count = given.get("k")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ConfigError(f"k is a number of entries, not {count!r}")
@@ -286,10 +287,12 @@ def method_of(name: str, given: Mapping[str, Any]) -> tuple[Method, dict[str, An
     if "epsilon" in method.options:
         assert density is not None  # such methods have a default
         room = 2 * min(density, 1 - density)
-        settings["epsilon"] = width = given.get("epsilon", min(EPSILON, room))
-        if not 0 <= width <= room * (1 + 1e-9):
+        width = given.get("epsilon", min(EPSILON, room))
+        wide = room * (1 + 1e-9)
+        if not (isinstance(width, numbers.Real) and 0 <= width <= wide):  # type: ignore[operator]
             raise ConfigError(
-                f"epsilon={width} does not fit density={density}: density - epsilon / 2 and "
+                f"epsilon={width!r} does not fit density={density}: density - epsilon / 2 and "
                 f"density + epsilon / 2 are probabilities, so it is from 0 to {room:g}"
             )
+        settings["epsilon"] = float(width)
     return method, settings
