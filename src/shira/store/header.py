@@ -244,16 +244,13 @@ def in_order(coordinates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         raise EntryError(
             f"duplicate indices: row {first // COORDINATE_LIMIT}, column "
             f"{first % COORDINATE_LIMIT} occurs more than once "
-            f"({int(twice.sum())} of {key.numel()} entries are repeats)",
+            f"({int(twice.sum())} of {key.numel()} entries are repeats)"
         )
     return coordinates.to(torch.int32)[:, order], values[order]
 
 
 def stored(
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype | None = None,
-    choices: Sequence[torch.dtype] = (),
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, choices: Sequence[torch.dtype] = ()
 ) -> Tensor:
     """Return a tensor as a file is to hold it: checked, contiguous and on the CPU.
 
