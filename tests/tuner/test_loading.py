@@ -169,6 +169,9 @@ def test_wrong_base_under_a_name_that_is_there(tmp_path):
         model.load_adapter(tmp_path / "wrong", "new")
     model.load_adapter(tmp_path / "right", "default")
     assert torch.equal(model(X), want)
+    config = ShiraConfig.from_pretrained(tmp_path / "right")
+    with pytest.raises(WrongBaseError, match=r"lin[12]\.weight"):
+        get_peft_model(mlp(), config).load_adapter(tmp_path / "wrong", "default")
     (tmp_path / "right" / "adapter_config.json").unlink()  # which PEFT does not read then
     randomize(model, 7)
     model.load_adapter(tmp_path / "right", "default")

@@ -168,6 +168,7 @@ def _note_weights(
     if isinstance(config, ShiraConfig):
         options = {**kwargs, "subfolder": subfolder}
         config._source = functools.partial(weights_of, model_id, options)
+        config._where = str(model_id), subfolder
     return config
 
 
@@ -176,11 +177,12 @@ def _check_again(
 ) -> Any:
     """Check a file also if it is loaded under a name that is there, where PEFT reads no config."""
     config = model.peft_config.get(adapter_name)
-    if isinstance(config, ShiraConfig) and not config._just_read:
+    where = str(model_id), kwargs.get("subfolder")
+    if isinstance(config, ShiraConfig) and config._just_read not in (True, where):
         check_file(model.get_base_model(), model_id, kwargs)
     result = load(model, model_id, adapter_name, *args, **kwargs)
     if isinstance(config := model.peft_config[adapter_name], ShiraConfig):
-        config._just_read = False
+        config._just_read = None
     return result
 
 

@@ -105,7 +105,8 @@ class ShiraConfig(PeftConfig):
         self.mask_fn: Callable[..., Any] | None = self._builtin_mask_fn()
         # Finds the weights that belong to this config; set by from_pretrained, used once.
         self._source: Callable[[], str | None] | None = None
-        self._just_read = False  # that file was checked, or this config is to go before its own
+        self._where: tuple[str, str | None] | None = None  # folder and subfolder it is read from
+        self._just_read: Any = None  # where it was checked; True: it goes before a file's own
         # Once a model has the adapter: `shira.tuner.saving.describe`, and what it is called with.
         self._describe: Callable[..., dict[str, Any]] | None = None
         self._described: tuple[weakref.ref[nn.Module], str, Mapping[str, Any]] | None = None

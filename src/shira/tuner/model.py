@@ -100,8 +100,8 @@ class ShiraModel(BaseTuner):
                     }
             with as_it_was(self), at_rest(model.modules()):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config._just_read |= config._source is not None
-            config._source = None
+            config._just_read = config._just_read or config._where
+            config._source = config._where = None
             new_models.add(model)
             GradientWatch(model)
             ignore_in_ddp(model)
