@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira import ops
-from shira.errors import SupportError
+from shira.errors import AdapterError, SupportError
 from shira.masks import random_support
 
 from . import reference
@@ -410,3 +410,14 @@ def test_the_ops_rules():
     weight, deltas, supports = case((6, 8), torch.float32)
     indices = [support.coordinates() for support in supports]
     torch.library.opcheck(torch.ops.shira.adapted_weight, (weight, deltas, indices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and through torch
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_delta_of_another_length_is_refused(dtype, adapters):
+    weight, x = torch.randn(5, 6, dtype=dtype), torch.randn(3, 6, dtype=dtype)
+    before, indices = weight.clone(), [random_indices((5, 6), 4)] * adapters
+    deltas = [torch.zeros(4, dtype=dtype)] * (adapters - 1)
+    with pytest.raises(AdapterError, match="4 positions need as many values, not 1"):
+        ops.linear(x, weight, None, [torch.ones(1, dtype=dtype), *deltas], indices)
+    assert torch.equal(weight, before)

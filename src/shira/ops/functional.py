@@ -138,6 +138,7 @@ def linear(
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+        AdapterError: If a delta has another number of values than positions.
 
     Example:
         >>> weight, delta = torch.zeros(2, 3), torch.tensor([5.0])
@@ -178,6 +179,7 @@ def conv2d(
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+        AdapterError: If a delta has another number of values than positions.
 
     Example:
         >>> weight, delta = torch.zeros(1, 2, 1, 1), torch.tensor([3.0])
@@ -215,6 +217,7 @@ def embedding(
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+        AdapterError: If a delta has another number of values than positions.
 
     Example:
         >>> table, delta = torch.zeros(4, 2), torch.tensor([7.0])
@@ -240,6 +243,7 @@ def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[T
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
+        AdapterError: If a delta has another number of values than positions.
     """
     result: Tensor = torch.ops.shira.adapted_weight(weight, list(deltas), list(indices))
     return result

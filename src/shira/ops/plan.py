@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.blocks import BlockLayout, block_layout
-from shira.errors import SupportError
+from shira.errors import AdapterError, SupportError
 from shira.ops import native
 from shira.ops.gaps import gaps_of, is_packed, support_of
 from shira.ops.memory import alias_of, offsets_of
@@ -111,6 +111,10 @@ class Plan:
 
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
         """Return one delta on the union, ``(k,)``: those of the adapters, added up."""
+        for delta, place in zip(deltas, self.members or (None,), strict=True):
+            k = self.nnz if place is None else place.numel()
+            if delta.numel() != k:  # compiled code would read beyond it
+                raise AdapterError(f"{k} positions need as many values, not {delta.numel()}")
         if self.members is None:
             return deltas[0]
         wide = accumulation_dtype(*(delta.dtype for delta in deltas))

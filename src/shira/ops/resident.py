@@ -64,7 +64,8 @@ def resident(
     Returns:
         What ``product`` returns.
     """
-    delta = deltas[0] if plan.members is None else plan.combine(deltas)
+    whole = plan.members is None and deltas[0].numel() == plan.nnz
+    delta = deltas[0] if whole else plan.combine(deltas)
     if weight.dtype != dtype or (not weight.is_contiguous() and overlaps_itself(weight)):
         return product(_cast_copy(weight, plan, delta, dtype))
     # .data: no version bump, so autograd's check of saved tensors stays quiet about a net no-op
