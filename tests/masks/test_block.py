@@ -35,6 +35,7 @@ def check(support, shape, k, b):
     if k:
         layout = block_layout(support, (b,))
         assert layout is not None
+        assert layout.nnz == k
 
 
 @settings(deadline=None)
