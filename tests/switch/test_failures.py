@@ -241,6 +241,23 @@ def test_the_body_of_using_that_is_interrupted_returns_to_what_was_active():
     assert at_every_point(body, check, every=2) > 100
 
 
+def test_a_name_whose_unloading_was_interrupted_is_free_of_the_old_adapters_combinations(scene):
+    old, new = scene.adapters["a"], random_adapter(scene.module, 7)
+
+    def check():
+        for adapter in (new, old):
+            if "a" in scene.switch.loaded:
+                scene.switch.unload("a")
+            scene.switch.load("a", adapter)
+            scene.adapters["a"] = adapter
+            scene.switch.activate({"a": 0.5})
+            assert scene.holds({"a": 0.5})
+            scene.switch.deactivate()
+
+    check()
+    assert at_every_point(lambda: scene.switch.unload("a"), check) > 3
+
+
 def test_a_switch_whose_way_back_is_interrupted_too_is_undone_by_the_next_call(scene, monkeypatch):
     scene.switch.activate("a")
 

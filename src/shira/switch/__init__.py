@@ -151,9 +151,9 @@ class Switch:
             for scales in (self._weights.state.active, *self._to_return_to):
                 if name in dict(scales):
                     raise AdapterError(f"adapter {name!r} is in use; deactivate it first")
-            del self._loaded[name]
             for scales in [s for s in self._combinations if name in dict(s)]:
                 del self._combinations[scales]
+            del self._loaded[name]  # last: another of this name must not meet its combinations
             self._weights.remember(self._targets().values())
 
     def activate(self, which: Which) -> None:
