@@ -189,10 +189,11 @@ def test_text_that_is_no_utf8(tmp_path):
         load_data(replace(OPTIONS, train_file=str(path)), Words())
 
 
-def test_rows_without_text_are_said(tmp_path, capsys):
+@pytest.mark.parametrize("fraction", [None, 0.25])
+def test_rows_without_text_are_said_once(tmp_path, capsys, fraction):
     path = tmp_path / "train.csv"
-    path.write_text("text,label\na,1\nNA,2\n,1\n")
-    load_data(replace(OPTIONS, train_file=str(path)), Words())
+    path.write_text("text,label\n" + "a,1\nb,2\n" * 8 + "NA,2\n,1\n")
+    load_data(replace(OPTIONS, train_file=str(path), eval_fraction=fraction), Words())
     assert capsys.readouterr().err.count("2 rows have no text") == 1
 
 

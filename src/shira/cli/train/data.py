@@ -124,7 +124,7 @@ def _encode_labelled(
         ids = tokenizer(_texts(rows[text]), truncation=True, max_length=options.max_length)
         return {"input_ids": ids["input_ids"], "labels": [numbers[str(v)] for v in rows[label]]}
 
-    encoded = []
+    encoded: list[Any] = []
     for table, where in parts:
         for name in (text, label):
             column(table, name, (), what=name, path=where)
@@ -133,7 +133,7 @@ def _encode_labelled(
                 f"{where}: label {strange[0]!r} does not occur in what is trained on, where there "
                 f"are {', '.join(names[:20])}.{did_you_mean(strange[0], names)}"
             )
-        if missing := table.data[text].null_count:
+        if (where != path or not encoded) and (missing := table.data[text].null_count):
             say(f"{where}: {missing} rows have no text, and are taken as empty (NA is none in csv)")
         encoded.append(_mapped(table, encode))
         if not (lengths := row_lengths(encoded[-1])).all():
