@@ -79,6 +79,17 @@ def test_says_what_to_install_without_the_model(shira, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_something_else_is_refused_before_the_model_is_unpacked(
+    shira, monkeypatch, tmp_path
+):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(language, "model_path", lambda: pytest.fail("unpacked"))
+    answer = shira("demo", "--output", tmp_path)
+    assert answer.status == 2
+    assert "is a folder of something else" in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A random model of the kind, with a token for each character."""

@@ -26,7 +26,7 @@ EXAMPLES = (
 def command(
     output: Annotated[
         Path,
-        typer.Option(help="Folder for adapters, texts, figures; nothing is written elsewhere."),
+        typer.Option(help="Folder for adapters, texts and figures: a new one, or the demo's own."),
     ] = Path("shira-demo"),
     task: Annotated[str, typer.Option(help=f"One of: {', '.join(TASKS)}.")] = TASKS[0],
     seed: Annotated[int | None, typer.Option(help="Seed of texts, masks, heads, batches.")] = None,

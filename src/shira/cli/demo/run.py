@@ -42,11 +42,12 @@ from shira.store.names import WEIGHTS_NAME
 
 
 def run_demo(root: Path, name: str, task: Task) -> bool:
-    """Run the demo of this name, writing into `root` alone; return whether every proof holds."""
+    """Run the demo of this name, with `root` for its files; return whether every proof holds."""
     started = time.perf_counter()
     quieten(warnings_too=True)
+    _check_root(root)
     model: Path = importlib.import_module(f"shira.cli.demo.{name}").model_path()
-    _check_root(root, model)
+    check_outputs({"--output": root}, checkpoints=[model])
     say(
         f"{task.MODEL}, density {task.density:.1%}, {task.steps} steps of "
         f"{task.batch_size} texts, seed {task.seed}"
@@ -105,9 +106,8 @@ def run_demo(root: Path, name: str, task: Task) -> bool:
     return all(proof.holds for proof in proven)
 
 
-def _check_root(root: Path, model: Path) -> None:
+def _check_root(root: Path) -> None:
     """Refuse a folder in which the demo would overwrite what is not its own."""
-    check_outputs({"--output": root}, checkpoints=[model])
     check_kind(root, folder=True)
     if root.exists() and any(root.iterdir()) and not (root / RESULTS).exists():
         raise ConfigError(
