@@ -175,11 +175,12 @@ def test_combinations_are_kept_within_a_bound(scene):
     for scale in range(2, 30):
         scene.switch.activate({"a": float(scale)})
     assert len(scene.switch._combinations) == 8
-    none_kept = Switch(net(), kept_combinations=0)
-    none_kept.load("a", scene.adapters["a"])
-    none_kept.activate({"a": 0.5})
-    none_kept.deactivate()
-    assert not none_kept._combinations
+    for none in (0, -1):
+        none_kept = Switch(net(), kept_combinations=none)
+        none_kept.load("a", scene.adapters["a"])
+        none_kept.activate({"a": 0.5})
+        none_kept.deactivate()
+        assert not none_kept._combinations
 
 
 def test_the_cost_of_switching_does_not_depend_on_how_many_are_loaded(scene, monkeypatch):

@@ -67,7 +67,7 @@ class Switch:
             raise TargetError(f"Switch takes an nn.Module, not {type(module).__name__}")
         self.module = module
         self.lock = threading.RLock()
-        self._kept_combinations = kept_combinations
+        self._kept_combinations = max(kept_combinations, 0)
         self._loaded: dict[str, Prepared] = {}
         self._weights: PatchedWeights[Target] = PatchedWeights()
         self._combinations: dict[Scales, Plan[Target]] = {}  # the latest used last
