@@ -52,6 +52,13 @@ def test_adapters_on_disk(shira, tmp_path):
     assert set(alone["switch_seconds"]) == {"there_and_back"}
 
 
+def test_an_adapter_without_parameters(shira, tmp_path):
+    path = tmp_path / "a.safetensors"
+    Adapter({}).save(path)
+    answer = shira("switch-bench", path, "--repeats", "1", "--json")
+    assert json.loads(answer.out)["entries"] == {str(path): 0}
+
+
 def test_without_compiled_kernels_there_is_no_limit(shira, monkeypatch):
     monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "no compiler was there"))
     result = json.loads(shira("switch-bench", *SMALL, "--no-compare", "--json").out)

@@ -122,7 +122,7 @@ def limits(switching: Switching) -> dict[str, Callable[[], None]]:
         with switch.using(name):
             plans.append(switch._weights.state.plan)
     alone, both = _touched(plans[:1]), _touched(plans)
-    stream = torch.zeros(max(words for *_, words in both), dtype=torch.int64)
+    stream = torch.zeros(max((words for *_, words in both), default=0), dtype=torch.int64)
 
     def walk(steps: list[tuple[Tensor, Tensor, int]]) -> None:
         for weight, lines, words in steps:
