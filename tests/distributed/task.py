@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shira import Adapter, ShiraConfig, get_peft_model
-from tests.tuner.models import everything, llama, randomize
+from tests.tuner.models import EVERYTHING, everything, llama, randomize
 
 STEPS, BATCH, RATE = 3, 4, 0.5
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,8 +45,8 @@ def llama_loss(model: nn.Module, share: slice, step: int) -> Tensor:
 
 
 def adapted_everything(seed: int = 0) -> nn.Module:
-    """An embedding, a convolution, a Conv1D and a linear layer."""
-    config = ShiraConfig(density=0.23, target_modules=["emb", "conv", "conv1d", "lin"])
+    """A layer of each kind."""
+    config = ShiraConfig(density=0.23, target_modules=EVERYTHING)
     config.random_seed = seed
     model = get_peft_model(everything(), config)
     randomize(model)

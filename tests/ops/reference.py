@@ -57,20 +57,19 @@ def linear(
     return F.linear(x, adapted.t() if transposed else adapted, bias)
 
 
-def conv2d(
+def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     deltas: Sequence[Tensor],
     indices: Sequence[Tensor],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    transposed: bool = False,
+    **options,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` with the adapted weight."""
+    """``torch.nn.functional.conv1d`` to ``conv_transpose3d`` with the adapted weight."""
     adapted = adapted_weight(weight, deltas, indices).to(x.dtype)
-    return F.conv2d(x, adapted, bias, list(stride), list(padding), list(dilation), groups)
+    name = f"conv_transpose{weight.dim() - 2}d" if transposed else f"conv{weight.dim() - 2}d"
+    return getattr(F, name)(x, adapted, bias, **options)
 
 
 def embedding(

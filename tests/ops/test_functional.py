@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira import ops
-from shira.errors import AdapterError, SupportError
+from shira.errors import AdapterError, ConfigError, SupportError
 from shira.masks import random_support
 
 from . import reference
@@ -302,40 +302,76 @@ def test_plans_die_with_their_indices():
     assert [ref() for ref in gone] == [None, None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("counts", [[0], [1], [17], [17, 30]])
-def test_conv2d_equals_reference(dtype, groups, layout, counts):
-    torch.manual_seed(0)
-    shape = (4, 6 // groups, 3, 2)
-    weight = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_convolution_equals_reference(data):
+    """Every option, against torch's own function on the merged weight: the same bits."""
+    dims, transposed = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    dtype, groups = data.draw(st.sampled_from(DTYPES[:3])), data.draw(st.sampled_from([1, 2]))
+    per_size = st.lists(st.integers(1, 2), min_size=dims, max_size=dims)
+    stride, dilation, kernel = data.draw(per_size), data.draw(per_size), data.draw(per_size)
+    padding = data.draw(st.lists(st.integers(0, 1), min_size=dims, max_size=dims))
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
+    if transposed:
+        options["output_padding"] = [min(s - 1, 1) for s in stride]
+    elif data.draw(st.booleans()):
+        options |= {"padding": data.draw(st.sampled_from(["same", "valid"])), "stride": 1}
+    channels = (4, 3 * groups) if not transposed else (3 * groups, 4)
+    shape = (channels[0], channels[1] // groups, *kernel)
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    weight = torch.randn(shape).to(dtype)
+    if dims > 1 and data.draw(st.booleans()):
+        format = torch.channels_last if dims == 2 else torch.channels_last_3d
+        weight = weight.contiguous(memory_format=format)
     before = weight.clone()
-    x = torch.randn(2, 6, 7, 8).to(dtype).requires_grad_()
-    bias = torch.randn(4).to(dtype).requires_grad_()
-    deltas = [
-        values(k, torch.float64 if dtype == torch.float64 else torch.float32, k) for k in counts
-    ]
+    batch = data.draw(st.sampled_from([(), (1,), (2,)]))
+    x = torch.randn(*batch, 3 * groups, *(5, 4, 6)[:dims]).to(dtype).requires_grad_()
+    bias = torch.randn(4).to(dtype).requires_grad_() if data.draw(st.booleans()) else None
+    numel = weight.numel()
+    counts = data.draw(st.lists(st.sampled_from([0, 1, numel // 2, numel]), min_size=1, max_size=2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    deltas = [values(k, wide, k) for k in counts]
     indices = [random_indices(shape, k, k) for k in counts]
-    geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": groups}
-    y = ops.conv2d(x, weight, bias, deltas, indices, **geometry)
-    want = reference.conv2d(x, weight, bias, deltas, indices, **geometry)
-    grad = torch.randn(y.shape).to(dtype)
-    got_grads = torch.autograd.grad(y, [x, bias, *deltas], grad)
-    want_grads = torch.autograd.grad(want, [x, bias, *deltas], grad)
+    arguments = x, weight, bias, deltas, indices
+    y = ops.convolution(*arguments, transposed=transposed, **options)
+    want = reference.convolution(*arguments, transposed=transposed, **options)
+    assert torch.equal(y, want)
+    assert y.dtype == want.dtype
     assert torch.equal(weight, before)
-    assert close(y, want, dtype)
+    assert weight.stride() == before.stride()
+    leaves = [x, *([] if bias is None else [bias]), *deltas]
+    grad = torch.randn(y.shape).to(dtype)
+    got_grads = torch.autograd.grad(y, leaves, grad)
+    want_grads = torch.autograd.grad(want, leaves, grad)
     assert all(close(a, b, dtype) for a, b in zip(got_grads, want_grads, strict=True))
 
 
-def test_conv2d_gradcheck_and_opcheck():
-    weight = torch.randn(3, 2, 2, 2, dtype=torch.float64)
-    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    v, i = values(9, torch.float64), random_indices(weight.shape, 9)
-    assert torch.autograd.gradcheck(lambda x, v: ops.conv2d(x, weight, None, [v], [i]), (x, v))
-    torch.library.opcheck(
-        torch.ops.shira.conv2d.default, (x, weight, None, [v], [i], [1, 1], [0, 0], [1, 1], 1)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolution_gradcheck_and_opcheck(dims, transposed):
+    weight = torch.randn(2, 2, *(2, 1, 2)[:dims], dtype=torch.float64)
+    x = torch.randn(1, 4, *(3, 2, 2)[:dims], dtype=torch.float64, requires_grad=True)
+    x = x if not transposed else x[:, :2].detach().requires_grad_()
+    v, i = values(3, torch.float64), random_indices(weight.shape, 3)
+    groups = 1 if transposed else 2
+    assert torch.autograd.gradcheck(
+        lambda x, v: ops.convolution(
+            x, weight, None, [v], [i], stride=2, padding=1, transposed=transposed, groups=groups
+        ),
+        (x, v),
     )
+    options = [2] * dims, [1] * dims, [1] * dims, transposed, [0] * dims, groups
+    arguments = (x, weight, None, [v], [i], *options)
+    torch.library.opcheck(torch.ops.shira.convolution.default, arguments)
+
+
+def test_convolution_refuses_what_is_no_padding():
+    x, weight, v = torch.randn(1, 2, 5), torch.randn(2, 2, 2), values(1, torch.float32)
+    i = random_indices(weight.shape, 1)
+    for options in ({"padding": "full"}, {"padding": "same", "stride": 2}):
+        with pytest.raises(ConfigError, match="padding is a number"):
+            ops.convolution(x, weight, None, [v], [i], **options)
 
 
 @settings(deadline=None, max_examples=60)

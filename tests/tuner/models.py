@@ -29,13 +29,23 @@ class Everything(nn.Module):
         super().__init__()
         self.emb = nn.Embedding(11, 8)
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
-        self.conv1d = Conv1D(10, 24)
+        self.volume = nn.Conv3d(1, 4, (3, 3, 1), padding="same")
+        self.conv1d = Conv1D(10, 96)
+        self.along = nn.Conv1d(10, 8, 3, padding=1, padding_mode="circular", groups=2)
+        self.back = nn.ConvTranspose1d(8, 10, 2, stride=2, padding=1, output_padding=1)
         self.lin = nn.Linear(10, 5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.emb(ids).unsqueeze(1)  # (B, 1, T, 8)
-        x = torch.tanh(self.conv(x)).permute(0, 2, 1, 3).flatten(2)  # (B, T, 24)
-        return self.lin(torch.tanh(self.conv1d(x)))
+        x = torch.tanh(self.conv(x)).unsqueeze(1)  # (B, 1, 3, T, 8)
+        x = torch.tanh(self.volume(x)).permute(0, 3, 1, 2, 4).flatten(2)  # (B, T, 96)
+        x = torch.tanh(self.conv1d(x)).mT  # (B, 10, T)
+        x = torch.tanh(self.back(torch.tanh(self.along(x)))[..., ::2])
+        return self.lin(x.mT)
+
+
+EVERYTHING = ["emb", "conv", "volume", "conv1d", "along", "back", "lin"]
+"""Its layers."""
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> MLP:

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from shira import Adapter, PeftModel, ShiraConfig, Switch, calibrate, get_peft_model
 from shira.errors import AdapterError, MergeError
 
-from .models import base_weights, everything, llama, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, llama, randomize, same_weights
 
 X = torch.arange(12)[None]
-EVERYTHING = ["emb", "conv", "conv1d", "lin"]
 
 
 def config(**options):

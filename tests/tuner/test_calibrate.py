@@ -13,7 +13,7 @@ from shira import PeftModel, ShiraConfig, calibrate, get_peft_model
 from shira.errors import ConfigError, MaskError, TargetError
 from shira.support import Support
 
-from .models import base_weights, everything, llama, mlp, same_weights
+from .models import EVERYTHING, base_weights, everything, llama, mlp, same_weights
 
 BATCHES = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -60,7 +60,7 @@ def test_every_kind_of_layer_and_density():
     batches = [torch.randint(11, (2, 4)) for _ in range(2)]
     chosen = calibrate(
         model,
-        config(target_modules=["emb", "conv", "conv1d", "lin"], density=0.2),
+        config(target_modules=EVERYTHING, density=0.2),
         batches,
         loss_fn=loss_fn,
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shira import ShiraConfig, get_peft_model
 
-from .models import base_weights, everything, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, randomize, same_weights
 
 ACTIONS = [
     "train",
@@ -29,7 +29,6 @@ ACTIONS = [
     "fail backward",
     "deepcopy",
 ]
-TARGETS = ["emb", "conv", "conv1d", "lin"]
 
 
 class Boom(Exception):
@@ -47,9 +46,11 @@ class Story:
         self.dtype = dtype
         base = everything(dtype=dtype)
         self.before = base_weights(base)
-        config = ShiraConfig(density=0.2, target_modules=TARGETS, random_seed=1)
+        config = ShiraConfig(density=0.2, target_modules=EVERYTHING, random_seed=1)
         self.model = get_peft_model(base, config, adapter_name="a")
-        self.model.add_adapter("b", ShiraConfig(density=0.3, target_modules=TARGETS, random_seed=2))
+        self.model.add_adapter(
+            "b", ShiraConfig(density=0.3, target_modules=EVERYTHING, random_seed=2)
+        )
         randomize(self.model)
         self.ids = torch.randint(11, (2, 4))
 

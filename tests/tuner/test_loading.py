@@ -15,7 +15,7 @@ from shira import Adapter, PeftModel, ShiraConfig, ShiraError, get_peft_model
 from shira.errors import FileFormatError, WrongBaseError
 from tests.forked import program
 
-from .models import base_weights, everything, mlp, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, mlp, randomize, same_weights
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 WEIGHTS = "base_model.model.lin1.shira_weight"
@@ -49,7 +49,7 @@ def test_from_pretrained_and_load_adapter(tmp_path, low_cpu_mem_usage):
 
 
 def test_layers_of_every_kind(tmp_path):
-    config = ShiraConfig(density=0.2, target_modules=["emb", "conv", "conv1d", "lin"])
+    config = ShiraConfig(density=0.2, target_modules=EVERYTHING)
     model = get_peft_model(everything(), config).eval()
     randomize(model)
     model.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from shira import ShiraConfig, get_peft_model
 from shira.errors import TargetError
 from shira.tuner.layers import Linear
 
-from .models import everything, gpt2, llama, mlp, randomize
+from .models import EVERYTHING, everything, gpt2, llama, mlp, randomize
 
 IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
 NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
@@ -45,9 +45,9 @@ def one_by_one(model, x, names):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("targets", [["lin"], ["conv1d"], ["emb"], ["conv"]])
-def test_every_layer_type(targets, dtype):
-    model = adapted(everything(dtype=dtype), targets)
+@pytest.mark.parametrize("target", EVERYTHING)
+def test_every_layer_type(target, dtype):
+    model = adapted(everything(dtype=dtype), [target])
     with torch.no_grad():
         got = model(IDS, adapter_names=NAMES)
         want = one_by_one(model, IDS, NAMES)

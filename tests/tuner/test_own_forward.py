@@ -83,6 +83,17 @@ class Halved(nn.Conv2d):
         return super()._conv_forward(x, weight / 2, bias)
 
 
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        x = F.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0))
+        return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Upsample(nn.ConvTranspose2d):
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight, None, 2, 1, 1, self.groups, 2)[..., 1:]
+
+
 class Offset(nn.Embedding):
     """As BART's positions: neither one argument, nor the ids first."""
 
@@ -100,6 +111,8 @@ LAYERS = {
     "same": (lambda: Same(3, 6, 3), IMAGE),
     "strided": (lambda: Strided(3, 6, 3), IMAGE),
     "halved": (lambda: Halved(3, 6, 3), IMAGE),
+    "causal": (lambda: Causal(4, 6, 3, dilation=2, groups=2), X),
+    "upsample": (lambda: Upsample(3, 6, 3, groups=3), IMAGE),
     "scaled gradient": (lambda: nn.Embedding(5, 8, scale_grad_by_freq=True), IDS),
     "sparse gradient": (lambda: nn.Embedding(5, 8, sparse=True, padding_idx=-5), IDS),
     # what torch's own layers take besides a batch

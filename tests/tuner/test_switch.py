@@ -9,7 +9,7 @@ import torch
 from shira import Adapter, ShiraConfig, Switch, get_peft_model
 from shira.errors import MergeError, SwitchError
 
-from .models import base_weights, everything, llama, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, llama, randomize, same_weights
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -98,7 +98,7 @@ def test_merging_while_switched_is_noticed(peft_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_set_adapter_and_merge_adapter_rotate_exactly(dtype):
-    model, targets = everything(dtype=dtype), ["emb", "conv", "conv1d", "lin"]
+    model, targets = everything(dtype=dtype), EVERYTHING
     before = base_weights(model)
     where = {n: p.data_ptr() for n, p in model.named_parameters()}
     configs = [

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shira import ShiraConfig, get_peft_model
 
-from .models import base_weights, everything, llama, mlp, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, llama, mlp, randomize, same_weights
 from .stock import fixed_mask
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -162,9 +162,7 @@ def test_compiled_models_do_not_break(train):
     import torch._dynamo
 
     torch._dynamo.reset()
-    model = get_peft_model(
-        everything(), ShiraConfig(density=0.2, target_modules=["conv", "conv1d", "lin"])
-    )
+    model = get_peft_model(everything(), ShiraConfig(density=0.2, target_modules=EVERYTHING[1:]))
     randomize(model)
     before = base_weights(model)
     tokens = torch.randint(11, (2, 4))

@@ -12,7 +12,7 @@ from shira import Adapter, PeftModel, ShiraConfig, fuse, get_peft_model
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError
 from tests.forked import program
 
-from .models import base_weights, everything, llama, mlp, randomize, same_weights
+from .models import EVERYTHING, base_weights, everything, llama, mlp, randomize, same_weights
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 METHODS = {
@@ -183,7 +183,7 @@ def test_one_adapter_at_weight_one_is_a_copy():
 
 def test_every_layer_type():
     ids = torch.arange(8).view(2, 4)
-    model = model_of(everything(), ["emb", "conv"], ["conv", "conv1d", "lin"], r=1)
+    model = model_of(everything(), ["emb", "conv", "volume", "back"], EVERYTHING[1:], r=1)
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "ab")
     model.base_model.set_adapter(["a", "b"])
     expected = model(ids)

@@ -8,7 +8,14 @@
 from __future__ import annotations
 
 from shira.ops.delta_product import looked_up, sparse_product
-from shira.ops.functional import adapted_weight, conv2d, embedding, linear, value_gradients
+from shira.ops.functional import (
+    adapted_weight,
+    conv2d,
+    convolution,
+    embedding,
+    linear,
+    value_gradients,
+)
 from shira.ops.gradient import Choice, choose, set_scratch_bytes, use_backend, weight_gradient
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
@@ -19,6 +26,7 @@ __all__ = [
     "adapted_weight",
     "choose",
     "conv2d",
+    "convolution",
     "embedding",
     "linear",
     "looked_up",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`linear`, `conv2d`, `embedding` with the adapters inside the weight; `adapted_weight`, a copy.
+"""`linear`, `convolution`, `embedding` with adapters inside the weight; `adapted_weight`, a copy.
 
 The first three as `shira.ops.product` makes them: the weight holds the adapter only inside the
 product, and its gradient reaches the entries of the support alone. Whoever computes with a weight
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shira.base import accumulation_dtype
+from shira.errors import ConfigError
 from shira.ops.gradient import weight_gradient
 from shira.ops.plan import Plan, plan_for
 from shira.ops.product import Gradients, Options, Product, Within
@@ -54,35 +55,33 @@ class _Linear(Product):
         return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
 
 
-class _Conv2d(Product):
-    """Options: ``stride, padding, dilation, groups``.
+class _Convolution(Product):
+    """Options: ``stride, padding, dilation, transposed, output_padding, groups``.
 
-    The dense gradient of the small convolution weight is made by torch's own kernel, gathered at
-    the support, and let go within the op.
+    The dense gradient of the convolution weight is made by torch's own kernel, gathered at the
+    support, and let go within the op.
     """
 
     keeps_x = True
 
     def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, *options)
+        return torch.convolution(x, weight, bias, *options)
 
     def gradients(
         self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
         plan: Plan, needs: Sequence[bool],
     ) -> Gradients:  # fmt: skip
-        (*window, groups), (need_x, need_weight, need_values) = options, needs
+        need_x, need_weight, need_values = needs
         wanted = [need_x, need_weight or need_values, False]
         backward = torch.ops.aten.convolution_backward
-        dx, dense, _ = within(
-            lambda adapted: backward(grad, x, adapted, None, *window, False, [0, 0], groups, wanted)
-        )
+        dx, dense, _ = within(lambda adapted: backward(grad, x, adapted, None, *options, wanted))
         return dx, dense if need_weight else None, _gathered(dense, plan) if need_values else None
 
     def fake_dx(self, grad: Tensor, x: Tensor, options: Options, weight: Tensor) -> Tensor:
         return torch.empty_like(x)
 
     def dbias(self, grad: Tensor) -> Tensor:
-        return grad.sum((0, 2, 3))
+        return grad.sum((0, *range(2, grad.dim())))
 
 
 class _Embedding(Product):
@@ -108,7 +107,11 @@ class _Embedding(Product):
 
 
 _linear = _Linear("linear", "bool transposed")
-_conv2d = _Conv2d("conv2d", "int[] stride, int[] padding, int[] dilation, int groups")
+_convolution = _Convolution(
+    "convolution",
+    "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, "
+    "int groups",
+)
 _embedding = _Embedding("embedding", "int padding_idx")
 
 
@@ -148,50 +151,68 @@ def linear(
     return _linear(x, weight, bias, deltas, indices, transposed)
 
 
-def conv2d(
+def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     deltas: Sequence[Tensor],
     indices: Sequence[Tensor],
     *,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
     groups: int = 1,
 ) -> Tensor:
-    """Compute ``torch.nn.functional.conv2d`` with every delta at its positions in the weight.
+    """Compute a convolution with every delta at its positions in the weight.
+
+    As ``torch.nn.functional.conv1d`` to ``conv3d`` and ``conv_transpose1d`` to
+    ``conv_transpose3d`` do, by the number of the weight's dimensions; the options are theirs.
 
     Args:
-        x: ``(batch, in, height, width)``, or ``(in, height, width)``.
-        weight: ``(out, in / groups, kh, kw)``; untouched between calls.
+        x: ``(batch, in, *size)``, or ``(in, *size)``; one to three sizes.
+        weight: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` if
+            ``transposed``; untouched between calls.
         bias: ``(out,)`` or None.
         deltas: ``(k_i,)`` for each active adapter, scale included.
-        indices: int32 ``(2, k_i)`` for each: output channel, and place in the rest of the weight;
-            or `packed`.
-        stride: Of the window, two numbers.
-        padding: Zeros around the input, two numbers.
-        dilation: Of the window, two numbers.
+        indices: int32 ``(2, k_i)`` for each: place in the first dimension of the weight, and in all
+            others together; or `packed`.
+        stride: Of the window, as all that follow one number, or one for each size.
+        padding: Zeros around the input; or ``"same"`` or ``"valid"``, if not ``transposed``.
+        dilation: Of the window.
+        transposed: Compute a transposed convolution.
+        output_padding: Added to one end of the output of a transposed convolution.
         groups: Of channels.
 
     Returns:
-        ``(batch, out, height', width')`` in the dtype of ``x``, or without the batch as ``x`` is.
+        ``(batch, out, *size')`` in the dtype of ``x``, or without the batch as ``x`` is.
 
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
         AdapterError: If a delta has another number of values than positions.
+        ConfigError: If ``padding`` is another word, or ``"same"`` with a stride.
 
     Example:
         >>> weight, delta = torch.zeros(1, 2, 1, 1), torch.tensor([3.0])
         >>> indices = torch.tensor([[0], [1]])
-        >>> shira.ops.conv2d(torch.ones(1, 2, 1, 1), weight, None, [delta], [indices]).item()
+        >>> shira.ops.convolution(torch.ones(1, 2, 1, 1), weight, None, [delta], [indices]).item()
         3.0
     """
-    batch = x.unsqueeze(0) if x.dim() == 3 else x
-    result = _conv2d(
-        batch, weight, bias, deltas, indices, [*stride], [*padding], [*dilation], groups
+    batch = x.unsqueeze(0) if x.dim() == weight.dim() - 1 else x
+    dims = weight.dim() - 2
+    stride, dilation = _for_each(stride, dims), _for_each(dilation, dims)
+    if isinstance(padding, str):
+        batch, padding = _padded(batch, weight, padding, stride, dilation)
+    options = transposed, _for_each(output_padding, dims), groups
+    result = _convolution(
+        batch, weight, bias, deltas, indices, stride, _for_each(padding, dims), dilation, *options
     )
-    return result.squeeze(0) if x.dim() == 3 else result
+    return result if batch.dim() == x.dim() else result.squeeze(0)
+
+
+conv2d = convolution
+"""The name that it had while it took images only."""
 
 
 def embedding(
@@ -303,6 +324,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _adapted_weight.register_autograd(_backward, setup_context=_setup)
+
+
+def _for_each(option: int | Sequence[int], dims: int) -> list[int]:
+    numbers = [option] if isinstance(option, int) else [*option]
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+def _padded(
+    x: Tensor, weight: Tensor, padding: str, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """Return the input and the zeros at both its ends, for a padding that is given as a word.
+
+    Done as torch does it, for its bits: of an odd number the last zero is written into a copy.
+    """
+    kernel = weight.shape[2:]
+    if padding == "valid":
+        return x, [0] * len(kernel)
+    if padding != "same" or any(step != 1 for step in stride):
+        raise ConfigError(
+            f"padding is a number, 'valid', or with a stride of 1 'same', not {padding!r} with a "
+            f"stride of {tuple(stride)}"
+        )
+    total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+    if any(zeros % 2 for zeros in total):
+        x = F.pad(x, [end for zeros in reversed(total) for end in (0, zeros % 2)])
+    return x, [zeros // 2 for zeros in total]
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -4,9 +4,9 @@
 A layer whose class has a forward of its own reads its weight, and so do modules that compute with
 the weight of another: ``F.linear(x, self.fc.weight)``. Both get a tensor that has no memory. It
 answers for shape, dtype and device from the base weight; in ``F.linear``, ``F.embedding`` and
-``F.conv2d`` it is the product of `shira.ops`, at no cost of its own; anything else is done with a
-copy of the weight that holds the adapter (`shira.ops.adapted_weight`). The gradient comes back to
-the adapter's values in each case. Nothing writes to it.
+torch's convolutions it is the product of `shira.ops`, at no cost of its own; anything else is done
+with a copy of the weight that holds the adapter (`shira.ops.adapted_weight`). The gradient comes
+back to the adapter's values in each case. Nothing writes to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_map_only
 
 from shira import ops
@@ -217,7 +216,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     return ops.linear(x, weight._weight, bias, weight._deltas, weight._inside.indices)
 
 
-def _conv2d(
+def _convolution(
     input: Any,
     weight: Any,
     bias: Any = None,
@@ -226,12 +225,31 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    x = None if isinstance(padding, str) else _input_of(input, weight, bias)
+    x = _input_of(input, weight, bias)
     if x is None:
         return None
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     base, indices = weight._weight, weight._inside.indices
-    window = {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
-    return ops.conv2d(x, base, bias, weight._deltas, indices, groups=groups, **window)
+    return ops.convolution(x, base, bias, weight._deltas, indices, **options)
+
+
+def _transposed_convolution(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor | None:
+    x = _input_of(input, weight, bias)
+    if x is None:
+        return None
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"transposed": True, "output_padding": output_padding}
+    base, indices = weight._weight, weight._inside.indices
+    return ops.convolution(x, base, bias, weight._deltas, indices, **options)
 
 
 def _embedding(
@@ -254,7 +272,10 @@ def _embedding(
 
 _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
-    F.conv2d: _conv2d,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
+    **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution
+    ),
     F.embedding: _embedding,
 }
 """Products that `shira.ops` has; None means to take the copy of the weight."""

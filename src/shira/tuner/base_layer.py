@@ -281,13 +281,11 @@ def call_with_weight(
         return call_with_hooks(module, with_weight, *args, **kwargs)
 
 
-def input_of(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the one input of a layer that takes one, however it is passed."""
-    forward = type(base).forward
-    bound = inspect.signature(forward).bind(base, *args, **kwargs).arguments
-    if len(bound) != 2:
-        raise TypeError(f"{forward.__qualname__}() takes one input, {len(bound) - 1} are given")
-    return [*bound.values()][1]
+def inputs_of(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the inputs of a layer's forward in its order, however they are passed."""
+    return [*inspect.signature(type(base).forward).bind(base, *args, **kwargs).arguments.values()][
+        1:
+    ]
 
 
 def _place_of_forward(module: nn.Module) -> str:

@@ -39,7 +39,7 @@ from shira.tuner.base_layer import (
     call_with_weight,
     gather_for_call,
     has_hooks_of_users,
-    input_of,
+    inputs_of,
     is_computed,
     members,
     stored_weight,
@@ -433,12 +433,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 return torch.func.functional_call(base, {"weight": weight()}, args, kwargs)
             self._warn_once_about_module_hooks()
             return call_with_weight(base, weight, *args, **kwargs)
-        x = args[0] if len(args) == 1 and not kwargs else input_of(base, args, kwargs)
+        inputs = args if len(args) == 1 and not kwargs else inputs_of(base, args, kwargs)
         deltas, indices = self._in_use(adapter_names)
         if way is Way.DIRECT:
-            return self._product(x, deltas, indices)
+            return self._product(deltas, indices, *inputs)
         self._warn_once_about_module_hooks()
-        return call_with_hooks(base, lambda x: self._product(x, deltas, indices), x)
+        return call_with_hooks(base, partial(self._product, deltas, indices), *inputs)
 
     def _way(self, base: nn.Module) -> Way:
         """Return how to call the base layer: `_product` is for the known forwards."""
@@ -471,8 +471,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         base, backend = self.get_base_layer(), self.quantization_backend
         return deltas, Inside(self.weight_name, base, backend, indices)
 
-    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
-        """Compute the layer's product with these deltas in its weight."""
+    def _product(self, deltas: list[Tensor], indices: list[Tensor], *inputs: Any) -> Tensor:
+        """Compute the layer's product with these deltas in its weight, of its forward's inputs."""
         raise NotImplementedError
 
     def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:

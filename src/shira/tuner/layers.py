@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapted layer types, one class each: `Linear`, `Conv2d`, `Embedding`.
+"""The adapted layer types, one class each: `Linear`, `Convolution`, `Embedding`.
 
 A type says which base layers it adapts, and computes their product with the deltas inside the
 weight. To add one, write its class, here or in a file of its own, and put it into `LAYERS`.
@@ -39,7 +39,7 @@ class Linear(ShiraLayer):
     def _stores_input_first(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+    def _product(self, deltas: list[Tensor], indices: list[Tensor], x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
         weight, bias = members(base, "weight", "bias")
         x = self._cast_input(x, weight)
@@ -62,30 +62,51 @@ class Linear(ShiraLayer):
         return (result + added.view(result.shape)).to(result.dtype)
 
 
-class Conv2d(ShiraLayer):
-    """SHiRA in a 2-D convolution, its weight stored ``[out, in / groups, kh, kw]``."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV_FORWARDS = {kind._conv_forward for kind in _CONVOLUTIONS}
 
-    base_types = (nn.Conv2d,)
-    known_forwards = frozenset({nn.Conv2d.forward})
+
+class Convolution(ShiraLayer):
+    """SHiRA in a convolution of one to three dimensions, transposed ones included.
+
+    Its weight is stored ``[out, in / groups, *kernel]``; transposed, ``[in, out / groups,
+    *kernel]``.
+    """
+
+    base_types = (*_CONVOLUTIONS, *_TRANSPOSED)
+    known_forwards = frozenset(kind.forward for kind in base_types)
+
+    def _stores_input_first(self) -> bool:
+        return isinstance(self.get_base_layer(), _TRANSPOSED)
 
     def _way(self, base: Any) -> Way:
-        known = type(base)._conv_forward is _CONV_FORWARD
+        # which torch's own forwards call, but for those of the transposed
+        known = base.transposed or type(base)._conv_forward in _CONV_FORWARDS
         return super()._way(base) if known else Way.OWN
 
-    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+    def _product(
+        self, deltas: list[Tensor], indices: list[Tensor], x: Tensor,
+        output_size: list[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         base: Any = self.get_base_layer()
         weight, bias = members(base, "weight", "bias")
         x = self._cast_input(x, weight)
-        padding = base.padding
-        if base.padding_mode != "zeros" or isinstance(base.padding, str):
-            # as nn.Conv2d itself does for padding other than a number of zeros
-            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=mode), (0, 0)
-        window = {"stride": base.stride, "padding": padding, "dilation": base.dilation}
-        return ops.conv2d(x, weight, bias, deltas, indices, groups=base.groups, **window)
-
-
-_CONV_FORWARD = nn.Conv2d._conv_forward
+        window: dict[str, Any] = {
+            "stride": base.stride,
+            "padding": base.padding,
+            "dilation": base.dilation,
+        }
+        if base.transposed:
+            dims = weight.dim() - 2
+            sizes = base.stride, base.padding, base.kernel_size, dims, base.dilation
+            window["output_padding"] = base._output_padding(x, output_size, *sizes)
+        elif base.padding_mode != "zeros":
+            # as nn.Conv2d itself does
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+            window["padding"] = 0
+        options = {"transposed": base.transposed, "groups": base.groups}
+        return ops.convolution(x, weight, bias, deltas, indices, **options, **window)
 
 
 class Embedding(ShiraLayer):
@@ -105,7 +126,7 @@ class Embedding(ShiraLayer):
     def _cast_input(self, x: Tensor, weight: Tensor) -> Tensor:
         return x  # row numbers
 
-    def _product(self, x: Tensor, deltas: list[Tensor], indices: list[Tensor]) -> Tensor:
+    def _product(self, deltas: list[Tensor], indices: list[Tensor], x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
         return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
 
@@ -122,7 +143,7 @@ class Embedding(ShiraLayer):
         return flat.index_copy(0, place, new).view(result.shape)
 
 
-LAYERS: tuple[type[ShiraLayer], ...] = (Linear, Conv2d, Embedding)
+LAYERS: tuple[type[ShiraLayer], ...] = (Linear, Convolution, Embedding)
 """The adapted layer types; the first that adapts a base layer is taken."""
 
 

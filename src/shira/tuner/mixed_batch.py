@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, UnknownAdapterError, did_you_mean
-from shira.tuner.base_layer import Way, input_of, weight_of
+from shira.tuner.base_layer import Way, inputs_of, weight_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
@@ -87,7 +87,7 @@ def mixed_batch_forward(
     """Call a layer, each sample through its own adapter, or the base if that is not here."""
     way = layer._way(layer.base_layer)
     known = way is not Way.OWN
-    x, *more = [input_of(layer.base_layer, args, kwargs)] if known else [*args, *kwargs.values()]
+    x, *more = inputs_of(layer.base_layer, args, kwargs) if known else [*args, *kwargs.values()]
     if len(x) != len(adapter_names):
         raise AdapterError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "

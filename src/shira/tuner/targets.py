@@ -156,7 +156,8 @@ def check_target(name: str, target: nn.Module) -> None:
     if layer_class is None:
         raise TargetError(
             f"Target module {name} ({kind}) is not supported. SHiRA adapts torch.nn.Linear, "
-            "transformers' Conv1D, torch.nn.Conv2d and torch.nn.Embedding"
+            "transformers' Conv1D, torch.nn.Conv1d to Conv3d, torch.nn.ConvTranspose1d to "
+            "ConvTranspose3d and torch.nn.Embedding"
         )
     if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
         why = (
