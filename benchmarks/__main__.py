@@ -46,6 +46,7 @@ SUITES: dict[str, Any] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     chosen, output = options.pop("suite"), options.pop("output", None)
+    failed = False
     for name in [chosen] if chosen else SUITES:
         suite = SUITES[name]
         why = suite.unavailable() if hasattr(suite, "unavailable") else None
@@ -54,14 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if chosen:
                 return 1
             continue
-        result = suite.run(suite.Settings(**options), report.say)
-        report.say("")
         path = output or report.RESULTS / f"{name}.json"
-        report.write(result, path)
+        # A suite of parts is written after each: one that fails later loses nothing.
+        parts = getattr(suite, "parts", lambda *given: [suite.run(*given)])  # noqa: B023
+        for result in parts(suite.Settings(**options), report.say):
+            report.write(result, path)
+        report.say("")
+        failed |= bool(result.get("failed"))
         for table in suite.tables(result):
             table.print()
         print(f"written to {path}\n")
-    return 0
+    return int(failed)
 
 
 def _parser() -> argparse.ArgumentParser:

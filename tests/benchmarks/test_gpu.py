@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, gpu_contenders, report
+from benchmarks import gpu, gpu_answers, gpu_contenders, report
 from benchmarks.panels import PANELS
 
 TINY = gpu.Settings(
@@ -31,14 +32,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run(tmp_path: Path, dtype: str) -> None:
-    result = gpu.run(replace(TINY, dtype=dtype), device=DEVICE)
+    *_, result = gpu.parts(replace(TINY, dtype=dtype), device=DEVICE)
+    assert result["failed"] == {}
     report.write(result, tmp_path / "gpu.json")
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["settings"]["device"] == DEVICE
-    assert written["answers"]["base_weights_unchanged"] is True
     for which in ("qv", "all"):
         answers, rows = written["answers"][which], written["results"][which]
         assert answers["merged_equals_unmerged"] is True
+        assert answers["base_weights_unchanged"] is True
+        assert {
+            "shira against peft-shira",
+            "shira-block against shira-block-chunked",
+        } < set(answers["exact"]["differences"])
         assert {"floor", "shira", "shira-block", "peft-shira", "peft-lora"} <= set(rows)
         assert len({row["trained"] for name, row in rows.items() if name != "floor"}) == 1
         assert rows["floor"]["wall_ratio"]["median"] == 1
@@ -91,12 +97,50 @@ def test_contenders_share_the_memory_of_one_base() -> None:
         assert {p.data_ptr() for p in frozen} == weights
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
-    _, field, inputs = contenders_of()
-    layer = next(m for m in field["peft-shira"].model.modules() if hasattr(m, "shira_weight"))
+def spoil(contender: gpu_contenders.Contender) -> None:
+    layer = next(m for m in contender.model.modules() if hasattr(m, "shira_weight"))
     layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight * 1.5, False)
+
+
+def test_contenders_that_disagree_are_found_out() -> None:
+    _, field, inputs = contenders_of()
+    spoil(field["peft-shira"])
     with pytest.raises(RuntimeError, match="answers differ"):
-        gpu.check_answers(field, inputs)
+        gpu_answers.compare(field, inputs)
+    _, field, inputs = contenders_of()
+    spoil(field["shira"])
+    with pytest.raises(RuntimeError, match="untrained adapter changes"):
+        gpu_answers.check_bits(field, inputs)
+
+
+def test_a_merge_that_differs_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, field, inputs = contenders_of()
+    monkeypatch.setattr(field["shira"].model, "merge_adapter", partial(spoil, field["shira"]))
+    with pytest.raises(RuntimeError, match="merged and unmerged"):
+        gpu_answers.check_bits(field, inputs)
+
+
+def test_a_part_that_fails_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(shape, targets, *others):
+        if targets == gpu_contenders.TARGETS["qv"]:
+            raise RuntimeError("wrong answers")
+        return {}
+
+    monkeypatch.setattr(gpu_answers, "check_exactly", check)
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(gpu, "parts", partial(gpu.parts, device=DEVICE))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TINY).items()]
+    output = tmp_path / "gpu.json"
+    assert command.main(["gpu", *options, f"--output={output}"]) == 1
+    written = json.loads(output.read_text())
+    assert list(written["failed"]) == ["answers, targets qv", "steps, targets qv"]
+    assert list(written["results"]) == ["all"]
+    assert len(written["kernels"]) == 3
+    assert "wrong answers" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="parts of the gpu suite failed"):
+        gpu.run(TINY, device=DEVICE)
 
 
 def test_one_changed_entry_of_the_base_shows() -> None:
