@@ -23,6 +23,7 @@ import peft.mapping
 import peft.mixed_model
 import peft.peft_model
 import peft.tuners
+import peft.tuners.lora.conversion as conversion
 import peft.tuners.mixed.model as mixed
 import peft.tuners.shira
 from packaging.version import Version
@@ -37,6 +38,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError, TargetError
 from shira.tuner import indices as ranks
+from shira.tuner import to_lora
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import check_ranks
 from shira.tuner.layer import ShiraLayer
@@ -46,6 +48,7 @@ from shira.tuner.masking import calibrate
 from shira.tuner.mixed_batch import BASE
 from shira.tuner.model import ShiraModel
 from shira.tuner.rollback import as_it_was
+from shira.tuner.saving import layers_of
 
 LOWEST = "0.21.2"
 """The oldest PEFT that shira works with."""
@@ -86,6 +89,11 @@ def register() -> None:
     _put_around(PeftAdapterMixin, "load_adapter", _check_after)
     _put_around(hotswap, "hotswap_adapter", _refuse_to_swap)
     _put_around(hotswap, "hotswap_adapter_from_state_dict", _refuse_to_swap)
+    convert = conversion.convert_to_lora
+    for module in (peft, peft.tuners, peft.tuners.lora, conversion):
+        if getattr(module, convert.__name__, None) is convert:
+            _put_around(module, convert.__name__, _convert)
+    _put_around(conversion, "_convert_module_to_lora", _refuse_to_convert)
     _put_around(BaseTuner, "inject_adapter", _inject_over_shira)
     of_base: Any = vars(BaseTunerLayer)["weight"].fget
 
@@ -212,6 +220,21 @@ def _refuse_to_swap(swap: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             "with load_adapter and switch with set_adapter, or use shira.Switch"
         )
     return swap(model, *args, **kwargs)
+
+
+def _convert(convert: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Convert an adapter of a model with SHiRA's layers to LoRA; others as PEFT does."""
+    return (to_lora.convert_to_lora if layers_of(model) else convert)(model, *args, **kwargs)
+
+
+def _refuse_to_convert(convert: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a layer of ours in PEFT's own conversion, which has been imported before shira was."""
+    if isinstance(layer, ShiraLayer):
+        raise AdapterError(
+            "this is PEFT's convert_to_lora as it was before shira was imported; import shira "
+            "first, or call peft.convert_to_lora"
+        )
+    return convert(layer, *args, **kwargs)
 
 
 def _inject_over_shira(

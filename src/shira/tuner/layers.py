@@ -39,6 +39,10 @@ class Linear(ShiraLayer):
     def _stores_input_first(self) -> bool:
         return isinstance(self.get_base_layer(), Conv1D)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True: LoRA has factors for every linear layer."""
+        return True
+
     def _product(self, deltas: list[Tensor], indices: list[Tensor], x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
         weight, bias = members(base, "weight", "bias")
@@ -80,6 +84,11 @@ class Convolution(ShiraLayer):
     def _stores_input_first(self) -> bool:
         return isinstance(self.get_base_layer(), _TRANSPOSED)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether LoRA has it: PEFT's has no transposed ones, and other factors in groups."""
+        base: Any = self.get_base_layer()
+        return base.groups == 1 and not base.transposed
+
     def _way(self, base: Any) -> Way:
         # which torch's own forwards call, but for those of the transposed
         known = base.transposed or type(base)._conv_forward in _CONV_FORWARDS
@@ -118,6 +127,10 @@ class Embedding(ShiraLayer):
 
     def _stores_input_first(self) -> bool:
         return True  # rows are looked up by the input
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True: LoRA has factors for an embedding."""
+        return True
 
     def _way(self, base: Any) -> Way:
         # a gradient that is scaled by frequency is left to torch

@@ -111,7 +111,7 @@ def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
         )
 
 
-def name_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> None:
+def name_exactly(config: Any, model: nn.Module, modules: set[str]) -> None:
     """Make a configuration name exactly these modules: as it does, by name, or by an expression."""
     if config.target_modules and _names_exactly(config, model, modules):
         return
@@ -122,7 +122,7 @@ def name_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> No
         config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 
-def _names_exactly(config: ShiraConfig, model: nn.Module, modules: set[str]) -> bool:
+def _names_exactly(config: Any, model: nn.Module, modules: set[str]) -> bool:
     matched = dict(matched_modules(config, model))
     inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
     return {base_module_name(n) for n in matched if not n.startswith(inside)} == modules
