@@ -71,7 +71,7 @@ def conv3d() -> Case:
 
 @row(KIND, "`nn.ConvTranspose2d`")
 def conv_transpose2d() -> Case:
-    return one(lambda: nn.ConvTranspose2d(2, 4, 2), 64, torch.randn(16, 2, 3, 3))
+    return one(lambda: nn.ConvTranspose2d(4, 4, 2), 64, torch.randn(16, 4, 3, 3))
 
 
 class Attending(nn.Module):

@@ -17,11 +17,11 @@ from shira import Adapter, PeftModel, ShiraConfig
 from shira.convert import from_lora
 from shira.errors import AdapterError, ConfigError, TargetError, UnknownAdapterError
 
-from .models import MLP, everything, gpt2, llama, mlp, randomize
+from .models import EVERYTHING, MLP, everything, gpt2, llama, mlp, randomize
 
 IDS = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-EVERY = ["emb", "conv", "conv1d", "lin"]
+EVERY = [name for name in EVERYTHING if name not in ("along", "back")]  # groups, transposed
 
 
 def adapted(base, targets, **options):
@@ -244,9 +244,10 @@ def test_what_is_refused(tmp_path):
         model.base_model.model.lin2.shira_weight["default"][0] = torch.nan
     with pytest.raises(AdapterError, match=r"lin2.weight: adapter 'default' has values not finite"):
         peft.convert_to_lora(model, rank=1)
-    grouped = adapted(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), ["0"])
-    with pytest.raises(TargetError, match="0: a Conv2d of this kind has no plain LoRA"):
-        peft.convert_to_lora(grouped, rank=1)
+    for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3)):
+        other = adapted(nn.Sequential(layer), ["0"])
+        with pytest.raises(TargetError, match=r"0: a Conv.* of this kind has no plain LoRA"):
+            peft.convert_to_lora(other, rank=1)
     mixed = PeftMixedModel(
         mlp(), ShiraConfig(r=1, target_modules=["lin1"], random_seed=0), "default"
     )

@@ -85,7 +85,7 @@ class Convolution(ShiraLayer):
         return isinstance(self.get_base_layer(), _TRANSPOSED)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether LoRA has it: PEFT's has no transposed ones, and other factors in groups."""
+        """Return whether LoRA has it: no transposed one, and in groups other factors."""
         base: Any = self.get_base_layer()
         return base.groups == 1 and not base.transposed
 
