@@ -15,29 +15,32 @@ from typing import Any, TypeVar
 
 R = TypeVar("R")
 
-Outcome = tuple[dict[str, Any], dict[str, Any]]
-"""The result of a run, and the environment it was made in."""
+Outcome = tuple[list[dict[str, Any]], dict[str, Any]]
+"""The results of runs that were made together, and the environment they were made in."""
 
 
 def continue_runs(
     missing: Callable[[], Sequence[R]],
-    execute: Callable[[R, Path], Outcome],
+    execute: Callable[[tuple[R, ...], Path], Outcome],
     record: Callable[[R, Mapping[str, Any], Mapping[str, Any]], None],
     data: Path,
     *,
     jobs: int,
     minutes: float | None,
+    together: int = 1,
 ) -> int:
     """Make missing runs in order until none is left or the time is over.
 
     Args:
         missing: the runs that could be made now; asked again after each that was made.
-        execute: makes one, in a process of one thread: a function of a module, given the run and
+        execute: makes some, in a process of one thread: a function of a module, given the runs and
             the folder of data.
-        record: keeps it, in this process: given the run, its result and its environment.
+        record: keeps one, in this process: given the run, its result and its environment.
         data: the folder of data.
-        jobs: runs at a time.
+        jobs: processes.
         minutes: begin no run after so long; None for no limit.
+        together: runs at a time in a process. Where making them together fails, each of them is
+            made alone.
 
     Returns:
         How many runs were made.
@@ -49,41 +52,56 @@ def continue_runs(
     head = commit()
     made = 0
     failed: dict[str, Exception] = {}
+    alone: list[R] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare_worker) as pool:
-        going: dict[Future[Outcome], R] = {}
+        going: dict[Future[Outcome], tuple[R, ...]] = {}
         while True:
             in_time = deadline is None or time.monotonic() < deadline
-            for run in missing() if in_time else ():
-                if len(going) == jobs:
-                    break
-                if run not in going.values() and str(run) not in failed:
-                    going[pool.submit(execute, run, data)] = run
+            busy = [run for runs in going.values() for run in runs]
+            free = [run for run in (missing() if in_time else ()) if run not in busy]
+            free = [run for run in free if str(run) not in failed]
+            while free and len(going) < jobs:
+                runs = tuple(free[: 1 if free[0] in alone else together])
+                free = free[len(runs) :]
+                going[pool.submit(execute, runs, data)] = runs
             if not going:
                 break
             for future in wait(going, return_when=FIRST_COMPLETED).done:
-                run = going.pop(future)
+                runs = going.pop(future)
                 try:
-                    result, environment = future.result()
+                    results, environment = future.result()
                 except BrokenExecutor:
                     raise
                 except Exception as error:  # the others go on
-                    print(f"failed: {run}: {error!r}", flush=True)
-                    failed[str(run)] = error
+                    print(f"failed: {', '.join(map(str, runs))}: {error!r}", flush=True)
+                    if len(runs) > 1:
+                        alone += runs
+                    else:
+                        failed[str(runs[0])] = error
                     continue
-                record(run, result, {**environment, "commit": head})
-                made += 1
+                for run, result in zip(runs, results, strict=True):
+                    record(run, result, {**environment, "commit": head})
+                    made += 1
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed, {made} were made") from failed.popitem()[1]
     return made
 
 
-def execute(function: str, given: Mapping[str, Any], run: Any, data: Path) -> Outcome:
-    """Make a run by ``"module:function"``, called with the run, the folder of data and `given`."""
+def execute(
+    function: str, batched: bool, given: Mapping[str, Any], runs: tuple[Any, ...], data: Path
+) -> Outcome:
+    """Make runs by ``"module:function"``, called with the folder of data and `given`.
+
+    And with each run, or with all of them if it is `batched`; it then returns a list of results.
+    """
     from benchmarks.environment import describe
 
     module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(run, data, **given), describe()
+    make = getattr(importlib.import_module(module), name)
+    if batched:
+        return make(runs, data, **given), describe()
+    return [make(run, data, **given) for run in runs], describe()
 
 
 def prepare_worker() -> None:

@@ -26,6 +26,7 @@ class Study(Generic[R]):
             folder of data and whatever `continue_runs` is given to what came of it.
         said: what is printed of a run that was made, beside its seconds.
         derived: names of properties of a run that are written with it.
+        batched: `execute` is given a tuple of runs, and returns a list of what came of each.
     """
 
     results: Path
@@ -34,6 +35,7 @@ class Study(Generic[R]):
     execute: str
     said: Callable[[R, Mapping[str, Any]], str]
     derived: tuple[str, ...] = ()
+    batched: bool = False
 
     def load(self, folder: Path | None = None) -> dict[str, store.Done[R]]:
         """Every run of this protocol, by key. A last line that was cut off is passed over.
@@ -62,6 +64,7 @@ class Study(Generic[R]):
         jobs: int,
         minutes: float | None,
         folder: Path | None = None,
+        together: int = 1,
         **given: Any,
     ) -> int:
         """Make missing runs in order until none is left or the time is over; how many were made.
@@ -69,9 +72,10 @@ class Study(Generic[R]):
         Args:
             missing: those that could be made, given those that were.
             data: the folder of data.
-            jobs: runs at a time, each in a process of one thread.
+            jobs: processes, each of one thread.
             minutes: begin no run after so long; None for no limit.
             folder: where the runs are written, each as soon as it is made.
+            together: runs at a time in a process.
             given: to the function that makes one.
         """
 
@@ -83,9 +87,10 @@ class Study(Generic[R]):
 
         return runner.continue_runs(
             lambda: missing(self.load(folder)),
-            functools.partial(runner.execute, self.execute, given),
+            functools.partial(runner.execute, self.execute, self.batched, given),
             record,
             data,
             jobs=jobs,
             minutes=minutes,
+            together=together,
         )

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: the device's")
     parser.add_argument("--base", type=Path, help="folder of the base model (default: the demo's)")
     parser.add_argument("--parts", type=Path, help="folder that pack made; the base comes from it")
+    parser.add_argument("--together", type=int, default=1, help="runs at a time in a process")
     parser.add_argument("--results", type=Path, default=STUDY.results, help="folder of the runs")
     arguments = parser.parse_args(argv)
     arm = arm_of(arguments.device, DTYPES.get(arguments.dtype))
@@ -81,6 +82,7 @@ def _make_missing(arguments: Namespace, arm: Arm) -> int:
         jobs=arguments.jobs,
         minutes=arguments.minutes,
         folder=arguments.results,
+        together=arguments.together,
         base_folder=base.resolve(),
     )
 

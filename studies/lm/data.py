@@ -27,7 +27,7 @@ IGNORED = -100
 BLOCK = 16  # windows of a text that are validated on, or trained on, together
 VALIDATION_BLOCKS = 8
 VALIDATION_ROWS = 200
-PER_WINDOW = 4  # questions of a batch for each of its windows
+PER_WINDOW = 2  # questions of a batch for each of its windows
 
 
 @dataclass(frozen=True)

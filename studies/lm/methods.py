@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from studies.lm.protocol import LOW_RANK, Run
+from studies.lm.protocol import BLOCK_SIZE, LOW_RANK, Run
 from studies.lm.scores import by_gradient, global_ranks, gradients, principal
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -118,8 +118,9 @@ def _shira(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mask_type=")  # its mask_fn comes below
         config = ShiraConfig(
-            r=run.rank, mask_type=mask, random_seed=run.seed, target_modules=TARGETS
-        )
+            r=run.rank, mask_type=mask, random_seed=run.seed, target_modules=TARGETS,
+            mask_options={"block_size": BLOCK_SIZE} if mask == "block" else {},
+        )  # fmt: skip
     if mask == "principal":
         config.mask_fn = principal
     elif mask == "gallop" or across_layers:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs are missing, in which order, given those that were made. A pure function of them.
 
-First the look; then size by size the other tuning runs, and the final ones: at the chosen rates
-seed by seed, then at lower ones. The rate of a method and size is that of the lowest mean
-validation loss over the tuning targets on the tuning seed. Who enters a size's finals is known when
-all its rates are.
+First the look; then size by size the other tuning runs, and the final ones seed by seed. The rate
+of a method and size is that of the lowest mean validation loss over the tuning targets on the
+tuning seed. Who enters a size's finals is known when all its rates are; they, and the methods of
+`AT_EVERY_SIZE`, are tuned at the next size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import pairwise
 from statistics import mean
 
 from studies.lm.protocol import (
+    AT_EVERY_SIZE,
     BEYOND,
     BY_SOURCE,
     BY_TARGET,
@@ -25,7 +26,7 @@ from studies.lm.protocol import (
     LOOK,
     LOOK_ORDER,
     LOW_RANK,
-    LOWER,
+    METHODS,
     SIZES,
     SPARSE,
     TARGETS,
@@ -67,14 +68,18 @@ def plan(done: Done, arm: Arm) -> Plan:
         for method in methods
     ]
     wanted, unknown = list(looked), 0
+    finals = len(TARGETS) * len(FINAL_SEEDS)
     for size in SIZES:
+        entered = methods_at(done, arm, size)
+        if entered is None:
+            unknown += (BY_TARGET + BY_SOURCE) * len(TUNING_TARGETS) * len(GRIDS["random"])
         for method, of_size in cells(size):
-            for exponent in tuned(done, arm, method, of_size)[0]:
-                wanted += tuning_runs(arm, method, of_size, exponent)
+            if method in (entered or AT_EVERY_SIZE):
+                for exponent in tuned(done, arm, method, of_size)[0]:
+                    wanted += tuning_runs(arm, method, of_size, exponent)
         chosen = finalists(done, arm, size)
         if chosen is None:
-            count = len(LOW_RANK) + BY_TARGET + BY_SOURCE
-            unknown += count * len(TARGETS) * len(FINAL_SEEDS) * (1 + LOWER)
+            unknown += (len(LOW_RANK) + BY_TARGET + BY_SOURCE) * finals
         else:
             wanted += final_runs(done, arm, size, chosen)
     runs = list({run.key: run for run in wanted if run.key not in done}.values())
@@ -86,6 +91,15 @@ def plan(done: Done, arm: Arm) -> Plan:
         runs,
         unknown,
     )
+
+
+def methods_at(done: Done, arm: Arm, size: str) -> list[str] | None:
+    """The methods that are tuned at a size; None while it is not known."""
+    first = next(iter(SIZES))
+    if size == first:
+        return [*METHODS]
+    chosen = finalists(done, arm, first)
+    return None if chosen is None else [*dict.fromkeys((*AT_EVERY_SIZE, *chosen))]
 
 
 def tuned(done: Done, arm: Arm, method: str, size: str | None) -> tuple[list[int], int | None]:
@@ -111,8 +125,7 @@ def final_runs(done: Done, arm: Arm, size: str, methods: Iterable[str]) -> list[
     """The final runs of a size's tuned methods, made or not, in order."""
     rates = {method: tuned(done, arm, method, size)[1] for method in methods}
     return [
-        arm.run("final", target, method, size, exponent - lower, seed)
-        for lower in range(LOWER + 1)
+        arm.run("final", target, method, size, exponent, seed)
         for seed in FINAL_SEEDS
         for target in TARGETS
         for method, exponent in rates.items()
@@ -122,7 +135,11 @@ def final_runs(done: Done, arm: Arm, size: str, methods: Iterable[str]) -> list[
 
 def finalists(done: Done, arm: Arm, size: str) -> list[str] | None:
     """The low-rank methods, and the best of ours; None while a rate of the size is not known."""
-    losses = {method: tuned_loss(done, arm, method, size) for method in (*LOW_RANK, *SPARSE)}
+    entered = methods_at(done, arm, size)
+    if entered is None:
+        return None
+    compared = [method for method in (*LOW_RANK, *SPARSE) if method in entered]
+    losses = {method: tuned_loss(done, arm, method, size) for method in compared}
     known = [(loss, method) for method, loss in losses.items() if loss is not None]
     if len(known) < len(losses):
         return None
@@ -180,10 +197,11 @@ def at_equal_gain(
     return added_at(done, run(reference, exponent), curve)
 
 
-def added_at(done: Done, reference: Run, curve: Mapping[int, Point]) -> float | None:
-    """What a curve over rates adds to the source where it has `GAIN` of the reference's gain.
+def added_at(done: Done, reference: Run, curve: Mapping[float, Point]) -> float | None:
+    """What a curve adds to the source where it has `GAIN` of the reference's gain.
 
-    Interpolated between the two neighbouring rates around it, the lowest such; None without them.
+    Over rates or strengths: interpolated between the two neighbours around it, the lowest such;
+    None without them.
     """
     base = done[reference.key].result
     level = base["target_before"] - GAIN * (base["target_before"] - point(done, reference)[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from studies.store import key_of
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 BASE = "SmolLM2-135M-Instruct"
 SOURCE = "wikitext2"
@@ -28,6 +28,7 @@ LOW_RANK = ("lora", "rslora", "dora")
 SPARSE = (
     "random",
     "magnitude",
+    "block",
     "block_diagonal",
     "grad",
     "principal",
@@ -35,7 +36,6 @@ SPARSE = (
     "grad+global",
     "random+relative",
     "magnitude+relative",
-    "principal+relative",
     "random+renewed",
     "principal+renewed",
 )
@@ -67,11 +67,14 @@ LOOK_ORDER = (1, 2, 0, 3)
 
 TUNING_SEED = 0
 FINAL_SEEDS = (1, 2, 3, 4, 5)
-LOWER = 2
-"""Final runs are made at the chosen rate, and at so many lower ones, to compare at equal gain."""
+STRENGTHS = (0.4, 0.6, 0.8)
+"""Final runs are also measured with so much of the adapter, to compare at equal gain."""
 
 GAIN = 0.85
 """Equal gain: so much of what the best low-rank method of a size gains on the target."""
+
+AT_EVERY_SIZE = (*LOW_RANK, "random")
+"""Tuned at every size; of the other methods only those that enter the finals of the first."""
 
 BY_TARGET, BY_SOURCE = 2, 1
 """Of ours so many enter a size's finals by the lowest loss, mean of the tuning targets; and so many
@@ -83,6 +86,7 @@ RENEWED_AT = (0.2, 0.4, 0.6)
 
 CALIBRATION_BATCHES = 4
 PRINCIPAL_RANK = 32
+BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Device:
 
 DEVICES = {
     "cpu": Device("float32", steps=40, batch=4, window=128, validation=24, test=48, rows=24),
-    "cuda": Device("bfloat16", steps=100, batch=8, window=256, validation=64, test=128, rows=100),
+    "cuda": Device("bfloat16", steps=100, batch=8, window=128, validation=64, test=128, rows=100),
 }
 
 

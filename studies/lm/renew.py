@@ -54,7 +54,7 @@ class EntryAdamW(torch.optim.Optimizer):
                 warm.add_(1 / self.warmup_steps).clamp_(max=1)
                 spread = (second / (1 - two**steps)).sqrt_().add_(group["eps"])
                 update = (first / (1 - one**steps)).div_(spread).mul_(warm)
-                parameter.sub_(update, alpha=group["lr"])
+                parameter.sub_(update.mul_(group["lr"]))
 
 
 @contextmanager

@@ -35,6 +35,7 @@ STUDY = Study(
     execute="studies.lm.train:execute",
     said=_said,
     derived=("rate", "rank"),
+    batched=True,
 )
 
 

@@ -32,8 +32,9 @@ def principal(base_layer: nn.Module, r: int, **_: Any) -> Support:
     basis = torch.linalg.qr(weight @ test).Q
     for _ in range(3):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    low = (basis @ (left[:, :rank] * values[:rank])) @ right[:rank]
+    small = basis.T @ weight
+    largest = torch.linalg.eigh(small @ small.T).eigenvectors[:, -rank:]
+    low = (basis @ largest) @ (largest.T @ small)
     return grad_support(low, r * sum(weight.shape))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
 from studies.lm.plan import (
+    Point,
     added_at,
     at_equal_gain,
     best_low_rank,
@@ -24,7 +25,6 @@ from studies.lm.protocol import (
     FINAL_SEEDS,
     GAIN,
     LOOK,
-    LOWER,
     SETS,
     SIZES,
     TARGETS,
@@ -182,13 +182,10 @@ def _at_equal_gain(
     found = []
     for seed in FINAL_SEEDS:
         goal = arm.run("final", target, reference, size, of_reference, seed)
-        runs = {
-            exponent: arm.run("final", target, method, size, exponent, seed)
-            for exponent in range(best - LOWER, best + 1)
-        }
-        if goal.key not in done or any(run.key not in done for run in runs.values()):
+        run = arm.run("final", target, method, size, best, seed)
+        if goal.key not in done or run.key not in done:
             return None
-        added = added_at(done, goal, {e: point(done, run) for e, run in runs.items()})
+        added = added_at(done, goal, strengths(done, run))
         if added is None:
             return None
         found.append(added)
@@ -204,6 +201,17 @@ def _differences(
         return None
     by_target = [[x - y for x, y in zip(a, b, strict=True)] for a, b in pairs]
     return [mean(seed) for seed in zip(*by_target, strict=True)]
+
+
+def strengths(done: Done, run: Run) -> dict[float, Point]:
+    """The losses on target and source by the share of a final run's adapter that is in it."""
+    result = done[run.key].result
+    curve = {float(strength): (t, s) for strength, (t, s) in result["strengths"].items()}
+    return {
+        0.0: (result["target_before"], result["source_before"]),
+        **{strength: (t, s) for strength, (t, s) in curve.items() if t is not None is not s},
+        1.0: point(done, run),
+    }
 
 
 def _target(done: Done, run: Run) -> float:

@@ -200,11 +200,12 @@ def test_the_runner_goes_on_where_it_stopped(
 ) -> None:
     made: list[Run] = []
 
-    def execute(_: str, given: dict, run: Run, data: Path) -> tuple[dict, dict]:
+    def execute(_: str, batched: bool, given: dict, runs: tuple, data: Path) -> tuple[list, dict]:
         if len(made) == 40:
             raise KeyboardInterrupt
+        (run,) = runs
         made.append(run)
-        return fake(run)
+        return [fake(run)[0]], {}
 
     monkeypatch.setattr(common, "execute", execute)
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))

@@ -22,8 +22,17 @@ from studies import store
 from studies.lm import base as bases
 from studies.lm import data as texts
 from studies.lm import protocol, runs
-from studies.lm.plan import at_equal_gain, final_runs, finalists, plan, tuned, tuning_runs
-from studies.lm.protocol import CHOICES, METHODS, SETS, SIZES, UNSIZED, Run, arm_of
+from studies.lm.plan import (
+    added_at,
+    at_equal_gain,
+    final_runs,
+    finalists,
+    methods_at,
+    plan,
+    tuned,
+    tuning_runs,
+)
+from studies.lm.protocol import AT_EVERY_SIZE, CHOICES, METHODS, SETS, SIZES, UNSIZED, Run, arm_of
 from studies.lm.train import execute, measure, row_losses
 from tests.pages import ROOT, commands
 
@@ -86,7 +95,7 @@ def test_a_run_of_each_method_learns_with_equally_many_parameters(
     run = replace(tiny_run(method), steps=30)
     if method == "full":
         run = replace(run, rate_exponent=-8)
-    result = execute(run, data, folder)
+    (result,) = execute([run], data, folder)
     assert result["target"] < result["target_before"] - 0.05
     # 2 blocks of (m + n) for q, k, v, o, gate, up, down; 4 * 1272 each
     expected = 2 * (72 * (72 + 24 + 24 + 72) + 3 * 72 * 192) if method == "full" else 2 * 4 * 1272
@@ -98,7 +107,7 @@ def test_the_base_is_as_it_was_after_every_method(data: Path, folder: Path) -> N
     base = bases.load(folder, "cpu", "float32")
     before = copy.deepcopy(base.state_dict())
     for method in ("full", "magnitude", "random+renewed"):
-        execute(tiny_run(method), data, folder)
+        execute([tiny_run(method)], data, folder)
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
@@ -106,15 +115,16 @@ def test_the_base_is_as_it_was_after_every_method(data: Path, folder: Path) -> N
 def test_runs_in_bfloat16_learn_too(data: Path, folder: Path, method: str) -> None:
     run = replace(tiny_run(method), steps=30, dtype="bfloat16")
     run = replace(run, rate_exponent=-8 if method == "full" else -6)
-    result = execute(run, data, folder)
+    (result,) = execute([run], data, folder)
     assert result["target"] < result["target_before"] - 0.05
 
 
 def test_a_run_repeats_to_the_last_digit(data: Path, folder: Path) -> None:
     for method in ("lora", "random+renewed", "gallop"):
-        one, two = (execute(tiny_run(method), data, folder) for _ in range(2))
+        one, two = execute([tiny_run(method)] * 2, data, folder)
         assert one["target"] == two["target"]
-        assert one["target"] != execute(tiny_run(method, seed=1), data, folder)["target"]
+        (other,) = execute([tiny_run(method, seed=1)], data, folder)
+        assert one["target"] != other["target"]
 
 
 def test_a_tuning_run_does_not_need_the_test_files(
@@ -124,9 +134,9 @@ def test_a_tuning_run_does_not_need_the_test_files(
     for path in (*tmp_path.rglob("test.txt"), *tmp_path.rglob("test.jsonl")):
         path.unlink()
     for target in ("python_code", CHOICES):
-        execute(tiny_run("random", target), tmp_path / "data", folder)
+        execute([tiny_run("random", target)], tmp_path / "data", folder)
         with pytest.raises(FileNotFoundError):
-            execute(tiny_run("random", target, "final"), tmp_path / "data", folder)
+            execute([tiny_run("random", target, "final")], tmp_path / "data", folder)
 
 
 def test_what_is_validated_on_is_not_trained_on(data: Path, folder: Path) -> None:
@@ -277,6 +287,11 @@ def losses(run: Run) -> tuple[float, float]:
 def fake(run: Run) -> dict[str, Any]:
     target, source = losses(run)
     found: dict[str, Any] = {"target": target, "source": source, "seconds": 0.0}
+    if run.stage == "final":
+        found["strengths"] = {
+            str(share): [6 + share * (target - 6), 4 + share * (source - 4)]
+            for share in protocol.STRENGTHS
+        }
     found |= {"target_before": 6.0, "source_before": 4.0, "base_sha256": "b", "trained": 1}
     if run.target == CHOICES:
         found |= dict.fromkeys(("accuracy", "accuracy_before"), dict.fromkeys(SETS, 0.5))
@@ -295,10 +310,10 @@ def test_the_plan_begins_with_the_look_goes_beyond_edges_and_ends(everything: ru
     empty = plan({}, CPU)
     assert len(empty.look) == 16
     assert not empty.final
-    assert empty.missing > 600
+    assert empty.missing > 500
     assert plan(everything, CPU).missing == 0
     for method in METHODS:
-        size = None if method in UNSIZED else "large"
+        size = None if method in UNSIZED else "small"
         best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
         assert tuned(everything, CPU, method, size)[1] == best
     assert plan(everything, arm_of("cuda")).missing == empty.missing
@@ -308,11 +323,29 @@ def test_the_best_on_the_target_and_on_the_source_enter_the_finals(everything: r
     for size in SIZES:
         chosen = finalists(everything, CPU, size)
         assert chosen is not None
-        assert chosen[:5] == ["lora", "rslora", "dora", "grad", "random"]  # the shortest names
+        assert chosen[:5] == ["lora", "rslora", "dora", "grad", "block"]  # the shortest names
         assert len(chosen) == 6
     made = [entry.run for entry in everything.values() if entry.run.stage == "final"]
-    assert len(made) == 2 * len(final_runs(everything, CPU, "small", chosen)) == 2 * 6 * 5 * 5 * 3
+    assert len(made) == 2 * len(final_runs(everything, CPU, "small", chosen)) == 2 * 6 * 5 * 5
     assert {run.size for run in made} == set(SIZES)
+    small = finalists(everything, CPU, "small")
+    assert methods_at(everything, CPU, "large") == [*dict.fromkeys((*AT_EVERY_SIZE, *small))]
+    assert tuned(everything, CPU, "gallop", "large")[1] is None
+    assert methods_at({}, CPU, "large") is None
+
+
+def test_strengths_give_a_curve_to_compare_on(everything: runs.Done) -> None:
+    from studies.lm import tables
+
+    run = final_runs(everything, CPU, "small", ["block"])[0]
+    curve = tables.strengths(everything, run)
+    assert [*curve] == [0.0, *protocol.STRENGTHS, 1.0]
+    assert curve[0.0] == (6.0, 4.0)
+    # a line from the base: at 85 % of lora's gain it adds as much as its share of its own gain
+    reference = final_runs(everything, CPU, "small", ["lora"])[0]
+    goal, own = (6.0 - losses(each)[0] for each in (reference, run))
+    added = added_at(everything, reference, curve)
+    assert added == pytest.approx((losses(run)[1] - 4) * 0.85 * goal / own)
 
 
 def test_what_is_forgotten_is_compared_at_equal_gain(everything: runs.Done) -> None:
@@ -341,11 +374,12 @@ def test_the_runner_goes_on_after_a_failure_and_where_it_stopped(
 ) -> None:
     broken = True
 
-    def made_up(_: str, given: Any, run: Run, data: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    def made_up(_: str, batched: bool, given: Any, made: tuple[Run, ...], data: Path) -> Any:
+        assert batched
         assert given == {"base_folder": tmp_path}
-        if broken and run.method == "random":
+        if broken and any(run.method == "random" for run in made):
             raise ValueError("no such mask")
-        return fake(run), {}
+        return [fake(run) for run in made], {}
 
     monkeypatch.setattr(common, "execute", made_up)
     monkeypatch.setattr(common, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
@@ -354,7 +388,7 @@ def test_the_runner_goes_on_after_a_failure_and_where_it_stopped(
     def go_on() -> int:
         return runs.STUDY.continue_runs(
             lambda done: plan(done, CPU).look, tmp_path, jobs=2, minutes=None,
-            folder=tmp_path, base_folder=tmp_path,
+            folder=tmp_path, together=3, base_folder=tmp_path,
         )  # fmt: skip
 
     with pytest.raises(RuntimeError, match="4 runs failed, 12 were made"):
@@ -394,11 +428,11 @@ def test_tables_fill_only_when_all_runs_are_there(everything: runs.Done) -> None
     from studies.lm import tables
 
     whole = tables.finals(everything, CPU)
-    assert "| random | small | 4.063" in whole
+    assert "| block | small | 4.053" in whole
     assert "-0.0" not in tables.paired({}, CPU)
     nothing = [tables.finals({}, CPU), tables.paired({}, CPU), tables.tuning({}, CPU)]
     assert "±" not in "".join(nothing)
-    assert "| random | small | lora | +0.020" in tables.paired(everything, CPU)
+    assert "| block | small | lora | +0.010" in tables.paired(everything, CPU)
 
 
 def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
@@ -436,3 +470,49 @@ def test_committed_runs_name_what_they_were_made_with() -> None:
     for path in runs.STUDY.results.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             assert json.loads(line)["environment"]["versions"]["torch"]
+
+
+def test_part_of_an_adapter_is_part_of_what_it_adds_to_the_weights(
+    data: Path, folder: Path
+) -> None:
+    """Half of LoRA's and SHiRA's weights' change; and all of it again afterwards."""
+    from studies.lm.methods import adapt
+    from studies.lm.train import Training, fit
+
+    tokenizer = bases.tokenizer(folder)
+    for method in ("lora", "random", "full"):
+        run = tiny_run(method)
+        torch.manual_seed(0)
+        adapted = adapt(copy.deepcopy(bases.load(folder, "cpu", "float32")), run, list)
+        training = Training(adapted, run, texts.batches(run, data, tokenizer, "training", 5))
+        fit([training])
+
+        def weight(model: Any = training.model) -> torch.Tensor:
+            merged = copy.deepcopy(model)
+            merged = merged.merge_and_unload() if hasattr(merged, "merge_and_unload") else merged
+            return merged.model.layers[1].mlp.up_proj.weight.detach().clone()
+
+        base = bases.load(folder, "cpu", "float32").model.layers[1].mlp.up_proj.weight
+        whole = weight()
+        assert (whole - base).abs().max() > 1e-4
+        with training.at(0.5):
+            torch.testing.assert_close(weight() - base, (whole - base) / 2, rtol=1e-3, atol=1e-6)
+        assert torch.equal(weight(), whole)
+
+
+@pytest.mark.gpu
+def test_a_step_as_a_graph_is_the_step(data: Path, folder: Path) -> None:
+    from studies.lm.methods import adapt
+    from studies.lm.train import Training, fit
+
+    tokenizer = bases.tokenizer(folder)
+    for method in ("lora", "random", "random+renewed", "block"):
+        run = replace(tiny_run(method), device="cuda", steps=20)
+        found = []
+        for captured in (True, False):
+            torch.manual_seed(0)
+            adapted = adapt(copy.deepcopy(bases.load(folder, "cuda", "float32")), run, list)
+            training = Training(adapted, run, texts.batches(run, data, tokenizer, "training", 20))
+            training.captured = captured
+            found.append(torch.tensor(fit([training])[0]))
+        torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
