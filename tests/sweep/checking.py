@@ -278,6 +278,8 @@ def _plain_weight(module: nn.Module) -> Tensor:
     from torch.nn.utils import parametrize
 
     if parametrize.is_parametrized(module, "weight"):
+        kind = type(module)  # torch takes the weight out of the class, which copies share
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     elif hasattr(module, "weight_g"):
         nn.utils.remove_weight_norm(module)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tests.sweep import checking
 from tests.sweep.building import NotBuilt
@@ -81,7 +82,7 @@ def other_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.Conv2d))
+        if isinstance(module, (nn.Embedding, _ConvNd))
         and name
         and owners.get(id(module._parameters.get("weight")), 1) == 1
     ]

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from shira import ShiraConfig, calibrate, get_peft_model
 from shira.errors import MaskError, TargetError
@@ -75,7 +76,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.lin = nn.Conv1d(4, 4, 3), nn.Linear(4, 4)
+        self.conv, self.lin = weight_norm(nn.Conv1d(4, 4, 3)), nn.Linear(4, 4)
         self.bilinear = nn.Bilinear(4, 4, 4)
         self.token = nn.Parameter(torch.zeros(1, 3, 4))
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from shira.errors import MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
@@ -73,7 +73,8 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
     )
     left_out: Counter[str] = Counter()
     for path, module in named.items():
-        if layer_class_of(module) or isinstance(module, (_ConvNd, nn.Bilinear, BaseTunerLayer)):
+        others = nn.Bilinear, ParametrizationList, BaseTunerLayer
+        if layer_class_of(module) or isinstance(module, others):
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
             shape = full_shape(parameter)
