@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studies.lm import tables
 from studies.lm.plan import plan, point
-from studies.lm.protocol import DEVICES, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
+from studies.lm.protocol import DEVICES, GAIN, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
 from studies.lm.runs import STUDY, Done, load
 from studies.page import DOCS, fill
 
@@ -45,6 +45,9 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
             "tokens.",
             "**The first look**: one target, the small size, one seed, validation text.",
             tables.look(done, arm),
+            f"At equal gain, {GAIN:.0%} of LoRA's at its best rate of these, interpolated between "
+            "two neighbouring rates:",
+            tables.look_at_equal_gain(done, arm),
         ]
         name = f"study-lm-{arm.device}.svg"
         if frontier(done, arm, docs / name):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from studies.store import key_of
 
-PROTOCOL = 2
+PROTOCOL = 1
 
 BASE = "SmolLM2-135M-Instruct"
 SOURCE = "wikitext2"

@@ -36,6 +36,7 @@ from studies.lm.protocol import (
 )
 from studies.lm.runs import Done
 from studies.page import NOT_YET, markdown
+from studies.store import Done as Entry
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
@@ -43,6 +44,43 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def look(done: Done, arm: Arm) -> str:
     """Every tuning run of the target and size that the study began with, rate by rate."""
+    target = LOOK[1]
+    rows: list[list[str]] = []
+    for entry in _looked(done, arm):
+        result = entry.result
+        if not rows:
+            before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
+            rows.append(["the base", "", *before])
+        rows.append([entry.run.method, f"{entry.run.rate:g}", *map(_loss, point(done, entry.run))])
+    return markdown(["method", "rate", f"{target}, validation", "source, validation"], rows)
+
+
+def look_at_equal_gain(done: Done, arm: Arm) -> str:
+    """What each method of the look adds to the source at `GAIN` of LoRA's gain, over its rates."""
+    entries = _looked(done, arm)
+    loras = [entry.run for entry in entries if entry.run.method == "lora"]
+    if not loras:
+        return NOT_YET
+    reference = min(loras, key=lambda run: point(done, run)[0])
+    added = {}
+    for method in dict.fromkeys(entry.run.method for entry in entries):
+        curve = {
+            entry.run.rate_exponent: point(done, entry.run)
+            for entry in entries
+            if entry.run.method == method
+        }
+        added[method] = added_at(done, reference, curve)
+    lora = added["lora"]
+    rows = [
+        [method, *(["-"] * 2 if value is None else [f"{value:+.3f}", f"{value / lora:.2f}"])]
+        for method, value in added.items()
+        if lora
+    ]
+    return markdown(["method", "added to the source's loss", "its share of LoRA's"], rows)
+
+
+def _looked(done: Done, arm: Arm) -> list[Entry[Run]]:
+    """The runs of the look's target and size, by method and rate."""
     _, target, size = LOOK
     entries = [
         entry
@@ -51,15 +89,7 @@ def look(done: Done, arm: Arm) -> str:
         and (entry.run.device, entry.run.dtype) == (arm.device, arm.dtype)
     ]
     order = {method: place for place, (method, _) in enumerate(cells())}
-    entries.sort(key=lambda entry: (order[entry.run.method], entry.run.rate_exponent))
-    rows = []
-    for entry in entries:
-        result = entry.result
-        if not rows:
-            before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
-            rows.append(["the base", "", *before])
-        rows.append([entry.run.method, f"{entry.run.rate:g}", *map(_loss, point(done, entry.run))])
-    return markdown(["method", "rate", f"{target}, validation", "source, validation"], rows)
+    return sorted(entries, key=lambda each: (order[each.run.method], each.run.rate_exponent))
 
 
 def tuning(done: Done, arm: Arm) -> str:
