@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -41,6 +42,34 @@ def test_the_sum_is_rounded_once():
     base, value = torch.ones(1, dtype=torch.bfloat16), torch.tensor([2.0**-8 + 2.0**-20])
     assert replacement(base, value).item() == 1 + 2.0**-7
     assert (base + value.bfloat16()).item() == 1.0
+
+
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0**-24, 1e-40, 65504.0, 3e38, -3e38, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("delta_dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_bits_are_those_of_the_rule(device, dtype, delta_dtype):
+    """Cast, add, cast: also for any bits that a base may hold, and without gradients in one op."""
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor([*SPECIAL, math.nan])
+    any_bits = torch.randint(-(2**62), 2**62, (5000,), generator=generator).view(
+        BITS[dtype.itemsize]
+    )
+    base = torch.cat([special.repeat_interleave(12).to(dtype), any_bits.view(dtype)])
+    sizes = 10.0 ** torch.randint(-9, 6, (base.numel(),), generator=generator)
+    delta = torch.randn(base.numel(), generator=generator, dtype=F64) * sizes
+    delta[:144] = special.repeat(12)
+    base, delta = base.to(device), delta.to(device, delta_dtype)
+    wide = torch.float64 if F64 in (dtype, delta_dtype) else torch.float32
+    want = (base.to(wide) + delta.to(wide)).to(dtype)
+    got = replacement(base, delta)
+    assert torch.equal(got.view(BITS[dtype.itemsize]), want.view(BITS[dtype.itemsize]))
+    with_gradient = replacement(base, delta.requires_grad_())
+    assert with_gradient.requires_grad
+    assert torch.equal(with_gradient.view(BITS[dtype.itemsize]), got.view(BITS[dtype.itemsize]))
 
 
 def test_accumulation_dtype():

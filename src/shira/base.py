@@ -30,6 +30,7 @@ Verdict = Literal[
 """The answer of `judge`: is a base the one that an adapter was made on?"""
 
 _FLOATS = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+_ADDED = frozenset(_FLOATS.values())
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,6 +41,10 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def replacement(base: Tensor, delta: Tensor) -> Tensor:
     """Return ``round(base + delta)``: summed in float32 (float64 if either is), rounded once."""
+    recorded = torch.is_grad_enabled() and (base.requires_grad or delta.requires_grad)
+    if not recorded and base.shape == delta.shape and {base.dtype, delta.dtype} <= _ADDED:
+        # The same bits in one pass: torch adds in the wider of the two, float32 at the least.
+        return torch.add(base, delta, out=torch.empty_like(base))
     wide = accumulation_dtype(base.dtype, delta.dtype)
     return (base.to(wide) + delta.to(wide)).to(base.dtype)
 

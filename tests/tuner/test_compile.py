@@ -14,10 +14,12 @@ from .models import randomize
 IN, OUT = 24, 40
 
 
-def adapted(device="cpu"):
+def adapted(device="cpu", **config):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
-    model = get_peft_model(base, ShiraConfig(r=2, target_modules=["0", "2"], random_seed=0))
+    model = get_peft_model(
+        base, ShiraConfig(r=2, target_modules=["0", "2"], random_seed=0, **config)
+    )
     randomize(model)
     return model.to(device).base_model.model
 
@@ -60,9 +62,10 @@ def test_exported():
 
 
 @pytest.mark.gpu
-def test_cuda_graph():
+@pytest.mark.parametrize("config", [{}, {"mask_type": "block", "mask_options": {"block_size": 8}}])
+def test_cuda_graph(config):
     """A captured step follows the values and leaves the weights as they were."""
-    model = adapted("cuda")
+    model = adapted("cuda", **config)
     x = torch.randn(3, IN, device="cuda")
     values = [p for p in model.parameters() if p.requires_grad]
     before = {n: p.clone() for n, p in model.named_parameters() if "shira_weight" not in n}

@@ -88,7 +88,7 @@ class _Embedding(Product):
     """Options: ``padding_idx``, -1 for none.
 
     The gradient of the values needs only the rows that were looked up: they are summed in a buffer
-    of (distinct ids) x dim, never in one of the table's size.
+    of (ids) x dim, never in one of the table's size.
     """
 
     def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
@@ -369,11 +369,13 @@ def _row_sums(grad: Tensor, ids: Tensor, plan: Plan, padding_idx: int) -> Tensor
     ids = ids.reshape(-1)
     if not ids.numel() or not plan.nnz:
         return torch.zeros(plan.nnz, dtype=wide, device=grad.device)
-    looked_up, place = torch.unique(ids, return_inverse=True)
+    # as torch.unique, which would wait for the device: rows of repeats stay zero
+    looked_up = ids.sort().values
+    place = torch.searchsorted(looked_up, ids)  # the first of equals
     summed = torch.zeros(looked_up.numel(), cols, dtype=wide, device=grad.device)
     summed.index_add_(0, place, grad.reshape(-1, cols).to(wide))
     if padding_idx >= 0:
-        summed[looked_up == padding_idx] = 0
+        summed.masked_fill_((looked_up == padding_idx).unsqueeze(1), 0)
     row, col = (half.long() for half in plan.pattern()[1:])
     at = torch.searchsorted(looked_up, row).clamp_(max=looked_up.numel() - 1)
     return torch.where(looked_up[at] == row, summed[at, col], 0)

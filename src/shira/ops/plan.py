@@ -7,8 +7,10 @@ the sampled product, and, for several adapters, their union with the place of ea
 it.
 
 `plan_for` keeps plans as long as the index tensors live. Only positions are kept, never values:
-those are read at each use. Of packed positions rows and columns are made at each use: kept, they
-would take the memory that packing saved.
+those are read at each use. Of packed positions rows, columns and places in memory are made at each
+use: kept, they would take the memory that packing saved. Of others, as on a GPU, places in memory
+are made once, for 8 bytes an entry: each step would spend more launches on them than on the
+product.
 """
 
 from __future__ import annotations
@@ -97,17 +99,29 @@ class Plan:
         crow, _, col = kernels.coordinates(self.gaps, self.shape, False)
         return crow, col
 
-    def flat(self) -> Tensor:
-        """Return the flat, row-major index of each entry, int64 ``(k,)``.
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """Return what is made of the positions, kept unless those are packed."""
+        return make() if self.kept is None else self.memo(key, make)
 
-        Made at each use: kept, it would take as much memory as the adapter's own indices.
-        """
+    def flat(self) -> Tensor:
+        """Return the flat, row-major index of each entry, int64 ``(k,)``."""
+        return self.once("flat", self._flat)
+
+    def _flat(self) -> Tensor:
         _, row, col = self.pattern()
         return torch.add(col, row.long(), alpha=self.shape[1])
 
     def offsets(self) -> Tensor:
-        """Return the place of each entry in the weight's memory, int64 ``(k,)``; made anew."""
-        return offsets_of(self.flat(), self.weight_shape, self.stride)
+        """Return the place of each entry in the weight's memory, int64 ``(k,)``."""
+        return self.once("offsets", lambda: offsets_of(self.flat(), self.weight_shape, self.stride))
+
+    def places(self) -> Tensor:
+        """Return the place of each entry in ``(tiles, size, size)``, int64 ``(k,)``."""
+        return self.once("places", self._places)
+
+    def _places(self) -> Tensor:
+        assert self.tiles is not None
+        return self.tiles.places(*(half.long() for half in self.pattern()[1:]))
 
     def combine(self, deltas: Sequence[Tensor]) -> Tensor:
         """Return one delta on the union, ``(k,)``: those of the adapters, added up."""

@@ -111,8 +111,12 @@ class TorchWrite:
         new: Callable[[Tensor], Tensor],
         originals: Tensor | None = None,
     ) -> None:
-        flat = plan.flat().to(data.device)
-        self.memory, self.offsets = memory_of(data), offsets_of(flat, data.shape, data.stride())
+        if data.stride() == plan.stride and data.device == plan.device:
+            self.offsets = plan.offsets()
+        else:  # moved or laid out anew since the plan was made
+            flat = plan.flat().to(data.device)
+            self.offsets = offsets_of(flat, data.shape, data.stride())
+        self.memory = memory_of(data)
         self.new, self.originals = new, originals
 
     def put_in(self) -> None:

@@ -237,22 +237,21 @@ def chunked(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
 
     2 * tokens * rows * cols operations, which tensor cores and dense supports make the faster way.
     """
-    crow, row, col = plan.pattern()
-    starts = plan.memo("starts", crow.tolist)
     rows, cols = plan.shape
     product_dtype = wide if left.device.type == "cpu" else left.dtype
-    step = max(1, scratch_bytes() // max(1, cols * wide.itemsize))
-    out = torch.empty(plan.nnz, dtype=wide, device=left.device)
-    right = right.to(product_dtype)
+    step = max(1, scratch_bytes() // max(1, cols * product_dtype.itemsize))
+    starts = plan.memo("starts", lambda: plan.pattern().crow.tolist())
+    out = torch.empty(plan.nnz, dtype=product_dtype, device=left.device)
+    right, flat = right.to(product_dtype), plan.flat()
     for first in range(0, rows, step):
         last = min(rows, first + step)
         begin, end = starts[first], starts[last]
         if begin == end:
             continue
         piece = left[:, first:last].t().to(product_dtype) @ right  # (last - first, cols)
-        place = (row[begin:end].long() - first) * cols + col[begin:end]
-        out[begin:end] = piece.view(-1).index_select(0, place)
-    return out
+        place = flat[begin:end] - first * cols if first else flat[:end]
+        torch.index_select(piece.view(-1), 0, place, out=out[begin:end])
+    return out.to(wide)
 
 
 def batched(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tensor:
@@ -266,18 +265,13 @@ def batched(left: Tensor, right: Tensor, plan: Plan, wide: torch.dtype) -> Tenso
     product_dtype = wide if left.device.type == "cpu" else left.dtype
     down, across = _in_tiles(left, size), _in_tiles(right, size)  # (tokens, tiles, size)
     at_once = max(1, scratch_bytes() // (2 * tokens * size * left.itemsize + size * size * 4))
-    out = torch.empty(plan.nnz, dtype=wide, device=left.device)
-    row, col = (half.long() for half in plan.pattern()[1:])
-    place = tiles.places(row, col)  # (k,) in (tiles, size, size)
+    products = torch.empty(len(tiles), size, size, dtype=product_dtype, device=left.device)
     for first in range(0, len(tiles), at_once):
         some = slice(first, first + at_once)
-        a = down[:, tiles.row_block[some]].to(product_dtype)  # (tokens, tiles, size)
-        b = across[:, tiles.col_block[some]].to(product_dtype)
-        products = torch.bmm(a.permute(1, 2, 0), b.permute(1, 0, 2))  # (tiles, size, size)
-        at = place - first * size * size
-        here = (at >= 0) & (at < products.numel())
-        out[here] = products.view(-1)[at[here]].to(wide)
-    return out
+        a = down.index_select(1, tiles.row_block[some]).to(product_dtype)  # (tokens, tiles, size)
+        b = across.index_select(1, tiles.col_block[some]).to(product_dtype)
+        torch.bmm(a.permute(1, 2, 0), b.permute(1, 0, 2), out=products[some])
+    return products.view(-1).index_select(0, plan.places()).to(wide)
 
 
 def _in_tiles(operand: Tensor, size: int) -> Tensor:
