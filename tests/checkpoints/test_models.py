@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from shira.checkpoints import shapes_of
+from shira import Adapter, SparseDelta, Support
+from shira.checkpoints import open_checkpoint, shapes_of, without_tied
 from shira.errors import FileFormatError
 
 
@@ -59,3 +61,27 @@ def test_nothing_there(tmp_path: Path) -> None:
         shapes_of(tmp_path / "absent")
     with pytest.raises(FileFormatError, match="no safetensors"):
         shapes_of(tmp_path)
+
+
+def test_what_a_checkpoint_does_not_store_since_it_is_tied(tmp_path: Path) -> None:
+    """Left out where it is changed alike; a head has to be among what is, for it to change too."""
+    save_file({"shared.weight": torch.zeros(8, 4), "q.weight": torch.zeros(4, 4)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    told = {"architectures": ["T5ForConditionalGeneration"], "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    checkpoint = open_checkpoint(tmp_path)
+    change = SparseDelta(Support((8, 4), torch.tensor([1])), torch.ones(1))
+    other = SparseDelta(Support((8, 4), torch.tensor([2])), torch.ones(1))
+
+    def left(tied: dict[str, SparseDelta]) -> tuple[list[str], set[str]]:
+        metadata = {"tied_weights": dict.fromkeys(tied, "shared.weight")}
+        adapter = Adapter({"shared.weight": change, **tied}, metadata)
+        result, heads = without_tied(adapter, checkpoint)
+        return [*result], heads
+
+    embedding, head = "encoder.embed_tokens.weight", "lm_head.weight"
+    every = {embedding: change, head: change}
+    assert left(every) == (["shared.weight"], {"shared.weight"})
+    assert left({embedding: change}) == (["shared.weight"], set())  # an encoder's: no head
+    assert left({head: other}) == (["shared.weight", head], set())
+    assert left({}) == (["shared.weight"], set())

@@ -313,6 +313,7 @@ HOSTILE: tuple[Hostile, ...] = (
     Hostile("metadata_a_text", _table(metadata="x"), ("metadata is no dict",)),
     Hostile("library_a_number", _table(library=1), ("library is no str",)),
     Hostile("unknown_part", _table(paramters={}), ("'paramters'", "Did you mean 'parameters'")),
+    Hostile("tied_to_no_name", _table("metadata", tied_weights={GAPS: {}}), ("tied_weights",)),
     Hostile("fingerprint_malformed", _table("metadata", base_fingerprint={GAPS: "float32:x"}),
             ("base_fingerprint", GAPS)),
     Hostile("rounded_fingerprints_malformed",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -49,9 +49,11 @@ def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
         model_config=SimpleNamespace(quantization=None),
     )
 
-    def load(name: str, shape: tuple[int, int]) -> Adapter:
+    def load(
+        name: str, shape: tuple[int, int], metadata=None, more=MappingProxyType({})
+    ) -> Adapter:
         delta = SparseDelta(Support(shape, torch.arange(3)), torch.ones(3))
-        Adapter({name: delta}).save(tmp_path / "adapter")
+        Adapter({name: delta, **more}, metadata).save(tmp_path / "adapter")
         held = SimpleNamespace(load=lambda name, read, compare: read())
         return extension._shira_load(worker, held, "a", str(tmp_path / "adapter"), True)
 
@@ -61,3 +63,11 @@ def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
             load("model.embed_tokens.weight", (8, 4))
     else:
         assert load("model.embed_tokens.weight", (8, 4)).nnz == 3
+    if tied:  # trained with the two as one: what the checkpoint has is placed, and both change
+        name, shape = "model.embed_tokens.weight", (8, 4)
+        told = {"tied_weights": {"lm_head.weight": name}}
+        head = SparseDelta(Support(shape, torch.arange(3)), torch.ones(3))
+        assert [*load(name, shape, told, {"lm_head.weight": head})] == [name]
+        other = {"lm_head.weight": SparseDelta(head.support, torch.zeros(3))}
+        with pytest.raises(PlacementError, match="tied"):
+            load(name, shape, told, other)

@@ -10,7 +10,7 @@ Sits above ``store``; imports torch, numpy and safetensors only. One file an ide
 
 from __future__ import annotations
 
-from shira.checkpoints.models import Base, OnDisk, locate, shapes_of
+from shira.checkpoints.models import Base, OnDisk, locate, shapes_of, without_tied
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.store.header import FLOATS, Stored
 
@@ -23,4 +23,5 @@ __all__ = [
     "locate",
     "open_checkpoint",
     "shapes_of",
+    "without_tied",
 ]

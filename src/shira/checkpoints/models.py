@@ -18,10 +18,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from shira.adapter import Adapter
 from shira.checkpoints.entries import read_blocks, read_entries
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
-from shira.delta import SparseDelta
+from shira.delta import SparseDelta, same_tensor
 from shira.errors import AdapterError, MergeError, WrongBaseError, did_you_mean, listed
+from shira.store.config import TIED_FIELD
 from shira.store.header import FLOATS, Stored
 from shira.store.names import base_module_name, full_shape, unwrapped
 
@@ -98,6 +100,55 @@ def locate(names: Iterable[str], checkpoint: Checkpoint) -> tuple[dict[str, Stor
     return {name: checkpoint.tensors[prefix.apply(name) or name] for name in names}, prefix
 
 
+def without_tied(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Adapter, set[str]]:
+    """Return an adapter without what a checkpoint does not store, since it is tied to what it does.
+
+    That is a parameter that the adapter changes just as the one it was trained as one with. Beside
+    it, the names that may be tied: the adapter changes a head alike that the checkpoint has not.
+    """
+    names, keys = {*adapter, *adapter.tensors}, checkpoint.tensors
+    twins = _twins(adapter, checkpoint)
+    if not twins or match_names(names, keys) is not None:
+        return adapter, set()
+    # a checkpoint has the first of the two, by the rules of most, or the second
+    both = (names - twins.keys(), names - set(twins.values()))
+    prefix = next(filter(None, (match_names(some, keys) for some in both if some)), None)
+    if prefix is None:
+        return adapter, set()
+    stored = {name for name in names if prefix.apply(name) in keys}
+    gone = {name for pair in twins.items() for name in pair} - stored
+    heads: set[str] = set()
+    for pair in twins.items():
+        for name, twin in (pair, pair[::-1]):
+            if (
+                name in gone
+                and twin in stored
+                and not name.endswith((*_EMBEDDINGS, "shared.weight"))
+            ):
+                heads.add(twin)
+    deltas = {name: delta for name, delta in adapter.items() if name not in gone}
+    whole = {name: tensor for name, tensor in adapter.tensors.items() if name not in gone}
+    return Adapter(deltas, adapter.metadata, whole), heads
+
+
+def _twins(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return ``{parameter: another that was one with it in training}``, both changed alike."""
+    told = adapter.metadata.get(TIED_FIELD)
+    pairs = [*told.items()] if isinstance(told, Mapping) else []
+    twins = {
+        name: owner
+        for name, owner in pairs
+        if name in adapter and owner in adapter and adapter[name] == adapter[owner]
+    }
+    if adapter.tensors and _ties(checkpoint):
+        embeddings = [name for name in adapter.tensors if name.endswith(_EMBEDDINGS)]
+        for name in adapter.tensors if embeddings else ():
+            one, other = adapter.tensors[name], adapter.tensors[embeddings[0]]
+            if name.endswith(_HEADS) and same_tensor(one, other):
+                twins[name] = embeddings[0]
+    return twins
+
+
 def locate_deltas(
     deltas: Mapping[str, SparseDelta], checkpoint: Checkpoint, whole: Mapping[str, Tensor]
 ) -> tuple[dict[str, Stored], Prefix]:
@@ -160,8 +211,8 @@ def _not_found(names: list[str], checkpoint: Checkpoint) -> Exception:
     if name.endswith(_HEADS) and embedding:
         return MergeError(
             f"{where}: {name!r} is not in the checkpoint: it is tied to {embedding!r}, and writing "
-            "there would change both. Save the base with the two apart "
-            "(tie_word_embeddings=False) and merge into that"
+            "there would change both. Train with ensure_weight_tying=True, or save the base with "
+            "the two apart (tie_word_embeddings=False) and merge into that"
         )
     fused = next((key for key in keys if ".experts.0." in key), None)
     hint = did_you_mean(name, keys)
@@ -244,8 +295,9 @@ class OnDisk:
             if sum(other.shape == shape for other in tensors.values()) == 1:
                 raise MergeError(
                     f"{self.label}: {name!r} is tied: the checkpoint has no output head of its "
-                    "own, so writing there would change the head too. Save the base with the two "
-                    "apart (tie_word_embeddings=False) and merge into that"
+                    "own, so writing there would change the head too. Train with "
+                    "ensure_weight_tying=True, or save the base with the two apart "
+                    "(tie_word_embeddings=False) and merge into that"
                 )
 
     def dtype(self, name: str) -> torch.dtype:

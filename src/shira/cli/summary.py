@@ -19,7 +19,7 @@ from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge, replacement
 from shira.checkpoints import FLOATS, Checkpoint, shapes_of
 from shira.checkpoints.entries import read_entries
-from shira.checkpoints.models import locate_deltas
+from shira.checkpoints.models import locate_deltas, without_tied
 from shira.cli.options import check_paths
 from shira.cli.output import dtype_text, file_bytes, megabytes, of_deltas, shape_text, whole_tensors
 from shira.errors import ConfigError
@@ -297,7 +297,9 @@ def _targets(
     """Return a target for each delta; ``records`` tell how a compact file stores them."""
     targets = []
     recorded = adapter.metadata.get(FINGERPRINT_FIELD) or {}
-    stored = {} if base is None else locate_deltas(adapter, base, {})[0]
+    stored = {}
+    if base is not None:
+        stored = locate_deltas(without_tied(adapter.restrict(list(adapter)), base)[0], base, {})[0]
     for name, delta in adapter.items():
         values = lost = verdict = None
         if name in stored:

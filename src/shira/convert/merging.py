@@ -23,7 +23,7 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.base import Verdict, accept, fingerprint, judge
 from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
-from shira.checkpoints.models import OnDisk, locate_deltas
+from shira.checkpoints.models import OnDisk, locate_deltas, without_tied
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries, replacing_undo
 from shira.delta import SparseDelta, checked_scale
@@ -198,8 +198,9 @@ def merge(
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, base=checkpoint)
     adapter.require_scale_one("the adapter", scale)
+    adapter, heads = without_tied(adapter, checkpoint)
     located, prefix = locate_deltas(adapter, checkpoint, adapter.tensors)
-    OnDisk(checkpoint).check_untied(stored.key for stored in located.values())
+    OnDisk(checkpoint).check_untied(located[n].key for n in located if n not in heads)
     for name, stored in located.items():
         _check_dtype(stored, adapter.tensors.get(name))
     order = sorted(located, key=lambda name: (str(located[name].file), located[name].start))

@@ -31,7 +31,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from shira.adapter import Adapter
-from shira.checkpoints import OnDisk, locate, open_checkpoint
+from shira.checkpoints import OnDisk, locate, open_checkpoint, without_tied
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import Processes, Weights, located
@@ -165,8 +165,9 @@ class ShiraWorkerExtension:
             try:
                 adapter = Adapter.load(path, base=base)
                 if source is not None:
+                    adapter, heads = without_tied(adapter, source.checkpoint)
                     found, _ = locate(adapter, source.checkpoint)
-                    source.check_untied(stored.key for stored in found.values())
+                    source.check_untied(found[name].key for name in found if name not in heads)
                 return adapter
             except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
                 raise PlacementError(str(error)) from None

@@ -22,6 +22,7 @@ import torch
 from shira.adapter import Adapter
 from shira.errors import ConfigError, did_you_mean
 from shira.store.compact import COMPACT_NAME, CompactFile, is_compact, read_compact, write_compact
+from shira.store.config import TIED_FIELD
 from shira.store.names import CONFIG_NAME, WEIGHTS_NAME
 from shira.store.peft import (
     PeftFile,
@@ -82,7 +83,13 @@ def load(
         return to_adapter(file, None if shapes_of is None else shapes_of(names))
     read = read_compact(path, mapped=mapped)
     if shapes_of is not None:
-        shapes = shapes_of(read.records)
+        tied = read.adapter.metadata.get(TIED_FIELD)
+        twins = tied if isinstance(tied, Mapping) else {}
+        twins = {name: twins[name] for name in read.records if twins.get(name) in read.records}
+        # a checkpoint may hold one of the two alone
+        shapes = dict(shapes_of(read.records.keys() - twins.keys()))
+        for name, twin in twins.items():
+            shapes.setdefault(name, shapes[twin])
         for name, record in read.records.items():
             check_shape(f"{read.path}", name, record.shape, shapes)
         check_whole_shapes(read.path, read.adapter.tensors, shapes)

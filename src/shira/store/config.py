@@ -24,6 +24,13 @@ from shira.support import matrix_shape
 
 SHAPES_FIELD = "shira_shapes"
 
+TIED_FIELD = "tied_weights"
+"""``{parameter name: that of the parameter it is one with}``, where both have the same delta.
+
+In PEFT's format the second's alone is stored; an `Adapter` has it under both names, so that it is
+right for a base in which they are one weight, and for one in which they are two.
+"""
+
 CONFIG_LIMIT = 50_000_000
 """Bytes of a config, at most; shapes and fingerprints of 100,000 weights take about 20 MB."""
 
@@ -53,8 +60,20 @@ def read_config(path: Path) -> dict[str, Any]:
         with refusing(path, f"{SHAPES_FIELD} of {name!r}"):
             if max(matrix_shape(shape_in(sizes))) > COORDINATE_LIMIT:
                 raise ValueError(f"{str(sizes)[:80]} overflows int32 coordinates")
-    check_fingerprints(path, config)
+    check_told_of_base(path, config)
     return config
+
+
+def with_tied_fingerprints(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata that know the base under every name of a tied weight."""
+    result = dict(metadata)
+    for field in (FINGERPRINT_FIELD, ROUNDED_FIELD):
+        told = metadata.get(field) or {}
+        tied = metadata.get(TIED_FIELD) or {}
+        more = {name: told[owner] for name, owner in tied.items() if owner in told}
+        if more:
+            result[field] = {**more, **told}
+    return result
 
 
 def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
@@ -141,8 +160,11 @@ def _matches_all(targets: Any, modules: Sequence[str]) -> bool:
     )
 
 
-def check_fingerprints(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse fingerprints of the base that are no mapping of names to them; None is none."""
+def check_told_of_base(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse fingerprints and ties of the base that are no mappings of names; None is none."""
+    tied = {} if metadata.get(TIED_FIELD) is None else metadata[TIED_FIELD]
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise FileFormatError(f"{path}: {TIED_FIELD} maps parameter names to parameter names")
     for field, what in (
         (FINGERPRINT_FIELD, "'<dtype>:<16 hex digits>'"),
         (ROUNDED_FIELD, "'<dtype>:<16 hex digits>', or a list of such"),

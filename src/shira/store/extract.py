@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shira.adapter import Adapter
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
-from shira.store.config import SHAPES_FIELD
+from shira.store.config import SHAPES_FIELD, with_tied_fingerprints
 from shira.store.header import in_order
 from shira.store.names import base_module_name, full_shape, gathered, unwrapped, weight_name, whole
 from shira.support import Support
@@ -40,10 +40,14 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
     known = {name for _, layer in layers for name in layer.shira_weight}
     layers = [(path, layer) for path, layer in layers if adapter_name in layer.shira_weight]
     deltas: dict[str, SparseDelta] = {}
+    found: dict[int, SparseDelta] = {}  # layers that are tied to another have its values
     with gathered([layer.shira_weight[adapter_name] for _, layer in layers]):
         for path, layer in layers:
             name = weight_name(base_module_name(path))
-            deltas[name] = _delta_of_layer(layer, name, adapter_name)
+            values = layer.shira_weight[adapter_name]
+            if id(values) not in found:
+                found[id(values)] = _delta_of_layer(layer, name, adapter_name)
+            deltas[name] = found[id(values)]
     tensors = dict(_whole_tensors(root, adapter_name))
     if not deltas:
         there = (
@@ -53,7 +57,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
             f"the model has no SHiRA adapter {adapter_name!r}; {there}."
             f"{did_you_mean(adapter_name, known)}"
         )
-    return Adapter(deltas, _metadata(root, adapter_name), tensors)
+    return Adapter(deltas, with_tied_fingerprints(_metadata(root, adapter_name)), tensors)
 
 
 def _whole_tensors(root: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,13 @@ from shira.base import judge
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, FileFormatError, WrongBaseError, did_you_mean
 from shira.store.atomic import check_kind, write_atomically
-from shira.store.config import SHAPES_FIELD, compose_config, read_config
+from shira.store.config import (
+    SHAPES_FIELD,
+    TIED_FIELD,
+    compose_config,
+    read_config,
+    with_tied_fingerprints,
+)
 from shira.store.header import (
     FLOATS,
     WHOLE_DTYPES,
@@ -234,7 +240,12 @@ def to_adapter(file: PeftFile, shapes: Mapping[str, Sequence[int]] | None = None
                 whole[name].view(-1)[flat] = delta.replacement(held)
                 continue
         deltas[name] = delta
-    return Adapter(deltas, file.metadata, whole)
+    for name, owner in (file.config.get(TIED_FIELD) or {}).items():
+        if owner in deltas:
+            deltas[name] = deltas[owner]
+        else:
+            whole[name] = whole[owner]
+    return Adapter(deltas, with_tied_fingerprints(file.metadata), whole)
 
 
 def read_whole(
@@ -341,6 +352,13 @@ def _check_complete(file: PeftFile) -> None:
                 f"{file.path}: tensor '{key}.{VALUES}': unknown target: {CONFIG_NAME} does not "
                 f"list {name!r}.{did_you_mean(name, recorded)}"
             )
+    for name, owner in (file.config.get(TIED_FIELD) or {}).items():
+        if owner not in present or name in present or name in file.whole:
+            raise FileFormatError(
+                f"{file.path}: {CONFIG_NAME} says in {TIED_FIELD} that {name!r} is one weight with "
+                f"{owner!r}, but the file has "
+                f"{'no entries of it' if owner not in present else 'both'}"
+            )
 
 
 def write_peft(
@@ -380,6 +398,15 @@ def write_peft(
         if given not in choices:
             raise ConfigError(f"{what} is one of {', '.join(map(str, choices[:-1]))}, not {given}")
     fields = {**adapter.metadata, **(config or {})}
+    tied = {
+        name: owner
+        for name, owner in (fields.pop(TIED_FIELD, None) or {}).items()
+        if name in adapter and owner in adapter and adapter[name] == adapter[owner]
+    }
+    if tied:
+        fields |= {TIED_FIELD: tied, "ensure_weight_tying": True}
+        once = {name: delta for name, delta in adapter.items() if name not in tied}
+        adapter = Adapter(once, adapter.metadata, adapter.tensors)
     text = compose_config(adapter, fields)
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.items():

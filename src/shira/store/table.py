@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from shira.errors import FileFormatError, did_you_mean
-from shira.store.config import check_fingerprints
+from shira.store.config import check_told_of_base
 from shira.store.header import FLOATS, WHOLE_DTYPES, EntryError, refusing
 from shira.store.json_text import parse_object, shape_in, write_object
 
@@ -114,7 +114,7 @@ def parse(text: str, path: Path, size: int) -> Table:
         for key, kind in parts.items():
             if not isinstance(whole[key], kind):
                 raise EntryError(f"its {key} is no {kind.__name__}")
-    check_fingerprints(path, whole["metadata"])
+    check_told_of_base(path, whole["metadata"])
     records, tensors = {}, {}
     for name, claim in whole["parameters"].items():
         with refusing(path, f"parameter {name!r}"):

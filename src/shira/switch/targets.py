@@ -198,12 +198,11 @@ def resolve(
     shapes = {parameter: delta.support.shape for parameter, delta in adapter.items()}
     shapes |= {parameter: tuple(tensor.shape) for parameter, tensor in adapter.tensors.items()}
     for parameter, shape in shapes.items():
-        same, whole = {parameter}, adapter.tensors.get(parameter)
-        if whole is not None:  # names that get the very same tensor
-            same |= {name for name, other in adapter.tensors.items() if same_tensor(other, whole)}
+        whole = adapter.tensors.get(parameter)
         try:
             target = index.find(parameter, buffers=whole is not None)
             check_writable(target, shape, None if whole is None else whole.dtype)
+            same = _same_change(adapter, parameter, index.sharing(target)[0])
             target = _of_memory(target, index, same, allow_tied)
         except (AdapterError, TargetError) as error:
             raise type(error)(f"adapter {name!r}: {error}") from None
@@ -218,8 +217,19 @@ def resolve(
                 f"adapter {name!r} has two changes for one weight, which is tied: {parameter!r} "
                 f"and {names[target]!r} are the same memory; remove one of the two"
             )
-        names[target] = parameter
+        names.setdefault(target, parameter)
     return names
+
+
+def _same_change(adapter: Adapter, parameter: str, others: Iterable[str]) -> set[str]:
+    """Return those of some names, and the parameter's own, that get the very same change."""
+    if parameter in adapter:
+        change = adapter[parameter]
+        same = [name for name in others if name in adapter and adapter[name] == change]
+    else:
+        whole, tensors = adapter.tensors[parameter], adapter.tensors
+        same = [name for name in others if name in tensors and same_tensor(tensors[name], whole)]
+    return {parameter, *same}
 
 
 def _of_memory(target: Target, index: Targets, same: Collection[str], allow_tied: bool) -> Target:

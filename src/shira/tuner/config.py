@@ -26,6 +26,7 @@ from shira.store.patterns import check_patterns, matching
 from shira.support import Support, matrix_shape
 from shira.tuner.base_layer import readable, weight_of
 from shira.tuner.quantized import unpacked
+from shira.tuner.token_rows import checked_tokens
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +51,11 @@ class ShiraConfig(PeftConfig):
             the layer's type; kept for PEFT's sake.
         init_weights: Start from zeros. ``False`` starts from a normal draw: for tests.
         modules_to_save: Further modules to train and save whole.
+        trainable_token_indices: Tokens whose rows of the embedding are trained whole, such as new
+            ones: a list, or ``{name of the embedding: list}``. A head with the same weight sees
+            them too.
+        ensure_weight_tying: A target whose weight other modules share (tied embeddings) is adapted
+            once, for all of them. ``False`` adapts that module alone.
         density: Another way to give the budget: the share of each weight's entries, in (0, 1].
             Takes the place of ``r``.
         mask_slot: For random masks of one seed: slots 0, 1, 2, ... never share an entry.
@@ -66,6 +72,7 @@ class ShiraConfig(PeftConfig):
             entries, by which loading knows a wrong base.
         shira_shapes: Written by shira: shape of each adapted weight, so that a file can be
             understood without the base model.
+        tied_weights: Written by shira: ``{parameter name: that of the parameter it is one with}``.
         fused: Written by shira: how the adapter was made of others (see `shira.fuse`).
 
     Raises:
@@ -79,6 +86,8 @@ class ShiraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     init_weights: bool = True
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     density: float | None = None
     mask_slot: int = 0
     mask_options: dict[str, Any] | None = None
@@ -90,6 +99,7 @@ class ShiraConfig(PeftConfig):
     base_fingerprint: dict[str, str] | None = None
     base_fingerprint_rounded: dict[str, list[str]] | None = None
     shira_shapes: dict[str, list[int]] | None = None
+    tied_weights: dict[str, str] | None = None
     fused: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +140,7 @@ class ShiraConfig(PeftConfig):
 
     def _check_targets(self) -> None:
         check_patterns(vars(self))
+        self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(names))
@@ -185,6 +196,11 @@ class ShiraConfig(PeftConfig):
         if self.random_seed is None:
             self.random_seed = int(torch.randint(2**31 - 1, (), device="cpu"))
         return self.random_seed
+
+    @property
+    def ties_or_tokens(self) -> bool:
+        """Return whether weights are adapted otherwise than module by module, as targets name."""
+        return self.ensure_weight_tying or self.trainable_token_indices is not None
 
     @property
     def mask_needs(self) -> frozenset[str]:

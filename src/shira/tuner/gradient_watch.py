@@ -26,7 +26,8 @@ class GradientWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._layers = weakref.WeakSet(m for m in model.modules() if isinstance(m, ShiraLayer))
+        layers = (m for m in model.modules() if isinstance(m, ShiraLayer) and m.tied_to is None)
+        self._layers = weakref.WeakSet(layers)
         self._handles: dict[Any, Any] = {}
         self._reached: set[tuple[int, str]] = set()
         self._ending = False

@@ -76,6 +76,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """The base layers that the type adapts."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
     """Forwards of base layers that `_product` stands in for; others are given another weight."""
+    tied_to: ShiraLayer | None = None
+    """The layer that has the adapters of this one: see `shira.tuner.tied`."""
     whole_product_from: ClassVar[float] = 0
     """Tokens of a group of samples from which a product with the whole weight beats `_on_top`."""
 
@@ -89,14 +91,23 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
-        self.base_layer = base_layer
+        self._wrap(base_layer, **kwargs)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.chosen: dict[str, str] = {}
         self.shira_weight = nn.ParameterDict({})
-        self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
+        self.shira_indices = IndexDict(self.weight_shape)
         self.merged_adapters: list[str] = []
         self._undo: Undo | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, support, r, config=config)
+        for module in (self, self.shira_weight, self.shira_indices):
+            module.training = base_layer.training
+
+    def _wrap(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        """Set what depends on the base layer alone, not on the adapters."""
+        self.base_layer = base_layer
+        self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self.base_reloaded = False
         self._merge_after_loading: list[str] = []
         self._warned_about_hooks = False
@@ -105,14 +116,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._reading = LatestReading()
         self.weight_name = ""
         self.weight_shape = full_shape(weight_of(self.get_base_layer()))
-        self.shira_indices = IndexDict(self.weight_shape)
         self.fan_in_fan_out = self._stores_input_first()
         sizes = matrix_shape(self.weight_shape)
         self.in_features, self.out_features = sizes if self.fan_in_fan_out else sizes[::-1]
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, support, r, config=config)
-        for module in (self, self.shira_weight, self.shira_indices):
-            module.training = base_layer.training
         self.register_load_state_dict_post_hook(_merge_what_was_merged)
 
     def _stores_input_first(self) -> bool:
@@ -445,14 +451,19 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         known = self.known_forwards if self.quantization_backend is None else None
         return way_to_call(base, known)
 
-    def _in_use(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return deltas, scaled, and positions of adapters that are about to be computed with."""
+    def _in_use(
+        self, adapter_names: Sequence[str], caller: ShiraLayer | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return deltas, scaled, and positions of adapters that are about to be computed with.
+
+        By the layer itself, or by the ``caller``, which is tied to it.
+        """
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
         parameters = members(values, *adapter_names)
         deltas, indices, trains = [], [], False
         for name, parameter in zip(adapter_names, parameters, strict=True):
-            gather_for_call(self, parameter)
+            gather_for_call(caller or self, parameter)
             deltas.append(self._scaled(name, parameter))
             indices.append(positions.kept(name))
             trains |= parameter.requires_grad

@@ -23,14 +23,15 @@ from shira.base import Verdict, accept, judge
 from shira.checkpoints import shapes_of
 from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean, listed
 from shira.store import PeftFile, read_peft, validate_against
+from shira.store.config import TIED_FIELD
 from shira.store.header import EntryError, check_values, in_order
 from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
 from shira.support import Support
 from shira.tuner.base_layer import base_values
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.matching import Matched, matched_modules
 from shira.tuner.saving import by_own_names, is_elsewhere, layers_of, path_in_state
-from shira.tuner.targets import matched_modules
 
 WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 """Options of loading that say where and how a file is found on the hub."""
@@ -59,9 +60,11 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> dict[str, Support] |
     shapes = shapes_of(model)
     validate_against(file, shapes)
     layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
-    for path, module in matched_modules(config, model):
+    matched = matched_modules(config, model)
+    for path, module in matched.modules.items():
         if isinstance(getattr(module, "weight", None), Tensor):
             layers.setdefault(weight_name(base_module_name(path)), module)
+    _check_tied(file, matched)
     present = {raw.weight_name for raw in file.tensors.values()}
     for name in sorted(layers.keys() ^ present):
         why = f"unknown target: {name!r} is in the file, but not among the config's target_modules"
@@ -69,15 +72,38 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> dict[str, Support] |
             why = f"missing target: the config's target_modules name {name!r}, the file has none"
         raise FileFormatError(f"{file.path}: {why}")
     _check_whole(file, config, model, shapes)
+    rows = {weight_name(base_module_name(path)) for path in matched.rows}
     supports: dict[str, Support] = {}
     verdicts: dict[str, Verdict] = {}
     for raw in file.tensors.values():
         name = raw.weight_name
         supports[name] = Support.from_coordinates(shapes[name], raw.coordinates)
         held = base_values(layers[name], supports[name])
+        if name in file.copies and name in rows and not isinstance(layers[name], ShiraLayer):
+            # the embedding was resized, and PEFT is about to load the one that was trained with
+            held = file.copies[name].view(-1)[supports[name].indices.long()]
         verdicts[name] = judge(vars(config), name, raw.values, held)
     accept(vars(config), verdicts, str(file.path), "pass a config whose base_fingerprint is None")
     return supports
+
+
+def _check_tied(file: PeftFile, matched: Matched) -> None:
+    """Refuse an adapter of tied weights for a model in which they are not, and the reverse.
+
+    In the one model further modules compute with what the adapter changes, in the other they don't.
+    """
+    if not file.config:
+        return  # nothing is told
+    told = file.config.get(TIED_FIELD) or {}
+    here = {weight_name(base_module_name(path)) for path in matched.tied}
+    for name in sorted(told.keys() ^ here):
+        how = "one with another weight" if name in told else "a weight of its own"
+        raise FileFormatError(
+            f"{file.path}: the adapter was trained on a model in which {name!r} is {how} (tied "
+            f"weights), but in this one it is {'a weight of its own' if name in told else 'not'}; "
+            "load the base as it was then (tie_word_embeddings), or use shira.Switch, which "
+            "changes each of the weights"
+        )
 
 
 def check_file(model: nn.Module, model_id: str, options: Mapping[str, Any]) -> None:
@@ -137,7 +163,7 @@ def named_for_loading(
     named = by_own_names(model, dict(state_dict))
     if is_elsewhere(named):
         return named
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     own = {name: tuple(tensor.shape) for name, tensor in tensors}
     wanted: dict[str, tuple[int, ...]] = {}
     for path, wrapper in () if loaded_whole else model.named_modules():

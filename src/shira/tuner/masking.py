@@ -188,7 +188,8 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any
                 f"there are no default targets for {model_type!r}; set target_modules"
             )
         config.target_modules = targets if isinstance(targets, str) else set(targets)
-    layers = checked_targets(config, model, some=True)
+    matched = checked_targets(config, model, some=True)
+    layers = [(name, matched.modules[name]) for name in matched.by_name]
     for name, layer in layers:
         weight = getattr(layer, "weight", None)
         if layer_class_of(layer) is None or not isinstance(weight, Tensor):

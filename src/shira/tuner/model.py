@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING,
@@ -14,15 +16,15 @@ from peft.utils import (
     ModulesToSaveWrapper,
     get_quantization_kwargs,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
 from shira.ops.memory import MemoryMap, make_private
-from shira.store.names import base_module_name, weight_name, without_wrappers
+from shira.store.names import base_module_name, full_shape, weight_name, without_wrappers
 from shira.support import Support
-from shira.tuner.base_layer import at_rest, base_of, base_values, readable
+from shira.tuner.base_layer import at_rest, base_of, base_values, readable, weight_of
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import GradientWatch
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, new_models
@@ -30,6 +32,7 @@ from shira.tuner.layer import ShiraLayer, trainable_as_before
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
+from shira.tuner.matching import Matched, owners_of
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
 from shira.tuner.quantized import backend_of
 from shira.tuner.rollback import as_it_was, merges_of
@@ -43,6 +46,8 @@ from shira.tuner.saving import (
     whole_state,
 )
 from shira.tuner.targets import check_target, checked_targets, refuse_merging_shared_weights
+from shira.tuner.tied import tied_layer
+from shira.tuner.token_rows import support_of_rows
 
 REFERENCE = "ref"
 """The name under which TRL's trainers add the reference adapter."""
@@ -85,28 +90,51 @@ class ShiraModel(BaseTuner):
         config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
         self._memory_map: MemoryMap | None = MemoryMap()
         self._chosen: dict[str, Support] = {}
+        self._matched = Matched({})
+        tokens = config.trainable_token_indices
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
                 by_name = kwargs.get("state_dict") is None
                 # A further adapter that trains whole modules alone is for PEFT to judge.
                 some = not (config.modules_to_save and self.targeted_module_names)
-                targets = checked_targets(config, model, some=by_name and some)
+                self._matched = checked_targets(config, model, some=by_name and some)
                 incoming = read_incoming(config, model)
                 if by_name:
                     self._chosen = {
-                        key: choose_entries(config, key, module, incoming)
-                        for key, module in targets
+                        key: choose_entries(config, key, module, incoming, self._matched)
+                        for key, module in self._matched.modules.items()
                     }
+            config.trainable_token_indices = None  # PEFT has a layer of its own for them
             with as_it_was(self), at_rest(model.modules()):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._tie(model)
             config._just_read = config._just_read or config._where
             config._source = config._where = None
             new_models.add(model)
             GradientWatch(model)
             ignore_in_ddp(model)
         finally:
-            self._memory_map, self._chosen = None, {}
+            config.trainable_token_indices = tokens
+            self._memory_map, self._chosen, self._matched = None, {}, Matched({})
+
+    def _tie(self, model: nn.Module) -> None:
+        """Have the modules that share the weight of an adapted layer compute with its adapters."""
+        for name, owner in self._matched.tied.items():
+            module, layer = model.get_submodule(name), model.get_submodule(owner)
+            if isinstance(layer, ShiraLayer) and not isinstance(module, ShiraLayer):
+                tied = tied_layer(module, layer)
+                tied.weight_name = weight_name(base_module_name(name))
+                parent, _, child = name.rpartition(".")
+                self._replace_module(model.get_submodule(parent), child, tied, module)
+                self.targeted_module_names.append(name)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._matched.modules:
+            return True
+        return key not in self._matched.tied and super()._check_target_module_exists(
+            peft_config, key
+        )
 
     def _create_and_replace(
         self,
@@ -123,6 +151,11 @@ class ShiraModel(BaseTuner):
         # The mixed model, and an injection by state dict, come here without a choice made before.
         support = getattr(self, "_chosen", {}).get(current_key)
         if support is None:
+            if not isinstance(self, ShiraModel) and config.ties_or_tokens:
+                raise ConfigError(
+                    "a PeftMixedModel has neither ensure_weight_tying nor trainable_token_indices "
+                    "of SHiRA's; use get_peft_model"
+                )
             support = choose_entries(config, current_key, target)
         name, r = weight_name(base_module_name(current_key)), config.rank_of(current_key)
         layer_class: Any = layer_class_of(base_of(target))
@@ -303,10 +336,29 @@ class ShiraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse weights that cannot be merged into, before anything is merged."""
         super()._check_merge_allowed()
-        layers = layers_of(self.model).values()
-        for layer in layers:
+        for layer in layers_of(self.model).values():
             layer.check_mergeable(list(layer.shira_weight))
+        layers = [module for module in self.model.modules() if isinstance(module, ShiraLayer)]
         refuse_merging_shared_weights(self.model, layers)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        tied = any(getattr(module, "tied_to", None) is not None for module in model.modules())
+        return [] if tied else super()._get_tied_target_modules(model)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        if not peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)
+        elif peft_config.modules_to_save:
+            tied = self._get_module_names_tied_with_embedding()
+            names = [name.rpartition(".")[2] for name in peft_config.modules_to_save]
+            if tied and set(names) & {*EMBEDDING_LAYER_NAMES}:
+                LoraModel._add_modules_to_save_to_tie(self, peft_config, tied)  # type: ignore[arg-type]
+        elif not owners_of(model):
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the "
+                "model",
+                stacklevel=2,
+            )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -387,14 +439,27 @@ class _Configs(dict[str, Any]):
 
 
 def choose_entries(
-    config: ShiraConfig, key: str, target: nn.Module, incoming: dict[str, Support] | None = None
+    config: ShiraConfig,
+    key: str,
+    target: nn.Module,
+    incoming: dict[str, Support] | None = None,
+    matched: Matched | None = None,
 ) -> Support:
-    """Check that a target can be adapted and choose its entries, unless a file has them."""
+    """Check that a target can be adapted and choose its entries, unless a file has them.
+
+    With rows of tokens they are those, and the target's own beside them if it is matched by name.
+    """
     check_target(key, target)
     name = weight_name(base_module_name(key))
     if incoming is not None and name in incoming:
         return incoming[name]
-    return support_of_layer(config, target, name, config.rank_of(key))
+    rows = None if matched is None else matched.rows.get(key)
+    if rows is None or matched is None:
+        return support_of_layer(config, target, name, config.rank_of(key))
+    whole = support_of_rows(full_shape(weight_of(base_of(target))), rows)
+    if key not in matched.by_name:
+        return whole
+    return support_of_layer(config, target, name, config.rank_of(key)).union(whole)
 
 
 def _record(config: ShiraConfig, layer: nn.Module, name: str, support: Support) -> None:

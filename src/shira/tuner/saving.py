@@ -57,11 +57,32 @@ _OF_THE_BASE = (FINGERPRINT_FIELD, ROUNDED_FIELD)
 
 
 def layers_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, ShiraLayer]:
-    """Return the layers that have an adapter, or any, by the names that PEFT has for them."""
+    """Return the layers that have an adapter, or any, by the names that PEFT has for them.
+
+    Those that are tied to one of them are not among them.
+    """
+    return {
+        path: layer
+        for path, layer in _all_layers(model).items()
+        if layer.tied_to is None and adapter_name in (None, *layer.shira_weight)
+    }
+
+
+def _all_layers(model: nn.Module) -> dict[str, ShiraLayer]:
     return {
         path_in_state(path): module
         for path, module in model.named_modules()
-        if isinstance(module, ShiraLayer) and adapter_name in (None, *module.shira_weight)
+        if isinstance(module, ShiraLayer)
+    }
+
+
+def tied_weights(model: nn.Module, layers: Mapping[str, ShiraLayer]) -> dict[str, str]:
+    """Return ``{parameter name: that of the parameter it is one with}``, of these layers."""
+    names = {id(layer): weight_name(base_module_name(path)) for path, layer in layers.items()}
+    return {
+        weight_name(base_module_name(path)): names[id(layer.tied_to)]
+        for path, layer in _all_layers(model).items()
+        if id(layer.tied_to) in names
     }
 
 
@@ -85,7 +106,8 @@ def describe(
     counts: dict[str, int] = {}
     prints: dict[str, dict[str, Any]] = {field: {} for field in _OF_THE_BASE}
     as_chosen = as_budgeted = True
-    for path, layer in layers_of(model, adapter_name).items():
+    layers = layers_of(model, adapter_name)
+    for path, layer in layers.items():
         module = base_module_name(path)
         name, support = weight_name(module), layer.support(adapter_name)
         shapes[name], counts[name] = support.shape, support.nnz
@@ -95,7 +117,8 @@ def describe(
         k = None
         with suppress(MaskError):
             k = config.entries(support.shape, config.rank_of(module), module)
-        as_budgeted &= k == support.nnz
+        # with rows of tokens, the positions that it chose are the budget
+        as_budgeted &= k == support.nnz or (unchanged and bool(config.trainable_token_indices))
         part = is_sharded(stored_weight(layer))  # such are read together, or not at all
         values = base_values(layer, support, gather) if gather or not part else None
         hidden = layer.quantization_backend is not None or (part and not layer.base_reloaded)
@@ -113,6 +136,7 @@ def describe(
     fields: dict[str, Any] = {
         SHAPES_FIELD: {name: list(shape) for name, shape in shapes.items()},
         **{field: told or None for field, told in prints.items() if hasattr(config, field)},
+        "tied_weights": tied_weights(model, layers) or None,
     }
     if not as_chosen:
         fields |= {"random_seed": None, "mask_slot": 0}
@@ -193,6 +217,9 @@ def whole_state(
     for path, layer in layers.items():  # PEFT saves a copy of the base's embeddings too
         if any(layer is embedding for embedding in embeddings):
             with_originals(state_dict, f"{path}.base_layer.weight", layer)
+    for path, layer in _all_layers(model).items():
+        if layer.tied_to is not None:  # the owner's is saved
+            state_dict.pop(f"{path}.base_layer.weight", None)
     watch(config, model, adapter_name, known)
     return state_dict
 
@@ -278,6 +305,8 @@ def fused_adapter(
     known = {name: value for name, value in fused.metadata.items() if name in fields}
     config = ShiraConfig(**known | {"r": r, "inference_mode": True, "modules_to_save": None})
     config.mask_fn = SupportTable({name: delta.support for name, delta in fused.items()})
+    config.trainable_token_indices = None  # such rows are entries like others
+    config.ensure_weight_tying = bool(tied_weights(model, layers_of(model)))
     name_exactly(config, model, {name.removesuffix(".weight") for name in fused})
     return fused, config
 

@@ -16,12 +16,11 @@ from typing import Any
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from shira.errors import MergeError, TargetError, did_you_mean
+from shira.errors import ConfigError, MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
 from shira.store.header import FLOATS
 from shira.store.names import base_module_name, full_shape, is_sharded
@@ -29,21 +28,11 @@ from shira.tuner.base_layer import Way, base_of, is_computed, stored_weight, way
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
+from shira.tuner.matching import Matched, kept_out, matched_modules, refuse_other_ties
 from shira.tuner.quantized import backend_of
 
 
-def matched_modules(config: ShiraConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that a configuration names, as PEFT matches them."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and check_target_module_exists(config, name)
-    ]
-
-
-def checked_targets(
-    config: ShiraConfig, model: nn.Module, *, some: bool
-) -> list[tuple[str, nn.Module]]:
+def checked_targets(config: ShiraConfig, model: nn.Module, *, some: bool) -> Matched:
     """Return the modules that a configuration names, if together they can be adapted.
 
     ``"all-linear"`` is replaced by names. With ``some``, a configuration has to match something.
@@ -51,12 +40,32 @@ def checked_targets(
     _refuse_model(model)
     _name_all_linear(config, model)
     targets = matched_modules(config, model)
-    if some and not targets:
+    if some and not targets.modules:
         raise _nothing_matched(config, model)
     _warn_of_idle_names(config, model)
-    _refuse_other_places(targets, model)
-    _refuse_shared_weights(targets)
+    _refuse_other_places(targets.modules.items(), model)
+    _refuse_shared_weights(targets.modules.items())
+    _check_tied(config, model, targets)
     return targets
+
+
+def _check_tied(config: ShiraConfig, model: nn.Module, targets: Matched) -> None:
+    """Refuse tied weights that cannot be adapted in all the modules that share them."""
+    for name, owner in targets.tied.items():
+        check_target(name, base_of(model.get_submodule(name)))
+        if kept_out(name, config.modules_to_save, config.exclude_modules):
+            raise TargetError(
+                f"{name!r} shares the weight of {owner!r} (tied weights), which is adapted in all "
+                "modules that share it, but exclude_modules or modules_to_save name it; leave it "
+                f"out of them, or leave {owner!r} out of what is adapted"
+            )
+    for name in targets.rows:
+        if kept_out(name, config.modules_to_save):
+            raise ConfigError(
+                f"{name!r} is trained whole (modules_to_save), so trainable_token_indices has "
+                "nothing to add; leave it out of one of the two"
+            )
+    refuse_other_ties(model, targets)
 
 
 def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
@@ -124,7 +133,7 @@ def name_exactly(config: Any, model: nn.Module, modules: set[str]) -> None:
 
 
 def _names_exactly(config: Any, model: nn.Module, modules: set[str]) -> bool:
-    matched = dict(matched_modules(config, model))
+    matched = matched_modules(config, model).modules
     inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
     return {base_module_name(n) for n in matched if not n.startswith(inside)} == modules
 
@@ -268,8 +277,8 @@ def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
         if place is not None and seen.setdefault(place, name) != name:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "
-                f"it would contradict each other once merged; target one of them, for instance by "
-                f"exclude_modules=[{name!r}]"
+                "it would contradict each other once merged; set ensure_weight_tying=True to have "
+                f"one adapter in both, or leave one out, for instance by exclude_modules=[{name!r}]"
             )
 
 
@@ -286,8 +295,8 @@ def refuse_merging_shared_weights(model: nn.Module, layers: Collection[ShiraLaye
                 raise MergeError(
                     f"{owners[place].weight_name.removesuffix('.weight')!r} shares its weight with "
                     f"{name!r} (tied weights), which is not adapted: merging would change both. "
-                    "Untie them first (load the model with tie_word_embeddings=False), or keep the "
-                    "adapter unmerged"
+                    "Train with ensure_weight_tying=True, untie them first (load the model with "
+                    "tie_word_embeddings=False), or keep the adapter unmerged"
                 )
 
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that a configuration adapts: by name, for rows of tokens, and for a shared weight."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from shira.errors import TargetError
+from shira.store.names import is_sharded
+from shira.tuner.base_layer import stored_weight
+from shira.tuner.config import ShiraConfig
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.layers import layer_class_of
+from shira.tuner.token_rows import token_rows
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The modules of a model that a configuration adapts, by their names there."""
+
+    modules: Mapping[str, nn.Module]
+    """Those that have the adapter."""
+    rows: Mapping[str, list[int]] = field(default_factory=dict)
+    """Of these, rows that ``trainable_token_indices`` has trained whole."""
+    by_name: Collection[str] = ()
+    """Of these, those with entries of their own, as ``target_modules`` names them."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Further modules that share the weight of one of these, and which."""
+
+
+def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
+    """Return the modules that a configuration names, as PEFT matches them.
+
+    With ``ensure_weight_tying``, and for token rows always, the first of the modules that share a
+    weight stands for all of them.
+    """
+    everything = dict(model.named_modules())
+    found = [name for name in everything if name and check_target_module_exists(config, name)]
+    rows = token_rows(config.trainable_token_indices, model)
+    if not rows and not config.ensure_weight_tying:
+        return Matched({name: everything[name] for name in found}, {}, found)
+    owners = owners_of(model)
+    own_rows: dict[str, list[int]] = {}
+    for name, tokens in rows.items():
+        owner = owners.get(name, name)
+        if own_rows.setdefault(owner, tokens) != tokens:
+            raise TargetError(
+                f"trainable_token_indices: {owner!r} and {name!r} share one weight (tied weights), "
+                "so their tokens are the same rows; name the same tokens for both, or one of them"
+            )
+    if config.ensure_weight_tying:
+        found = list(dict.fromkeys(owners.get(name, name) for name in found))
+    for name in () if config.ensure_weight_tying else found:
+        if owners.get(name, name) in own_rows and (name in owners or name in owners.values()):
+            raise TargetError(
+                f"{name!r} is a target, and tokens of its weight are trained in all modules that "
+                "share it (tied weights): set ensure_weight_tying=True, so that all its entries are"
+            )
+    adapted = {*found, *own_rows}
+    for_all = adapted if config.ensure_weight_tying else own_rows.keys()
+    tied = {name: owner for name, owner in owners.items() if owner in for_all}
+    modules = {name: module for name, module in everything.items() if name in adapted}
+    return Matched(modules, own_rows, found, tied)
+
+
+def owners_of(model: nn.Module) -> dict[str, str]:
+    """Return ``{module: the first module that shares its weight}``, of all but the first ones.
+
+    They are modules that SHiRA has a layer for, or has adapted already.
+    """
+    first: dict[Any, str] = {}
+    owners: dict[str, str] = {}
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, ShiraLayer):
+            inside = f"{name}."
+        elif layer_class_of(module) is None:
+            continue
+        key = _weight_key(module)
+        if key is not None and (owner := first.setdefault(key, name)) != name:
+            owners[name] = owner
+    return owners
+
+
+def _weight_key(layer: nn.Module) -> Any:
+    """Return what tells a layer's weight from others: its memory; where it has none, the object."""
+    weight = stored_weight(layer)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.is_meta or is_sharded(weight) or not weight.numel():
+        return id(weight)
+    return weight.data_ptr() or id(weight), weight.shape, weight.stride(), weight.dtype
+
+
+def refuse_other_ties(model: nn.Module, matched: Matched) -> None:
+    """Refuse to adapt a shared weight in another way than the adapters that are there do."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, ShiraLayer)}
+    now: dict[int, set[str]] = {}  # what is tied to each layer
+    for name, layer in layers.items():
+        if layer.tied_to is not None:
+            now.setdefault(id(layer.tied_to), set()).add(name)
+    wanted: dict[str, set[str]] = {owner: set() for owner in matched.modules}
+    for name, owner in matched.tied.items():
+        wanted[owner].add(name)
+    for owner, names in wanted.items():
+        of_owner = layers.get(owner)
+        tied = now.get(id(of_owner), set())
+        elsewhere = of_owner is not None and of_owner.tied_to is not None
+        adapted = of_owner is not None and bool(of_owner.shira_weight)
+        if elsewhere or (names - tied) & layers.keys() or (adapted and tied != names):
+            raise TargetError(
+                f"the weight of {owner!r} is shared (tied weights), and adapters of this model "
+                f"have it adapted {'in all' if tied or elsewhere else 'in one'} of the modules "
+                "that share it, but this configuration has it otherwise; give it the same "
+                "ensure_weight_tying as theirs, or put it into a model of its own"
+            )
+
+
+def kept_out(name: str, whole: Any, excluded: Any = None) -> bool:
+    """Return whether ``modules_to_save`` or ``exclude_modules`` name a module, as PEFT matches."""
+    named = SimpleNamespace(target_modules=[], modules_to_save=whole, exclude_modules=excluded)
+    return check_target_module_exists(named, name) is not False
