@@ -106,8 +106,24 @@ def trainable_token_indices() -> Case:
     return Case(llama, lambda model: model(ids).logits, targets)
 
 
-@row(KIND, "the embedding of a tied head")
+@row(KIND, "new tokens' rows, of a tied head too")
+def tied_tokens() -> Case:
+    ids = torch.randint(0, 64, (2, 8))
+    build = lambda: llama(tie_word_embeddings=True)  # noqa: E731
+    targets = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    return Case(build, lambda model: model(ids).logits, targets)
+
+
+@row(KIND, "an embedding and its tied head (`ensure_weight_tying`)")
 def tied_embedding() -> Case:
+    ids = torch.randint(0, 64, (2, 8))
+    build = lambda: llama(tie_word_embeddings=True)  # noqa: E731
+    targets = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    return Case(build, lambda model: model(ids).logits, targets)
+
+
+@row(KIND, "the embedding of a tied head, alone")
+def embedding_alone() -> Case:
     ids = torch.randint(0, 64, (2, 8))
     build = lambda: llama(tie_word_embeddings=True)  # noqa: E731
     return Case(build, lambda model: model(ids).logits, {"target_modules": ["embed_tokens"]})

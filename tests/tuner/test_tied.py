@@ -7,6 +7,7 @@ import copy
 import pickle
 import warnings
 
+import peft
 import pytest
 import torch
 from peft import PeftMixedModel, TrainableTokensConfig
@@ -390,6 +391,19 @@ def test_modules_trained_whole_are_tied_as_lora_ties_them(tmp_path):
     tied_llama().save_pretrained(tmp_path / "base")
     merge(adapter, tmp_path / "base", tmp_path / "merged")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), y)
+
+
+@pytest.mark.parametrize("name", ["tokens", "embedding", "head"])
+def test_as_a_lora_of_both(name, tmp_path):
+    make, options = TIED[name]
+    model = adapted(make(), **options | {"density": 0.2})
+    peft.save_as_lora(tmp_path, model, rank=1.0)
+    lora = PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TargetError, match="LoRA ties no others"):
+        peft.convert_to_lora(
+            adapted(tied_t5(), target_modules=["shared"], ensure_weight_tying=True), 1
+        )
 
 
 REFUSED = {

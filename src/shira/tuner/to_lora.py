@@ -26,7 +26,7 @@ from shira.store.names import INDICES, VALUES, base_module_name, is_sharded
 from shira.support import matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
-from shira.tuner.saving import layers_of
+from shira.tuner.saving import layers_of, tied_weights
 from shira.tuner.targets import name_exactly
 
 COPIED = (
@@ -146,6 +146,14 @@ def _check(model: nn.Module, adapter_name: str, layers: dict[str, ShiraLayer]) -
                 f"{layer.weight_name}: this process has a part of adapter {adapter_name!r} only; "
                 "save it, load it into a model in one process, and convert it there"
             )
+    inputs: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    for module in model.modules():
+        owner: Any = getattr(module, "tied_to", None)
+        if owner in layers.values() and not (owner is inputs and _is_linear(module)):
+            raise TargetError(
+                f"{owner.weight_name!r} is adapted in all modules that share the weight, and LoRA "
+                "ties no others than an input embedding and its head; serve the merged model"
+            )
     others = [
         name
         for name, module in model.named_modules()
@@ -156,6 +164,10 @@ def _check(model: nn.Module, adapter_name: str, layers: dict[str, ShiraLayer]) -
             f"{listed(map(base_module_name, others))}: adapted by another method than SHiRA, which "
             f"a LoRA made of adapter {adapter_name!r} would leave out; delete it or merge it first"
         )
+
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Linear)
 
 
 def _say(
@@ -186,6 +198,7 @@ def _config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> LoraC
         pattern = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
     fields: dict[str, Any] = {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     fields |= {name: copy.copy(getattr(ours, name, None)) for name in COPIED}
+    fields["ensure_weight_tying"] = bool(tied_weights(inner, layers_of(inner, adapter_name)))
     config = LoraConfig(r=r, lora_alpha=r, inference_mode=True, **fields)
     name_exactly(config, inner, set(ranks))
     return config
