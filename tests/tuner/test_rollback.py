@@ -317,17 +317,6 @@ def test_a_state_dict_in_which_nothing_matches():
     assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())
 
 
-def test_hot_swapping_is_refused(tmp_path):
-    from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-
-    model = get_peft_model(llama(), config())
-    model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=r"hot swapping is PEFT's for LoRA.*load_adapter"):
-        hotswap_adapter(model, str(tmp_path), "default")
-    with pytest.raises(AdapterError, match="hot swapping"):
-        hotswap_adapter_from_state_dict(model, {}, "default", config(), "shira_")
-
-
 def test_what_is_not_shiras_is_left_to_peft(tmp_path):
     from peft import LoraConfig
     from peft.utils.hotswap import hotswap_adapter

@@ -228,7 +228,7 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
     sides = {name: side for name, side in sides.items() if side}
     r = max([1, *(-(-adapter[name].nnz // side) for name, side in sides.items())])
     if all(r * side <= adapter[name].support.numel for name, side in sides.items()):
-        filled = {n: _filled_up(delta, r * sides.get(n, 0)) for n, delta in adapter.items()}
+        filled = {n: filled_up(delta, r * sides.get(n, 0)) for n, delta in adapter.items()}
         return r, Adapter(filled, {**adapter.metadata, "r": r}, adapter.tensors)
     most = min(adapter[name].support.numel // side for name, side in sides.items())
     return max(1, min(r, most)), adapter
@@ -297,8 +297,11 @@ def _within(name: str, delta: SparseDelta, where: Support | SparseDelta) -> Spar
     return select(delta, support.positions_of(delta.support) >= 0)
 
 
-def _filled_up(delta: SparseDelta, k: int) -> SparseDelta:
-    """Add zeros at the delta's first free positions, so that it has k entries."""
+def filled_up(delta: SparseDelta, k: int) -> SparseDelta:
+    """Add zeros at the delta's first free positions, so that it has k entries of a larger weight.
+
+    A delta of k entries or more stays as it is.
+    """
     missing = k - delta.nnz
     if missing <= 0:
         return delta

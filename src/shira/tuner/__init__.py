@@ -32,13 +32,14 @@ from peft.config import PeftConfigMixin
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.layer import ShiraLayer as StockLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, hotswap, save_and_load
+from peft.utils import PeftType, save_and_load
+from peft.utils import hotswap as pefts_hotswap
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError, TargetError
+from shira.tuner import hotswap, to_lora
 from shira.tuner import indices as ranks
-from shira.tuner import to_lora
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import check_ranks
 from shira.tuner.layer import ShiraLayer
@@ -87,8 +88,10 @@ def register() -> None:
     _put_around(peft.PeftModel, "delete_adapter", _delete_down_to_the_base)
     _put_around(PeftConfigMixin, "from_pretrained", _note_weights)
     _put_around(PeftAdapterMixin, "load_adapter", _check_after)
-    _put_around(hotswap, "hotswap_adapter", _refuse_to_swap)
-    _put_around(hotswap, "hotswap_adapter_from_state_dict", _refuse_to_swap)
+    pefts_hotswap.CONFIG_KEYS_TO_CHECK[PeftType.SHIRA] = []  # `hotswap.exchange` checks
+    _put_around(pefts_hotswap, "hotswap_adapter_from_state_dict", _swap)
+    _put_around(pefts_hotswap, "_convert_scalings_to_tensor", _hold)
+    _put_around(pefts_hotswap, "_pad_lora_weights", _pad)
     convert = conversion.convert_to_lora
     for module in (peft, peft.tuners, peft.tuners.lora, conversion):
         if getattr(module, convert.__name__, None) is convert:
@@ -212,14 +215,25 @@ def _delete_down_to_the_base(delete: Any, model: Any, adapter_name: str) -> None
         model.active_adapter = BASE
 
 
-def _refuse_to_swap(swap: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse hot swapping, which is for LoRA's tensors, in a model of SHiRA's."""
-    if any(isinstance(module, ShiraLayer) for module in model.modules()):
-        raise AdapterError(
-            "hot swapping is PEFT's for LoRA; load the other SHiRA adapter beside the first "
-            "with load_adapter and switch with set_adapter, or use shira.Switch"
-        )
-    return swap(model, *args, **kwargs)
+def _swap(
+    swap: Any, model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kw: Any
+) -> Any:
+    """Exchange an adapter of SHiRA's; others as PEFT does."""
+    if isinstance(config, ShiraConfig) or layers_of(model, adapter_name):
+        return hotswap.exchange(model, state_dict, adapter_name, config)
+    return swap(model, state_dict, adapter_name, config, *args, **kw)
+
+
+def _hold(convert: Any, model: nn.Module) -> bool:
+    """Prepare SHiRA's layers too for a compiled exchange."""
+    ours = hotswap.hold(model)
+    return bool(convert(model)) or ours
+
+
+def _pad(pad: Any, model: nn.Module, target_rank: int) -> bool:
+    """Give SHiRA's layers room too for adapters up to a rank."""
+    ours = hotswap.pad(model, target_rank)
+    return bool(pad(model, target_rank)) or ours
 
 
 def _convert(convert: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

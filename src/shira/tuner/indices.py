@@ -58,6 +58,13 @@ class IndexDict(BufferDict):
         super().__init__(persistent=True)
         self._shape = tuple(shape)
         self._left_out = False
+        self.is_held = False
+        """True if positions stay int32: one shape for as many entries, as compiled code wants."""
+
+    def hold(self) -> None:
+        """Keep all positions as int32 ``(2, k)`` from now on."""
+        self._buffers.update(self.items())
+        self.is_held = True
 
     def __setitem__(self, adapter_name: str, indices: Tensor) -> None:
         if indices.is_floating_point() and not torch.equal(indices, indices.float().round()):
@@ -71,7 +78,8 @@ class IndexDict(BufferDict):
     def kept(self, adapter_name: str) -> Tensor:
         """Return the positions as they are kept: the same tensor at each call, for ops."""
         indices: Tensor = self._buffers[adapter_name]
-        if indices.dtype != torch.uint8 and not torch.compiler.is_compiling():
+        unpacked = indices.dtype != torch.uint8 and not self.is_held
+        if unpacked and not torch.compiler.is_compiling():
             indices = self._buffers[adapter_name] = pack(indices, self._shape)
         return indices
 

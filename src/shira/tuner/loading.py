@@ -178,7 +178,7 @@ def named_for_loading(
     result: dict[str, Tensor] = {}
     for key, tensor in named.items():
         name, shape = key, wanted.get(key)
-        if shape is None and not _is_sparse(key):
+        if shape is None and not is_sparse(key):
             bare = bare_name(key)
             if bare not in names:
                 raise FileFormatError(
@@ -200,13 +200,27 @@ def check_state_dict(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return what is about to be loaded into the layers, checked and sorted; make room for it."""
+    checked, supports = checked_state(model, adapter_name, state_dict)
+    for path, layer in layers_of(model, adapter_name).items():
+        old = layer.shira_weight[adapter_name]
+        if path in supports and len(old) != (support := supports[path]).nnz:
+            room = nn.Parameter(old.new_zeros(support.nnz), requires_grad=old.requires_grad)
+            layer.shira_weight[adapter_name] = room
+            layer.shira_indices[adapter_name] = support.coordinates().to(old.device)
+    return checked
+
+
+def checked_state(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Support]]:
+    """Return a state dict checked and sorted, and the supports in it by the layers' paths."""
     layers = layers_of(model, adapter_name)
     kinds = (VALUES, INDICES)  # a state dict may be that of the whole model, with other adapters
     of_layers = (
         (path, name) for path, one in layers_of(model).items() for name in one.shira_weight
     )
     known = {f"{path}.{kind}.{name}" for path, name in of_layers for kind in kinds}
-    for key in filter(_is_sparse, state_dict):
+    for key in filter(is_sparse, state_dict):
         if key not in known:
             path = base_module_name(key.partition(f".{VALUES}")[0].partition(f".{INDICES}")[0])
             raise FileFormatError(
@@ -230,14 +244,7 @@ def check_state_dict(
             f"{base_module_name(min(layers))!r}, the {len(state_dict)} names given like "
             f"{min(state_dict, default=None)!r}"
         )
-    for path, support in supports.items():
-        layer = layers[path]
-        old = layer.shira_weight[adapter_name]
-        if len(old) != support.nnz:
-            room = nn.Parameter(old.new_zeros(support.nnz), requires_grad=old.requires_grad)
-            layer.shira_weight[adapter_name] = room
-            layer.shira_indices[adapter_name] = support.coordinates().to(old.device)
-    return checked
+    return checked, supports
 
 
 def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
@@ -262,7 +269,7 @@ def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
             layer.shira_indices[adapter_name] = support.coordinates()
 
 
-def _is_sparse(key: str) -> bool:
+def is_sparse(key: str) -> bool:
     """Return whether a name is that of values or positions, with or without an adapter's name."""
     return bool({VALUES, INDICES} & set(key.split(".")[-2:]))
 
