@@ -12,6 +12,7 @@
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
+#   make gpu             all that waits for a GPU, in 8 minutes; GPU_ARGS goes to benchmarks.gpu_session
 #   make study           tables and figures of the studies; RUN=1 makes missing runs first
 #
 # PYTHON picks the interpreter of the environment, CONSTRAINTS the versions that go into it
@@ -38,7 +39,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-lowest test-wheel test-quantized test-triton test-vllm \
-	test-vllm-engines test-vllm-servers vllm-environment check docs bench study \
+	test-vllm-engines test-vllm-servers vllm-environment check docs bench gpu study \
 	format format-check lint types clean
 
 help:
@@ -155,6 +156,10 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# Where there is no environment yet, PYTHON's own packages are used: a machine with a GPU has torch.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_session $(GPU_ARGS)
 
 study: $(STAMP)
 	$(BIN)/python -m studies.accuracy $(if $(filter 1,$(RUN)),run)
