@@ -156,3 +156,25 @@ def test_shapes_that_disagree():
 def test_errors_name_the_parameter(name):
     with pytest.raises(MaskError, match=r"^layer\.w: .*49 entries"):
         choose(name, (6, 8), 49, weight=WEIGHT, gradient=GRADIENT, seed=0, name="layer.w")
+
+
+@pytest.mark.parametrize("kind", sorted(MASKS))
+def test_each_matrix_of_a_stack_has_a_mask_of_its_own(kind):
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(3, 16, 8, generator=generator) for _ in range(2))
+    given = {"weight": weight, "gradient": gradient, "seed": 1, "name": "experts"}
+    together = choose(kind, (3, 16, 8), 3 * 24, matrices=3, **given)
+    assert together.shape == (3, 16, 8)
+    for at in range(3):
+        own = {**given, "weight": weight[at], "gradient": gradient[at], "name": f"experts.{at}"}
+        alone = choose(kind, (16, 8), 24, **own).indices.long()
+        mine = together.indices.long()
+        mine = mine[mine // 128 == at] % 128
+        assert torch.equal(mine, alone)
+
+
+def test_entries_are_shared_out_evenly_or_refused():
+    with pytest.raises(MaskError, match="cannot be shared out evenly among the 3 matrices"):
+        choose("random", (3, 16, 8), 25, matrices=3, seed=0, name="experts")
+    with pytest.raises(MaskError, match="the weight has shape"):
+        choose("magnitude", (3, 16, 8), 24, matrices=3, weight=torch.randn(3, 4))

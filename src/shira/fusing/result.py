@@ -25,7 +25,10 @@ from shira.masks import MASK_FIELDS
 FUSED = "fused"
 """The field that tells how an adapter was made; also the ``mask_type`` of one without a mask."""
 
-TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+TARGET_FIELDS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    "target_parameters",
+)
 
 
 def check_adapters(*adapters: object) -> None:

@@ -9,11 +9,13 @@ table. The tuner calls `choose`, once for each target weight.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shira.errors import ConfigError, MaskError, did_you_mean
@@ -129,6 +131,7 @@ def choose(
     seed: int | None = None,
     name: str = "",
     slot: int = 0,
+    matrices: int = 1,
     **options: Any,
 ) -> Support:
     """Choose the mask of one weight, by the name of its kind.
@@ -142,6 +145,9 @@ def choose(
         seed: For the random kinds.
         name: The parameter's name: part of the key of random kinds, and of every error message.
         slot: For `random`: which of the disjoint masks.
+        matrices: The weight is a stack of so many, along its first dimension, as that of a
+            mixture's experts. Each gets a mask of its own, of ``k / matrices`` entries, under the
+            name ``<name>.<number>``.
         **options: Those of the kind (``MaskSpec.options``).
 
     Returns:
@@ -157,22 +163,53 @@ def choose(
         tensor([[0, 1, 1, 2, 3],
                 [0, 0, 1, 2, 3]], dtype=torch.int32)
     """
+    if matrices != 1:
+        given: dict[str, Any] = {"weight": weight, "gradient": gradient, "slot": slot}
+        given |= {"seed": seed, "name": name}
+        return _choose_in_each(mask_type, shape, k, matrices, given, options)
     spec = mask_spec(mask_type)
     if slot:
         options["slot"] = slot
     spec.check(options)
     where = f"{name}: " if name else ""
-    given = {"weight": weight, "gradient": gradient}
+    scored = {"weight": weight, "gradient": gradient}
     needs = spec.needs_with(options)
     if "seed" in spec.parameters and seed is None and not needs:
         raise ConfigError(f"{where}mask_type {mask_type!r} needs a seed")
-    values = {"shape": shape, "k": k, "seed": seed, "name": name, **given, **options}
+    values = {"shape": shape, "k": k, "seed": seed, "name": name, **scored, **options}
     try:
         for need in sorted(needs):
-            check_scored(given[need], need, shape, f"mask_type {mask_type!r}")
+            check_scored(scored[need], need, shape, f"mask_type {mask_type!r}")
         return spec.select(**{key: values[key] for key in spec.parameters if key in values})
     except MaskError as error:
         raise MaskError(f"{where}{error}") from error
+
+
+def _choose_in_each(
+    mask_type: str,
+    shape: Sequence[int],
+    k: int,
+    matrices: int,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Support:
+    """Return the masks of a stack of matrices, one after the other."""
+    if matrices != shape[0] or k % matrices:
+        raise MaskError(
+            f"{given['name']}: {k} entries cannot be shared out evenly among the {shape[0]} "
+            f"matrices of a weight of shape {tuple(shape)}"
+        )
+    size, parts = math.prod(shape[1:]), [torch.empty(0, dtype=torch.int64)]
+    for at in range(matrices):
+        # a tensor for all of them is cut; what is no tensor, or of another shape, is refused below
+        own: dict[str, Any] = {
+            what: value[at] if isinstance(value, Tensor) and value.shape == tuple(shape) else value
+            for what, value in given.items()
+        }
+        own["name"] = f"{given['name']}.{at}"
+        part = choose(mask_type, shape[1:], k // matrices, **own, **options)
+        parts.append(part.indices.cpu().long() + at * size)
+    return Support._trusted(shape, torch.cat(parts))
 
 
 __all__ = [

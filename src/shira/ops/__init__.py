@@ -19,6 +19,7 @@ from shira.ops.functional import (
 from shira.ops.gradient import Choice, choose, set_scratch_bytes, use_backend, weight_gradient
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
+from shira.ops.stack import grouped, pieces_of
 
 __all__ = [
     "Choice",
@@ -28,9 +29,11 @@ __all__ = [
     "conv2d",
     "convolution",
     "embedding",
+    "grouped",
     "linear",
     "looked_up",
     "make_plan",
+    "pieces_of",
     "plan_for",
     "resident",
     "sparse_product",

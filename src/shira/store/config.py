@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD
 from shira.errors import ConfigError, FileFormatError
 from shira.store.header import COORDINATE_LIMIT, refusing
 from shira.store.json_text import read_object, shape_in, write_object
+from shira.store.names import is_parameter, stack_of
 from shira.store.patterns import check_pattern, check_patterns
 from shira.support import matrix_shape
 
@@ -80,8 +81,9 @@ def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
     """Return the text of a config that fits an adapter.
 
     What is ``given`` is kept where it is true of the adapter. ``r`` is corrected if all weights
-    agree on another, ``target_modules`` if it does not match every weight, and ``modules_to_save``
-    if it does not name just the modules of the whole tensors.
+    agree on another, ``target_modules`` if it does not match every module's weight,
+    ``target_parameters`` if it does not every other parameter, and ``modules_to_save`` if it does
+    not name just the modules of the whole tensors.
 
     Raises:
         ConfigError: If a given field cannot stand in JSON, contradicts the adapter, or is a pattern
@@ -92,6 +94,7 @@ def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
         raise ConfigError(f"peft_type is 'SHIRA' in a SHiRA adapter, not {given['peft_type']!r}")
     shapes = {name: delta.support.shape for name, delta in adapter.items()}
     counts = {name: delta.nnz for name, delta in adapter.items()}
+    parameters = parameters_of(shapes, given.get("target_parameters"))
     config = {
         "base_model_name_or_path": None,
         "task_type": None,
@@ -99,10 +102,14 @@ def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
         **given,
         "peft_type": "SHIRA",
         "modules_to_save": _modules_of(adapter.tensors, given.get("modules_to_save")),
-        "r": common_rank(shapes, counts, given.get("r")),
+        "r": common_rank(shapes, counts, given.get("r"), parameters),
         SHAPES_FIELD: {name: list(shape) for name, shape in shapes.items()},
     }
-    modules = [name.removesuffix(".weight") for name in shapes]
+    if parameters or config.get("target_parameters"):
+        named = target_parameters_in(config)
+        matched = all(is_parameter(name, named) for name in parameters)
+        config["target_parameters"] = sorted(named if parameters and matched else parameters)
+    modules = [name.removesuffix(".weight") for name in shapes if name not in parameters]
     if not _matches_all(config.get("target_modules"), modules):
         config["target_modules"] = sorted(modules)
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -111,11 +118,35 @@ def compose_config(adapter: Adapter, given: Mapping[str, Any]) -> str:
     return write_object(config, config, indent=2, sort_keys=True) + "\n"
 
 
+def parameters_of(names: Iterable[str], target_parameters: Any) -> list[str]:
+    """Return those of an adapter's parameters that PEFT's format names themselves, no module.
+
+    They are those that ``target_parameters`` names, and what is no module's ``weight``.
+    """
+    known = target_parameters_in({"target_parameters": target_parameters})
+    return [n for n in names if not n.endswith(".weight") or is_parameter(n, known)]
+
+
+def target_parameters_in(config: Mapping[str, Any]) -> list[str]:
+    """Return a config's ``target_parameters``; nothing, if they are no list."""
+    given = config.get("target_parameters")
+    return [str(name) for name in given] if isinstance(given, (list, tuple, set)) else []
+
+
 def common_rank(
-    shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], given: Any
+    shapes: Mapping[str, tuple[int, ...]],
+    counts: Mapping[str, int],
+    given: Any,
+    target_parameters: Collection[str] | None = None,
 ) -> int:
-    """Return the r with k = r (m + n) in every weight, else the given one, else an average."""
-    spans = [sum(matrix_shape(shape)) for shape in shapes.values()]
+    """Return the r with k = r (m + n) in every weight, else the given one, else an average.
+
+    Of a stack of matrices (see `shira.store.names.stack_of`) in each of them.
+    """
+    spans = []
+    for name, shape in shapes.items():
+        matrices, one = stack_of(name, shape, target_parameters)
+        spans.append(matrices * sum(matrix_shape(one)))
     ranks = {k / span for k, span in zip(counts.values(), spans, strict=True) if span}
     if len(ranks) == 1 and (rank := ranks.pop()).is_integer() and rank >= 1:
         return int(rank)

@@ -21,7 +21,14 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError, UnknownAdapterError, did_you_mean
 from shira.store.config import SHAPES_FIELD, with_tied_fingerprints
 from shira.store.header import in_order
-from shira.store.names import base_module_name, full_shape, gathered, unwrapped, weight_name, whole
+from shira.store.names import (
+    base_module_name,
+    full_shape,
+    gathered,
+    name_of_layer,
+    unwrapped,
+    whole,
+)
 from shira.support import Support
 
 
@@ -43,7 +50,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str = "default") -> Adapter
     found: dict[int, SparseDelta] = {}  # layers that are tied to another have its values
     with gathered([layer.shira_weight[adapter_name] for _, layer in layers]):
         for path, layer in layers:
-            name = weight_name(base_module_name(path))
+            name = name_of_layer(path, layer)
             values = layer.shira_weight[adapter_name]
             if id(values) not in found:
                 found[id(values)] = _delta_of_layer(layer, name, adapter_name)
@@ -86,7 +93,7 @@ def _shira_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _delta_of_layer(layer: Any, name: str, adapter_name: str) -> SparseDelta:
-    shape = full_shape(layer.get_base_layer().weight)
+    shape = full_shape(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight")))
     if adapter_name not in layer.shira_indices:
         raise AdapterError(f"{name!r}: adapter {adapter_name!r} has values but no indices")
     try:

@@ -11,7 +11,7 @@ a collective call: every process has to make it. DeepSpeed is imported only if a
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -103,6 +103,44 @@ def _inside(path: str, modules: Container[str]) -> str | None:
 def weight_name(module: str) -> str:
     """Return the parameter name of a module's weight."""
     return f"{module}.weight" if module else "weight"
+
+
+def name_of_layer(path: str, layer: object) -> str:
+    """Return what the base calls the parameter that an adapted layer at a path is for.
+
+    Its ``weight``; of a layer for another parameter of a module that one (``parameter_name``).
+    """
+    module, parameter = base_module_name(path), getattr(layer, "parameter_name", "weight")
+    return f"{module}.{parameter}" if module else str(parameter)
+
+
+def is_parameter(name: str, target_parameters: Collection[str] | None) -> bool:
+    """Return whether ``target_parameters`` names a parameter, wholly or by its end, as PEFT does.
+
+    Example:
+        >>> is_parameter("model.layers.0.mlp.experts.down_proj", ["experts.down_proj"])
+        True
+    """
+    targets = target_parameters or ()
+    return name in targets or any(name.endswith(f".{target}") for target in targets)
+
+
+def stack_of(
+    name: str, shape: Sequence[int], target_parameters: Collection[str] | None
+) -> tuple[int, tuple[int, ...]]:
+    """Return how many matrices a weight holds, and the shape of one.
+
+    A parameter of three dimensions that ``target_parameters`` names is a stack of them, as the
+    experts of a mixture ``[experts, out, in]``: budget and mask are each one's own. All else is
+    one.
+
+    Example:
+        >>> stack_of("mlp.experts.down_proj", (8, 16, 32), ["down_proj"])
+        (8, (16, 32))
+    """
+    if len(shape) == 3 and is_parameter(name, target_parameters):
+        return int(shape[0]), (int(shape[1]), int(shape[2]))
+    return 1, tuple(shape)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -3,7 +3,9 @@
 
 Each adapted module has two tensors, named ``<prefix><module>.shira_weight`` ``(k,)`` and
 ``<prefix><module>.shira_indices`` ``(2, k)``, row and column in the weight as it is stored; weights
-of more than two dimensions count as matrices of ``shape[0]`` rows. The prefix is
+of more than two dimensions count as matrices of ``shape[0]`` rows. A parameter that is no module's
+``weight``, or that ``target_parameters`` names, has its own name in the place of the module's:
+``...mlp.experts.down_proj.shira_weight``. The prefix is
 ``base_model.model.`` or nothing. All other tensors are whole tensors of the base model, by its own
 names: modules that were trained whole (``modules_to_save``), saved embeddings.
 
@@ -39,7 +41,9 @@ from shira.store.config import (
     SHAPES_FIELD,
     TIED_FIELD,
     compose_config,
+    parameters_of,
     read_config,
+    target_parameters_in,
     with_tied_fingerprints,
 )
 from shira.store.header import (
@@ -62,6 +66,7 @@ from shira.store.names import (
     VALUES,
     WEIGHTS_NAME,
     base_module_name,
+    is_parameter,
     weight_name,
 )
 from shira.support import Support, matrix_shape
@@ -141,8 +146,8 @@ def read_peft(path: str | os.PathLike[str]) -> PeftFile:
             raise FileFormatError(
                 f"{weights}: not a SHiRA adapter: none of its {len(others)} tensors is a {VALUES}"
             )
-        tensors = {module: _read_delta(file, key) for module, key in pairs.items()}
-        whole, copies = read_whole(file, others, {weight_name(name) for name in tensors})
+        tensors = {module: _read_delta(file, key, config) for module, key in pairs.items()}
+        whole, copies = read_whole(file, others, {raw.weight_name for raw in tensors.values()})
     read = PeftFile(weights, config, tensors, whole, copies)
     _check_complete(read)
     return read
@@ -317,7 +322,7 @@ def _sort_out(file: TensorFile) -> tuple[dict[str, str], list[str]]:
     return keys, others
 
 
-def _read_delta(file: TensorFile, key: str) -> RawDelta:
+def _read_delta(file: TensorFile, key: str, config: Mapping[str, Any]) -> RawDelta:
     names = f"{key}.{VALUES}", f"{key}.{INDICES}"
     of_values, of_indices = (file.tensors[name] for name in names)
     with refusing(file.path, f"tensor {names[0]!r}"):
@@ -332,7 +337,10 @@ def _read_delta(file: TensorFile, key: str) -> RawDelta:
         if of_indices.shape != (2, k):
             raise EntryError(f"shape {of_indices.shape} is not (2, {k}), as {k} values need")
         coordinates, values = in_order(file.read(names[1]), values)
-    weight = weight_name(base_module_name(key))
+    weight = base_module_name(key)
+    known = weight in (config.get(SHAPES_FIELD) or ())
+    if not known and not is_parameter(weight, target_parameters_in(config)):
+        weight = weight_name(weight)
     return RawDelta(values, coordinates, weight, key, of_indices.dtype)
 
 
@@ -383,7 +391,7 @@ def write_peft(
     Raises:
         ConfigError: If a dtype is not one of the format's, the path is a file, or a field of the
             config cannot be written.
-        AdapterError: If a parameter is no module's ``weight``, a value is not finite in ``dtype``,
+        AdapterError: If a parameter is of no module, a value is not finite in ``dtype``,
             a whole tensor has a dtype that models do not keep, or a row or column does not fit
             ``indices_dtype``.
     """
@@ -409,13 +417,14 @@ def write_peft(
         adapter = Adapter(once, adapter.metadata, adapter.tensors)
     text = compose_config(adapter, fields)
     tensors: dict[str, Tensor] = {}
+    parameters = parameters_of(adapter, fields.get("target_parameters"))
     for name, delta in adapter.items():
-        module, _, kind = name.rpartition(".")
-        if kind != "weight" or not module:
-            raise AdapterError(
-                f"PEFT's format names modules, and {name!r} is not the 'weight' of one"
-            )
-        key = PEFT_PREFIX + module
+        module = name.rpartition(".")[0]
+        if not module:
+            raise AdapterError(f"PEFT's format names modules, and {name!r} is a parameter of none")
+        key = PEFT_PREFIX + (name if name in parameters else module)
+        if f"{key}.{VALUES}" in tensors:
+            raise AdapterError(f"{name!r} would have the name in the file that another has too")
         values = stored(name, delta.values, dtype, tuple(FLOATS.values()))
         tensors[f"{key}.{VALUES}"] = values.clone()  # none may share memory
         tensors[f"{key}.{INDICES}"] = _stored_indices(name, delta, indices_dtype)

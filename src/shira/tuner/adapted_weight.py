@@ -3,15 +3,18 @@
 
 A layer whose class has a forward of its own reads its weight, and so do modules that compute with
 the weight of another: ``F.linear(x, self.fc.weight)``. Both get a tensor that has no memory. It
-answers for shape, dtype and device from the base weight; in ``F.linear``, ``F.embedding`` and
-torch's convolutions it is the product of `shira.ops`, at no cost of its own; anything else is done
-with a copy of the weight that holds the adapter (`shira.ops.adapted_weight`). The gradient comes
-back to the adapter's values in each case. Nothing writes to it.
+answers for shape, dtype and device from the base weight; in ``F.linear``, ``F.embedding``, torch's
+convolutions and matrix products it is the product of `shira.ops`, at no cost of its own. So are the
+products of a mixture's experts: with a matrix of a stack, or with all of them in groups of rows
+(``grouped_mm``, ``bmm``). Anything else is done with a copy of the weight that holds the adapter
+(`shira.ops.adapted_weight`). The gradient comes back to the adapter's values in each case. Nothing
+writes to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +47,13 @@ def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> 
     """
     if not runs_eagerly(*deltas):
         return _made(weight, deltas, inside)
+    return _reading(weight, deltas, inside, False)
+
+
+def _reading(weight: Tensor, deltas: Sequence[Tensor], inside: Inside, flipped: bool) -> Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *deltas)):
-        return _read(inside, weight, *deltas)  # type: ignore[no-any-return]
-    return AdaptedWeight(weight, deltas, inside)
+        return _read(inside, flipped, weight, *deltas)  # type: ignore[no-any-return]
+    return AdaptedWeight(weight, deltas, inside, flipped)
 
 
 class LatestReading:
@@ -83,20 +90,31 @@ class AdaptedWeight(Tensor):
     _inside: Inside
     _seen: list[int | None]
     """`versions_of` weight and deltas when it was read."""
+    _shape: torch.Size
+    _flipped: bool
+    """It is the transposed weight: the last two dimensions have changed places."""
+    _parts: dict[bool, list[tuple[Tensor, ...]]]
+    """Each delta matrix by matrix, with and without a graph: see `_matrix`."""
 
     @staticmethod
-    def __new__(cls, weight: Tensor, deltas: Sequence[Tensor], inside: Inside) -> AdaptedWeight:
+    def __new__(
+        cls, weight: Tensor, deltas: Sequence[Tensor], inside: Inside, flipped: bool = False
+    ) -> AdaptedWeight:
         """Return a tensor of the weight's shape, without memory."""
-        layout: Any = {"strides": weight.stride(), "dtype": weight.dtype, "device": weight.device}
-        self: AdaptedWeight = Tensor._make_wrapper_subclass(cls, weight.shape, **layout)
+        shape, stride = weight.shape, weight.stride()
+        if flipped:
+            shape, stride = weight.mT.shape, weight.mT.stride()
+        layout: Any = {"strides": stride, "dtype": weight.dtype, "device": weight.device}
+        self: AdaptedWeight = Tensor._make_wrapper_subclass(cls, shape, **layout)
         self._weight, self._deltas, self._inside = weight, deltas, inside
-        self._seen = versions_of(weight, *deltas)
+        self._seen, self._flipped, self._parts = versions_of(weight, *deltas), flipped, {}
+        self._shape = shape
         return self
 
     # The three that models ask for at each forward, without the detour of __torch_function__.
     dtype = property(lambda self: self._weight.dtype)  # type: ignore[assignment]
     device = property(lambda self: self._weight.device)  # type: ignore[assignment]
-    shape = property(lambda self: self._weight.shape)  # type: ignore[assignment]
+    shape = property(lambda self: self._shape)  # type: ignore[assignment]
 
     @classmethod
     @torch.compiler.disable(reason="a compiled function that gets it computes with the copy")
@@ -110,9 +128,9 @@ class AdaptedWeight(Tensor):
         if func in _DETACHED:  # with the memory of a copy, what is written to it would be lost
             read = args[0]
             deltas = [delta.detach() for delta in read._deltas]
-            return AdaptedWeight(read._weight.detach(), deltas, read._inside)
-        if func in _PRODUCTS:
-            result = _PRODUCTS[func](*args, **kwargs)
+            return AdaptedWeight(read._weight.detach(), deltas, read._inside, read._flipped)
+        if product := _PRODUCTS.get(func):
+            result = product(*args, **kwargs)
             if result is not None:
                 return result
         _refuse_writing(func, args, kwargs)
@@ -133,7 +151,8 @@ class AdaptedWeight(Tensor):
 
     def _plain(self) -> Tensor:
         self._check()
-        return _made(self._weight, self._deltas, self._inside)
+        made = _made(self._weight, self._deltas, self._inside)
+        return made.mT if self._flipped else made
 
     def _check(self) -> None:
         """Refuse to compute with what is not one weight, or no longer that of the forward."""
@@ -156,14 +175,15 @@ class _Reading(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inside: Inside, weight: Tensor, *deltas: Tensor) -> Tensor:
-        ctx.inside, ctx.deltas = inside, deltas
-        return AdaptedWeight(weight, deltas, inside)
+    def forward(ctx: Any, inside: Inside, flipped: bool, weight: Tensor, *deltas: Tensor) -> Tensor:
+        ctx.inside, ctx.flipped, ctx.deltas = inside, flipped, deltas
+        return AdaptedWeight(weight, deltas, inside, flipped)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad = grad.mT if ctx.flipped else grad
         gradients = ops.value_gradients(grad, ctx.deltas, ctx.inside.indices)
-        return None, grad if ctx.needs_input_grad[1] else None, *gradients
+        return None, None, grad if ctx.needs_input_grad[2] else None, *gradients
 
 
 # The class method of `Function`, without what it does for functorch and for a setup_context.
@@ -263,11 +283,122 @@ def _embedding(
 ) -> Tensor | None:
     if not _is_ours(weight) or _is_ours(input) or max_norm is not None or scale_grad_by_freq:
         return None
+    if weight._flipped:
+        return None
     weight._check()
     base, indices = weight._weight, weight._inside.indices
     if padding_idx is not None and padding_idx < 0:
         padding_idx += base.shape[0]
     return ops.embedding(input, base, weight._deltas, indices, padding_idx=padding_idx)
+
+
+def _matmul(input: Any, other: Any) -> Tensor | None:
+    if not _is_ours(other) or not isinstance(input, Tensor):
+        return None
+    if other.dim() == 3 and input.dim() == 3 and len(input) == len(other):
+        return _in_groups(torch.matmul, input, other)
+    x = _input_of(input, other, None, other._flipped)
+    if other.dim() != 2 or input.dim() < 2 or x is None:
+        return None
+    inside, flipped = other._inside, other._flipped
+    deltas, indices = other._deltas, inside.indices
+    return ops.linear(x, other._weight, None, deltas, indices, transposed=not flipped)
+
+
+def _bmm(input: Any, mat2: Any) -> Tensor | None:
+    if not _is_ours(mat2) or len(input) != len(mat2):
+        return None
+    return _in_groups(torch.bmm, input, mat2)
+
+
+def _in_groups(product: Any, input: Any, weight: Any) -> Tensor | None:
+    """Compute a product of as many matrices as the stack has, each with its own."""
+    x = _input_of(input, weight, None, weight._flipped)
+    if x is None or not _takes_groups(x, weight):
+        return None
+    ends = [at * x.shape[1] for at in range(len(x) + 1)]
+    return _grouped(product, x, weight, lambda: [*pairwise(ends)])
+
+
+def _grouped_mm(function: Any) -> Callable[..., Tensor | None]:
+    def product(
+        mat_a: Any, mat_b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Tensor | None:
+        x = _input_of(mat_a, mat_b, bias, getattr(mat_b, "_flipped", False))
+        plain = isinstance(offs, Tensor) and bias is None and out_dtype is None
+        # autocast leaves these alone
+        if x is None or x.dtype != mat_a.dtype or x.dim() != 2 or not plain:
+            return None
+        if mat_a.dtype != mat_b.dtype or not _takes_groups(x, mat_b):
+            return None
+        return _grouped(
+            lambda x, stack: function(x, stack, offs=offs),
+            *(x, mat_b, lambda: [*pairwise([0, *offs.tolist()])]),
+        )
+
+    return product
+
+
+def _takes_groups(x: Tensor, weight: Any) -> bool:
+    base = weight._weight
+    return base.dim() == 3 and not base.requires_grad and runs_eagerly(x, base, *weight._deltas)
+
+
+def _grouped(product: Any, x: Tensor, weight: Any, rows: Any) -> Tensor:
+    base, deltas, indices = weight._weight, weight._deltas, weight._inside.indices
+    return ops.grouped(product, x, base, deltas, indices, rows, transposed=weight._flipped)
+
+
+def _matrix(weight: Any, index: Any) -> Tensor | None:
+    """Return a matrix of a stack, itself an `AdaptedWeight`: the deltas are cut, not made anew."""
+    if isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point():
+        index = None if index.dtype == torch.bool else int(index)
+    known = isinstance(index, int) and not isinstance(index, bool)
+    if not known or not _is_ours(weight) or weight.dim() != 3 or weight._inside.backend is not None:
+        return None
+    base, inside = weight._weight, weight._inside
+    if not -len(base) <= index < len(base) or not runs_eagerly(base, *weight._deltas):
+        return None
+    weight._check()
+    index %= len(base)
+    pieces = [
+        ops.pieces_of(ops.plan_for([positions], base.shape, base.stride()))
+        for positions in inside.indices
+    ]
+    parts = weight._parts.setdefault(torch.is_grad_enabled(), [])
+    if not parts:
+        parts += [
+            torch.split(delta, piece.sizes)
+            for delta, piece in zip(weight._deltas, pieces, strict=True)
+        ]
+    here = inside._replace(
+        weight_name=f"{inside.weight_name}[{index}]",
+        indices=[piece.indices[index] for piece in pieces],
+    )
+    return _reading(base[index], [part[index] for part in parts], here, weight._flipped)
+
+
+def _transposed(weight: Any, dim0: int = -2, dim1: int = -1) -> Tensor | None:
+    """Return the weight with its last two dimensions in each other's place."""
+    rank = weight.dim()
+    last = sorted(dim % rank for dim in (dim0, dim1) if -rank <= dim < rank)
+    if rank not in (2, 3) or last != [rank - 2, rank - 1] or weight._inside.backend is not None:
+        return None
+    weight._check()
+    return _reading(weight._weight, weight._deltas, weight._inside, not weight._flipped)
+
+
+def _of_matrix(weight: Any) -> Tensor | None:
+    return _transposed(weight) if weight.dim() == 2 else None
+
+
+def _positional(product: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Return a product of functions whose arguments have other names."""
+    return lambda *args, **kwargs: None if kwargs else product(*args)
+
+
+def _getters(names: str) -> set[Any]:
+    return {getattr(Tensor, name).__get__ for name in names.split()}
 
 
 _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
@@ -277,13 +408,33 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution
     ),
     F.embedding: _embedding,
+    **{
+        function: _positional(product)
+        for product, functions in (
+            (_matmul, (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)),
+            (_bmm, (torch.bmm, Tensor.bmm)),
+            (_matrix, (Tensor.__getitem__,)),
+            (_transposed, (torch.transpose, Tensor.transpose, *_getters("mT"))),
+            (_of_matrix, (torch.t, Tensor.t, *_getters("T"))),
+        )
+        for function in functions
+    },
 }
-"""Products that `shira.ops` has; None means to take the copy of the weight."""
+"""What `shira.ops` does without a copy of the weight; None means to take the copy."""
+
+for _function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
+    if _function is not None:
+        _PRODUCTS[_function] = _grouped_mm(_function)
 
 
-def _input_of(x: Any, weight: Any, bias: Any) -> Tensor | None:
+def add_grouped_product(function: Any) -> None:
+    """Have a function ``(x, stack, offs=...)`` computed as ``grouped_mm`` is."""
+    _PRODUCTS[function] = _grouped_mm(function)
+
+
+def _input_of(x: Any, weight: Any, bias: Any, flipped: bool = False) -> Tensor | None:
     ours = _is_ours(weight) and not _is_ours(x) and not _is_ours(bias)
-    if not ours or weight._inside.backend is not None:
+    if not ours or weight._inside.backend is not None or weight._flipped != flipped:
         return None
     weight._check()
     return product_input(x, weight._weight)
@@ -291,10 +442,6 @@ def _input_of(x: Any, weight: Any, bias: Any) -> Tensor | None:
 
 def _is_ours(value: Any) -> bool:
     return isinstance(value, AdaptedWeight)
-
-
-def _getters(names: str) -> set[Any]:
-    return {getattr(Tensor, name).__get__ for name in names.split()}
 
 
 def _methods(names: str) -> set[Any]:

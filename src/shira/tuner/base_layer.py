@@ -17,10 +17,10 @@ import copy
 import enum
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -55,35 +55,56 @@ def members(module: nn.Module, *names: str) -> list[Any]:
     return found
 
 
+class ParameterOf:
+    """A parameter of a module where a layer is expected: it is the layer's weight."""
+
+    def __init__(self, module: nn.Module, parameter_name: str) -> None:
+        self._module, self.parameter_name = base_of(module), parameter_name
+
+    def get_base_layer(self) -> Any:
+        """Return the module."""
+        return self._module
+
+
+Layer: TypeAlias = nn.Module | ParameterOf
+"""A base layer, an adapted one, or what stands for a layer."""
+
+
 def base_of(layer: Any) -> Any:
     """Return the layer that is adapted, under whatever adapts it already."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def weight_of(base_layer: nn.Module) -> Tensor:
-    """Return the layer's weight; of a quantized layer the packed one."""
-    weight = base_layer._parameters.get("weight")
+def weight_of(layer: Layer) -> Tensor:
+    """Return the base layer's weight; of a quantized layer the packed one."""
+    base, name = base_of(layer), _weight_in(layer)
+    weight: Tensor | None = base._parameters.get(name)
     if weight is None:  # computed from others, or GPTQ's
-        with at_rest([base_layer]):
-            return base_layer.weight  # type: ignore[return-value]
+        with at_rest([base]):
+            return getattr(base, name)  # type: ignore[no-any-return]
     return weight
 
 
-def stored_weight(layer: nn.Module) -> Any:
+def stored_weight(layer: Layer) -> Any:
     """Return the base layer's weight as it is stored: packed, in parts, or None (GPTQ)."""
-    base = base_of(layer)
-    return None if is_computed(base) else getattr(base, "weight", None)
+    return None if is_computed(layer) else getattr(base_of(layer), _weight_in(layer), None)
 
 
-def is_computed(base_layer: nn.Module) -> bool:
-    """Return whether the layer's weight is made from other parameters at each use.
+def is_computed(layer: Layer) -> bool:
+    """Return whether the base layer's weight is made from other parameters at each use.
 
     By ``torch.nn.utils.parametrize`` (weight_norm, spectral_norm, orthogonal), or by a hook before
     the forward (the older weight_norm and spectral_norm, pruning).
     """
-    parts = base_layer._parameters
-    made = is_parametrized(base_layer, "weight") or any(n.startswith("weight_") for n in parts)
-    return made and "weight" not in parts
+    base, name = base_of(layer), _weight_in(layer)
+    parts = base._parameters
+    made = is_parametrized(base, name) or any(n.startswith(f"{name}_") for n in parts)
+    return made and name not in parts
+
+
+def _weight_in(layer: Any) -> str:
+    """Return the name of the weight in the base layer."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 @contextmanager
@@ -113,7 +134,7 @@ def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.training = True
 
 
-def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Tensor | None:
+def base_values(layer: Layer, support: Support, gather: bool = False) -> Tensor | None:
     """Return the base's values at a support, ``(k,)``, also if the layer is adapted.
 
     None where they are not there as numbers: on the meta device, or packed by quantization. What
@@ -124,27 +145,40 @@ def base_values(layer: nn.Module, support: Support, gather: bool = False) -> Ten
     if backend_of(base) is not None:
         return None
     with readable(base):
-        weight: Tensor = base.weight
+        weight: Tensor = getattr(base, _weight_in(layer))
         settle(weight)
         overwritten = _overwritten(layer, weight)
         return values_at(whole(weight) if gather else weight, support, *overwritten)
 
 
-def pristine(layer: nn.Module) -> nn.Module:
-    """Return the base layer, to look at; if adapters are in it, a copy with the base's weight."""
+def pristine(layer: Layer) -> nn.Module:
+    """Return the base layer, to look at; if adapters are in it, a copy with the base's weight.
+
+    For another parameter of a module a layer that has just that one, as its ``weight``.
+    """
     base: nn.Module = base_of(layer)
     with readable(base):
         weight = stored_weight(layer)
         settle(weight)
         overwritten = _overwritten(layer, weight)
-        if not overwritten:
+        if not overwritten and _weight_in(layer) == "weight":
             return base
+        if not overwritten:
+            return _holding(weight.detach())
         copied = weight.detach().clone()
         for record in overwritten:
             memory_of(copied).index_copy_(0, record.offsets.long(), record.originals)
+    if _weight_in(layer) != "weight":
+        return _holding(copied)
     stand_in = copy.copy(base)
     stand_in._parameters = {**base._parameters, "weight": nn.Parameter(copied, requires_grad=False)}
     return stand_in
+
+
+def _holding(weight: Tensor) -> nn.Module:
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    return holder
 
 
 def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> None:
@@ -154,12 +188,12 @@ def with_originals(state_dict: dict[str, Any], key: str, layer: nn.Module) -> No
     """
     undo, given = getattr(layer, "_undo", None), state_dict.get(key)
     if isinstance(given, Tensor) and given.data_ptr() == stored_weight(layer).data_ptr():
-        state_dict[key] = stored_weight(pristine(layer)).detach()
+        state_dict[key] = weight_of(pristine(layer)).detach()
         return
     if undo is None or not isinstance(given, Tensor):
         return
     support = Support(undo.plan.weight_shape, undo.plan.flat())
-    found, merged = (values_at(weight, support) for weight in (given, base_of(layer).weight))
+    found, merged = (values_at(weight, support) for weight in (given, stored_weight(layer)))
     if found is None or merged is None or not torch.equal(found.to(merged), merged):
         return
     copied = given.detach().clone(memory_format=torch.contiguous_format)
@@ -184,7 +218,7 @@ def values_at(weight: Tensor, support: Support, *overwritten: Overwritten) -> Te
     return restored(memory_of(weight.detach()).index_select(0, offsets), offsets, *overwritten)
 
 
-def _overwritten(layer: nn.Module, weight: Tensor) -> list[Overwritten]:
+def _overwritten(layer: Layer, weight: Tensor) -> list[Overwritten]:
     """Return what adapters have overwritten in a weight, the latest first."""
     undo = getattr(layer, "_undo", None)
     patch = getattr(weight, "shira_patch", None)  # of `shira.Switch`
@@ -264,21 +298,24 @@ def call_with_hooks(
         return _with_entry(own, place, forward, module, *args, **kwargs)
 
 
-def call_with_weight(
-    module: nn.Module, weight: Callable[[], Tensor], *args: Any, **kwargs: Any
+def call_with_weights(
+    module: nn.Module, weights: Mapping[str, Callable[[], Tensor]], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module, hooks and all, with another weight, made once the hooks before have run."""
+    """Call a module, hooks and all, with other parameters, made once the hooks before have run."""
     with _swapping:
         forward = getattr(module, _place_of_forward(module))
 
-        def with_weight(*args: Any, **kwargs: Any) -> Any:
-            # FSDP1 has a plain attribute in the place of the parameter.
-            entries = module._parameters if "weight" in module._parameters else module.__dict__
-            return _with_entry(entries, "weight", weight(), forward, *args, **kwargs)
+        def with_weights(*args: Any, **kwargs: Any) -> Any:
+            call = forward
+            for name, weight in weights.items():
+                # FSDP1 has a plain attribute in the place of the parameter.
+                entries = module._parameters if name in module._parameters else module.__dict__
+                call = partial(_with_entry, entries, name, weight(), call)
+            return call(*args, **kwargs)
 
         if way_to_call(module, None) is Way.DIRECT:
-            return with_weight(*args, **kwargs)
-        return call_with_hooks(module, with_weight, *args, **kwargs)
+            return with_weights(*args, **kwargs)
+        return call_with_hooks(module, with_weights, *args, **kwargs)
 
 
 def inputs_of(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -17,14 +17,14 @@ from peft.config import PeftConfig
 from peft.tuners.shira.config import ShiraConfig as StockConfig
 from peft.tuners.shira.mask_functions import random_mask
 from peft.utils import PeftType
-from torch import nn
+from torch import Tensor, nn
 
 from shira.errors import ConfigError, MaskError, did_you_mean
 from shira.masks import MASKS, budget, budget_from_density, choose
-from shira.store.names import full_shape
+from shira.store.names import full_shape, is_parameter, stack_of
 from shira.store.patterns import check_patterns, matching
 from shira.support import Support, matrix_shape
-from shira.tuner.base_layer import readable, weight_of
+from shira.tuner.base_layer import Layer, base_of, readable, weight_of
 from shira.tuner.quantized import unpacked
 from shira.tuner.token_rows import checked_tokens
 
@@ -61,6 +61,11 @@ class ShiraConfig(PeftConfig):
         mask_slot: For random masks of one seed: slots 0, 1, 2, ... never share an entry.
         mask_options: Options of the mask, e.g. ``{"largest": False}`` for ``magnitude``,
             ``{"block_size": 64, "score": "magnitude"}`` for ``block``.
+        target_parameters: Names of parameters to adapt beside the modules, as PEFT's `LoraConfig`
+            has them: ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. One of three
+            dimensions is a stack of matrices, as the experts of a mixture ``[experts, out, in]``:
+            each has ``r * (m + n)`` entries and a mask of its own. With ``target_modules=[]``
+            nothing else is adapted; left out, the model's own default targets are too.
         exclude_modules: Names, or a regular expression, of modules not to adapt.
         layers_to_transform: Adapt only the layers of these numbers.
         layers_pattern: Name of the list of layers that the numbers count.
@@ -96,6 +101,7 @@ class ShiraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     save_dtype: str | None = None
+    target_parameters: list[str] | None = None
     base_fingerprint: dict[str, str] | None = None
     base_fingerprint_rounded: dict[str, list[str]] | None = None
     shira_shapes: dict[str, list[int]] | None = None
@@ -141,6 +147,14 @@ class ShiraConfig(PeftConfig):
     def _check_targets(self) -> None:
         check_patterns(vars(self))
         self.trainable_token_indices = checked_tokens(self.trainable_token_indices)
+        if isinstance(names := self.target_parameters, (str, bytes)) or (
+            names is not None and not all(isinstance(name, str) for name in names)
+        ):
+            raise ConfigError(
+                f"`target_parameters` must be a list of strings or None, not {names!r}"
+            )
+        if names is not None:
+            self.target_parameters = sorted(set(names))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(names))
@@ -174,22 +188,34 @@ class ShiraConfig(PeftConfig):
             )
         return None
 
-    def builtin_mask(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+    def builtin_mask(self, base_layer: Layer, r: int, *, name: str = "", **_: Any) -> Support:
         """Return the built-in mask of a layer, as ``mask_fn``; errors as `shira.masks.choose`."""
         shape, looks = full_shape(weight_of(base_layer)), "weight" in self.mask_needs
-        with readable(base_layer) if looks else nullcontext():
+        layer = base_of(base_layer)
+        with readable(layer) if looks else nullcontext():
             # a packed weight is dequantized for as long as it is looked at
-            weight = unpacked(base_layer) if looks else None
+            weight = unpacked(layer) if looks else None
             if looks and weight is None:
                 raise MaskError(
                     f"{name}: the mask is chosen by the weight's values, but they are quantized in "
                     "a way that cannot be unpacked; choose by position: mask_type 'random', "
                     "'struct', 'block' or 'block_diagonal'"
                 )
-            k = self.entries(shape, r, name)
+            k, matrices = self.entries(shape, r, name), self._stack(name, shape)[0]
             options: dict[str, Any] = {"slot": self.mask_slot, **(self.mask_options or {})}
             options |= {"weight": weight, "seed": self.draw_seed(), "name": name}
-            return choose(self.mask_type, shape, k, **options)
+            return choose(self.mask_type, shape, k, matrices=matrices, **options)
+
+    def choose_by_gradient(self, name: str, weight: Tensor, gradient: Tensor) -> Support:
+        """Return the mask of a weight whose accumulated gradient is known, for `calibrate`."""
+        shape = tuple(gradient.shape)
+        k, matrices = self.entries(shape, self.rank_of(name), name), self._stack(name, shape)[0]
+        options: dict[str, Any] = {"weight": weight, "gradient": gradient, "name": name}
+        options |= self.mask_options or {}
+        return choose(self.mask_type, shape, k, matrices=matrices, **options).to("cpu")
+
+    def _stack(self, name: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        return stack_of(name, shape, self.target_parameters)
 
     def draw_seed(self) -> int:
         """Return the seed of the mask; drawn and recorded now if there was none."""
@@ -208,12 +234,25 @@ class ShiraConfig(PeftConfig):
         spec = MASKS.get(self.mask_type)
         return frozenset() if spec is None else spec.needs_with(self.mask_options)
 
-    def rank_of(self, module: str) -> int:
-        """Return the r of a module of the base model: that of the first pattern, else ``r``."""
-        return matching(self.rank_pattern, module, self.r)
+    def rank_of(self, name: str) -> int:
+        """Return the r of a parameter of the base model: that of the first pattern, else ``r``.
+
+        Patterns are of its module; of one that ``target_parameters`` names, of itself.
+        """
+        return matching(self.rank_pattern, self._ranked(name), self.r)
+
+    def has_rank(self, name: str, pattern: str) -> bool:
+        """Return whether a pattern of `rank_pattern` is for a parameter of the base model."""
+        return matching({pattern: True}, self._ranked(name), False)
+
+    def _ranked(self, name: str) -> str:
+        itself = is_parameter(name, self.target_parameters)
+        return name if itself else name.removesuffix(".weight")
 
     def entries(self, shape: tuple[int, ...], r: int, name: str) -> int:
         """Return the budget k of a weight: from ``density`` if given, else r * (m + n).
+
+        Of a stack of matrices that is each one's budget, times their number.
 
         Args:
             shape: Of the weight as stored.
@@ -223,17 +262,20 @@ class ShiraConfig(PeftConfig):
         Raises:
             MaskError: If the weight has fewer entries.
         """
-        rows, cols = matrix_shape(shape)
+        matrices, one = self._stack(name, shape)
+        rows, cols = matrix_shape(one)
         if self.density is not None:
-            return budget_from_density(rows * cols, self.density, name=name)
+            return matrices * budget_from_density(rows * cols, self.density, name=name)
         try:
-            return budget(rows, cols, r, name=name)
+            return matrices * budget(rows, cols, r, name=name)
         except MaskError as error:
             largest, module = rows * cols // max(1, rows + cols), name.removesuffix(".weight")
             tail = module.rpartition(".")[2]
             layer = module if tail.isdigit() else tail
             own = f". Give it its own rank, rank_pattern={{{layer!r}: {largest}}}, or a density"
             advice = f"or leave the layer out: exclude_modules=[{layer!r}]"
+            if is_parameter(name, self.target_parameters):
+                advice = "or leave it out of target_parameters"
             raise MaskError(f"{error}{own if largest else ''}, {advice}") from None
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from shira.tuner.adapted_weight import (
 from shira.tuner.base_layer import (
     Way,
     call_with_hooks,
-    call_with_weight,
+    call_with_weights,
     gather_for_call,
     has_hooks_of_users,
     inputs_of,
@@ -65,7 +65,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         chosen: A hash of the positions that each adapter's configuration led to.
         base_reloaded: Whether a state dict has been loaded into the base weight since.
         weight_name: Of the weight, in the base model; empty if not known.
+        parameter_name: Of the weight, in the base layer.
     """
+
+    parameter_name = "weight"
+    _key_of_base = "base_layer.weight"
+    """Of the base's weight in the layer's state dict."""
 
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices", "chosen")
@@ -115,7 +120,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._gradient_watch: Any = None  # a GradientWatch, until the first backward pass
         self._reading = LatestReading()
         self.weight_name = ""
-        self.weight_shape = full_shape(weight_of(self.get_base_layer()))
+        self.weight_shape = full_shape(weight_of(self))
         self.fan_in_fan_out = self._stores_input_first()
         sizes = matrix_shape(self.weight_shape)
         self.in_features, self.out_features = sizes if self.fan_in_fan_out else sizes[::-1]
@@ -261,10 +266,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # What is loaded belongs to the base and the adapters, not to what a merge made of them: the
         # merged ones are taken out before and put in again when all is loaded.
-        self.base_reloaded |= f"{prefix}base_layer.weight" in state_dict
+        self.base_reloaded |= prefix + self._key_of_base in state_dict
         keys = [f"{kind}.{name}" for kind in (VALUES, INDICES) for name in self.merged_adapters]
-        if keys and any(prefix + key in state_dict for key in ("base_layer.weight", *keys)):
-            with_originals(state_dict, f"{prefix}base_layer.weight", self)
+        if keys and any(prefix + key in state_dict for key in (self._key_of_base, *keys)):
+            with_originals(state_dict, prefix + self._key_of_base, self)
             self._merge_after_loading = list(self.merged_adapters)
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -288,7 +293,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return
         self.check_mergeable(adapter_names)
         together = [*self.merged_adapters, *adapter_names]
-        weight = weight_of(self.get_base_layer())
+        weight = weight_of(self)
         before, names = self._undo, self.merged_adapters
         with torch.no_grad():
             merge_into(
@@ -311,26 +316,26 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             MergeError: If it is packed by quantization, computed from other parameters, its entries
                 share memory, or this process has a part of it only.
         """
-        base, backend = self.get_base_layer(), self.quantization_backend
+        backend = self.quantization_backend
         if backend is not None:
             kind = getattr(backend, "backend_name", "") or type(backend).__name__
             why = (
                 f"a quantized weight ({kind}): packing it again would round most of the deltas "
                 "away and change the weights around them. Load the base model unquantized first"
             )
-        elif is_computed(base):
+        elif is_computed(self):
             why = (
                 "a weight that is computed from other parameters (weight_norm, spectral_norm, "
                 "orthogonal, pruning): it would be computed anew without them. Remove the "
                 "parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
                 "prune.remove)"
             )
-        elif is_sharded(weight_of(base)):
+        elif is_sharded(weight_of(self)):
             why = (
                 "a weight of which this process has a part only (FSDP2, ZeRO-3). Save the adapter "
                 "and merge it into a model in one process"
             )
-        elif overlaps_itself(weight_of(base)):
+        elif overlaps_itself(weight_of(self)):
             why = (
                 "a weight whose entries share memory (an expanded tensor), so that writing one "
                 "writes others. Clone the weight first"
@@ -348,7 +353,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with torch.no_grad():
-            weight = weight_of(self.get_base_layer())
+            weight = weight_of(self)
             self._undo.restore(weight, lambda: self._note_merged([], None))
 
     def merge_only(self, adapter_names: Sequence[str]) -> None:
@@ -371,12 +376,16 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
         The base weight itself while no adapter is in effect; ``get_base_layer().weight`` always is.
         """
-        if self._disable_adapters and self.merged_adapters:
-            self.unmerge()  # as the forward does
         base: Any = self._modules["base_layer"]
         weight: Tensor | None = base._parameters.get("weight")
         if weight is None:  # GPTQ's packed weight, a computed one, one that FSDP1 has
             weight = super().weight
+        return self._with_adapters(weight)
+
+    def _with_adapters(self, weight: Tensor) -> Tensor:
+        """Return the base's weight as read from outside: with the adapters in effect."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()  # as the forward does
         names = self._in_effect()
         # A packed weight (bitsandbytes) is of use to its own library alone; where a weight is
         # offloaded, there is none now; within the base layer's own forward it is adapted already.
@@ -433,12 +442,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         if way is Way.OWN:
 
             def weight() -> Tensor:
-                return adapted_weight(weight_of(base), *self._parts_in_use(adapter_names))
+                return adapted_weight(weight_of(self), *self._parts_in_use(adapter_names))
 
             if torch.compiler.is_compiling():
                 return torch.func.functional_call(base, {"weight": weight()}, args, kwargs)
             self._warn_once_about_module_hooks()
-            return call_with_weight(base, weight, *args, **kwargs)
+            return call_with_weights(base, {"weight": weight}, *args, **kwargs)
         inputs = args if len(args) == 1 and not kwargs else inputs_of(base, args, kwargs)
         deltas, indices = self._in_use(adapter_names)
         if way is Way.DIRECT:

@@ -25,7 +25,14 @@ from shira.errors import FileFormatError, ShiraError, SupportError, did_you_mean
 from shira.store import PeftFile, read_peft, validate_against
 from shira.store.config import TIED_FIELD
 from shira.store.header import EntryError, check_values, in_order
-from shira.store.names import INDICES, VALUES, bare_name, base_module_name, weight_name
+from shira.store.names import (
+    INDICES,
+    VALUES,
+    bare_name,
+    base_module_name,
+    is_parameter,
+    weight_name,
+)
 from shira.support import Support
 from shira.tuner.base_layer import base_values
 from shira.tuner.config import ShiraConfig
@@ -59,17 +66,19 @@ def read_incoming(config: ShiraConfig, model: nn.Module) -> dict[str, Support] |
     file = read_peft(source)
     shapes = shapes_of(model)
     validate_against(file, shapes)
-    layers: dict[str, nn.Module] = {}  # an adapted layer rather than the base layer inside it
+    layers: dict[str, Any] = {}  # an adapted layer rather than the base layer inside it
     matched = matched_modules(config, model)
-    for path, module in matched.modules.items():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            layers.setdefault(weight_name(base_module_name(path)), module)
+    for target in matched.targets:
+        if target.of_parameter or isinstance(getattr(target.layer, "weight", None), Tensor):
+            layers.setdefault(target.name, target.layer)
     _check_tied(file, matched)
     present = {raw.weight_name for raw in file.tensors.values()}
     for name in sorted(layers.keys() ^ present):
-        why = f"unknown target: {name!r} is in the file, but not among the config's target_modules"
+        field = "target_parameters" if is_parameter(name, config.target_parameters) else ""
+        field = field or "target_modules"
+        why = f"unknown target: {name!r} is in the file, but not among the config's {field}"
         if name in layers:
-            why = f"missing target: the config's target_modules name {name!r}, the file has none"
+            why = f"missing target: the config's {field} name {name!r}, the file has none"
         raise FileFormatError(f"{file.path}: {why}")
     _check_whole(file, config, model, shapes)
     rows = {weight_name(base_module_name(path)) for path in matched.rows}

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shira.errors import ConfigError, MaskError, MergeError, TargetError, did_you_mean
-from shira.masks import MASKS, choose, custom_support
-from shira.store.names import base_module_name, full_shape, weight_name
+from shira.masks import MASKS, custom_support
+from shira.store.names import full_shape
 from shira.support import Support
-from shira.tuner.base_layer import base_of, pristine, readable, weight_of
+from shira.tuner.base_layer import Layer, ParameterOf, base_of, pristine, readable, weight_of
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.layers import layer_class_of
 from shira.tuner.quantized import backend_of
-from shira.tuner.targets import checked_targets
+from shira.tuner.targets import check_target, checked_targets
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -47,7 +47,7 @@ class SupportTable:
     def __init__(self, supports: Mapping[str, Support]) -> None:
         self.supports = dict(supports)
 
-    def __call__(self, base_layer: nn.Module, r: int, *, name: str = "", **_: Any) -> Support:
+    def __call__(self, base_layer: Any, r: int, *, name: str = "", **_: Any) -> Support:
         """Return the layer's support, by its parameter name; MaskError if there is none."""
         try:
             return self.supports[name]
@@ -59,13 +59,13 @@ class SupportTable:
             ) from None
 
 
-def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -> Support:
+def support_of_layer(config: ShiraConfig, layer: Layer, name: str, r: int) -> Support:
     """Choose the entries to train in one layer, which may be adapted already; on the CPU.
 
     Masks see the base, also while adapters are merged into its weight. An adapter that is about to
     be read from a file, whose mask cannot be made again, gets one of the right size.
     """
-    mask_fn, shape = config.mask_fn, full_shape(weight_of(base_of(layer)))
+    mask_fn, shape = config.mask_fn, full_shape(weight_of(layer))
     builtin = getattr(mask_fn, "__func__", None) is ShiraConfig.builtin_mask
     from_gradients = builtin and "gradient" in config.mask_needs
     if config.inference_mode and (mask_fn is None or from_gradients):
@@ -76,10 +76,10 @@ def support_of_layer(config: ShiraConfig, layer: nn.Module, name: str, r: int) -
             f"set; built in are {', '.join(MASKS)}.{did_you_mean(config.mask_type, MASKS)}"
         )
     if isinstance(mask_fn, SupportTable):
-        return mask_fn(base_of(layer), r, name=name).to("cpu")
+        return mask_fn(None, r, name=name).to("cpu")
     if builtin:
-        seen = pristine(layer) if "weight" in config.mask_needs else base_of(layer)
-        return config.builtin_mask(seen, r, name=name).to("cpu")
+        looks = "weight" in config.mask_needs
+        return config.builtin_mask(pristine(layer) if looks else layer, r, name=name).to("cpu")
     base_layer, given = pristine(layer), {"name": name, "random_seed": config.random_seed}
     with readable(base_layer):
         mask: Tensor | Support = mask_fn(base_layer, r, **_accepted(mask_fn, given))
@@ -143,7 +143,7 @@ def calibrate(
             f"calibration; those that are: {', '.join(known)}, and 'block' with "
             f"mask_options={{'score': 'grad'}} or 'snip'"
         )
-    layers = _target_layers(model, config)
+    layers = _target_weights(model, config)
     group_size = len(layers) if group_size is None else group_size
     if group_size < 1:
         raise ConfigError(f"group_size is at least 1, not {group_size}")
@@ -159,8 +159,8 @@ def calibrate(
             title = f"Calibrating {number}/{len(groups)}" if len(groups) > 1 else "Calibrating"
             shown = tqdm(batches, desc=title, disable=None if progress else True)
             scores = _gradient_magnitudes(model, group, shown, loss_fn or _loss_of_output)
-            for name, layer in group:
-                supports[name] = _choose(config, name, layer, scores.pop(name))
+            for name, weight in group:
+                supports[name] = _choose(config, name, weight, scores.pop(name))
     config.mask_fn = SupportTable(supports)
     return config
 
@@ -179,8 +179,8 @@ def _refuse_merged(model: nn.Module) -> None:
             )
 
 
-def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any]]:
-    if config.target_modules is None:
+def _target_weights(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any]]:
+    if config.target_modules is None and not config.target_parameters:
         model_type = str(BaseTuner.get_model_config(model).get("model_type"))
         targets = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING.get(model_type)
         if targets is None:
@@ -189,17 +189,24 @@ def _target_layers(model: nn.Module, config: ShiraConfig) -> list[tuple[str, Any
             )
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     matched = checked_targets(config, model, some=True)
-    layers = [(name, matched.modules[name]) for name in matched.by_name]
-    for name, layer in layers:
-        weight = getattr(layer, "weight", None)
-        if layer_class_of(layer) is None or not isinstance(weight, Tensor):
-            raise TargetError(f"{name} ({type(layer).__name__}) cannot be adapted")
-        if not weight.is_floating_point() or backend_of(layer) is not None:
+    found: list[tuple[str, Any]] = []
+    for target in matched.targets:
+        if not target.of_parameter and target.path not in matched.by_name:
+            continue
+        layer, held = target.layer, isinstance(target.layer, ParameterOf)
+        known = held or (layer_class_of(layer) and hasattr(layer, "weight"))
+        weight = weight_of(layer) if known else None
+        if not isinstance(weight, Tensor):
+            raise TargetError(f"{target.path} ({type(layer).__name__}) cannot be adapted")
+        if not weight.is_floating_point() or backend_of(base_of(layer)) is not None:
             raise TargetError(
-                f"{name}: a quantized weight ({type(weight).__name__}, {weight.dtype}) has no "
-                "gradient; calibrate on the unquantized model, and use the config on this one"
+                f"{target.path}: a quantized weight ({type(weight).__name__}, {weight.dtype}) has "
+                "no gradient; calibrate on the unquantized model, and use the config on this one"
             )
-    return [(weight_name(base_module_name(name)), layer) for name, layer in layers]
+        if held:
+            check_target(target)
+        found.append((target.name, weight))
+    return found
 
 
 def _gradient_magnitudes(
@@ -217,9 +224,9 @@ def _gradient_magnitudes(
             totals[name] = gradient.to_dense().abs_().float()
 
     try:
-        for name, layer in group:
-            layer.weight.requires_grad_(True)
-            handles.append(layer.weight.register_post_accumulate_grad_hook(partial(collect, name)))
+        for name, weight in group:
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(partial(collect, name)))
         count = 0
         for batch in batches:
             # a mapping of its own: some move in place, and some cannot be made of their entries
@@ -230,28 +237,25 @@ def _gradient_magnitudes(
     finally:
         for handle in handles:
             handle.remove()
-        for _, layer in group:
-            layer.weight.requires_grad_(False)
+        for _, weight in group:
+            weight.requires_grad_(False)
     if not count:
         raise ConfigError("there are no batches to calibrate on")
-    for name, layer in group:
+    for name, weight in group:
         if name not in totals:
             warnings.warn(
                 f"{name}: no gradient reached it on the calibration batches; its mask falls on the "
                 "first entries",
                 stacklevel=3,
             )
-            totals[name] = torch.zeros_like(layer.weight, dtype=torch.float32)
+            totals[name] = torch.zeros_like(weight, dtype=torch.float32)
     return totals
 
 
-def _choose(config: ShiraConfig, name: str, layer: Any, score: Tensor) -> Support:
-    shape = tuple(score.shape)
-    k = config.entries(shape, config.rank_of(name.removesuffix(".weight")), name)
+def _choose(config: ShiraConfig, name: str, weight: Tensor, score: Tensor) -> Support:
     if not torch.isfinite(score).all():
         raise MaskError(f"{name}: its gradient is not finite on the calibration batches")
-    given = {"weight": layer.weight.detach(), "gradient": score, **(config.mask_options or {})}
-    return choose(config.mask_type, shape, k, name=name, **given).to("cpu")
+    return config.choose_by_gradient(name, weight.detach(), score)
 
 
 @contextmanager

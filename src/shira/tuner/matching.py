@@ -1,23 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules that a configuration adapts: by name, for rows of tokens, and for a shared weight."""
+"""All that a configuration adapts: modules and parameters by name, rows of tokens, shared weights.
+
+Modules with rows of tokens, and those that share a weight, are matched together: see `Matched`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from shira.errors import TargetError
-from shira.store.names import is_sharded
-from shira.tuner.base_layer import stored_weight
+from shira.store.names import is_parameter, is_sharded, name_of_layer
+from shira.tuner.base_layer import ParameterOf, stored_weight
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
+from shira.tuner.parameter import ParamWrapper, wrapper_of
 from shira.tuner.token_rows import token_rows
+
+
+class Target(NamedTuple):
+    """A layer, or a parameter of a module, that a configuration names."""
+
+    path: str
+    """Of the module in the model, as PEFT has it."""
+    layer: Any
+    """The layer, adapted already or not; for a parameter what adapts it, or a `ParameterOf`."""
+
+    @property
+    def of_parameter(self) -> bool:
+        """A parameter is named, and no layer."""
+        return isinstance(self.layer, (ParameterOf, ParamWrapper))
+
+    @property
+    def name(self) -> str:
+        """Of the parameter, in the base model."""
+        return name_of_layer(self.path, self.layer)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module in the model."""
+        held = isinstance(self.layer, ParameterOf)
+        return self.layer.get_base_layer() if held else self.layer  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -32,10 +62,17 @@ class Matched:
     """Of these, those with entries of their own, as ``target_modules`` names them."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Further modules that share the weight of one of these, and which."""
+    parameters: Sequence[Target] = ()
+    """Parameters of modules, as ``target_parameters`` names them."""
+
+    @property
+    def targets(self) -> list[Target]:
+        """The modules that have the adapter, and the parameters."""
+        return [*(Target(path, layer) for path, layer in self.modules.items()), *self.parameters]
 
 
 def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
-    """Return the modules that a configuration names, as PEFT matches them.
+    """Return the modules and parameters that a configuration names, as PEFT matches them.
 
     With ``ensure_weight_tying``, and for token rows always, the first of the modules that share a
     weight stands for all of them.
@@ -44,7 +81,8 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     found = [name for name in everything if name and check_target_module_exists(config, name)]
     rows = token_rows(config.trainable_token_indices, model)
     if not rows and not config.ensure_weight_tying:
-        return Matched({name: everything[name] for name in found}, {}, found)
+        modules = {name: everything[name] for name in found}
+        return Matched(modules, {}, found, {}, matched_parameters(config, model))
     owners = owners_of(model)
     own_rows: dict[str, list[int]] = {}
     for name, tokens in rows.items():
@@ -66,7 +104,41 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     for_all = adapted if config.ensure_weight_tying else own_rows.keys()
     tied = {name: owner for name, owner in owners.items() if owner in for_all}
     modules = {name: module for name, module in everything.items() if name in adapted}
-    return Matched(modules, own_rows, found, tied)
+    return Matched(modules, own_rows, found, tied, matched_parameters(config, model))
+
+
+def matched_parameters(config: ShiraConfig, model: nn.Module) -> list[Target]:
+    """Return what ``target_parameters`` names: paths are those of the modules as they are called.
+
+    That is of the outermost of the layers around a module that adapt its parameters.
+    """
+    if not config.target_parameters:
+        return []
+    found, tuners = [], set()
+    for path, module in model.named_modules():
+        above, _, part = path.rpartition(".")
+        if isinstance(module, BaseTunerLayer) or (above in tuners and part != "base_layer"):
+            tuners.add(path)  # and what is in it, but for its base layer
+            continue
+        parameters = [*module._parameters]
+        if is_parametrized(module):
+            parameters += [*module.parametrizations]  # type: ignore[arg-type]
+        for parameter in parameters:
+            target = Target(path, ParameterOf(module, parameter))
+            if is_parameter(target.name, config.target_parameters):
+                outer = _outermost(path, model)
+                adapted = wrapper_of(model.get_submodule(outer), parameter)
+                found.append(Target(outer, adapted or target.layer))
+    return found
+
+
+def _outermost(path: str, model: nn.Module) -> str:
+    while path.endswith("base_layer"):
+        above = path.rpartition(".")[0]
+        if not isinstance(model.get_submodule(above), BaseTunerLayer):
+            break
+        path = above
+    return path
 
 
 def owners_of(model: nn.Module) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 from peft.tuners.lora.model import LoraModel
@@ -17,14 +17,24 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES, EMBEDDING_LAYER_NAMES
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from shira.base import fingerprint_fields
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean
 from shira.ops.memory import MemoryMap, make_private
-from shira.store.names import base_module_name, full_shape, weight_name, without_wrappers
+from shira.store.names import full_shape, name_of_layer, without_wrappers
 from shira.support import Support
-from shira.tuner.base_layer import at_rest, base_of, base_values, readable, weight_of
+from shira.tuner.base_layer import (
+    Layer,
+    ParameterOf,
+    at_rest,
+    base_of,
+    base_values,
+    readable,
+    weight_of,
+)
 from shira.tuner.config import ShiraConfig, as_ours
 from shira.tuner.gradient_watch import GradientWatch
 from shira.tuner.indices import ignore_in_ddp, ignored_by_ddp, new_models
@@ -32,8 +42,9 @@ from shira.tuner.layer import ShiraLayer, trainable_as_before
 from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
-from shira.tuner.matching import Matched, owners_of
+from shira.tuner.matching import Matched, Target, matched_parameters, owners_of
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
+from shira.tuner.parameter import ParamWrapper, wrapper_of
 from shira.tuner.quantized import backend_of
 from shira.tuner.rollback import as_it_was, merges_of
 from shira.tuner.saving import (
@@ -41,6 +52,7 @@ from shira.tuner.saving import (
     fused_adapter,
     in_few_bytes,
     is_elsewhere,
+    keys_in_file,
     layers_of,
     watch,
     whole_state,
@@ -89,7 +101,7 @@ class ShiraModel(BaseTuner):
         """Check everything that can be checked, then let PEFT put the layers in."""
         config = self.peft_config[adapter_name] = as_ours(self.peft_config[adapter_name])
         self._memory_map: MemoryMap | None = MemoryMap()
-        self._chosen: dict[str, Support] = {}
+        self._chosen: dict[str, Support] = {}  # by the parameter's name
         self._matched = Matched({})
         tokens = config.trainable_token_indices
         try:
@@ -102,11 +114,13 @@ class ShiraModel(BaseTuner):
                 incoming = read_incoming(config, model)
                 if by_name:
                     self._chosen = {
-                        key: choose_entries(config, key, module, incoming, self._matched)
-                        for key, module in self._matched.modules.items()
+                        target.name: choose_entries(config, target, incoming, self._matched)
+                        for target in self._matched.targets
                     }
             config.trainable_token_indices = None  # PEFT has a layer of its own for them
-            with as_it_was(self), at_rest(model.modules()):
+            with as_it_was(self), at_rest(model.modules()), warnings.catch_warnings():
+                if config.target_parameters:  # PEFT looks for a pattern's match in modules alone
+                    warnings.filterwarnings("ignore", "The following rank_pattern keys did not")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self._tie(model)
             config._just_read = config._just_read or config._where
@@ -124,7 +138,7 @@ class ShiraModel(BaseTuner):
             module, layer = model.get_submodule(name), model.get_submodule(owner)
             if isinstance(layer, ShiraLayer) and not isinstance(module, ShiraLayer):
                 tied = tied_layer(module, layer)
-                tied.weight_name = weight_name(base_module_name(name))
+                tied.weight_name = name_of_layer(name, tied)
                 parent, _, child = name.rpartition(".")
                 self._replace_module(model.get_submodule(parent), child, tied, module)
                 self.targeted_module_names.append(name)
@@ -148,35 +162,68 @@ class ShiraModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         config = as_ours(peft_config)
+        layer: Any = target
+        if parameter_name is not None:
+            layer = wrapper_of(target, parameter_name) or ParameterOf(target, parameter_name)
+        at = Target(current_key, layer)
+        name, r = at.name, config.rank_of(at.name)
         # The mixed model, and an injection by state dict, come here without a choice made before.
-        support = getattr(self, "_chosen", {}).get(current_key)
+        support = getattr(self, "_chosen", {}).get(name)
         if support is None:
             if not isinstance(self, ShiraModel) and config.ties_or_tokens:
                 raise ConfigError(
                     "a PeftMixedModel has neither ensure_weight_tying nor trainable_token_indices "
                     "of SHiRA's; use get_peft_model"
                 )
-            support = choose_entries(config, current_key, target)
-        name, r = weight_name(base_module_name(current_key)), config.rank_of(current_key)
+            support = choose_entries(config, at)
         layer_class: Any = layer_class_of(base_of(target))
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
+        if parameter_name is not None:
+            layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
         # PEFT moves what is new to where the weight is: not to the meta device, if it is offloaded
         with readable(base_of(target)):
-            if isinstance(target, ShiraLayer):
-                target.update_layer(adapter_name, support, r, config=config, **kwargs)
+            if isinstance(layer, ShiraLayer):
+                layer.update_layer(adapter_name, support, r, config=config, **kwargs)
                 if adapter_name == REFERENCE:
-                    self._copy_adapter_of_same_config(target, config)
+                    self._copy_adapter_of_same_config(layer, config)
             else:
                 packed = backend_of(base_of(target)) is not None  # such is never written to
-                if not packed and isinstance(weight := target.weight, nn.Parameter):
+                if not packed and isinstance(weight := weight_of(layer), nn.Parameter):
                     make_private(weight, getattr(self, "_memory_map", None), warn=False)
                 new_module = layer_class(target, support, adapter_name, config, r, **kwargs)
                 if adapter_name not in self.active_adapters:
                     new_module.requires_grad_(False)
                 new_module.weight_name = name
                 self._replace_module(parent, target_name, new_module, target)
-            _record(config, target, name, support)
+            _record(config, layer, name, support)
             watch(config, self.model, adapter_name)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put wrappers around the modules whose parameters a configuration names."""
+        config, found = as_ours(peft_config), []
+        for path, layer in matched_parameters(config, model):
+            parent, target, child_name = _get_submodules(model, path)
+            # Around a module, wrappers are in the order of its parameters, the last outermost.
+            order = [*base_of(target)._parameters].index
+            while isinstance(target, ParamWrapper) and (
+                order(target.parameter_name) > order(layer.parameter_name)
+            ):
+                parent, target, child_name = target, target.base_layer, "base_layer"
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    config, adapter_name, target, child_name, parent, path, layer.parameter_name
+                )
+            found.append(name_of_layer(path, layer))
+        return found
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        known = model_config.get("model_type") in self.target_module_mapping
+        parameters = getattr(peft_config, "target_parameters", None)
+        if peft_config.target_modules is None and parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _copy_adapter_of_same_config(self, layer: ShiraLayer, config: ShiraConfig) -> None:
         """TRL adds its reference with the policy's config object and means a copy of the policy.
@@ -315,7 +362,7 @@ class ShiraModel(BaseTuner):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             for path, layer in layers_of(self.model, adapter_name).items():
-                values = fused[weight_name(base_module_name(path))].values
+                values = fused[name_of_layer(path, layer)].values
                 values = values.to(layer.shira_weight[adapter_name].device, copy=True)
                 layer.shira_weight[adapter_name] = nn.Parameter(values, requires_grad=False)
             for wrapper, owner in trained_whole.values():
@@ -376,7 +423,8 @@ class ShiraModel(BaseTuner):
         result: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        result = {without_wrappers(key): tensor for key, tensor in result.items()}
+        stored = keys_in_file(model, adapter_name)
+        result = {without_wrappers(stored.get(key, key)): tensor for key, tensor in result.items()}
         return in_few_bytes(result, config.save_dtype)
 
     @classmethod
@@ -387,6 +435,10 @@ class ShiraModel(BaseTuner):
             return state_dict
         # Modules trained whole have the model's own names here; their shapes are PEFT's to compare.
         state_dict = named_for_loading(model, adapter_name, state_dict, loaded_whole=True)
+        suffix = f".{adapter_name}"
+        stored = keys_in_file(model, adapter_name).items()
+        inside = {key.removesuffix(suffix): own.removesuffix(suffix) for own, key in stored}
+        state_dict = {inside.get(key, key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -440,8 +492,7 @@ class _Configs(dict[str, Any]):
 
 def choose_entries(
     config: ShiraConfig,
-    key: str,
-    target: nn.Module,
+    target: Target,
     incoming: dict[str, Support] | None = None,
     matched: Matched | None = None,
 ) -> Support:
@@ -449,20 +500,20 @@ def choose_entries(
 
     With rows of tokens they are those, and the target's own beside them if it is matched by name.
     """
-    check_target(key, target)
-    name = weight_name(base_module_name(key))
+    check_target(target)
+    name = target.name
     if incoming is not None and name in incoming:
         return incoming[name]
-    rows = None if matched is None else matched.rows.get(key)
+    rows = None if matched is None or target.of_parameter else matched.rows.get(target.path)
     if rows is None or matched is None:
-        return support_of_layer(config, target, name, config.rank_of(key))
-    whole = support_of_rows(full_shape(weight_of(base_of(target))), rows)
-    if key not in matched.by_name:
+        return support_of_layer(config, target.layer, name, config.rank_of(name))
+    whole = support_of_rows(full_shape(weight_of(target.layer)), rows)
+    if target.path not in matched.by_name:
         return whole
-    return support_of_layer(config, target, name, config.rank_of(key)).union(whole)
+    return support_of_layer(config, target.layer, name, config.rank_of(name)).union(whole)
 
 
-def _record(config: ShiraConfig, layer: nn.Module, name: str, support: Support) -> None:
+def _record(config: ShiraConfig, layer: Layer, name: str, support: Support) -> None:
     """Write into the config what a reader of the saved file needs to know of the base."""
     config.shira_shapes = {**(config.shira_shapes or {}), name: list(support.shape)}
     values = base_values(layer, support)

@@ -32,12 +32,11 @@ from shira.store.config import SHAPES_FIELD, common_rank
 from shira.store.names import (
     INDICES,
     VALUES,
-    base_module_name,
     gathered,
     is_partitioned,
     is_sharded,
+    name_of_layer,
     own_names,
-    weight_name,
     whole,
 )
 from shira.tuner.base_layer import base_values, stored_weight, values_at, with_originals
@@ -45,6 +44,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import SupportTable
+from shira.tuner.parameter import ParamWrapper
 from shira.tuner.targets import name_exactly
 
 Known = Mapping[str, tuple[str, dict[str, Any]]]
@@ -78,9 +78,9 @@ def _all_layers(model: nn.Module) -> dict[str, ShiraLayer]:
 
 def tied_weights(model: nn.Module, layers: Mapping[str, ShiraLayer]) -> dict[str, str]:
     """Return ``{parameter name: that of the parameter it is one with}``, of these layers."""
-    names = {id(layer): weight_name(base_module_name(path)) for path, layer in layers.items()}
+    names = {id(layer): name_of_layer(path, layer) for path, layer in layers.items()}
     return {
-        weight_name(base_module_name(path)): names[id(layer.tied_to)]
+        name_of_layer(path, layer): names[id(layer.tied_to)]
         for path, layer in _all_layers(model).items()
         if id(layer.tied_to) in names
     }
@@ -108,15 +108,14 @@ def describe(
     as_chosen = as_budgeted = True
     layers = layers_of(model, adapter_name)
     for path, layer in layers.items():
-        module = base_module_name(path)
-        name, support = weight_name(module), layer.support(adapter_name)
+        name, support = name_of_layer(path, layer), layer.support(adapter_name)
         shapes[name], counts[name] = support.shape, support.nnz
         digest = digest_of(support)
         unchanged = layer.chosen.get(adapter_name) == digest
         as_chosen &= unchanged
         k = None
         with suppress(MaskError):
-            k = config.entries(support.shape, config.rank_of(module), module)
+            k = config.entries(support.shape, config.rank_of(name), name)
         # with rows of tokens, the positions that it chose are the budget
         as_budgeted &= k == support.nnz or (unchanged and bool(config.trainable_token_indices))
         part = is_sharded(stored_weight(layer))  # such are read together, or not at all
@@ -141,7 +140,8 @@ def describe(
     if not as_chosen:
         fields |= {"random_seed": None, "mask_slot": 0}
     if not as_budgeted:
-        fields |= {"r": common_rank(shapes, counts, None), "density": None, "rank_pattern": {}}
+        r = common_rank(shapes, counts, None, config.target_parameters)
+        fields |= {"r": r, "density": None, "rank_pattern": {}}
     return fields
 
 
@@ -193,11 +193,11 @@ def whole_state(
         value_key, index_key = (f"{path}.{kind}.{adapter_name}" for kind in (VALUES, INDICES))
         support = layer.support(adapter_name)
         if is_sharded(weight := stored_weight(layer)):
-            name = weight_name(base_module_name(path))
+            name = name_of_layer(path, layer)
             if value_key in parts:
                 values = base_values(layer, support, gather=True)
             else:
-                weight = state_dict.get(f"{path}.base_layer.weight")
+                weight = state_dict.get(f"{path}.{layer._key_of_base}")
                 values = values_at(whole(weight), support) if isinstance(weight, Tensor) else None
             if values is not None:
                 known[name] = digest_of(support), fingerprint_fields({name: values})
@@ -233,6 +233,24 @@ def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]
     ]
     names = own_names(state_dict, modules)
     return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
+
+def keys_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the names in a file of values and positions of parameters: ``{model's: file's}``.
+
+    Wrappers stand around wrappers in the model. A file names the parameter:
+    ``...mlp.experts.down_proj.shira_weight``.
+    """
+    keys = {}
+    for path, layer in layers_of(model, adapter_name).items():
+        if isinstance(layer, ParamWrapper):
+            module = path
+            while module.endswith(".base_layer"):
+                module = module.removesuffix(".base_layer")
+            for kind in (VALUES, INDICES):
+                own = f"{path}.{kind}.{adapter_name}"
+                keys[own] = f"{module}.{layer.parameter_name}.{kind}.{adapter_name}"
+    return keys
 
 
 def path_in_state(path: str) -> str:
@@ -307,7 +325,7 @@ def fused_adapter(
     config.mask_fn = SupportTable({name: delta.support for name, delta in fused.items()})
     config.trainable_token_indices = None  # such rows are entries like others
     config.ensure_weight_tying = bool(tied_weights(model, layers_of(model)))
-    name_exactly(config, model, {name.removesuffix(".weight") for name in fused})
+    name_exactly(config, model, set(fused))
     return fused, config
 
 
@@ -315,7 +333,7 @@ def _scaled(model: nn.Module, adapter_name: str) -> Adapter:
     adapter = Adapter.from_model(model, adapter_name)
     deltas = {}
     for path, layer in layers_of(model, adapter_name).items():
-        name = weight_name(base_module_name(path))
+        name = name_of_layer(path, layer)
         values = adapter[name].values * layer.scaling[adapter_name]
         deltas[name] = SparseDelta(adapter[name].support, values)
     return Adapter(deltas, adapter.metadata)

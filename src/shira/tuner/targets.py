@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules that ``target_modules`` matches, checked before anything of the model is touched.
+"""The modules and parameters that a configuration matches, checked before the model is touched.
 
 An adapted layer has to act as the merged model would. Where it could not, the target is refused.
 """
@@ -23,36 +23,53 @@ from torch.nn.utils.parametrize import ParametrizationList
 from shira.errors import ConfigError, MergeError, TargetError, did_you_mean
 from shira.fusing.result import TARGET_FIELDS
 from shira.store.header import FLOATS
-from shira.store.names import base_module_name, full_shape, is_sharded
-from shira.tuner.base_layer import Way, base_of, is_computed, stored_weight, way_to_call, weight_of
+from shira.store.names import (
+    base_module_name,
+    full_shape,
+    is_parameter,
+    is_sharded,
+    name_of_layer,
+)
+from shira.tuner.base_layer import (
+    ParameterOf,
+    Way,
+    base_of,
+    is_computed,
+    stored_weight,
+    way_to_call,
+    weight_of,
+)
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
-from shira.tuner.matching import Matched, kept_out, matched_modules, refuse_other_ties
+from shira.tuner.matching import Matched, Target, kept_out, matched_modules, refuse_other_ties
+from shira.tuner.parameter import ParamWrapper
 from shira.tuner.quantized import backend_of
 
 
 def checked_targets(config: ShiraConfig, model: nn.Module, *, some: bool) -> Matched:
-    """Return the modules that a configuration names, if together they can be adapted.
+    """Return what a configuration names, if together it can be adapted.
 
     ``"all-linear"`` is replaced by names. With ``some``, a configuration has to match something.
     """
     _refuse_model(model)
     _name_all_linear(config, model)
-    targets = matched_modules(config, model)
-    if some and not targets.modules:
+    matched = matched_modules(config, model)
+    targets = matched.targets
+    if some and not targets:
         raise _nothing_matched(config, model)
-    _warn_of_idle_names(config, model)
-    _refuse_other_places(targets.modules.items(), model)
-    _refuse_shared_weights(targets.modules.items())
-    _check_tied(config, model, targets)
-    return targets
+    _warn_of_idle_names(config, model, targets)
+    _refuse_two_ways(targets)
+    _refuse_other_places(targets, model)
+    _refuse_shared_weights(targets)
+    _check_tied(config, model, matched)
+    return matched
 
 
 def _check_tied(config: ShiraConfig, model: nn.Module, targets: Matched) -> None:
     """Refuse tied weights that cannot be adapted in all the modules that share them."""
     for name, owner in targets.tied.items():
-        check_target(name, base_of(model.get_submodule(name)))
+        check_target(Target(name, base_of(model.get_submodule(name))))
         if kept_out(name, config.modules_to_save, config.exclude_modules):
             raise TargetError(
                 f"{name!r} shares the weight of {owner!r} (tied weights), which is adapted in all "
@@ -101,8 +118,11 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
         )
 
 
-def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
-    """Warn of listed targets that match no module, and of ``modules_to_save`` if none does."""
+def _warn_of_idle_names(config: ShiraConfig, model: nn.Module, matched: Iterable[Target]) -> None:
+    """Warn of listed targets that match no module, and of ``modules_to_save`` if none does.
+
+    PEFT itself warns of a ``rank_pattern``, but looks for its matches among the modules alone.
+    """
     names = _known_names(model)
     targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
     idle = [
@@ -110,32 +130,52 @@ def _warn_of_idle_names(config: ShiraConfig, model: nn.Module) -> None:
         for target in sorted(targets)
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [base_module_name(name) for name in parameters]
+    idle += [
+        ("rank_pattern", pattern)
+        for pattern in (config.rank_pattern if config.target_parameters else ())
+        if not any(config.has_rank(target.name, pattern) for target in matched)
+    ]
+    idle += [
+        ("target_parameters", target)
+        for target in config.target_parameters or ()
+        if not any(is_parameter(name, [target]) for name in parameters)
+    ]
     whole = config.modules_to_save or []
     # PEFT itself adds several names for a head, of which a model has one.
     if not any(name.endswith(tuple(whole)) for name in names):
         idle += [("modules_to_save", name) for name in whole]
     for field, target in idle:
-        warnings.warn(
-            f"{field}: {target!r} matches no module of the model.{did_you_mean(target, names)}",
-            stacklevel=2,
-        )
+        kind = "parameter" if field == "target_parameters" else "module"
+        near = did_you_mean(target, names if kind == "module" else parameters)
+        warnings.warn(f"{field}: {target!r} matches no {kind} of the model.{near}", stacklevel=2)
 
 
-def name_exactly(config: Any, model: nn.Module, modules: set[str]) -> None:
-    """Make a configuration name exactly these modules: as it does, by name, or by an expression."""
-    if config.target_modules and _names_exactly(config, model, modules):
+def name_exactly(config: Any, model: nn.Module, names: set[str]) -> None:
+    """Make a configuration name exactly the layers of these parameters in a model that has them.
+
+    As it does, by name, or by an expression.
+    """
+    if config.target_modules and _names_exactly(config, model, names):
         return
+    parameters = {
+        weight
+        for path, layer in model.named_modules()
+        if isinstance(layer, ParamWrapper) and (weight := name_of_layer(path, layer)) in names
+    }
+    modules = {name.removesuffix(".weight") for name in names - parameters}
     for field in TARGET_FIELDS:
         setattr(config, field, None)
-    config.target_modules = set(modules)
-    if not _names_exactly(config, model, modules):  # one name is the end of another
+    config.target_modules, config.target_parameters = set(modules), sorted(parameters) or None
+    if modules and not _names_exactly(config, model, names):  # one name is the end of another
         config.target_modules = "|".join(re.escape(name) for name in sorted(modules))
 
 
-def _names_exactly(config: Any, model: nn.Module, modules: set[str]) -> bool:
-    matched = matched_modules(config, model).modules
-    inside = tuple(f"{name}." for name, m in matched.items() if isinstance(m, ShiraLayer))
-    return {base_module_name(n) for n in matched if not n.startswith(inside)} == modules
+def _names_exactly(config: Any, model: nn.Module, names: set[str]) -> bool:
+    matched = matched_modules(config, model).targets
+    inside = tuple(f"{t.path}." for t in matched if isinstance(t.layer, ShiraLayer))
+    return {target.name for target in matched if not target.path.startswith(inside)} == names
 
 
 def _nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
@@ -147,6 +187,10 @@ def _nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
         for field in (*TARGET_FIELDS[1:], "modules_to_save")
         if (value := getattr(config, field)) is not None
     )
+    if parameters := config.target_parameters:
+        besides += f", nor a parameter of target_parameters={parameters!r}"
+        known = {base_module_name(name) for name, _ in model.named_parameters()}
+        hints |= {did_you_mean(word, known) for word in parameters}
     return TargetError(
         f"Target modules {targets!r} not found in the base model{besides}. Please check the target "
         f"modules and try again.{''.join(sorted(hints))}"
@@ -159,8 +203,56 @@ def _known_names(model: nn.Module) -> set[str]:
     return names | {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
 
 
-def check_target(name: str, target: nn.Module) -> None:
+def check_target(target: Target) -> None:
     """Check that an adapted layer can stand in for a module, a base layer or an adapted one."""
+    if target.of_parameter:
+        _check_parameter(target)
+    else:
+        _check_module(base_module_name(target.path), target.layer)
+
+
+def _check_parameter(target: Target) -> None:
+    name, around, parameter = target.name, target.module, target.layer.parameter_name
+    module: nn.Module = base_of(around)
+    if not target.path:
+        raise TargetError(
+            "Targeting an nn.Parameter on the top-level module is not supported (parameter "
+            f"{parameter!r}): a layer has to be put in its module's place"
+        )
+    weight = weight_of(target.layer)
+    while isinstance(around, ParamWrapper):
+        around = around._modules["base_layer"]  # type: ignore[assignment]
+    if isinstance(around, BaseTunerLayer):
+        why = (
+            f"its module is adapted by {type(around).__name__}; name it in target_modules or in "
+            "target_parameters, not in both"
+        )
+    elif is_computed(target.layer):
+        why = (
+            "it is computed from other parameters (weight_norm, pruning or the like), so it cannot "
+            "be given another value; remove the parametrization"
+        )
+    elif weight.dtype not in FLOATS.values() or backend_of(module) is not None:
+        why = (
+            f"it is {weight.dtype}, or packed by a quantization; SHiRA adapts parameters in "
+            "float32, bfloat16, float16 and float64"
+        )
+    elif not full_shape(weight):
+        why = "it is a single number; train it whole (modules_to_save)"
+    elif type(module).forward is nn.Module.forward or isinstance(module, _CONTAINERS):
+        why = (
+            f"its module, {type(module).__name__}, has no forward of its own in which the adapted "
+            "parameter could stand"
+        )
+    else:
+        return
+    raise TargetError(f"{name}: {why}; or leave it out of target_parameters")
+
+
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+
+
+def _check_module(name: str, target: nn.Module) -> None:
     base_layer = base_of(target)
     kind, layer_class = type(base_layer).__name__, layer_class_of(base_layer)
     if layer_class is None:
@@ -229,13 +321,26 @@ def _refuse_model(model: nn.Module) -> None:
             )
 
 
-def _refuse_other_places(targets: Iterable[tuple[str, nn.Module]], model: nn.Module) -> None:
+def _refuse_two_ways(targets: Iterable[Target]) -> None:
+    """Refuse a parameter that ``target_parameters`` names, and ``target_modules`` its module."""
+    targets = list(targets)
+    parameters = [target for target in targets if target.of_parameter]
+    modules = {id(base_of(t.layer)) for t in targets if t not in parameters}
+    for target in parameters:
+        if id(base_of(target.layer)) in modules:
+            raise TargetError(
+                f"{target.name!r} is named by target_parameters, and its module by target_modules, "
+                "which is not a valid target; take it out of one of them"
+            )
+
+
+def _refuse_other_places(targets: Iterable[Target], model: nn.Module) -> None:
     """Refuse a target that is called from where an adapted layer cannot be put in its place.
 
     Such as a part of two modules, or of a list that a module keeps beside its parts: what is put
     in by name is then not what runs.
     """
-    names = {id(module): name for name, module in targets}
+    names = {id(target.module): target.path for target in targets}
     first: dict[int, tuple[int, str]] = {}
     for owner_name, owner in model.named_modules():
         if isinstance(owner, BaseTunerLayer):
@@ -269,11 +374,13 @@ def _modules_in(value: Any) -> Iterable[nn.Module]:
     return [one for one in value if isinstance(one, nn.Module)]
 
 
-def _refuse_shared_weights(targets: Iterable[tuple[str, nn.Module]]) -> None:
+def _refuse_shared_weights(targets: Iterable[Target]) -> None:
     """Refuse two targets with one weight between them: each would have its own entries in it."""
     seen: dict[int, str] = {}
-    for name, module in targets:
-        place = _place_of(stored_weight(module)) if layer_class_of(base_of(module)) else None
+    for target in targets:
+        held = target.of_parameter or layer_class_of(base_of(target.layer))
+        name = target.path if not isinstance(target.layer, ParameterOf) else target.name
+        place = _place_of(stored_weight(target.layer)) if held else None
         if place is not None and seen.setdefault(place, name) != name:
             raise TargetError(
                 f"{seen[place]!r} and {name!r} share one weight (tied weights), so two adapters on "

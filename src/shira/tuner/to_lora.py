@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shira.errors import AdapterError, ConfigError, TargetError, UnknownAdapterError, listed
-from shira.store.names import INDICES, VALUES, base_module_name, is_sharded
+from shira.store.names import INDICES, VALUES, base_module_name, is_sharded, weight_name
 from shira.support import matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
@@ -200,5 +200,5 @@ def _config(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> LoraC
     fields |= {name: copy.copy(getattr(ours, name, None)) for name in COPIED}
     fields["ensure_weight_tying"] = bool(tied_weights(inner, layers_of(inner, adapter_name)))
     config = LoraConfig(r=r, lora_alpha=r, inference_mode=True, **fields)
-    name_exactly(config, inner, set(ranks))
+    name_exactly(config, inner, {weight_name(name) for name in ranks})
     return config
