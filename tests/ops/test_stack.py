@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def loop(x, stack, offs):
 
 def rows_of(offs):
     ends = [0, *offs.tolist()]
-    return lambda: list(zip(ends, ends[1:], strict=False))
+    return lambda: list(pairwise(ends))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -83,7 +85,7 @@ def test_as_many_matrices_as_the_stack():
     weight, deltas, indices = case(transposed=False)
     x = torch.randn(E, 3, IN, requires_grad=True)
     ends = [at * 3 for at in range(E + 1)]
-    rows = list(zip(ends, ends[1:], strict=False))
+    rows = list(pairwise(ends))
     got = ops.grouped(torch.bmm, x, weight, deltas, indices, lambda: rows, transposed=False)
     want = torch.bmm(x, adapted(weight, deltas, indices))
     assert torch.equal(got, want)
