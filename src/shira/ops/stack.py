@@ -33,7 +33,7 @@ class Pieces(NamedTuple):
     """The entries of a support, matrix by matrix."""
 
     sizes: list[int]
-    """How many are in each."""
+    """The number of entries in each."""
     indices: list[Tensor]
     """Their positions in it, as ops take them."""
 

@@ -420,7 +420,7 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
         for function in functions
     },
 }
-"""What `shira.ops` does without a copy of the weight; None means to take the copy."""
+"""Products that `shira.ops` has, and views; None means to take the copy of the weight."""
 
 for _function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
     if _function is not None:
