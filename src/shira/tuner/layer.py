@@ -99,6 +99,7 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self._wrap(base_layer, **kwargs)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self._before_scaling: list[tuple[float, dict[str, float]]] = []
         self.chosen: dict[str, str] = {}
         self.shira_weight = nn.ParameterDict({})
         self.shira_indices = IndexDict(self.weight_shape)
@@ -197,6 +198,33 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.scaling[adapter] = scale
         if adapter in merged:
             self.merge(adapter_names=merged)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factors of the active adapters, as diffusers does for one call of a model.
+
+        Raises:
+            AdapterError: If the factor is not a finite number; nothing has changed.
+        """
+        before = {name: self.scaling[name] for name in self.active_adapters if name in self.scaling}
+        for name, factor in before.items():
+            self.set_scale(name, factor * checked_scale(name, scale))
+        self._before_scaling.append((scale, before))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo the latest `scale_layer` by this factor, exactly; without one, set all to 1.
+
+        A factor by which nothing was multiplied divides.
+        """
+        names = [name for name in self.active_adapters if name in self.scaling]
+        factors = dict.fromkeys(names, 1.0)
+        if scale is None:
+            self._before_scaling.clear()
+        elif self._before_scaling and self._before_scaling[-1][0] == scale:
+            factors = self._before_scaling.pop()[1]
+        else:
+            factors = {name: self.scaling[name] / scale for name in names}
+        for name, factor in factors.items():
+            self.set_scale(name, factor)
 
     def support(self, adapter_name: str) -> Support:
         """Return the entries that an adapter trains."""
