@@ -13,6 +13,7 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     fusing.py       two adapters made one, and compared
     serving.py      vLLM's server with shira's plugin and with LoRA: requests a second, latency
     gpu.py          one training step of a 3-billion-parameter model on a CUDA device
+    gpu_adapters.py switching, masks and mixed batches there
 
     contenders.py   the models that the training suite compares; gpu_contenders.py on a GPU
     gpu_kernels.py  the weight gradient alone, on a GPU; gpu_answers.py whether all agree

@@ -14,6 +14,7 @@ from benchmarks import (
     files,
     fusing,
     gpu,
+    gpu_adapters,
     growth,
     kernel,
     masks,
@@ -39,6 +40,7 @@ SUITES: dict[str, Any] = {
         files,
         serving,
         gpu,
+        gpu_adapters,
     )
 }
 

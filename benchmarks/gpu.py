@@ -20,7 +20,7 @@ Besides: the weight gradient alone, way by way (:mod:`benchmarks.gpu_kernels`).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -109,9 +109,9 @@ def parts(
         progress("gpu: building the base")
         base = gpu_contenders.base_model(shape, settings.tokens, device, dtype)
         inputs = gpu_contenders.batch(shape, settings.batch, settings.tokens, device, dtype)
-        before = _bits(base)
+        before = bits(base)
         found, results = _compare(which, base, inputs, settings, progress)
-        if _bits(base) != before:
+        if bits(base) != before:
             raise RuntimeError("training changed the base weights")
         answers[which].update(found, base_weights_unchanged=True)
         body["results"][which] = results
@@ -124,7 +124,7 @@ def parts(
             device,
             dtype,
             settings.repeats,
-            partial(_sync, device),
+            partial(sync, device),
         )
 
     wide, narrow = shape.intermediate, shape.hidden
@@ -134,15 +134,31 @@ def parts(
     for which in settings.targets.split(","):
         work[f"answers, targets {which}"] = partial(exact, which)
         work[f"steps, targets {which}"] = partial(steps, which)
+    for _ in in_parts(work, body, progress, device):
+        yield report.document(NAME, {**asdict(settings), "device": device}, surroundings, body)
+
+
+def in_parts(
+    work: Mapping[str, Callable[[], tuple[dict[str, Any], dict[str, Any]] | None]],
+    body: dict[str, Any],
+    progress: Callable[[str], None],
+    device: str,
+) -> Iterator[str]:
+    """Do some parts, and yield the name of each once it is done or has failed.
+
+    What one returns goes to ``answers`` and ``results`` of the body, an error to ``failed``.
+    """
     for name, measure in work.items():
-        progress(f"gpu: {name}")
+        progress(name)
         try:
-            measure()
+            found = measure()
+            if found is not None:
+                body["answers"][name], body["results"][name] = found
         except Exception as error:
             body["failed"][name] = f"{type(error).__name__}: {error}"
         if device == "cuda":
             _tidy()
-        yield report.document(NAME, {**asdict(settings), "device": device}, surroundings, body)
+        yield name
 
 
 def _compare(
@@ -190,7 +206,7 @@ def _compare(
 
 def step(contender: Contender, inputs: dict[str, Tensor]) -> Laps:
     """One timed training step; the device is waited for at the end of each phase."""
-    wait = partial(_sync, inputs["labels"].device.type)
+    wait = partial(sync, inputs["labels"].device.type)
     with contender.at_work():
         wait()
         laps = Laps()
@@ -254,12 +270,12 @@ def _tidy() -> None:
     torch.cuda.empty_cache()
 
 
-def _sync(device: str) -> None:
+def sync(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _bits(model: nn.Module) -> list[int]:
+def bits(model: nn.Module) -> list[int]:
     """A sum over the bits of each parameter, as integers: any change of one entry shows."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return [

@@ -42,7 +42,7 @@ def check_exactly(
     backends = gpu_contenders.other_backends(device, torch.float32, 0.02)
     makers = gpu_contenders.makers(base, targets, r, backends)
     field_of = {name: gpu_contenders.build(name, maker, base) for name, maker in makers.items()}
-    with _without_tf32():
+    with without_tf32():
         return compare(field_of, inputs)
 
 
@@ -120,7 +120,7 @@ def check_bits(field_of: dict[str, Contender], inputs: dict[str, Tensor]) -> dic
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

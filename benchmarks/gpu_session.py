@@ -48,7 +48,12 @@ PARTS = (
             *("tests/tuner/test_compile.py", "tests/studies/test_lm.py"),
         ),
     ),
-    Part("steps", 140, ("benchmarks", "gpu", "--repeats", "7", "--output", "{out}/gpu.json")),
+    Part("steps", 150, ("benchmarks", "gpu", "--repeats", "7", "--output", "{out}/gpu.json")),
+    Part(
+        "adapters",
+        110,
+        ("benchmarks", "gpu_adapters", "--output", "{out}/gpu_adapters.json"),
+    ),
     Part(
         "study",
         150,

@@ -196,6 +196,13 @@ def _gpu(result: dict[str, Any]) -> list[Panel]:
     ]
 
 
+def _gpu_adapters(result: dict[str, Any]) -> list[Panel]:
+    return [
+        Panel(part, "x the reference", _ratios(rows, "wall_ratio"), log=True)
+        for part, rows in result["results"].items()
+    ]
+
+
 PANELS: Mapping[str, Callable[[dict[str, Any]], list[Panel]]] = {
     "training": _training,
     "kernel": _kernel,
@@ -208,4 +215,5 @@ PANELS: Mapping[str, Callable[[dict[str, Any]], list[Panel]]] = {
     "files": _files,
     "serving": _serving,
     "gpu": _gpu,
+    "gpu_adapters": _gpu_adapters,
 }

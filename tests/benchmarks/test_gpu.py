@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, gpu_answers, gpu_contenders, report
+from benchmarks import gpu, gpu_adapters, gpu_answers, gpu_contenders, report
 from benchmarks.panels import PANELS
 
 TINY = gpu.Settings(
@@ -64,6 +64,24 @@ def test_a_run(tmp_path: Path, dtype: str) -> None:
     assert len(tables) == 3
     for table in tables:
         table.print()
+
+
+def test_switching_masks_and_mixed_batches(tmp_path: Path) -> None:
+    shape = {"layers": 2, "hidden": 64, "intermediate": 96, "heads": 2, "kv_heads": 1}
+    tiny = gpu_adapters.Settings(
+        **shape, vocab=64, size=128, r=2, mixed_layers=1, cases="4x1x2,4x3x1", repeats=2
+    )
+    *_, result = gpu_adapters.parts(tiny, device=DEVICE)
+    assert result["failed"] == {}
+    report.write(result, tmp_path / "gpu_adapters.json")
+    assert len(result["results"]) == 6
+    for part in ("switching, one weight", "switching, all layers"):
+        assert result["answers"][part]["base_came_back_bit_for_bit"]["Switch"]
+        assert not result["answers"][part]["base_came_back_bit_for_bit"]["PEFT SHiRA"]
+    assert set(result["results"]["mixed batch, 4x1x2"]) == {"base", "shira", "PEFT LoRA"}
+    for table in gpu_adapters.tables(result):
+        table.print()
+    assert len(PANELS["gpu_adapters"](result)) == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -145,8 +163,8 @@ def test_a_part_that_fails_loses_nothing(
 
 def test_one_changed_entry_of_the_base_shows() -> None:
     base, _, _ = contenders_of()
-    before = gpu._bits(base)
+    before = gpu.bits(base)
     with torch.no_grad():
         weight = next(base.parameters()).view(-1)
         weight[3] = torch.nextafter(weight[3], weight.new_tensor(9.0))
-    assert gpu._bits(base) != before
+    assert gpu.bits(base) != before
