@@ -38,7 +38,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from shira.errors import AdapterError, MissingDependencyError, TargetError
-from shira.tuner import hotswap, to_lora
+from shira.tuner import hotswap, native, to_lora
 from shira.tuner import indices as ranks
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import check_ranks
@@ -88,6 +88,7 @@ def register() -> None:
     _put_around(peft.PeftModel, "delete_adapter", _delete_down_to_the_base)
     _put_around(PeftConfigMixin, "from_pretrained", _note_weights)
     _put_around(PeftAdapterMixin, "load_adapter", _check_after)
+    _put_around(PeftAdapterMixin, "add_adapter", _tell_trainer)
     pefts_hotswap.CONFIG_KEYS_TO_CHECK[PeftType.SHIRA] = []  # `hotswap.exchange` checks
     _put_around(pefts_hotswap, "hotswap_adapter_from_state_dict", _swap)
     _put_around(pefts_hotswap, "_convert_scalings_to_tensor", _hold)
@@ -206,6 +207,21 @@ def _check_after(
         info = load(model, path, adapter_name, *args, **kwargs)
         check_loaded(model, adapter_name or "default", info)
     return info
+
+
+def _tell_trainer(add: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    """Have Trainer resume a model whose adapter transformers itself has put in."""
+    add(model, config, *args, **kwargs)
+    if native.is_native(model):
+        _put_around_trainer()
+
+
+@functools.cache
+def _put_around_trainer() -> None:
+    from transformers import Trainer  # takes seconds, and is about to be used
+
+    _put_around(Trainer, "_load_from_checkpoint", native.resume)
+    _put_around(Trainer, "_load_best_model", native.load_best)
 
 
 def _delete_down_to_the_base(delete: Any, model: Any, adapter_name: str) -> None:
