@@ -113,6 +113,14 @@ def test_the_gradient_below_the_experts(way):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
+def test_transformers_own_grouped_product(monkeypatch):
+    from transformers.integrations import moe
+
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
+    monkeypatch.setattr(reading, "_made", lambda *args: pytest.fail("a copy of the weight"))
+    test_gradients_are_those_of_the_merged_weight("Mixtral", "grouped_mm", torch.float32)
+
+
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
 def test_two_adapters_at_once(way):
     model = adapted("GptOss", way)

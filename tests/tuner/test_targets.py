@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -50,19 +51,49 @@ def told(model, config):
     return adapted, [str(w.message) for w in caught if "all-linear" in str(w.message)]
 
 
-def test_experts_that_are_left_out_are_named_with_their_share():
-    model = mixture()
+def share_of_experts(model, adapted):
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts." in name)
-    adapted, messages = told(model, all_linear())
     layers = [m for m in adapted.modules() if hasattr(m, "shira_weight")]
-    share = experts / (experts + sum(layer.get_base_layer().weight.numel() for layer in layers))
+    modules = [m for m in layers if m.parameter_name == "weight"]
+    return experts / (experts + sum(m.get_base_layer().weight.numel() for m in modules))
+
+
+def test_routed_experts_are_linear_layers_where_loras_are():
+    model = mixture()
+    ours, messages = told(model, all_linear())
+    share = share_of_experts(mixture(), ours)
+    experts = "model.layers.*.mlp.experts"
     assert len(messages) == 1
     assert (
-        "leaves out model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj: "
-        f"{share:.0%} of" in messages[0]
+        f"includes the routed experts, {experts}.down_proj, {experts}.gate_up_proj:"
+        f" {share:.0%} of" in messages[0]
     )
+    assert ours.peft_config["default"].target_parameters == ["down_proj", "gate_up_proj"]
+    from .experts import mixture as of_qwen3
+
+    lora = get_peft_model(of_qwen3(), LoraConfig(r=2, target_modules="all-linear"))
+    taken = {*lora.peft_config["default"].target_parameters} - {"gate.weight"}  # the router
+    assert taken == {"down_proj", "gate_up_proj"}
     with pytest.warns(UserWarning, match="all-linear.*experts"):
-        adapted.add_adapter("other", all_linear())
+        ours.add_adapter("other", all_linear())
+    assert ours.peft_config["other"].target_parameters == ["down_proj", "gate_up_proj"]
+
+
+def test_experts_that_are_left_out_are_named_with_their_share():
+    ours, messages = told(mixture(), all_linear(exclude_modules=["experts"]))
+    share = share_of_experts(mixture(), ours)
+    experts = "model.layers.*.mlp.experts"
+    assert ours.peft_config["default"].target_parameters is None
+    assert messages[0].startswith(
+        f"target_modules='all-linear' leaves out {experts}.down_proj, {experts}.gate_up_proj: "
+        f"{share:.0%} of"
+    )
+    ours, messages = told(mixture(), all_linear(exclude_modules=r".*layers\.0\.mlp\.experts"))
+    names = ours.peft_config["default"].target_parameters
+    assert names == [f"model.layers.1.mlp.experts.{part}" for part in ("down_proj", "gate_up_proj")]
+    assert len(messages) == 2
+    _, (message,) = told(mixture(), all_linear(target_parameters=["experts.down_proj"]))
+    assert f"leaves out {experts}.gate_up_proj:" in message
 
 
 def test_calibration_says_so_too():

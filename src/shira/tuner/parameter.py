@@ -48,6 +48,9 @@ class ParamWrapper(ShiraLayer):
         self.parameter_name = parameter_name
         super().__init__(base_layer, support, adapter_name, config, r, **kwargs)
         self.quantization_backend = None  # such a parameter is refused
+        # transformers' own for what torch's grouped_mm does not take; there once its models are
+        if fallback := getattr(torch.ops.transformers, "grouped_mm_fallback", None):
+            add_grouped_product(fallback)
         shape = self.weight_shape
         self.num_experts = shape[0] if len(shape) == 3 else 1
         sizes = matrix_shape(shape[1:] if len(shape) == 3 else shape)
@@ -173,8 +176,3 @@ def wrapper_of(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
         if wrapper.parameter_name == parameter_name:
             return wrapper
     return None
-
-
-# transformers' own where torch has no grouped_mm for a case
-if (_fallback := getattr(torch.ops.transformers, "grouped_mm_fallback", None)) is not None:
-    add_grouped_product(_fallback)

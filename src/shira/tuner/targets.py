@@ -11,9 +11,11 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
@@ -86,7 +88,10 @@ def _check_tied(config: ShiraConfig, model: nn.Module, targets: Matched) -> None
 
 
 def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
-    """Put the names in the place of ``"all-linear"``, and warn of what is no module to be named."""
+    """Put the names in the place of ``"all-linear"``, and tell of parameters like linear weights.
+
+    The routed experts of a mixture are adapted too where LoRA adapts them.
+    """
     targets = config.target_modules
     _maybe_include_all_linear_layers(config, model)
     if not isinstance(targets, str) or targets == config.target_modules:
@@ -97,7 +102,8 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
         for name in config.target_modules or ()
         if layer_class_of(base_of(named[name]))
     )
-    left_out: Counter[str] = Counter()
+    experts = set() if config.target_parameters else _routed_experts(config, model)
+    found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}  # adapted, left out
     for path, module in named.items():
         others = nn.Bilinear, ParametrizationList, BaseTunerLayer
         if layer_class_of(module) or isinstance(module, others):
@@ -107,15 +113,56 @@ def _name_all_linear(config: ShiraConfig, model: nn.Module) -> None:
             # the weights of many experts are several matrices in one, or these flattened
             flat = "expert" in type(module).__name__.lower() and "bias" not in name
             if min(shape, default=0) > 1 and (len(shape) == 3 or (len(shape) == 2 and flat)):
-                left_out[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += math.prod(shape)
-    if left_out:
-        share = left_out.total() / (adapted + left_out.total())
+                name, base = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), base_module_name(name)
+                own = base in experts or is_parameter(base, config.target_parameters)
+                found[own][name] += math.prod(shape)
+    whole = adapted + found[True].total() + found[False].total()
+    if experts:
+        ends = {name.rpartition(".")[2] for name in experts}
+        names = {base_module_name(name) for name, _ in model.named_parameters()}
+        alone = {name for name in names if is_parameter(name, ends)} == experts
+        config.target_parameters = sorted(ends if alone else experts)
         warnings.warn(
-            f"target_modules='all-linear' leaves out {', '.join(sorted(left_out))}: {share:.0%} of "
-            "the model's linear weights. They are parameters with several matrices in each, as the "
-            "routed experts of a mixture, and SHiRA adapts modules; they stay as they are",
+            f"target_modules='all-linear' includes the routed experts, "
+            f"{_shares(found[True], whole)}, which LoRA takes for linear layers too; the router "
+            "stays as it is. exclude_modules=['experts'] leaves the experts out",
             stacklevel=2,
         )
+    if found[False]:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {_shares(found[False], whole)}. They are "
+            "parameters with several matrices in each, as the routed experts of a mixture, and no "
+            "modules; to adapt them, name them in target_parameters",
+            stacklevel=2,
+        )
+
+
+def _shares(sizes: Counter[str], whole: int) -> str:
+    share = sizes.total() / whole
+    return f"{', '.join(sorted(sizes))}: {share:.0%} of the model's linear weights"
+
+
+def _routed_experts(config: ShiraConfig, model: nn.Module) -> set[str]:
+    """Return the names of the experts' parameters that LoRA takes for linear layers.
+
+    As they were before transformers 5 joined them. PEFT has a list of the kinds of model.
+    """
+    with suppress(ImportError):  # transformers' own list, which PEFT's is made of, has moved
+        from peft.utils import transformers_weight_conversion as known
+
+        kind = str(BaseTuner.get_model_config(model).get("model_type"))
+        kinds: Any = vars(known)["_MODEL_TO_CONVERSION_PATTERN"]
+        ends = known._MOE_TARGET_MODULE_MAPPING.get(kinds.get(kind, kind), {}).values()
+        return {
+            base_module_name(name)
+            for name, parameter in model.named_parameters()
+            if name.endswith(tuple(f".{end}" for end in ends)) and len(full_shape(parameter)) == 3
+            if not kept_out(
+                base_module_name(name.rpartition(".")[0]),
+                *(config.modules_to_save, config.exclude_modules),
+            )
+        }
+    return set()
 
 
 def _warn_of_idle_names(config: ShiraConfig, model: nn.Module, matched: Iterable[Target]) -> None:
