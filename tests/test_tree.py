@@ -255,7 +255,7 @@ def test_docstrings_say_what_is_done():
 TOPICS = {
     "": "docs doctests readme site tree",
     "cli": "hostile_text inputs_are_kept main snapshots train_docs",
-    "convert": "docs merging_models whole",
+    "convert": "docs mapped_models merging_models whole",
     "fusing": "docs",
     "measure": "extremes overlap rank",
     "ops": "packed",

@@ -277,6 +277,8 @@ def test_options_that_do_not_go_together(shira, saved, tmp_path):
 
 
 def test_needs_the_core_alone(saved, base, tmp_path):
+    """Unless a config tells of a model of transformers, which then knows its names."""
+    (base / "config.json").write_text("{}")
     code = (
         "import sys\n"
         "from shira.cli import main\n"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from shira import Adapter, SparseDelta, Support
-from shira.checkpoints import OnDisk, open_checkpoint
+from shira.checkpoints import open_checkpoint
 from shira.errors import PlacementError
 
 
@@ -45,7 +45,8 @@ def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
     told = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(told))
     worker = SimpleNamespace(
-        _shira_source=OnDisk(open_checkpoint(tmp_path)),
+        _shira_source=open_checkpoint(tmp_path),
+        _shira_places={},
         model_config=SimpleNamespace(quantization=None),
     )
 

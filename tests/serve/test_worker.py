@@ -15,6 +15,8 @@ from torch import nn
 
 from shira.adapter import Adapter
 from shira.base import fingerprint
+from shira.checkpoints.boxes import boxes_between
+from shira.checkpoints.conversion import Place, as_it_is
 from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
@@ -30,6 +32,7 @@ from shira.ops.patch import Exchange, same_bits
 from shira.serve.messages import Processes
 from shira.serve.value_sender import FixedSupport
 from shira.serve.worker import Route, WorkerAdapters
+from shira.support import Support
 from tests.interrupts import at_every_point
 
 # The checkpoint: q and k fused and split by rows over the ranks, down by columns, an embedding
@@ -581,3 +584,33 @@ def test_updated_entries_are_those_of_an_adapter_with_the_values(cluster):
     assert updated.offsets is loaded.entries[storage].patch.offsets
     assert torch.equal(updated.originals, expected.originals)
     assert torch.equal(updated.replacement, expected.replacement)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_that_are_one_parameter_and_a_tensor_each_in_the_file(ranks, dtype):
+    """As `Place.split` tells; the entries of ``expert1`` come first there, transposed."""
+    cluster = Cluster(ranks, dtype)
+    base = cluster.base
+    views = [torch.empty(2, 4, 4, device="meta")[i].t() for i in (1, 0)]
+    source = tuple(
+        (box, as_it_is(f"expert{i}", (4, 4)).source)
+        for i, view in enumerate(views)
+        for box in boxes_between(view, torch.empty(4, 4, device="meta"))
+    )
+    place = Place((2, 4, 4), source)
+    whole = torch.stack([base["expert1"].t(), base["expert0"].t()]).contiguous()
+    for held in cluster.held:
+        held.split = lambda name, each: place.split(each.indices)
+        held.stored = lambda name, indices: whole.view(-1)[indices.long()]
+    support = Support((2, 4, 4), torch.randperm(32)[:20].sort().values)
+    delta = SparseDelta(support, torch.randn(20))
+    made = fingerprint(whole.view(-1)[support.indices.long()])
+    adapter = Adapter({"experts": delta}, {"base_fingerprint": {"experts": made}})
+    (loaded, *_) = cluster.load("a", adapter)
+    assert loaded.checked == 1
+    cluster.activate("a")
+    (merged,) = merge({"experts": whole}, {"a": adapter}, {"a": 1.0}).values()
+    cluster.expect({**base, "expert1": merged[0].t(), "expert0": merged[1].t()})
+    cluster.activate(None)
+    cluster.expect(base)

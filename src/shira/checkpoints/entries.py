@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shira.checkpoints.conversion import Place
 from shira.checkpoints.opening import Checkpoint
 from shira.errors import ConfigError
 from shira.store.atomic import replacing
@@ -50,14 +52,26 @@ _BESIDE = (
 _HIDDEN = (".git", ".cache")
 
 
-def read_entries(stored: Stored, flat: Tensor) -> Tensor:
-    """Read ``(k,)`` values of a stored tensor of one of the dtypes of `WHOLE_DTYPES`.
+def read_entries(place: Place | Stored, flat: Tensor) -> Tensor:
+    """Read ``(k,)`` values of a parameter or stored tensor of one of the dtypes of `WHOLE_DTYPES`.
 
     Indices ``flat`` ``(k,)`` increase, within its shape, and are on the CPU.
 
     Raises:
         FileFormatError: If the file has become shorter meanwhile.
     """
+    if isinstance(place, Stored):
+        return _read(place, flat)
+    parts = place.split(flat)
+    if isinstance(place.source, Stored):
+        return _read(place.source, flat)
+    values = torch.empty(flat.numel(), dtype=WHOLE_DTYPES[place.dtype])
+    for stored, entries, at in parts:
+        values[entries] = _read(stored, at)
+    return values
+
+
+def _read(stored: Stored, flat: Tensor) -> Tensor:
     disk = np.dtype(f"<i{WHOLE_DTYPES[stored.dtype].itemsize}")
     found = np.empty(flat.numel(), disk)
     where = flat.numpy()
@@ -67,9 +81,14 @@ def read_entries(stored: Stored, flat: Tensor) -> Tensor:
     return tensor_of(found, stored)
 
 
-def read_blocks(stored: Stored, size: int) -> Iterator[Tensor]:
-    """Read a stored tensor in flat pieces of at most ``size`` entries."""
-    count = math.prod(stored.shape)
+def read_blocks(place: Place | Stored, size: int) -> Iterator[Tensor]:
+    """Read a parameter or stored tensor in flat pieces of at most ``size`` entries."""
+    count = math.prod(place.shape)
+    if isinstance(place, Place) and not isinstance(place.source, Stored):
+        for first in range(0, count, size):
+            yield read_entries(place, torch.arange(first, min(first + size, count)))
+        return
+    stored = place.stored[0] if isinstance(place, Place) else place
     with open(stored.file, "rb", buffering=0) as file:
         for first in range(0, count, size):
             yield tensor_of(read_bits(file, stored, first, min(size, count - first)), stored)

@@ -21,9 +21,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from shira.checkpoints.conversion import Place, Places, places_of
 from shira.errors import FileFormatError
 from shira.store.header import Stored, open_tensors
 from shira.store.json_text import open_regular, read_object
@@ -57,6 +59,16 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     config: Mapping[str, Any]
     index: Path | None = None
+
+    @cached_property
+    def places(self) -> Places:
+        """The places of the model's parameters, by the names that the module has for them."""
+        return places_of(self.config, self.tensors)
+
+    @cached_property
+    def as_stored(self) -> Mapping[str, Place]:
+        """The tensors as they are, by their own names."""
+        return {key: Place(stored.shape, stored) for key, stored in self.tensors.items()}
 
 
 def open_checkpoint(base: str | os.PathLike[str] | Checkpoint) -> Checkpoint:

@@ -19,7 +19,7 @@ from shira.adapter import Adapter
 from shira.base import FINGERPRINT_FIELD, ROUNDED_FIELD, Verdict, judge, replacement
 from shira.checkpoints import FLOATS, Checkpoint, shapes_of
 from shira.checkpoints.entries import read_entries
-from shira.checkpoints.models import locate_deltas, without_tied
+from shira.checkpoints.locating import locate_deltas, without_tied
 from shira.cli.options import check_paths
 from shira.cli.output import dtype_text, file_bytes, megabytes, of_deltas, shape_text, whole_tensors
 from shira.errors import ConfigError
@@ -303,7 +303,7 @@ def _targets(
     for name, delta in adapter.items():
         values = lost = verdict = None
         if name in stored:
-            if stored[name].dtype in FLOATS:
+            if stored[name].dtype in FLOATS and not stored[name].fault:
                 values = read_entries(stored[name], delta.support.indices.cpu())
                 lost = vanishing(values, delta.values)
             verdict = judge(adapter.metadata, name, delta.values, values)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.base import accumulation_dtype, fingerprint_fields, replacement
 from shira.checkpoints.entries import Progress
-from shira.checkpoints.models import Model, OnDisk, Source, match_names, source_of
+from shira.checkpoints.locating import match_names
+from shira.checkpoints.models import Model, OnDisk, Source, source_of
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, WrongBaseError, did_you_mean
 from shira.masks.budget import Budget
@@ -151,7 +152,7 @@ def extract(
         (True, [1, 5])
     """
     budget = Budget(density, r, everywhere)
-    old, new = source_of(base), source_of(tuned)
+    old, new = _opened(base, tuned)
     names, shared = _chosen(old, new, include, exclude)
     reader = _Reader(old, new, names, progress)
     if not budget.given:
@@ -260,6 +261,18 @@ class _Reader:
         for numel, here, size in self.differences(name):
             everywhere = here.numel() == numel
             yield size if everywhere else size.new_zeros(numel).index_put_((here,), size)
+
+
+def _opened(base: Model, tuned: Model) -> tuple[Source, Source]:
+    """Open both; a checkpoint without a config has the names of the other's model."""
+    old, new = source_of(base), source_of(tuned)
+    if isinstance(old, OnDisk) and isinstance(new, OnDisk):
+        old_config, new_config = old.checkpoint.config, new.checkpoint.config
+        if not old_config:
+            old = OnDisk(replace(old.checkpoint, config=new_config))
+        elif not new_config:
+            new = OnDisk(replace(new.checkpoint, config=old_config))
+    return old, new
 
 
 def _chosen(

@@ -127,13 +127,13 @@ def from_lora(
         ([0, 1, 2, 3], 1.0)
     """
     budget = Budget(density, r, everywhere)
-    source = None if base is None else source_of(base, all_names=True)
     if isinstance(lora, (str, os.PathLike)):
         folder = os.fspath(lora)
         factors, config, whole = read_lora(lora)
     else:
         folder, factors, config, whole = None, list(lora), {}, {}
     names = {one.name: one.name for one in factors}
+    source = None if base is None else source_of(base, list(names), all_names=True)
     if source is not None:
         names = names_in(source, list(names), "LoRA")
         shapes = {name: source.shapes[theirs] for name, theirs in names.items()}

@@ -11,19 +11,22 @@ result has the bits of a model that was loaded, merged in memory and saved.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
 from shira.base import Verdict, accept, fingerprint, judge
+from shira.checkpoints.conversion import Place
 from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
-from shira.checkpoints.models import OnDisk, locate_deltas, without_tied
+from shira.checkpoints.locating import check_untied, locate_deltas, without_tied
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.convert.patches import Entries, replacing_undo
 from shira.delta import SparseDelta, checked_scale
@@ -39,8 +42,8 @@ class MergedTensor:
 
     Attributes:
         name: The parameter or buffer, as the adapter calls it.
-        key: The tensor, as the checkpoint calls it.
-        file: The file that holds it.
+        key: The tensor, as the checkpoint calls it; the first of those that it lies in.
+        file: The file that holds it, likewise.
         dtype: Its dtype there, as ``"bfloat16"``.
     """
 
@@ -200,12 +203,13 @@ def merge(
     adapter.require_scale_one("the adapter", scale)
     adapter, heads = without_tied(adapter, checkpoint)
     located, prefix = locate_deltas(adapter, checkpoint, adapter.tensors)
-    OnDisk(checkpoint).check_untied(located[n].key for n in located if n not in heads)
-    for name, stored in located.items():
-        _check_dtype(stored, adapter.tensors.get(name))
-    order = sorted(located, key=lambda name: (str(located[name].file), located[name].start))
+    check_untied((located[name] for name in located if name not in heads), checkpoint)
+    for name, place in located.items():
+        _check_dtype(name, place, checkpoint, adapter.tensors.get(name))
+    first = {name: place.stored[0] for name, place in located.items()}
+    order = sorted(located, key=lambda name: (str(first[name].file), first[name].start))
     changes = [_change(name, adapter, located[name], scale) for name in order]
-    targets = tuple(told for told, _, _ in changes if isinstance(told, MergedDelta))
+    targets = tuple(told for told, _ in changes if isinstance(told, MergedDelta))
     if check_base:
         verdicts = {told.name: told.base for told in targets}
         remedy = "check_base=False, --no-check-base"
@@ -218,65 +222,115 @@ def merge(
             f"{max_lost:.1%} allowed; most in {worst.key!r} ({worst.dtype}). Merge into a "
             "checkpoint of a wider dtype, or allow more"
         )
-    edits = [edit for _, edit, _ in changes]
-    undone = [undone for _, _, undone in changes if undone.values.numel()]
+    edited = _by_tensor([piece for _, pieces in changes for piece in pieces])
+    undone = [_undone(old, edit) for old, edit in edited if edit.values.numel()]
     with replacing_undo(undo_path, undone) if undo_path else nullcontext(lambda: None) as put:
+        edits = [edit for _, edit in edited]
         written = rewrite(checkpoint, edits, target, progress, put)
-    whole = tuple(told for told, _, _ in changes if isinstance(told, MergedWhole))
-    return Merged(target, undo_path, str(prefix), targets, written, whole)
+    whole = tuple(told for told, _ in changes if isinstance(told, MergedWhole))
+    naming = str(prefix)
+    if any(prefix.apply(name) != place.key for name, place in located.items()):
+        naming += f"; the file's by {checkpoint.places.mapped} of transformers"
+    return Merged(target, undo_path, naming, targets, written, whole)
 
 
-def _check_dtype(stored: Stored, whole: Tensor | None) -> None:
+def _check_dtype(name: str, place: Place, checkpoint: Checkpoint, whole: Tensor | None) -> None:
     """Refuse a stored tensor that no delta can be added to, or that ``whole`` cannot replace."""
-    if whole is not None and WHOLE_DTYPES.get(stored.dtype) == whole.dtype:
+    if place.fault:
+        raise MergeError(f"{checkpoint.path}: {place.fault}")
+    where = f"{place.stored[0].file}: {place.key!r}"
+    if whole is not None and WHOLE_DTYPES.get(place.dtype) == whole.dtype:
         return
-    if stored.dtype not in FLOATS:
+    if len({stored.dtype for stored in place.stored}) > 1:
         raise MergeError(
-            f"{stored.file}: {stored.key!r} has dtype {stored.dtype}: it is quantized or no "
+            f"{where}: {name!r} lies in tensors of several dtypes, {place.dtype}, which loading "
+            "casts to one; save the loaded model (save_pretrained) and merge into that"
+        )
+    if place.dtype not in FLOATS:
+        raise MergeError(
+            f"{where} has dtype {place.dtype}: it is quantized or no "
             f"weight, and a delta can be added to {', '.join(FLOATS)} alone; merge into the "
             "checkpoint that it was quantized from"
         )
     if whole is not None and not whole.is_floating_point():
         raise MergeError(
-            f"{stored.file}: {stored.key!r} has dtype {stored.dtype}, and the adapter's whole "
-            f"tensor {whole.dtype}"
+            f"{where} has dtype {place.dtype}, and the adapter's whole tensor {whole.dtype}"
         )
 
 
+class _Piece(NamedTuple):
+    """The entries of a parameter, in one tensor, whose bits change."""
+
+    stored: Stored
+    flat: Tensor  # (n,) increasing
+    old: Tensor
+    new: Tensor
+
+
 def _change(
-    name: str, adapter: Adapter, stored: Stored, scale: float
-) -> tuple[MergedDelta | MergedWhole, Edit, Entries]:
-    """Return the report on a tensor, the entries whose bits change, and what undoes that."""
+    name: str, adapter: Adapter, place: Place, scale: float
+) -> tuple[MergedDelta | MergedWhole, list[_Piece]]:
+    """Return the report on a parameter, and the entries whose bits change."""
     if whole := name in adapter.tensors:
         tensor = adapter.tensors[name].reshape(-1).cpu()
         flat = torch.arange(tensor.numel(), dtype=index_dtype(tensor.numel()), device="cpu")
-        old = read_entries(stored, flat)
+        old = read_entries(place, flat)
         new = tensor.to(old.dtype)
     else:
         values, flat = adapter[name].values.cpu(), adapter[name].support.indices.cpu()
-        old = read_entries(stored, flat)
+        old = read_entries(place, flat)
         new = SparseDelta(adapter[name].support, values).replacement(old, scale)
     over = int((old.isfinite() & ~new.isfinite()).sum())
     if over:
         raise MergeError(
-            f"{stored.file}: {name!r}: {over} of {new.numel()} sums are too large for "
-            f"{stored.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
+            f"{place.stored[0].file}: {name!r}: {over} of {new.numel()} sums are too large for "
+            f"{place.dtype}; use a smaller scale, or a checkpoint of a wider dtype"
         )
     changed = bits_of(new) != bits_of(old)
-    place = (name, stored.key, stored.file.name, str(old.dtype).removeprefix("torch."))
+    where = (name, place.key, place.file, str(old.dtype).removeprefix("torch."))
     told: MergedDelta | MergedWhole
     if whole:
-        told = MergedWhole(*place, shape=stored.shape, changed=int(changed.sum()))
+        told = MergedWhole(*where, shape=place.shape, changed=int(changed.sum()))
     else:
         nonzero = values != 0 if scale else torch.zeros_like(values, dtype=torch.bool)
         told = MergedDelta(
-            *place,
+            *where,
             nnz=values.numel(),
             nonzero=int(nonzero.sum()),
             lost=int((nonzero & (new == old)).sum()),
             base=judge(adapter.metadata, name, values, old),
         )
     flat, old, new = flat[changed], old[changed], new[changed]
-    for_undo = {"file": place[2], "shape": list(stored.shape), "merged": fingerprint(new)}
-    undone = Entries(stored.key, for_undo, Support._trusted(stored.shape, flat), old)
-    return told, Edit(stored, flat, new), undone
+    parts = place.split(flat)
+    return told, [_Piece(stored, at, old[here], new[here]) for stored, here, at in parts]
+
+
+def _by_tensor(pieces: Sequence[_Piece]) -> list[tuple[Tensor, Edit]]:
+    """Return one edit for each tensor of the checkpoint, with the values that stood there."""
+    grouped: dict[str, list[_Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.stored.key, []).append(piece)
+    edits = []
+    for key, some in grouped.items():
+        flat = torch.cat([piece.flat for piece in some])
+        old, new = torch.cat([p.old for p in some]), torch.cat([p.new for p in some])
+        if len(some) > 1:
+            flat, order = flat.sort()
+            old, new = old[order], new[order]
+        if bool((flat[1:] == flat[:-1]).any()):
+            raise MergeError(
+                f"{some[0].stored.file}: entries of {key!r} are those of several parameters of the "
+                "adapter; save the loaded model (save_pretrained) and merge into that"
+            )
+        edits.append((old, Edit(some[0].stored, flat, new)))
+    return edits
+
+
+def _undone(old: Tensor, edit: Edit) -> Entries:
+    """Return what undoes an edit."""
+    stored = edit.stored
+    told = {
+        "file": stored.file.name, "shape": list(stored.shape), "merged": fingerprint(edit.values)
+    }  # fmt: skip
+    flat = edit.flat.to(index_dtype(math.prod(stored.shape)))
+    return Entries(stored.key, told, Support._trusted(stored.shape, flat), old)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -24,11 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.base import accept, fingerprint, judge
+from shira.base import Verdict, accept, fingerprint, judge
 from shira.checkpoints.entries import Edit, Progress, Written, check_output, read_entries, rewrite
 from shira.checkpoints.models import Model, names_in, source_of
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
@@ -87,10 +89,11 @@ def to_patches(
     """
     adapter.require_sparse("sparse weight patches")
     scale = checked_scale("the adapter", scale)
-    source = source_of(base, all_names=True)
+    source = source_of(base, list(adapter), all_names=True)
     keys = names_in(source, list(adapter), "adapter")
     source.check_untied(keys.values())
-    patches, verdicts = [], {}
+    verdicts: dict[str, Verdict] = {}
+    pieces: dict[str, list[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}
     for name, delta in adapter.items():
         key = keys[name]
         support = delta.support.to("cpu")
@@ -99,17 +102,29 @@ def to_patches(
                 f"{source.label}: {key!r} has shape {source.shapes[key]}, but the adapter was made "
                 f"for {support.shape}"
             )
-        if support.numel >= _LIMIT:
-            raise AdapterError(
-                f"{name!r} has {support.numel} entries, more than a patch's int32 indices can count"
-            )
         before = source.entries(key, support.indices)
         verdicts[name] = judge(adapter.metadata, name, delta.values, before)
         new = SparseDelta(support, delta.values.cpu()).replacement(before, scale)
-        patches.append(SparsePatch(key, support.indices, new, support.shape))
+        for stored, here, at in source.split(key, support.indices):
+            if math.prod(stored.shape) >= _LIMIT:
+                raise AdapterError(
+                    f"{stored.key!r} has {math.prod(stored.shape)} entries, more than a patch's "
+                    "int32 indices can count"
+                )
+            pieces.setdefault(stored.key, []).append((at, new[here], stored.shape))
+    patches = [_patch(key, some) for key, some in pieces.items()]
     if check_base:
         accept(adapter.metadata, verdicts, source.label, "check_base=False, --no-check-base")
     return patches
+
+
+def _patch(key: str, pieces: Sequence[tuple[Tensor, Tensor, tuple[int, ...]]]) -> SparsePatch:
+    """Join the entries, values and shape of what lies in one tensor."""
+    (flat, values, shape), *more = pieces
+    if more:
+        flat, order = torch.cat([flat, *(piece[0] for piece in more)]).sort()
+        values = torch.cat([values, *(piece[1] for piece in more)])[order]
+    return SparsePatch(key, Support(shape, flat).indices, values, shape)
 
 
 def save_patches(patches: Iterable[SparsePatch], path: str | os.PathLike[str]) -> None:

@@ -27,7 +27,7 @@ from shira.serve.placement import Storage
 from shira.support import Support, align_indices
 from shira.switch.weights import Entry, Plan, make_entry
 
-Stored = Callable[[str, Tensor], "Tensor | None"]
+StoredValues = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""
 
 _SOME = 256  # entries of each part of a weight compared with the checkpoint's
@@ -67,7 +67,7 @@ def load(
     locate: Callable[[str, Support], list[Piece]],
     active: Plan[Storage],
     processes: Processes,
-    stored: Stored | None,
+    stored: StoredValues | None,
 ) -> LoadedAdapter:
     """Return what this process keeps of an adapter; every process calls it for the same one.
 
@@ -163,7 +163,7 @@ def _entries_of(
 
 
 def _check_layout(
-    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage], stored: Stored
+    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage], stored: StoredValues
 ) -> None:
     """Compare some base values with the checkpoint's.
 

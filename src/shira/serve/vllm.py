@@ -31,12 +31,17 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from shira.adapter import Adapter
-from shira.checkpoints import OnDisk, locate, open_checkpoint, without_tied
+from shira.checkpoints import FLOATS, Checkpoint, locate, open_checkpoint, without_tied
+from shira.checkpoints.boxes import storage_key
+from shira.checkpoints.conversion import Part, Place, as_it_is
+from shira.checkpoints.entries import read_entries
+from shira.checkpoints.locating import check_untied
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import Processes, Weights, located
-from shira.serve.placement import Placement, storage_key
+from shira.serve.placement import Placement
 from shira.serve.worker import WorkerAdapters
+from shira.support import Support
 
 __all__ = ["ShiraWorkerExtension"]
 
@@ -137,13 +142,21 @@ class ShiraWorkerExtension:
     def _shira_adapters(self: Any) -> WorkerAdapters:
         model = self.get_model()
         if model not in ADAPTERS:
-            self._shira_source = source = _source(self)
+            self._shira_source = _source(self)
             compare = self.load_config.load_format != "dummy"
 
+            places: dict[str, Place] = {}  # of the parameters of all adapters so far
+            self._shira_places = places
+
             def stored(name: str, indices: torch.Tensor) -> torch.Tensor | None:
-                if source is None or not compare or name not in source.shapes:
+                if not compare or name not in places or places[name].dtype not in FLOATS:
                     return None
-                return source.entries(name, indices.cpu())
+                flat, order = indices.cpu().sort()
+                return read_entries(places[name], flat)[order.argsort()]
+
+            def split(name: str, support: Support) -> list[Part]:
+                place = places.get(name) or as_it_is(name, support.shape)
+                return place.split(support.indices.cpu())
 
             ADAPTERS[model] = WorkerAdapters(
                 model,
@@ -151,6 +164,7 @@ class ShiraWorkerExtension:
                 _EngineProcesses(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
                 stored,
+                split,
             )
         return ADAPTERS[model]
 
@@ -158,16 +172,17 @@ class ShiraWorkerExtension:
         self: Any, adapters: WorkerAdapters, name: str, path: str, compare: bool
     ) -> dict[str, Any]:
         path = located(path)
-        source: OnDisk | None = self._shira_source
-        base = source.checkpoint if source is not None else None
+        source: Checkpoint | None = self._shira_source
 
         def read() -> Adapter:
             try:
-                adapter = Adapter.load(path, base=base)
+                adapter = Adapter.load(path, base=source)
                 if source is not None:
-                    adapter, heads = without_tied(adapter, source.checkpoint)
-                    found, _ = locate(adapter, source.checkpoint)
-                    source.check_untied(found[name].key for name in found if name not in heads)
+                    adapter, heads = without_tied(adapter, source)
+                    found, _ = locate(adapter, source)
+                    untied = (found[name] for name in found if name not in heads)
+                    check_untied(untied, source)
+                    self._shira_places.update(found)
                 return adapter
             except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
                 raise PlacementError(str(error)) from None
@@ -207,7 +222,7 @@ def _described(loaded: LoadedAdapter) -> dict[str, Any]:
     return {name: getattr(loaded, name) for name in names}
 
 
-def _source(worker: Any) -> OnDisk | None:
+def _source(worker: Any) -> Checkpoint | None:
     """Open the checkpoint of the worker's model, if it is safetensors on this machine."""
     folder = worker.model_config.model
     try:
@@ -220,7 +235,7 @@ def _source(worker: Any) -> OnDisk | None:
                 cache_dir=worker.load_config.download_dir,
                 local_files_only=True,
             )
-        return OnDisk(open_checkpoint(folder))
+        return open_checkpoint(folder)
     except (ShiraError, OSError, ValueError):  # not of the hub, not kept, or no safetensors
         return None
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
+from shira.checkpoints.conversion import Part, as_it_is
 from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
@@ -33,7 +34,7 @@ from shira.errors import (
     did_you_mean,
 )
 from shira.ops.patch import same_bits
-from shira.serve.loading import LoadedAdapter, Piece, Stored, entry_at, in_order, load
+from shira.serve.loading import LoadedAdapter, Piece, StoredValues, entry_at, in_order, load
 from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
@@ -52,7 +53,9 @@ class WorkerAdapters:
         processes: All that hold a part of the model.
         refuse: Called with a name and its placements before they are used; raises if the engine
             computes with something else than these weights.
-        stored: Values of the checkpoint's weights, of which some are compared in loading.
+        stored: Values of a parameter in the checkpoint, of which some are compared in loading.
+        split: Where the checkpoint has the entries of a parameter: in which of its tensors. As a
+            rule in the one of that name; experts, for one, lie in a tensor each.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class WorkerAdapters:
         dtype: torch.dtype,
         processes: Processes | None = None,
         refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
-        stored: Stored | None = None,
+        stored: StoredValues | None = None,
+        split: Callable[[str, Support], list[Part]] | None = None,
     ) -> None:
         self.model, self.dtype = model, dtype
         self.processes = processes or Processes()
         self.refuse, self.stored = refuse, stored
+        self.split = split or (lambda name, each: as_it_is(name, each.shape).split(each.indices))
         self.adapters: dict[str, LoadedAdapter] = {}
         self.discarded = False
         self._weights: PatchedWeights[Storage] = PatchedWeights()
@@ -165,13 +170,21 @@ class WorkerAdapters:
 
     def locate(self, name: str, support: Support) -> list[Piece]:
         """Return the entries of a parameter that this process keeps, place by place."""
-        asked = name, support.shape
-        if asked not in self._placements:
-            placements = trace(self.model, name, support.shape, self.dtype)
-            self.refuse(name, placements)
-            self._placements[asked] = placements
-        found = self._placements[asked]
-        return [Piece(storage, *box.locate(support.indices)) for storage, box in found]
+        pieces = []
+        for stored, entries, flat in self.split(name, support):
+            for storage, box in self._placed(stored.key, stored.shape):
+                here, positions = box.locate(flat)
+                here = here if isinstance(entries, slice) else entries[here]
+                pieces.append(Piece(storage, here, positions))
+        return pieces
+
+    def _placed(self, key: str, shape: tuple[int, ...]) -> tuple[Placement, ...]:
+        """Return where this process keeps a tensor of the checkpoint."""
+        if (key, shape) not in self._placements:
+            placements = trace(self.model, key, shape, self.dtype)
+            self.refuse(key, placements)
+            self._placements[key, shape] = placements
+        return self._placements[key, shape]
 
     def require(self, name: str) -> LoadedAdapter:
         """Return the adapter of a name; `UnknownAdapterError` if there is none."""
