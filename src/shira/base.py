@@ -45,6 +45,11 @@ def replacement(base: Tensor, delta: Tensor) -> Tensor:
     if not recorded and base.shape == delta.shape and {base.dtype, delta.dtype} <= _ADDED:
         # The same bits in one pass: torch adds in the wider of the two, float32 at the least.
         return torch.add(base, delta, out=torch.empty_like(base))
+    return differentiable_replacement(base, delta)
+
+
+def differentiable_replacement(base: Tensor, delta: Tensor) -> Tensor:
+    """Return what `replacement` does, by ops that can be differentiated in every way."""
     wide = accumulation_dtype(base.dtype, delta.dtype)
     return (base.to(wide) + delta.to(wide)).to(base.dtype)
 

@@ -263,14 +263,6 @@ def test_indices_written_between_forward_and_backward_are_noticed():
         y.sum().backward()
 
 
-def test_there_is_no_second_derivative():
-    x, v, i = torch.randn(3, 6), values(4, torch.float32), random_indices((5, 6), 4)
-    y = ops.linear(x.requires_grad_(), torch.randn(5, 6), None, [v], [i])
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_saved_tensors_may_come_back_as_copies_of_another_layout():
     weight = torch.randn(6, 5).t()
     leaves = [torch.randn(3, 6, requires_grad=True), values(4, torch.float32)]

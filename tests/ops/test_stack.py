@@ -156,3 +156,30 @@ def test_pieces_are_the_entries_of_each_matrix(way):
         torch.cat(flat), Support.from_coordinates(weight.shape, indices).indices.long()
     )
     assert ops.pieces_of(plan) is pieces
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("product", ["loop", "bmm"])
+def test_gradients_of_a_gradient(product, trained):
+    weight, deltas, indices = case(transposed=True)
+    deltas = deltas if trained else [delta.detach() for delta in deltas]
+    offs = torch.tensor([3, 6, 9, 12])
+    x = torch.randn(E * 3, IN)
+    if product == "bmm":
+        of, x = torch.bmm, x.view(E, 3, IN)
+    else:
+        of = lambda x, w: loop(x, w, offs)  # noqa: E731
+    x.requires_grad_()
+    upstream = torch.randn(*x.shape[:-1], OUT, requires_grad=True)
+    wanted = [x, *deltas] if trained else [x]
+    answers = []
+    for run in (
+        lambda: ops.grouped(of, x, weight, deltas, indices, rows_of(offs), transposed=True),
+        lambda: of(x, adapted(weight, deltas, indices).mT),
+    ):
+        first = torch.autograd.grad(run(), wanted, upstream, create_graph=True)
+        penalty = sum(each.square().sum() for each in first)
+        second = torch.autograd.grad(penalty, [*(wanted if trained else ()), upstream])
+        answers.append([*first, *second])
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
 from shira import Adapter, PeftModel, ShiraConfig, calibrate, get_peft_model
 from shira.errors import MaskError, MergeError, TargetError
@@ -281,12 +282,34 @@ def test_a_bias_that_is_trained():
     )
 
 
-def test_no_second_derivative_rather_than_a_wrong_one():
-    model = adapted("stand-in")
+@pytest.mark.parametrize("kind", EVERY)
+def test_gradients_of_gradients_and_torch_func(kind):
+    model = adapted(kind)
+    values = {n: p for n, p in model.named_parameters() if ".shira_weight." in n}
     x = X.clone().requires_grad_()
-    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    bias = model.base_model.model.a.base_layer.bias.requires_grad_()
+    for wanted in ([x], [*values.values()], [x, bias, *values.values()]):
+        second = []
+        for loss in (model(x).square().mean(), reference(model, x).square().mean()):
+            first = torch.autograd.grad(loss, wanted, create_graph=True)
+            penalty = sum(each.square().sum() for each in first)
+            second += [[*first, *torch.autograd.grad(penalty, wanted)]]
+        for ours, theirs in zip(*second, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def call(values, x):
+        return functional_call(model, values, (x,)).square().mean()
+
+    plain_values = {name: value.detach() for name, value in values.items()}
+    got = vmap(grad(call), (None, 0))(plain_values, X[:, None])
+    for at in range(len(X)):
+        loss = reference(model, X[at : at + 1]).square().mean()
+        for name, want in zip(values, torch.autograd.grad(loss, [*values.values()]), strict=True):
+            torch.testing.assert_close(got[name][at], want)
+    direction = {name: torch.ones_like(value) for name, value in values.items()}
+    _, along = jvp(lambda v: call(v, X), (plain_values,), (direction,))
+    slopes = torch.autograd.grad(reference(model, X).square().mean(), [*values.values()])
+    torch.testing.assert_close(along, sum(slope.sum() for slope in slopes))
 
 
 def test_copies():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shira.base import accumulation_dtype
 from shira.ops.gradient import silence_csr_warning, weight_gradient
+from shira.ops.plain import plain_weight, transforming
 from shira.ops.plan import Pattern, Plan, pattern_of, plan_for
 from shira.ops.product import no_autocast
 
@@ -95,6 +96,12 @@ def sparse_product(
         >>> shira.ops.sparse_product(torch.ones(1, 3), torch.tensor([5.0, 7.0]), indices, (2, 3))
         tensor([[5., 7.]])
     """
+    if transforming():
+        wide = accumulation_dtype(x.dtype, delta.dtype)
+        nothing = torch.zeros(shape, dtype=wide, device=x.device)
+        dense = plain_weight(nothing, [delta], [indices])
+        with no_autocast(x):
+            return x.to(wide) @ (dense if transposed else dense.t())
     result: Tensor = torch.ops.shira.sparse_product(x, delta, indices, list(shape), transposed)
     return result
 
@@ -159,6 +166,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _sparse_product.register_autograd(_backward, setup_context=_setup)
+
+
+def _setup_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    left, right, indices, ctx.shape, _ = inputs
+    ctx.save_for_backward(left, right, indices)
+
+
+def _backward_of_sampled(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Return what the gradient of a gradient is: the two operands' sparse products with it."""
+    left, right, indices = ctx.saved_tensors
+    need_left, need_right = ctx.needs_input_grad[:2]
+    dleft = dright = None
+    if need_left:
+        dleft = sparse_product(right, grad, indices, ctx.shape).to(left.dtype)
+    if need_right:
+        dright = sparse_product(left, grad, indices, ctx.shape, transposed=True).to(right.dtype)
+    return dleft, dright, None, None, None
+
+
+_sampled_product.register_autograd(_backward_of_sampled, setup_context=_setup_sampled)
 
 
 def _rows(plan: Plan) -> Pattern:

@@ -19,6 +19,7 @@ from torch import Tensor
 from shira.base import accumulation_dtype
 from shira.errors import ConfigError
 from shira.ops.gradient import weight_gradient
+from shira.ops.plain import plain_weight, transforming
 from shira.ops.plan import Plan, plan_for
 from shira.ops.product import Gradients, Options, Product, Within
 from shira.ops.resident import resident
@@ -92,7 +93,8 @@ class _Embedding(Product):
     """
 
     def forward(self, x: Tensor, bias: Tensor | None, options: Options, weight: Tensor) -> Tensor:
-        return F.embedding(x, weight)
+        (padding_idx,) = options
+        return F.embedding(x, weight, padding_idx if padding_idx >= 0 else None)
 
     def gradients(
         self, grad: Tensor, x: Tensor, options: Options, weight: Tensor, within: Within,
@@ -266,6 +268,8 @@ def adapted_weight(weight: Tensor, deltas: Sequence[Tensor], indices: Sequence[T
         SupportError: If indices are out of range, unsorted or repeated.
         AdapterError: If a delta has another number of values than positions.
     """
+    if transforming():
+        return plain_weight(weight, deltas, indices)
     result: Tensor = torch.ops.shira.adapted_weight(weight, list(deltas), list(indices))
     return result
 
@@ -319,7 +323,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     nothing: list[Tensor | None] = [None] * len(deltas)
     dvalues = nothing
     if any(ctx.needs_input_grad[1]):
-        dvalues = torch.ops.shira.adapted_weight_backward(grad, list(deltas), list(indices))
+        # which is made of ops that can be differentiated again, if it is not called as one op
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        make: Any = value_gradients if again else torch.ops.shira.adapted_weight_backward
+        dvalues = make(grad, list(deltas), list(indices))
     return grad if need_weight else None, dvalues, nothing
 
 

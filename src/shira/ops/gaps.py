@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from shira.errors import SupportError
 from shira.ops import native
@@ -162,7 +163,8 @@ def support_of(indices: Tensor, shape: Sequence[int]) -> Support:
     """
     if not is_packed(indices):
         return Support.from_coordinates(shape, indices)
-    flat = decode(indices.detach().cpu().numpy(), math.prod(shape))
+    with temporarily_clear_interpreter_stack():  # or torch.func would hide the numbers
+        flat = decode(indices.detach().cpu().numpy(), math.prod(shape))
     return Support._trusted(shape, torch.from_numpy(flat).to(indices.device))
 
 

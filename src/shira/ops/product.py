@@ -8,6 +8,8 @@ never the weight's adapted entries: the weight is put into the adapted state aga
 Where torch runs ops one by one, the same two functions are called through an `autograd.Function`
 instead: the machinery around a custom op, its code and data fetched anew after each large product,
 was measured at a tenth of a 1024 x 1024 layer's step.
+
+Derivatives beyond that of a backward pass are taken through `shira.ops.plain`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
+from shira.ops.plain import gradients_with_a_graph, plain_weight, transforming
 from shira.ops.plan import Plan, plan_for
 from shira.ops.resident import resident
 
@@ -78,8 +80,10 @@ class Product:
     ) -> Tensor:  # fmt: skip
         """Compute the product."""
         if not runs_eagerly(x, weight, *deltas):
+            if transforming():
+                return self._plain(x, weight, bias, deltas, indices, options)
             return self._op(x, weight, bias, list(deltas), list(indices), *options)  # type: ignore[no-any-return]
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled():
             return _apply(self, options, bias, x, weight, *deltas, *indices)  # type: ignore[no-any-return]
         plan = plan_for(indices, weight.shape, weight.stride())
         return self._compute(x, weight, bias, deltas, plan, options)
@@ -115,6 +119,34 @@ class Product:
         if values is None:
             return dx, dweight, *[None] * len(deltas)
         return dx, dweight, *plan.split(values, deltas)
+
+    # --- by ops that have all derivatives ---------------------------------------------------------
+
+    def _plain(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor],
+        indices: Sequence[Tensor], options: Options,
+    ) -> Tensor:  # fmt: skip
+        with no_autocast(x):
+            dtype = x.dtype if x.is_floating_point() else weight.dtype
+            bias = None if bias is None else bias.to(dtype)
+            adapted = plain_weight(weight, deltas, indices).to(dtype)
+            return self.forward(x, bias, options, adapted)
+
+    def _gradients_with_a_graph(
+        self, grad: Tensor, x: Tensor | None, weight: Tensor, deltas: Sequence[Tensor],
+        indices: Sequence[Tensor], options: Options, needs: Sequence[bool],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Return ``dx, dweight, *dvalues``, as `_gradients`, differentiable again."""
+        if x is None or (grad.numel() and not x.numel()):
+            # not kept, for only its own gradient is needed, which is the same at any x
+            x = torch.zeros_like(self.fake_dx(grad, grad, options, weight)).requires_grad_()
+
+        def product(x: Tensor, weight: Tensor, *deltas: Tensor) -> Tensor:
+            return self._plain(x, weight, None, deltas, indices, options)
+
+        need_x, need_weight, need_values = needs
+        each = need_x, need_weight, *[need_values] * len(deltas)
+        return gradients_with_a_graph(product, (x, weight, *deltas), each, grad)
 
     # --- as a custom op ---------------------------------------------------------------------------
 
@@ -169,7 +201,12 @@ class Product:
         deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         need_x, need_weight, need_bias, need_deltas = ctx.needs_input_grad[:4]
         needs = [need_x, need_weight, any(need_deltas)]
-        found = self._gradient_op(grad, x, weight, deltas, indices, *ctx.options, needs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = self._gradients_with_a_graph(
+                grad, x, weight, deltas, indices, ctx.options, needs
+            )
+        else:
+            found = self._gradient_op(grad, x, weight, deltas, indices, *ctx.options, needs)
         nothing = [None] * len(deltas)
         return (
             found[0] if need_x else None,
@@ -198,20 +235,22 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # a graph of this pass is wanted, which cannot be had
-            return _without_a_graph(ctx, grad)
         x, weight, *rest = ctx.saved_tensors
         product, plan, count = ctx.product, ctx.plan, len(rest) // 2
-        if weight.stride() != plan.stride:  # hooks on saved tensors may lay it out anew
-            plan = plan_for(rest[count:], weight.shape, weight.stride())
         _, _, need_bias, need_x, need_weight, *need_rest = ctx.needs_input_grad
         needs = need_x, need_weight, True in need_rest
-        found = product._gradients(grad, x, weight, rest[:count], plan, ctx.options, needs)
+        deltas, indices, options = rest[:count], rest[count:], ctx.options
+        if torch.is_grad_enabled():  # a graph of this pass is wanted
+            make = product._gradients_with_a_graph
+            found = make(grad, x, weight, deltas, indices, options, needs)
+        else:
+            if weight.stride() != plan.stride:  # hooks on saved tensors may lay it out anew
+                plan = plan_for(indices, weight.shape, weight.stride())
+            found = product._gradients(grad, x, weight, deltas, plan, options, needs)
         dbias = product.dbias(grad) if need_bias else None
         return None, None, dbias, *found, *[None] * count
 
 
-_without_a_graph = once_differentiable(_Eager.backward)
 # The class method of `Function`, without what it does for functorch and for a setup_context.
 _apply: Any = super(torch.autograd.Function, _Eager).apply
 
@@ -221,6 +260,8 @@ def runs_eagerly(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
 

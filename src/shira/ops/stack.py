@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shira.base import accumulation_dtype
 from shira.ops.gaps import pack
 from shira.ops.gradient import weight_gradient
+from shira.ops.plain import gradients_with_a_graph, plain_weight
 from shira.ops.plan import Plan, plan_for
 from shira.ops.product import no_autocast
 from shira.ops.resident import resident
@@ -119,10 +119,12 @@ class _Grouped(torch.autograd.Function):
             return resident(weight, plan, deltas, x.dtype, compute)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, *rest = ctx.saved_tensors
         deltas, indices = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        if torch.is_grad_enabled():  # a graph of this pass is wanted
+            dx, *dvalues = _gradients_with_a_graph(ctx, grad, x, weight, deltas, indices)
+            return None, None, None, dx, None, *dvalues, *[None] * len(indices)
         plan = plan_for(indices, weight.shape, weight.stride())
         grad, product, transposed = grad.contiguous(), ctx.product, ctx.transposed
         dx, dvalues = None, [None] * len(deltas)
@@ -137,6 +139,23 @@ class _Grouped(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 dx = resident(weight, plan, deltas, grad.dtype, compute)
         return None, None, None, dx, None, *dvalues, *[None] * len(indices)
+
+
+def _gradients_with_a_graph(
+    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    if x is None:  # not kept, for only its own gradient is needed, which is the same at any x
+        width = weight.shape[2 if ctx.transposed else 1]
+        x = grad.new_zeros(*grad.shape[:-1], width).requires_grad_()
+
+    def product(x: Tensor, *deltas: Tensor) -> Tensor:
+        with no_autocast(x):
+            stack = plain_weight(weight, deltas, indices).to(x.dtype)
+            return ctx.product(x, stack.mT if ctx.transposed else stack)  # type: ignore[no-any-return]
+
+    needs = ctx.needs_input_grad[3], *ctx.needs_input_grad[5 : 5 + len(deltas)]
+    return gradients_with_a_graph(product, (x, *deltas), needs, grad)
 
 
 def _value_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, plan: Plan) -> Tensor:

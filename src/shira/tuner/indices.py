@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from shira.errors import RankMismatchError, SupportError
 from shira.ops.gaps import pack, support_of, unpack
+from shira.ops.plain import transforming
 from shira.support import Support
 
 SWITCH = "SHIRA_CHECK_RANKS"
@@ -79,7 +80,7 @@ class IndexDict(BufferDict):
         """Return the positions as they are kept: the same tensor at each call, for ops."""
         indices: Tensor = self._buffers[adapter_name]
         unpacked = indices.dtype != torch.uint8 and not self.is_held
-        if unpacked and not torch.compiler.is_compiling():
+        if unpacked and not torch.compiler.is_compiling() and not transforming():
             indices = self._buffers[adapter_name] = pack(indices, self._shape)
         return indices
 

@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, UnknownAdapterError, did_you_mean
+from shira.ops.plain import transforming
 from shira.tuner.base_layer import Way, inputs_of, weight_of
 
 BASE = "__base__"
@@ -102,7 +103,7 @@ def mixed_batch_forward(
         return _forward(layer, name, args, kwargs)
     longest = max(len(samples) for name, samples in groups.items() if name != BASE)
     tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
-    if way is Way.DIRECT and tokens < layer.whole_product_from:
+    if way is Way.DIRECT and tokens < layer.whole_product_from and not transforming():
         return _on_top_of_base(layer, x, groups)
     if any(value is not None for value in more):
         raise _cannot_be_split(layer, "takes further arguments")
@@ -138,15 +139,14 @@ def _on_top_of_base(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tens
 
 def _group_by_group(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
     """Call the layer for the samples of each adapter apart."""
-    result = x.new_empty(0)
+    parts = []
     for name, samples in groups.items():
         out = _forward(layer, name, (x[samples],), {})
         if not isinstance(out, Tensor) or len(out) != len(samples):
             raise _cannot_be_split(layer, "does not return a tensor with a row for each sample")
-        if not len(result):
-            result = out.new_empty((len(x), *out.shape[1:]))
-        result[samples] = out
-    return result
+        parts.append(out)
+    order = [sample for samples in groups.values() for sample in samples]
+    return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
 
 
 def _cannot_be_split(layer: Any, why: str) -> AdapterError:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from shira.errors import MergeError, TargetError
 from shira.ops import plan_for, weight_gradient
+from shira.ops.plain import gradients_with_a_graph, plain_weight, transforming
 from shira.ops.product import no_autocast
 from shira.ops.resident import delta_write
 from shira.store.names import full_shape
@@ -71,8 +71,21 @@ def quantized_linear(
     dtype = getattr(layer, "compute_dtype", None) or x.dtype
     bias = cast("Tensor | None", layer.bias)
     bias = None if bias is None else bias.to(dtype)
-    result: Tensor = _Linear.apply(x.to(dtype), bias, layer, backend, *deltas, *indices)
+    if transforming():
+        result = _plain(x.to(dtype), bias, layer, backend, deltas, indices)
+    else:
+        result = _Linear.apply(x.to(dtype), bias, layer, backend, *deltas, *indices)
     return result.to(x.dtype)
+
+
+def _plain(
+    x: Tensor, bias: Tensor | None, layer: nn.Module, backend: Any, deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """Return the same product by ops of torch's that have all derivatives."""
+    with no_autocast(x):
+        dense = unpack(layer, backend).to(x.dtype).contiguous()
+        return F.linear(x, plain_weight(dense, deltas, indices), bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -91,7 +104,6 @@ class _Linear(torch.autograd.Function):
             return F.linear(x, _adapted(layer, backend, *_halves(rest), x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
         deltas, indices = _halves(rest)
@@ -99,9 +111,20 @@ class _Linear(torch.autograd.Function):
         left = grad.reshape(-1, grad.shape[-1])
         dvalues: Sequence[Tensor | None] = [None] * len(deltas)
         dx = dbias = None
+        shape = full_shape(ctx.layer.weight)
+        if torch.is_grad_enabled():  # a graph of this pass is wanted
+            if not any(need_rest):  # x was not kept; its gradient is the same at any x
+                x = grad.new_zeros(*grad.shape[:-1], shape[1]).requires_grad_()
+
+            def product(x: Tensor, *deltas: Tensor) -> Tensor:
+                return _plain(x, None, ctx.layer, ctx.backend, deltas, indices)
+
+            each = need_x, *need_rest[: len(deltas)]
+            dx, *dvalues = gradients_with_a_graph(product, (x, *deltas), each, grad)
+            dbias = left.sum(0) if need_bias else None
+            return dx, dbias, None, None, *dvalues, *(None,) * len(indices)
         with no_autocast(grad):
             if any(need_rest):
-                shape = full_shape(ctx.layer.weight)
                 plan = plan_for(indices, shape, (shape[1], 1))
                 values = weight_gradient(left, x.reshape(-1, x.shape[-1]), plan)
                 dvalues = plan.split(values, deltas)
