@@ -16,7 +16,8 @@ Run them with ``make bench`` or ``python -m benchmarks [SUITE] [--option ...]``.
     gpu_adapters.py switching, masks and mixed batches there
 
     contenders.py   the models that the training suite compares; gpu_contenders.py on a GPU
-    gpu_kernels.py  the weight gradient alone, on a GPU; gpu_answers.py whether all agree
+    gpu_kernels.py  the weight gradient alone, on a GPU; gpu_answers.py whether all agree;
+                    gpu_expected.py what each should take
     gpu_session.py  make gpu: all that waits for a GPU, part after part
     memory.py       peak memory of a step, each contender in a process of its own
     roofline.py     what this machine's cache, memory and arithmetic allow (roofline.c)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_expected import gradient, seconds
 from benchmarks.timing import Laps, interleave, ratios, summary
 
 TOLERANCE = 2e-2  # of bfloat16 operands and float32 sums, relative to the norm
@@ -64,6 +65,7 @@ def measure(
         name: {
             "wall_seconds": {**summary(samples), "samples": samples},
             "over_dense": ratios(samples, walls["dense"]),
+            "expected_seconds": seconds(gradient(name, tokens, rows, cols, r)),
         }
         for name, samples in walls.items()
     }

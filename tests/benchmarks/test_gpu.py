@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu, gpu_adapters, gpu_answers, gpu_contenders, report
+from benchmarks import (
+    gpu,
+    gpu_adapters,
+    gpu_answers,
+    gpu_contenders,
+    gpu_expected,
+    gpu_session,
+    report,
+)
 from benchmarks.panels import PANELS
 
 TINY = gpu.Settings(
@@ -48,6 +56,7 @@ def test_a_run(tmp_path: Path, dtype: str) -> None:
         assert {"floor", "shira", "shira-block", "peft-shira", "peft-lora"} <= set(rows)
         assert len({row["trained"] for name, row in rows.items() if name != "floor"}) == 1
         assert rows["floor"]["wall_ratio"]["median"] == 1
+        assert {"floor", "shira", "shira-block"} <= {n for n in rows if rows[n]["expected_seconds"]}
         for row in rows.values():
             assert len(row["wall_seconds"]["samples"]) == 2
             assert (row["memory_bytes"] is None) == (DEVICE == "cpu")
@@ -159,6 +168,30 @@ def test_a_part_that_fails_loses_nothing(
     assert "wrong answers" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="parts of the gpu suite failed"):
         gpu.run(TINY, device=DEVICE)
+
+
+def test_the_page_has_what_is_counted() -> None:
+    page = (gpu_session.ROOT / "docs" / "gpu.md").read_text()
+    assert gpu_expected.markdown() in page
+
+
+def test_counts_by_hand() -> None:
+    tokens, rows, cols, r = 2048, 3072, 3072, 32
+    (dense,) = gpu_expected.gradient("dense", tokens, rows, cols, r)
+    assert dense.operations == 2 * 2048 * 3072 * 3072
+    assert dense.bytes == 2 * (2 * 2048 * 3072 + 3072 * 3072)
+    assert dense.seconds == dense.operations / 790e12  # more than its bytes take
+    k = 32 * 6144
+    *_, gather, cast = gpu_expected.gradient("random, chunked, 64 MiB", tokens, rows, cols, r)
+    assert gather.bytes == (8 + 32 + 2) * k
+    assert cast.seconds == 3e-6  # a launch
+    blocks = gpu_expected.gradient("block, as chosen", tokens, rows, cols, r)
+    assert max(kernel.operations for kernel in blocks) == 2 * 2048 * k
+    found = gpu_expected.steps(gpu_contenders.Shape(), "all", 32, 4, 512)
+    assert set(found) == {"floor", *gpu_expected.LAYERS}
+    # 2.82 billion weights of layers and 0.39 of the head, twice
+    assert found["floor"] > 2 * 2 * 2048 * 3.2e9 / 790e12
+    assert found["floor"] < found["shira-block"] < found["shira"]
 
 
 def test_one_changed_entry_of_the_base_shows() -> None:

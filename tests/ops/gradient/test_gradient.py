@@ -171,6 +171,7 @@ def test_no_tokens_no_gradient():
         ("cpu", torch.float64, 0.02, False, "sampled", "float64"),
         ("cpu", torch.float32, 0.5, False, "chunked", "0.5"),
         ("cuda", torch.float32, 0.02, False, "chunked", "cuda"),
+        ("cuda", torch.bfloat16, 0.02, False, "chunked", 'take mask_type="block"'),
         ("cuda", torch.bfloat16, 0.02, True, "tiles", "fills"),
     ],
 )

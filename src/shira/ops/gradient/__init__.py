@@ -123,9 +123,15 @@ def choose(
         if reason is None:
             break
         passed_over.append(f"not {name}: {reason}")
+    if case[0] != "cpu" and not tiled:
+        passed_over.append(_ADVICE)
     return Choice(name, "; ".join(passed_over) or "the support fills square tiles")
 
 
+_ADVICE = (
+    "entries scattered over a weight need the whole product on an accelerator, and those of "
+    'blocks need theirs alone: take mask_type="block" there'
+)
 _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
 
 
