@@ -20,16 +20,19 @@ def run(tmp_path):
     """``run("trainer.py")``: what it prints; its files go to ``tmp_path / "out"``.
 
     With ``check="name"`` the function of that name in `checks` is called in the same process, with
-    the script's variables, once the script is through.
+    the script's variables, once the script is through. Another interpreter, and more of the
+    environment, can be named.
     """
 
-    def run(script: str, check: str = "", status: int = 0) -> str:
+    def run(
+        script: str, check: str = "", status: int = 0, python: str = sys.executable, **more: str
+    ) -> str:
         how = ["-m", "tests.examples.checks", check] if check else []
         path = os.pathsep.join([str(ROOT), str(Path(shira.__file__).parents[1])])
         done = subprocess.run(
-            [sys.executable, *how, str(ROOT / "examples" / script), str(tmp_path / "out")],
+            [python, *how, str(ROOT / "examples" / script), str(tmp_path / "out")],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more},
             capture_output=True,
             text=True,
             check=False,

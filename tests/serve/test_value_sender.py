@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
 from shira.ops.patch import Exchange
 from shira.serve.messages import Processes
-from shira.serve.value_sender import FixedSupport, ValueSender, Wire
+from shira.serve.value_sender import FixedSupport, HTTPClient, ValueSender, Wire
 from shira.serve.worker import Route
 from shira.support import Support
 from tests.interrupts import at_every_point
@@ -390,3 +392,73 @@ def test_answers_of_any_length():
     assert found[0] is None
     assert found[1].startswith("ValueError: éé")
     assert found[2] == "ValueError: "
+
+
+class TestHTTPClient:
+    """The client against a server that answers as vLLM's routes do, and notes what it was asked."""
+
+    @pytest.fixture
+    def server(self):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                size = int(self.headers.get("Content-Length") or 0)
+                told = json.loads(self.rfile.read(size) or b"null")
+                asked.append((self.path.strip("/"), told))
+                status, said = answers.get(self.path.strip("/"), (200, {"message": "done"}))
+                body = json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        asked: list[tuple[str, object]] = []
+        answers = {"reset_prefix_cache": (200, {"success": True})}
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+            thread = threading.Thread(target=made.serve_forever)
+            thread.start()
+            yield HTTPClient(f"http://127.0.0.1:{made.server_port}/"), asked, answers
+            made.shutdown()
+            thread.join()
+
+    def test_an_update_stops_requests_first_and_drops_the_cache_before_they_run_again(
+        self, server
+    ) -> None:
+        client, asked, _ = server
+        client.init_weight_transfer_engine({"port": 1})
+        client.start_weight_update()
+        client.update_weights({"nnz": 3})
+        client.finish_weight_update("7")
+        assert asked == [
+            ("init_weight_transfer_engine", {"init_info": {"port": 1}}),
+            ("pause?mode=wait", None),
+            ("start_weight_update", None),
+            ("update_weights", {"update_info": {"nnz": 3}}),
+            ("finish_weight_update", {"weight_version": "7"}),
+            ("reset_prefix_cache", None),
+            ("resume", None),
+        ]
+
+    def test_an_update_that_cannot_begin_lets_requests_run(self, server) -> None:
+        client, asked, answers = server
+        answers["start_weight_update"] = (500, {"error": "an update is under way"})
+        with pytest.raises(ServeError, match=r"answers 500: .*under way"):
+            client.start_weight_update()
+        assert asked[-1] == ("resume", None)
+
+    def test_with_a_cache_that_stays_no_request_runs(self, server) -> None:
+        client, asked, answers = server
+        answers["reset_prefix_cache"] = (200, {"success": False})
+        with pytest.raises(ServeError, match="stale"):
+            client.finish_weight_update()
+        assert asked[-1] == ("reset_prefix_cache", None)
+
+    def test_it_says_what_the_server_lacks(self, server) -> None:
+        client, _, answers = server
+        answers["pause?mode=wait"] = (404, {"detail": "Not Found"})
+        with pytest.raises(ServeError, match="VLLM_SERVER_DEV_MODE=1"):
+            client.start_weight_update()
+        with pytest.raises(ServeError, match="does not answer"):
+            HTTPClient("http://127.0.0.1:9", timeout=1).start_weight_update()

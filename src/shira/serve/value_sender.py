@@ -10,15 +10,18 @@ values can never land elsewhere; they travel over a process group of their own (
         ...
         sender.send(Adapter.from_model(model))   # the same positions, new values
 
-``client`` has the four methods of vLLM's ``VLLMWeightSyncClient``; for ``vllm.LLM`` in this process
-there is `LLMClient`. The engine is started with ``worker_extension_cls`` of `shira.serve.vllm` and
-``weight_transfer_config={"backend": "shira"}``, and holds the adapter already. The worker's side is
-`shira.serve.worker.Route`. Imports no engine.
+``client`` has the four methods of vLLM's ``VLLMWeightSyncClient``: `LLMClient` for ``vllm.LLM`` in
+this process, `HTTPClient` for a server. The engine is started with ``worker_extension_cls`` of
+`shira.serve.vllm` and ``weight_transfer_config={"backend": "shira"}``, and holds the adapter
+already. The worker's side is `shira.serve.worker.Route`. Imports no engine.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -236,6 +239,66 @@ class LLMClient:
             raise ServeError(
                 "vLLM did not drop its prefix cache (blocks are in use): answers may be stale"
             )
+
+
+class HTTPClient:
+    """A `SyncClient` of a ``vllm serve`` that runs with ``VLLM_SERVER_DEV_MODE=1``.
+
+    An update waits for the requests that run, and those that come meanwhile wait for it.
+
+    Args:
+        url: Of the server, such as ``http://localhost:8000``.
+        timeout: Seconds to wait for an answer.
+    """
+
+    def __init__(self, url: str, timeout: float = 300.0) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let the workers meet the trainer."""
+        self._post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Let the requests that run come to their end, hold up others, and begin an update."""
+        self._post("pause?mode=wait")
+        try:
+            self._post("start_weight_update")
+        except BaseException:
+            self._post("resume")
+            raise
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Let the workers receive the values."""
+        self._post("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End an update, drop the prefix cache and let requests run again.
+
+        Raises:
+            ServeError: If vLLM did not drop its prefix cache; requests stay held up.
+        """
+        told = None if weight_version is None else {"weight_version": weight_version}
+        self._post("finish_weight_update", told)
+        if not self._post("reset_prefix_cache")["success"]:
+            raise ServeError("vLLM did not drop its prefix cache: answers would be stale")
+        self._post("resume")
+
+    def _post(self, route: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.url}/{route}",
+            data=b"" if told is None else json.dumps(told).encode(),
+            headers={"Content-Type": "application/json"},
+            method="POST",
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return dict(json.loads(answer.read() or b"{}"))
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:_ANSWER]
+            hint = " (does it run with VLLM_SERVER_DEV_MODE=1?)" if error.code == 404 else ""
+            raise ServeError(f"{self.url}/{route} answers {error.code}{hint}: {said}") from error
+        except OSError as error:
+            raise ServeError(f"{self.url}/{route} does not answer: {error}") from error
 
 
 class ValueSender:
