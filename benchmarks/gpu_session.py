@@ -59,7 +59,7 @@ PARTS = (
         150,
         (
             *("studies.lm", "run", "--device", "cuda", "--jobs", "6", "--together", "4"),
-            *("--minutes", "2", "--parts", "{study}", "--data", "{study}/data"),
+            *("--minutes", "2", "--parts", "{study}", "--data", "{study}/one/data"),
             *("--results", "{out}/lm"),
         ),
     ),
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts. 1 if one that could be measured was not; 0 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="FOLDER")
-    parser.add_argument("--study", type=Path, metavar="FOLDER", help="what `studies.lm pack` made")
+    parser.add_argument("--study", type=Path, metavar="FOLDER", help="--parts of `studies.lm pack`")
     parser.add_argument("--only", metavar="PART,PART", help=", ".join(part.name for part in PARTS))
     options = parser.parse_args(arguments)
     if unknown := {*(options.only or "").split(",")} - {"", *(part.name for part in PARTS)}:
@@ -102,7 +102,8 @@ def _measured(part: Part, out: Path, study: Path | None) -> dict[str, Any]:
         return {"state": "not measured", "why": why, "seconds": None}
     folders = {"out": str(out), "study": str(study and study.resolve())}
     command = [sys.executable, "-m", *(word.format(**folders) for word in part.command)]
-    found = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    packages = str(study.resolve() / "one" / "site") if study else ""  # that pack has put there
+    found = [str(ROOT / "src"), str(ROOT), packages, os.environ.get("PYTHONPATH", "")]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found))}
     log, start = out / f"{part.name}.txt", time.monotonic()
     with log.open("w") as file:
