@@ -35,6 +35,7 @@ BELOW = {
     "fusing": {"_version", "errors", "support", "base", "delta", "adapter", "masks"},
     "measure": {"errors", "support", "base", "delta", "adapter", "fusing"},
     "convert": {"errors", "support", "base", "delta", "adapter", "masks", "store", "checkpoints"},
+    "chain": {"_version", "errors", "ops", "store", "checkpoints", "convert"},
     "switch": {"errors", "support", "blocks", "base", "delta", "adapter", "ops", "store"},
     "tuner": {
         *("errors", "support", "blocks", "base", "delta", "adapter", "masks", "ops"),
@@ -46,13 +47,13 @@ BELOW = {
     },
     "cli": {
         *("_version", "errors", "support", "base", "delta", "adapter", "masks", "ops", "store"),
-        *("checkpoints", "fusing", "measure", "convert", "switch", "tuner", "serve"),
+        *("checkpoints", "fusing", "measure", "convert", "chain", "switch", "tuner", "serve"),
     },
     "__main__": {"cli"},
     # Names that load on first use are typed there; `__getattr__` imports them by their names.
     "__init__": {
         *("_version", "errors", "support", "delta", "adapter", "masks", "ops", "store"),
-        *("fusing", "measure", "convert", "switch", "tuner"),
+        *("fusing", "measure", "convert", "chain", "switch", "tuner"),
     },
 }
 # The few imports that go upwards, inside functions and for annotations: (file, part) and why.
@@ -172,7 +173,7 @@ def modules_after(code: str) -> set[str]:
     [
         "import shira",
         "import shira; shira.Support, shira.SparseDelta, shira.Adapter, shira.ShiraError",
-        "from shira import convert, masks, ops, store",
+        "from shira import chain, convert, masks, ops, store",
         "import shira.switch",
         "import shira; shira.Switch",
         "from shira import fuse, overlap",
@@ -204,6 +205,7 @@ def test_public_names():
         "Switch",
         "__version__",
         "calibrate",
+        "chain",
         "convert",
         "fuse",
         "get_peft_model",

@@ -10,7 +10,7 @@ a name of the tuner is asked for.
 The tree, each part importing only from its left::
 
     errors -> support, blocks, gaps -> base -> delta -> adapter -> ops -> masks -> store
-        -> checkpoints, fusing, measure, convert, switch -> tuner, serve -> cli
+        -> checkpoints, fusing, measure, convert, chain, switch -> tuner, serve -> cli
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shira._version import __version__
 
 if TYPE_CHECKING:
-    from shira import convert, masks, ops, store
+    from shira import chain, convert, masks, ops, store
     from shira.adapter import Adapter
     from shira.delta import SparseDelta
     from shira.errors import ShiraError
@@ -54,7 +54,7 @@ _WHERE = {
     "overlap": "shira.measure",
 }
 _MODULES = (
-    *("cli", "convert", "errors", "fusing", "masks", "measure"),
+    *("chain", "cli", "convert", "errors", "fusing", "masks", "measure"),
     *("ops", "serve", "store", "switch", "tuner"),
 )
 
@@ -70,6 +70,7 @@ __all__ = [
     "Switch",
     "__version__",
     "calibrate",
+    "chain",
     "convert",
     "fuse",
     "get_peft_model",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shira import Adapter, SparseDelta, Support
+from shira import Adapter, SparseDelta, Support, chain
 from shira.convert import merge
 
 COMMANDS = {
@@ -35,6 +35,9 @@ ON_BASE = {
     "fuse": ("fuse", "A", "B", "--base", "BASE", "--output", "OUT", "--overwrite"),
     "merge": COMMANDS["merge"],
     "merge, undo": COMMANDS["merge, undo"],
+    "diff": ("diff", "BASE", "TUNED", "--output", "OUT", "--overwrite"),
+    "diff, the other": ("diff", "TUNED", "BASE", "--output", "OUT", "--overwrite"),
+    "apply": ("apply", "BASE", "step", "--output", "OUT", "--overwrite"),
     "unmerge": ("unmerge", "BASE", "--undo", "UNDO", "--output", "OUT", "--overwrite"),
     "inspect": ("inspect", "A", "--base", "BASE", "--plot", "OUT"),
     "report": ("report", "A", "--base", "BASE", "--output", "OUT"),
@@ -58,6 +61,7 @@ def place(tmp_path, monkeypatch):
     Adapter({"a.weight": delta}).save("b.safetensors")
     Path("a/metrics.json").write_text("{}")
     merge("a", "base", "merged", undo="undo")
+    chain.diff("base", "merged", "step")
     Path("data.csv").write_text("text\nhello\n")
     return tmp_path
 

@@ -135,8 +135,8 @@ class Written:
     size: int
 
 
-def check_output(checkpoint: Checkpoint, output: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the output's path, after making sure that what is there may be replaced.
+def check_output(folder: bool, output: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the path of an output, a folder or a file, after making sure that it may go there.
 
     (`check_outputs` keeps it apart from what is read.)
     """
@@ -145,7 +145,7 @@ def check_output(checkpoint: Checkpoint, output: str | os.PathLike[str], overwri
         return target
     if not overwrite:
         raise ConfigError(f"output {target} exists; overwrite it (--overwrite), or name another")
-    if target.is_symlink() or target.is_dir() != checkpoint.path.is_dir():
+    if target.is_symlink() or target.is_dir() != folder:
         raise ConfigError(f"output {target} exists and is of another kind; name another")
     if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
         raise ConfigError(
@@ -175,7 +175,7 @@ def rewrite(
         if edit.flat.numel():
             by_file.setdefault(edit.stored.file, []).append(edit)
     folder = checkpoint.path.is_dir()
-    files, left_out = _files_of(checkpoint) if folder else ({checkpoint.path: ""}, [])
+    files, left_out = files_of(checkpoint) if folder else ({checkpoint.path: ""}, [])
     total = sum(source.stat().st_size for source in files)
     count = 0
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ def write_entries(file: BinaryIO, edit: Edit) -> None:
             rest = rest[file.write(rest) :]
 
 
-def _files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:
+def files_of(checkpoint: Checkpoint) -> tuple[Mapping[Path, str], list[str]]:
     """Return each file of the folder that comes along with its path in it, and what stays."""
     along: dict[Path, str] = {}
     behind: list[str] = []

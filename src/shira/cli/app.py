@@ -30,6 +30,9 @@ COMMANDS = {
     "unmerge": "shira.cli.unmerge",
     "extract": "shira.cli.extract",
     "convert": "shira.cli.convert",
+    "diff": "shira.cli.diff",
+    "apply": "shira.cli.apply",
+    "verify": "shira.cli.verify",
     "switch-bench": "shira.cli.switch_bench",
     "serve": "shira.cli.serve",
 }

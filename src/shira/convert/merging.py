@@ -192,7 +192,7 @@ def merge(
         [None if isinstance(adapter, Adapter) else adapter],
         [checkpoint.path],
     )
-    target = check_output(checkpoint, output, overwrite)
+    target = check_output(checkpoint.path.is_dir(), output, overwrite)
     undo_path = None if undo is None else Path(os.path.abspath(undo))
     if undo_path is not None:
         check_kind(undo_path)

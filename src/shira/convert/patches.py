@@ -277,7 +277,7 @@ def unmerge(
     """
     checkpoint = open_checkpoint(merged)
     check_outputs({"output": output}, undo_files(undo), [checkpoint.path])
-    target = check_output(checkpoint, output, overwrite)
+    target = check_output(checkpoint.path.is_dir(), output, overwrite)
     edits = _edits_back(undo, checkpoint)
     written = rewrite(checkpoint, edits, target, progress)
     return Unmerged(target, len(edits), sum(edit.flat.numel() for edit in edits), written)

@@ -105,6 +105,31 @@ class TensorFile:
         return tensor_of(read_bits(self.file, stored), stored).view(stored.shape)
 
 
+def parse_header(
+    raw: bytes, path: Path, size: int | None = None
+) -> tuple[dict[str, Stored], Mapping[str, str]]:
+    """Return the tensors and the metadata of a header, the JSON alone.
+
+    ``size`` is that of the whole file; None: what the header says.
+
+    Raises:
+        FileFormatError: If it is no JSON object, or describes tensors that the file cannot hold.
+    """
+    claims = parse_object(raw, path, "safetensors header", size)
+    metadata = claims.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
+    tensors = {}
+    for name, claim in claims.items():
+        with refusing(path, f"tensor {name!r}"):
+            tensors[name] = _checked(claim, name, path, 8 + len(raw))
+    if size is None:
+        size = max((stored.end for stored in tensors.values()), default=8 + len(raw))
+    _check_ranges(path, tensors, 8 + len(raw), size)
+    return tensors, metadata
+
+
 class EntryError(ValueError):
     """Entries that no adapter can have; whoever reads a file says where in it they are."""
 
@@ -145,17 +170,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         raw = file.read(length)
         if len(raw) < length:
             raise FileFormatError(f"{path}: truncated: it ends within its header")
-        claims = parse_object(raw, path, "safetensors header", size)
-        del raw
-        metadata = claims.pop("__metadata__", None)
-        metadata = {} if metadata is None else metadata
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise FileFormatError(f"{path}: the header's __metadata__ maps texts to texts")
-        tensors = {}
-        for name, claim in claims.items():
-            with refusing(path, f"tensor {name!r}"):
-                tensors[name] = _checked(claim, name, path, 8 + length)
-        _check_ranges(path, tensors, 8 + length, size)
+        tensors, metadata = parse_header(raw, path, size)
         yield TensorFile(path, file, size, tensors, metadata)
 
 
@@ -163,15 +178,20 @@ def read_bits(file: BinaryIO, stored: Stored, first: int = 0, count: int | None 
     """Read a stored tensor, or ``count`` entries of it, as integers of their width: 1-D."""
     unit = _UNITS[stored.dtype]
     size = stored.end - stored.start if count is None else count * unit.itemsize
+    return read_bytes(file, stored, first * unit.itemsize, size).view(unit)
+
+
+def read_bytes(file: BinaryIO, stored: Stored, first: int, size: int) -> NDArray[np.uint8]:
+    """Read so many bytes of a stored tensor, of any dtype, from its byte ``first`` on."""
     raw = np.empty(size, np.uint8)
-    file.seek(stored.start + first * unit.itemsize)
+    file.seek(stored.start + first)
     rest = raw.data
     while rest:
         got = file.readinto(rest)  # type: ignore[attr-defined]
         if not got:
             raise FileFormatError(f"{stored.file}: tensor {stored.key!r}: truncated while read")
         rest = rest[got:]
-    return raw.view(unit)
+    return raw
 
 
 def tensor_of(bits: Bits, stored: Stored) -> Tensor:
@@ -179,6 +199,11 @@ def tensor_of(bits: Bits, stored: Stored) -> Tensor:
     if sys.byteorder == "big":
         bits = bits.astype(bits.dtype.newbyteorder("="))
     return torch.from_numpy(bits).view(_READABLE[stored.dtype])
+
+
+def width_of(dtype: str) -> int:
+    """Return the bytes of an entry of a dtype in safetensors' words; 1 of one below a byte."""
+    return max(_BITS[dtype] // 8, 1)
 
 
 def bits_of(values: Tensor) -> Tensor:
