@@ -18,6 +18,8 @@ HERE += ["training.md", "diffusion.md"]
 ELSEWHERE = {
     ("README.md", "python"): "tests/test_readme.py",
     ("README.md", "sh"): "tests/test_readme.py",
+    ("chain.md", "python"): "tests/chain/test_docs.py",
+    ("chain.md", "sh"): "tests/chain/test_docs.py",
     ("converting.md", "python"): "tests/convert/test_docs.py",
     ("converting.md", "sh"): "tests/convert/test_docs.py",
     ("distributed.md", "python"): "tests/distributed/test_docs.py",

@@ -82,7 +82,7 @@ def test_every_public_name_is_in_the_reference():
 
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     listed = set(re.findall(r"^::: shira\.(\w+)$", pages, re.MULTILINE))
-    modules = {"convert", "masks", "ops", "store"}
+    modules = {"chain", "convert", "masks", "ops", "store"}
     pefts = {"PeftModel", "get_peft_model"}
     assert set(shira.__all__) - modules - pefts - {"ShiraError", "__version__"} <= listed
     assert "::: shira.errors" in pages

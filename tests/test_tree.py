@@ -256,6 +256,7 @@ def test_docstrings_say_what_is_done():
 # called as the module or the package that they test.
 TOPICS = {
     "": "docs doctests readme site tree",
+    "chain": "docs",
     "cli": "hostile_text inputs_are_kept main snapshots train_docs",
     "convert": "docs mapped_models merging_models whole",
     "fusing": "docs",
