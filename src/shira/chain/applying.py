@@ -293,8 +293,8 @@ class Made:
                 os.fsync(file.fileno())
             if digits_of(digest) != other.hash:
                 raise WrongBaseError(
-                    f"{self._reader.checkpoint.path}: file {name!r} is not as {last.path} says; put "
-                    "the one that it was made from in its place, or fetch the links anew"
+                    f"{self._reader.checkpoint.path}: file {name!r} is not as {last.path} says; "
+                    "put the one that it was made from in its place, or fetch the links anew"
                 )
             self._copy_mode(name, path)
         return tuple(changed)
