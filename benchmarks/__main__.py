@@ -20,6 +20,7 @@ from benchmarks import (
     masks,
     merging,
     mixed_batch,
+    policy,
     report,
     serving,
     switching,
@@ -39,6 +40,7 @@ SUITES: dict[str, Any] = {
         fusing,
         files,
         serving,
+        policy,
         gpu,
         gpu_adapters,
     )

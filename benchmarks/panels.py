@@ -189,6 +189,19 @@ def _serving(result: dict[str, Any]) -> list[Panel]:
     ]
 
 
+def _policy(result: dict[str, Any]) -> list[Panel]:
+    rows = result["results"]
+    return [
+        Panel(
+            "Until a server answers with a new policy",
+            "ms",
+            {name: _spread(row["update"], 1e3) for name, row in rows.items()},
+            log=True,
+        ),
+        Panel("Seconds a token", "x full", _ratios(rows, "token_ratio")),
+    ]
+
+
 def _gpu(result: dict[str, Any]) -> list[Panel]:
     return [
         Panel(f"Seconds of a step, targets: {which}", "x floor", _ratios(rows, "wall_ratio"))
@@ -214,6 +227,7 @@ PANELS: Mapping[str, Callable[[dict[str, Any]], list[Panel]]] = {
     "fusing": _fusing,
     "files": _files,
     "serving": _serving,
+    "policy": _policy,
     "gpu": _gpu,
     "gpu_adapters": _gpu_adapters,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks import (
     figures,
     memory,
     merging,
+    policy,
     serving,
     serving_models,
     switching,
@@ -21,7 +23,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.__main__ import main
-from benchmarks.panels import PANELS
+from benchmarks.panels import PANELS, Bar
 
 TINY = training.Settings(layers=1, hidden=64, heads=2, vocab=64, batch=1, tokens=16, repeats=2)
 
@@ -293,14 +295,26 @@ def test_mixed_batch_suite(tmp_path: Path) -> None:
         assert written["answers"][case]["grouped"] <= written["answers"][case]["tolerance"]
 
 
-def test_serving_suite_says_why_it_cannot_run_here() -> None:
+@pytest.mark.parametrize("suite", [serving, policy])
+def test_suites_of_a_server_say_why_they_cannot_run_here(suite: Any) -> None:
     pytest.importorskip("transformers")
-    why = serving.unavailable()
+    why = suite.unavailable()
     if why is None:
         pytest.skip("vLLM is installed")
     assert "make test-vllm" in why
     with pytest.raises(RuntimeError, match="vLLM"):
-        serving.run(serving.Settings())
+        suite.run(suite.Settings())
+
+
+def test_panels_of_the_policy_suite() -> None:
+    spread = {"median": 0.2, "q1": 0.1, "q3": 0.3}
+    row = {"bytes": 8, "update": spread, "pause": spread, "token": spread, "token_ratio": spread}
+    result = {"settings": vars(policy.Settings()), "results": {"lora": row, "shira": row}}
+    until, token = PANELS["policy"](result)
+    assert until.bars == dict.fromkeys(("lora", "shira"), Bar(200, 100, 300))
+    assert token.bars == dict.fromkeys(("lora", "shira"), Bar(0.2, 0.1, 0.3))
+    (table,) = policy.tables(result)
+    assert table.rows[1] == ["shira", "8", "200", "200", "200.0", "0.20 [0.10, 0.30]"]
 
 
 def test_loads_of_the_serving_suite() -> None:
