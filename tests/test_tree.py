@@ -258,7 +258,7 @@ TOPICS = {
     "": "docs doctests readme site tree",
     "chain": "docs",
     "cli": "hostile_text inputs_are_kept main snapshots train_docs",
-    "convert": "docs mapped_models merging_models whole",
+    "convert": "docs gguf mapped_models merging_models whole",
     "fusing": "docs",
     "measure": "extremes overlap rank",
     "ops": "packed",
