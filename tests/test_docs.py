@@ -13,7 +13,7 @@ import pytest
 from tests.pages import DOCS, README, ROOT, blocks, fences
 
 HERE = ["block-masks.md", "choose-a-mask.md", "concepts.md", "index.md", "start.md", "train.md"]
-HERE += ["training.md", "diffusion.md", "gpu.md"]
+HERE += ["optimizers.md", "training.md", "diffusion.md", "gpu.md"]
 # Which test runs the blocks of a page in a language.
 ELSEWHERE = {
     ("README.md", "python"): "tests/test_readme.py",

@@ -267,8 +267,8 @@ TOPICS = {
     "switch": "docs failures imports properties whole",
     "tuner": (
         "calibrate check_ranks compile computed_weight describe diffusers exactness interrupts "
-        "lifecycle memory offload own_forward parity register steps switch training transforms "
-        "usage weighted whole"
+        "lifecycle memory offload optimizers own_forward parity register steps switch training "
+        "transforms usage weighted whole"
     ),
 }
 

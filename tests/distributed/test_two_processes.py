@@ -19,7 +19,10 @@ LLAMA = [
     *("fsdp2", "fsdp2_keeps_whole", "fsdp2_checkpoints", "fsdp2_accumulates", "fsdp2_compiled"),
 ]
 EVERYTHING = ["ddp_all_layer_types", "fsdp2_each_layer_alone"]
-ZERO_LLAMA = ["zero2", "zero3", "zero3_accumulates", "zero3_checkpoints"]
+ZERO_LLAMA = [
+    *("zero2", "zero3", "zero3_accumulates", "zero3_checkpoints"),
+    *("zero2_offloads", "zero3_offloads"),
+]
 ZERO_EVERYTHING = ["zero3_all_layer_types"]
 
 

@@ -41,10 +41,11 @@ def settings(stage: int, accumulate: int = 1, **zero: object) -> dict[str, objec
     }
 
 
-def engine_of(model: nn.Module, stage: int, accumulate: int = 1) -> nn.Module:
+def engine_of(model: nn.Module, stage: int, accumulate: int = 1, **zero: object) -> nn.Module:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=task.RATE)
-    config = settings(stage, accumulate)
+    config = settings(stage, accumulate, **zero)
+    config["zero_force_ds_cpu_optimizer"] = False  # with offloading; the same SGD as elsewhere
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
@@ -93,6 +94,19 @@ def zero3():
     result = train(engine, task.llama_loss)
     left = [name for name, value in engine.named_parameters() if not is_sharded(value)]
     return {"result": result, "file": first, "left": left}
+
+
+@case
+def zero2_offloads():
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    return train(engine_of(task.adapted_llama(), 2, **offload), task.llama_loss)
+
+
+@case
+def zero3_offloads():
+    cpu = {"device": "cpu", "pin_memory": False}
+    engine = engine_of(task.adapted_llama(), 3, offload_optimizer=cpu, offload_param=cpu)
+    return train(engine, task.llama_loss)
 
 
 @case

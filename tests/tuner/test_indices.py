@@ -139,3 +139,15 @@ def test_compiled_first_and_called_after():
         y = compiled(X)
     assert torch.equal(model(X), y)
     assert torch.equal(compiled(X), y)
+
+
+def test_a_copy_keeps_positions_as_the_original_does():
+    """Who copies buffers from one to the other afterwards finds them of one shape."""
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), ShiraConfig(r=2, target_modules=["0"]))
+    copied = copy.deepcopy(model)
+    model(torch.randn(2, 16))
+    for one, other in zip(model.buffers(), copied.buffers(), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        assert one is not other
+    assert copied.state_dict().keys() == model.state_dict().keys()

@@ -16,6 +16,7 @@ first training step (`check_ranks`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import weakref
@@ -75,6 +76,16 @@ class IndexDict(BufferDict):
 
     def __getitem__(self, adapter_name: str) -> Tensor:
         return unpack(super().__getitem__(adapter_name), self._shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IndexDict:
+        # Kept alike in both, for what goes on to copy buffers from one to the other (torch's
+        # AveragedModel): the first forward of the one would pack its own alone.
+        for name in self._buffers:
+            self.kept(name)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def kept(self, adapter_name: str) -> Tensor:
         """Return the positions as they are kept: the same tensor at each call, for ops."""

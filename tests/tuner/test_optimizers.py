@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers, clipping, averages and compiled steps: what they make of the values of an adapter.
+
+Each is held against the plain step: the same optimizer on the same values as parameters of their
+own, which a dense model scatters into its weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from transformers import Adafactor, Trainer, TrainingArguments
+
+from shira import ShiraConfig, get_peft_model
+
+from .models import base_weights, llama, randomize, same_weights
+
+STEPS = 6
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+class Net(nn.Module):
+    """Large enough for 8-bit states, which bitsandbytes has from 4096 values on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 256), nn.Linear(256, 128), nn.Linear(128, 8)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def data(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(24, 32, generator=generator), torch.randn(24, 8, generator=generator)
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(**options):
+    options = {"target_modules": ["a", "b"], "density": 0.19, "random_seed": 0} | options
+    model = get_peft_model(net(), ShiraConfig(**options))
+    randomize(model, scale=0.02)
+    return model
+
+
+class Plain(nn.Module):
+    """The dense model that an adapted one stands for: values scattered into clones of weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = model.get_base_model()
+        layers = [m for m in self.net.modules() if hasattr(m, "shira_weight")]
+        self.layers = layers
+        self.values = nn.ParameterList(m.shira_weight["default"].detach().clone() for m in layers)
+        self.at = [m.support("default").indices.long() for m in layers]
+
+    def forward(self, x):
+        for layer, at, value in zip(self.layers, self.at, self.values, strict=True):
+            base = layer.get_base_layer()
+            weight = base.weight.detach().flatten().index_add(0, at, value).view_as(base.weight)
+            x = torch.tanh(F.linear(x, weight, base.bias))
+        return self.net.c(x)
+
+
+def values_of(model):
+    if isinstance(model, Plain):
+        return list(model.values)
+    return [p for n, p in model.named_parameters() if "shira_weight" in n]
+
+
+def loss_of(model, step):
+    x, y = data(step)
+    return F.mse_loss(model(x), y)
+
+
+def train(model, make, steps=STEPS, before=lambda values: None, after=lambda: None):
+    values = values_of(model)
+    optimizer = make(values)
+    for step in range(steps):
+        loss_of(model, step).backward()
+        before(values)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    return [value.detach().clone() for value in values]
+
+
+def furthest(one, other):
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def moved(values):
+    return furthest(values, [v.detach() for v in values_of(adapted())])
+
+
+RATE = 1e-2
+OPTIMIZERS = {
+    "SGD": lambda v: torch.optim.SGD(v, lr=RATE, momentum=0.9, nesterov=True),
+    "AdamW": lambda v: torch.optim.AdamW(v, lr=RATE, foreach=False),
+    "AdamW, foreach": lambda v: torch.optim.AdamW(v, lr=RATE, foreach=True),
+    "AdamW, fused": lambda v: torch.optim.AdamW(v, lr=RATE, fused=True),
+    "AdamW, amsgrad": lambda v: torch.optim.AdamW(v, lr=RATE, amsgrad=True),
+    "Adafactor of torch": lambda v: torch.optim.Adafactor(v, lr=RATE, eps=(None, 1.0)),
+    "Adafactor of transformers": lambda v: Adafactor(
+        v, lr=RATE, scale_parameter=False, relative_step=False
+    ),
+    "RMSprop": lambda v: torch.optim.RMSprop(v, lr=RATE),
+    "Adagrad": lambda v: torch.optim.Adagrad(v, lr=RATE),
+    "NAdam": lambda v: torch.optim.NAdam(v, lr=RATE),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_makes_the_plain_steps(name):
+    """Gradients differ by rounding, which the steps of these optimizers enlarge to no more."""
+    model = adapted()
+    before = base_weights(model)
+    ours = train(model, OPTIMIZERS[name])
+    plain = train(Plain(adapted()), OPTIMIZERS[name])
+    assert moved(ours) > 1e-4
+    assert furthest(ours, plain) <= 1e-4 * moved(ours)
+    assert same_weights(before, base_weights(model))
+
+
+def test_ways_to_make_one_step_agree():
+    """foreach to the bit with a loop, fused up to its rounding."""
+    loop, foreach, fused = (
+        train(adapted(), OPTIMIZERS[name]) for name in ("AdamW", "AdamW, foreach", "AdamW, fused")
+    )
+    assert furthest(loop, foreach) == 0
+    assert furthest(loop, fused) <= 1e-6
+
+
+BITSANDBYTES = {  # how far the values may be from those of the float32 optimizer, of their way
+    "Adam8bit": ("Adam", 0.1),
+    "AdamW8bit": ("AdamW", 0.1),
+    "PagedAdamW8bit": ("AdamW", 0.1),
+    "PagedAdamW": ("AdamW", 1e-4),
+    "PagedAdamW32bit": ("AdamW", 1e-4),
+}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_bitsandbytes(name):
+    import bitsandbytes
+
+    kind, bound = BITSANDBYTES[name]
+    model, states = adapted(), []
+
+    def make(values):
+        states.append(getattr(bitsandbytes.optim, name)(values, lr=RATE, weight_decay=0.0))
+        return states[-1]
+
+    before = base_weights(model)
+    ours = train(model, make)
+    exact = train(adapted(), lambda v: getattr(torch.optim, kind)(v, lr=RATE, weight_decay=0.0))
+    # of 6225 values in 8 bits, of the other layer's 1556 not: bitsandbytes leaves few as they are
+    kept = {state["state1"].dtype for state in states[0].state.values()}
+    assert kept == {torch.float32, torch.uint8} if "8bit" in name else {torch.float32}
+    assert furthest(ours, exact) <= bound * moved(exact)
+    assert furthest(ours, train(Plain(adapted()), make)) <= 1e-3 * moved(exact)
+    assert same_weights(before, base_weights(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adamw_torch_fused", "adafactor", "sgd", "rmsprop"),
+        pytest.param("adamw_bnb_8bit", marks=needs_bitsandbytes),
+        pytest.param("paged_adamw_8bit", marks=needs_bitsandbytes),
+    ],
+)
+def test_optimizers_that_trainer_knows_by_name(name, tmp_path):
+    model = get_peft_model(llama(), ShiraConfig(density=0.3, target_modules="all-linear"))
+    before = base_weights(model)
+    rows = [(torch.arange(16) + start) % 64 for start in range(32)]
+    rows = [{"input_ids": row, "labels": row} for row in rows]
+    options = {"max_steps": 8, "learning_rate": 3e-2, "per_device_train_batch_size": 16}
+    options |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), optim=name, logging_steps=1, **options)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [float(told["loss"]) for told in trainer.state.log_history if "loss" in told]
+    assert losses[-1] < losses[0]
+    assert same_weights(before, base_weights(model))
+
+
+def test_muon_trains_matrices_alone():
+    """It refuses the values, which are no matrix; whole modules beside them are for it."""
+    with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
+        train(adapted(), lambda v: torch.optim.Muon(v, lr=RATE))
+    model = adapted(modules_to_save=["c"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    muon = torch.optim.Muon([p for p in trained if p.ndim == 2], lr=RATE)
+    adamw = torch.optim.AdamW([p for p in trained if p.ndim != 2], lr=RATE)
+    start = [p.detach().clone() for p in trained]
+    for step in range(2):
+        loss_of(model, step).backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sorted({p.ndim for p in trained}) == [1, 2]
+    assert all(not torch.equal(a, b) for a, b in zip(start, trained, strict=True))
+
+
+def test_adafactor_that_scales_by_the_parameter_stands_still():
+    """Its steps are shares of a parameter, and deltas begin at zero."""
+    start = get_peft_model(net(), ShiraConfig(target_modules=["a", "b"], density=0.5))
+    for make in (
+        lambda v: torch.optim.Adafactor(v, lr=RATE),
+        lambda v: Adafactor(v, lr=RATE, scale_parameter=True, relative_step=False),
+    ):
+        for value in values_of(start):
+            nn.init.zeros_(value)
+        train(start, make)
+        assert 0 < max(float(v.abs().max()) for v in values_of(start)) < 1e-2 * RATE * STEPS
+
+
+@pytest.mark.parametrize(
+    "clip", [lambda v: clip_grad_norm_(v, 1e-2), lambda v: clip_grad_value_(v, 1e-4)]
+)
+def test_clipping(clip):
+    """The norm is that of the entries' gradients, which is that of the dense ones at them."""
+    sgd = lambda v: torch.optim.SGD(v, lr=1.0)  # noqa: E731
+    ours = train(adapted(), sgd, before=clip)
+    assert furthest(ours, train(Plain(adapted()), sgd, before=clip)) <= 1e-4 * moved(ours)
+    assert moved(ours) < 0.5 * moved(train(adapted(), sgd))
+
+
+def test_averages_of_the_values():
+    """EMA and SWA of the values alone, and of the whole model, whose base keeps its bits."""
+    model, decay = adapted(), 0.7
+    before, values = base_weights(model), values_of(model)
+    ema = get_ema_multi_avg_fn(decay)
+    alone = AveragedModel(nn.ParameterList(values), multi_avg_fn=ema)
+    whole, swa = AveragedModel(model, multi_avg_fn=ema), AveragedModel(model)
+    seen = []
+
+    def after():
+        alone.update_parameters(nn.ParameterList(values))
+        whole.update_parameters(model)
+        swa.update_parameters(model)
+        seen.append([value.detach().clone() for value in values])
+
+    schedule = []
+
+    def make(v):
+        optimizer = OPTIMIZERS["AdamW"](v)
+        schedule.append(SWALR(optimizer, swa_lr=RATE / 2, anneal_epochs=2))
+        return optimizer
+
+    train(model, make, after=after)
+    schedule[0].step()
+    expected, mean = seen[0], seen[0]
+    for count, now in enumerate(seen[1:], start=1):
+        expected = [decay * a + (1 - decay) * b for a, b in zip(expected, now, strict=True)]
+        mean = [a + (b - a) / (count + 1) for a, b in zip(mean, now, strict=True)]
+    assert furthest(list(alone.module), expected) <= 1e-6
+    for average, wanted in ((whole, expected), (swa, mean)):
+        assert furthest(values_of(average.module), wanted) <= 1e-6
+        assert same_weights(before, base_weights(average.module))
+    with torch.no_grad():
+        for value, average in zip(values, alone.module, strict=True):
+            value.copy_(average)
+    x, _ = data(0)
+    torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-6)
+
+
+def test_a_scaler_of_gradients():
+    """float16 autocast: the scaled loss gives the steps of the loss that is not scaled."""
+
+    def run(scaler):
+        model = adapted()
+        values = values_of(model)
+        optimizer = torch.optim.SGD(values, lr=1.0)
+        for step in range(STEPS):
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, step)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(values, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return [value.detach().clone() for value in values]
+
+    scaled = run(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    plain = run(torch.amp.GradScaler("cpu", enabled=False))
+    assert moved(scaled) > 1e-3
+    assert furthest(scaled, plain) <= 0.02 * moved(plain)  # rounding of float16
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_whole_step_is_compiled(backend):
+    """Forward, backward, clipping and optimizer in one compiled function: the same steps."""
+    torch._dynamo.reset()
+    model = adapted()
+    before = base_weights(model)
+    values = values_of(model)
+    optimizer = torch.optim.AdamW(values, lr=RATE, foreach=True)
+
+    @torch.compile(backend=backend)
+    def step(x, y):
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        clip_grad_norm_(values, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    for number in range(STEPS):
+        step(*data(number))
+    found = [value.detach().clone() for value in values]
+    clip = lambda v: clip_grad_norm_(v, 1.0)  # noqa: E731
+    exact = train(adapted(), OPTIMIZERS["AdamW, foreach"], before=clip)
+    assert furthest(found, exact) <= 1e-4 * moved(exact)
+    assert same_weights(before, base_weights(model))
