@@ -18,7 +18,7 @@ def test_python_and_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks(PAGE, "python")), str(PAGE), "exec"), {})
     lines = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "shira"

@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from shira import chain
+from shira.convert import load_patches
 from tests.chain.checkpoints import chain_of, contents
 
 
@@ -56,6 +59,19 @@ def test_json(made, shira):
     assert (found["applied"], found["old"], found["new"]) == (1, told["old"], told["new"])
 
 
+def test_patches(made, shira):
+    line = ("apply", "0", "2.link", "--format", "patch", "-o", "patch")
+    assert "does not stand on" in shira(*line).err
+    line = ("apply", "1", "2.link", "--format", "patch", "-o", "patch")
+    assert "in 4 weights" in shira(*line).out
+    tensors, new = (load_file(f"{number}/model.safetensors") for number in (1, 2))
+    for name, indices, values, _ in load_patches("patch"):
+        tensors[name].view(-1)[indices.long()] = values
+    assert all(torch.equal(tensors[name], new[name]) for name in new)
+    told = json.loads(shira(*line, "--overwrite", "--json").out)
+    assert (told["weights"], told["bytes"]) == (4, Path("patch").stat().st_size)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -66,6 +82,11 @@ def test_json(made, shira):
         ("apply 0 1.link -o 0 --overwrite", "is read here"),
         ("apply 0 0/model.safetensors -o out", "no link of a chain"),
         ("apply 0 none.link -o out", "none.link"),
+        ("apply 0 1.link -o out --format peft", "--format is one of checkpoint, patch"),
+        ("apply 0 1.link --format patch", "name it (--output)"),
+        ("apply 0 1.link --format patch --in-place -o out", "name it (--output)"),
+        ("apply 0 1.link -o 2.link --format patch", "2.link exists"),
+        ("apply 0 1.link -o 1.link --format patch --overwrite", "is read here"),
         ("diff 0 1 -o 1.link", "1.link exists"),
         ("diff 0 1 -o 1/new.link", "lies in the checkpoint"),
         ("diff 0 none -o new.link", "none"),

@@ -10,11 +10,22 @@ any change: an adapter is not needed. One file an idea::
     files     a checkpoint in pieces, and its hashes
     diffing   a link from two checkpoints
     applying  links on a checkpoint, and where in a chain one stands
+    patches   links as patches for engines that take single entries
 """
 
 from __future__ import annotations
 
 from shira.chain.applying import Applied, Verified, apply, verify
 from shira.chain.diffing import ChangedTensor, Difference, diff
+from shira.chain.patches import to_patches
 
-__all__ = ["Applied", "ChangedTensor", "Difference", "Verified", "apply", "diff", "verify"]
+__all__ = [
+    "Applied",
+    "ChangedTensor",
+    "Difference",
+    "Verified",
+    "apply",
+    "diff",
+    "to_patches",
+    "verify",
+]

@@ -125,7 +125,7 @@ def apply(
         WrongBaseError: If none of the links stands on the checkpoint.
         ConfigError: If the output exists, or would overwrite what is read, or files would be lost.
     """
-    paths = _listed(links)
+    paths = listed_links(links)
     checkpoint = open_checkpoint(old)
     if in_place == (output is not None):
         raise ConfigError("name an output, or ask for in_place (--in-place): one of the two")
@@ -172,7 +172,7 @@ def verify(
         WrongBaseError: If the checkpoint is none of the chain.
     """
     found = None if checkpoint is None else open_checkpoint(checkpoint)
-    with open_chain(_listed(links)) as chain:
+    with open_chain(listed_links(links)) as chain:
         for link in chain:
             link.check_data()
         if found is None:
@@ -385,7 +385,8 @@ def _check_in_place(checkpoint: Checkpoint, chain: Sequence[Link], overwrite: bo
         )
 
 
-def _listed(links: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
+def listed_links(links: AnyPath | Iterable[AnyPath]) -> list[AnyPath]:
+    """Return the links as a list of at least one."""
     paths: list[AnyPath] = [links] if isinstance(links, (str, os.PathLike)) else list(links)
     if not paths:
         raise ConfigError("there are no links; give at least one")

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from shira.errors import SupportError
 from shira.ops.gaps import UNITS, decode, encode
+from shira.store.header import Bits
 
 PIECE = 2**23
 """Bytes of a piece, at most; a multiple of every width."""
@@ -101,11 +102,11 @@ def stands_alone(coded: bytes) -> bool:
     return coded[:1] == bytes([_WHOLE])
 
 
-def changes(new: Bytes, old: Bytes, width: int) -> tuple[NDArray[np.signedinteger[Any]], Numbers]:
-    """Return where two pieces differ, and the new numbers there."""
+def changes(new: Bytes, old: Bytes, width: int) -> tuple[Bits, Bits]:
+    """Return where two pieces differ, and the new entries there, as signed integers."""
     now = _numbers(new, width)
     where = np.flatnonzero(now != _numbers(old, width))
-    return where, now[where]
+    return where, now[where].view(f"<i{width}")
 
 
 def _encode_entries(new: Numbers, old: Numbers, changed: NDArray[np.bool_]) -> bytes:
@@ -154,8 +155,7 @@ def _decode_entries(coded: bytes, numbers: Numbers) -> None:
 def _classes(numbers: Numbers) -> Bytes:
     """Return the eight bits below the highest of each number, seven of a byte."""
     shift = max(8 * numbers.itemsize - 9, 0)
-    mask = 0xFF if shift else 0x7F
-    kept: Bytes = ((numbers >> shift) & mask).astype(np.uint8)
+    kept: Bytes = (numbers >> shift).astype(np.uint8) if shift else numbers & np.uint8(0x7F)
     return kept
 
 

@@ -11,11 +11,13 @@ import typer
 from shira.cli import options
 from shira.cli import output as out
 from shira.cli.progress import Steps
+from shira.errors import ConfigError
 
 EXAMPLES = (
     "shira apply ./step-0 step-1.safetensors --output ./step-1",
     "shira apply ./step-0 step-*.safetensors --output ./latest   # skips those in it",
     "shira apply ./model step-1.safetensors --in-place",
+    "shira apply ./model step-1.safetensors --format patch -o patch.safetensors   # vLLM's",
 )
 
 
@@ -30,6 +32,14 @@ def command(
     output: Annotated[
         Path | None, options.output("Where the new checkpoint goes: a folder (or a file).")
     ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="checkpoint, or patch: the entries that change alone, as vLLM's sparse weight "
+            "patches (a file).",
+        ),
+    ] = "checkpoint",
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Put it in the place of the old one.")
     ] = False,
@@ -46,6 +56,10 @@ def command(
     the output exists; nothing is changed.
     """
     out.share_cores()
+    options.one_of("--format", to, ("checkpoint", "patch"))
+    if to == "patch":
+        _write_patches(checkpoint, links, output, in_place, overwrite, as_json)
+        return
     from shira.chain import apply
 
     with Steps("applying, MB", unit=10**6) as steps:
@@ -68,3 +82,35 @@ def command(
         "changed": f"{len(told.changed)} tensors",
     }
     out.facts("Applied", lines.items())
+
+
+def _write_patches(
+    checkpoint: str,
+    links: list[Path],
+    output: Path | None,
+    in_place: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write what the links change as a file of patches, and print what it is."""
+    from shira.chain import to_patches
+    from shira.convert import save_patches
+    from shira.store.atomic import check_outputs
+
+    if output is None or in_place:
+        raise ConfigError("patches are a file of their own: name it (--output)")
+    check_outputs({"--output": output}, links, [checkpoint])
+    options.check_new(output, overwrite, empty_folder=False)
+    with Steps("comparing, MB", unit=10**6) as steps:
+        patches = to_patches(checkpoint, links, progress=steps.tell)
+    save_patches(patches, output)
+    count, size = sum(patch.values.numel() for patch in patches), out.file_bytes(output)
+    if as_json:
+        told = {"output": str(output), "bytes": size, "weights": len(patches), "nnz": count}
+        out.print_json(told)
+        return
+    lines = {
+        "output": f"{output}, {out.megabytes(size)}",
+        "entries": f"{count:,} in {len(patches)} weights",
+    }
+    out.facts("Patches", lines.items())
