@@ -266,9 +266,9 @@ TOPICS = {
     "store": "stock_peft",
     "switch": "docs failures imports properties whole",
     "tuner": (
-        "calibrate check_ranks compile computed_weight describe diffusers exactness interrupts "
-        "lifecycle memory offload optimizers own_forward parity register steps switch training "
-        "transforms usage weighted whole"
+        "attention calibrate check_ranks compile computed_weight describe diffusers exactness "
+        "interrupts lifecycle memory offload optimizers own_forward parity register steps switch "
+        "training transforms usage weighted whole"
     ),
 }
 

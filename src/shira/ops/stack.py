@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -38,22 +38,26 @@ class Pieces(NamedTuple):
     """Their positions in it, as ops take them."""
 
 
-def pieces_of(plan: Plan) -> Pieces:
-    """Return the entries of a plan for a stack of matrices; made once a plan. O(k)."""
-    return plan.memo("pieces", _pieces, plan)
+def pieces_of(plan: Plan, rows: tuple[int, ...] | None = None) -> Pieces:
+    """Return the entries of a plan for a stack of matrices; made once a plan. O(k).
+
+    Or for a weight that is cut into pieces of so many ``rows`` each.
+    """
+    return plan.memo(("pieces", rows), _pieces, plan, rows)
 
 
-def _pieces(plan: Plan) -> Pieces:
+def _pieces(plan: Plan, rows: tuple[int, ...] | None) -> Pieces:
     matrices, *one = plan.weight_shape
     size = math.prod(one)
     flat = plan.flat()
-    starts = torch.arange(matrices + 1, device=flat.device) * size
-    ends = torch.searchsorted(flat, starts).tolist()
-    sizes = [high - low for low, high in pairwise(ends)]
+    starts = [0, *accumulate(rows or (1,) * matrices)]
+    bounds = torch.tensor(starts, device=flat.device) * size
+    sizes = [high - low for low, high in pairwise(torch.searchsorted(flat, bounds).tolist())]
     indices = []
     for at, piece in enumerate(torch.split(flat, sizes)):
-        support = Support._trusted(one, piece - at * size)
-        indices.append(pack(support.coordinates(), one))
+        shape = one if rows is None else [rows[at], *one]
+        support = Support._trusted(shape, piece - starts[at] * size)
+        indices.append(pack(support.coordinates(), shape))
     return Pieces(sizes, indices)
 
 

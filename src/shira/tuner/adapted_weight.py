@@ -14,7 +14,8 @@ writes to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ class AdaptedWeight(Tensor):
     _shape: torch.Size
     _flipped: bool
     """It is the transposed weight: the last two dimensions have changed places."""
-    _parts: dict[bool, list[tuple[Tensor, ...]]]
+    _parts: dict[Any, list[tuple[Tensor, ...]]]
     """Each delta matrix by matrix, with and without a graph: see `_matrix`."""
 
     @staticmethod
@@ -356,26 +357,52 @@ def _matrix(weight: Any, index: Any) -> Tensor | None:
     known = isinstance(index, int) and not isinstance(index, bool)
     if not known or not _is_ours(weight) or weight.dim() != 3 or weight._inside.backend is not None:
         return None
-    base, inside = weight._weight, weight._inside
+    base = weight._weight
     if not -len(base) <= index < len(base) or not runs_eagerly(base, *weight._deltas):
         return None
-    weight._check()
     index %= len(base)
+    return _piece(weight, base[index], index, None, f"[{index}]")
+
+
+def _chunk(input: Any, chunks: int, dim: int = 0) -> Any:
+    return _split(input, max(1, -(-len(input._weight) // chunks)), dim) if chunks > 0 else None
+
+
+def _split(tensor: Any, sizes: Any, dim: int = 0) -> Any:
+    """Return rows of a matrix, as an attention takes them: each an `AdaptedWeight`."""
+    weight, base = tensor, tensor._weight
+    if isinstance(sizes, int):
+        sizes = [min(sizes, len(base) - at) for at in range(0, len(base), sizes)] if sizes else []
+    known = base.dim() == 2 and dim in (0, -2) and not weight._flipped
+    if not known or weight._inside.backend is not None or sum(sizes) != len(base):
+        return None
+    if min(sizes) < 0 or not runs_eagerly(base, *weight._deltas):
+        return None
+    rows, starts = tuple(sizes), [0, *accumulate(sizes)]
+    return tuple(
+        _piece(weight, base[first:last], at, rows, f"[{first}:{last}]")
+        for at, (first, last) in enumerate(pairwise(starts))
+    )
+
+
+def _piece(weight: Any, base: Tensor, at: int, rows: tuple[int, ...] | None, where: str) -> Tensor:
+    """Return a piece of a weight with the entries that are in it: see `shira.ops.pieces_of`."""
+    weight._check()
+    whole, inside = weight._weight, weight._inside
     pieces = [
-        ops.pieces_of(ops.plan_for([positions], base.shape, base.stride()))
+        ops.pieces_of(ops.plan_for([positions], whole.shape, whole.stride()), rows)
         for positions in inside.indices
     ]
-    parts = weight._parts.setdefault(torch.is_grad_enabled(), [])
+    parts = weight._parts.setdefault((torch.is_grad_enabled(), rows), [])
     if not parts:
         parts += [
             torch.split(delta, piece.sizes)
             for delta, piece in zip(weight._deltas, pieces, strict=True)
         ]
     here = inside._replace(
-        weight_name=f"{inside.weight_name}[{index}]",
-        indices=[piece.indices[index] for piece in pieces],
+        weight_name=f"{inside.weight_name}{where}", indices=[piece.indices[at] for piece in pieces]
     )
-    return _reading(base[index], [part[index] for part in parts], here, weight._flipped)
+    return _reading(base, [part[at] for part in parts], here, weight._flipped)
 
 
 def _transposed(weight: Any, dim0: int = -2, dim1: int = -1) -> Tensor | None:
@@ -390,6 +417,15 @@ def _transposed(weight: Any, dim0: int = -2, dim1: int = -1) -> Tensor | None:
 
 def _of_matrix(weight: Any) -> Tensor | None:
     return _transposed(weight) if weight.dim() == 2 else None
+
+
+# torch's function asks first whether one of its arguments has a say in what is done with all of
+# them. Told that none has, it hands them on, and ``F.linear``, which it calls, asks again.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "has_torch_function": lambda arguments: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def _positional(product: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -408,6 +444,9 @@ _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _transposed_convolution
     ),
     F.embedding: _embedding,
+    F.multi_head_attention_forward: _attention,
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **{
         function: _positional(product)
         for product, functions in (

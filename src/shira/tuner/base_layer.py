@@ -286,7 +286,7 @@ def has_hooks_of_users(module: nn.Module) -> bool:
 
 
 def call_with_hooks(
-    module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a module, hooks and all, with ``forward`` in the place of its own.
 
@@ -299,7 +299,7 @@ def call_with_hooks(
 
 
 def call_with_weights(
-    module: nn.Module, weights: Mapping[str, Callable[[], Tensor]], *args: Any, **kwargs: Any
+    module: nn.Module, weights: Mapping[str, Callable[[], Tensor]], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a module, hooks and all, with other parameters, made once the hooks before have run."""
     with _swapping:
@@ -330,15 +330,15 @@ def _place_of_forward(module: nn.Module) -> str:
 
 
 def _with_entry(
-    entries: dict[str, Any], name: str, value: Any, call: Callable[..., Any], *args: Any, **kw: Any
+    entries: dict[str, Any], name: str, value: Any, call: Any, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return ``call(*args, **kw)``, while ``entries[name]`` is ``value``, and put that back."""
+    """Return ``call(*args, **kwargs)`` while ``entries[name]`` is ``value``, and put that back."""
     put_back = partial(entries.pop, name, None)
     if name in entries:
         put_back = partial(entries.__setitem__, name, entries[name])
     try:
         entries[name] = value
-        result = call(*args, **kw)
+        result = call(*args, **kwargs)
     except BaseException:
         put_back()  # one call into C, so no interrupt leaves half of it
         raise

@@ -46,7 +46,8 @@ class ShiraConfig(PeftConfig):
         random_seed: Seed of the mask. ``None`` draws one (from torch's global generator) when the
             adapter is made, and writes it here.
         target_modules: Names, or a regular expression, of the modules to adapt (``nn.Linear``,
-            transformers' ``Conv1D``, torch's convolutions, ``nn.Embedding``), or ``"all-linear"``.
+            transformers' ``Conv1D``, torch's convolutions, ``nn.Embedding``,
+            ``nn.MultiheadAttention``), or ``"all-linear"``.
         fan_in_fan_out: The weight is stored ``[in, out]``, as GPT-2's ``Conv1D`` does. Known from
             the layer's type; kept for PEFT's sake.
         init_weights: Start from zeros. ``False`` starts from a normal draw: for tests.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from shira.errors import TargetError
-from shira.store.names import is_parameter, is_sharded, name_of_layer
-from shira.tuner.base_layer import ParameterOf, stored_weight
+from shira.store.names import base_module_name, is_parameter, is_sharded, name_of_layer
+from shira.tuner.base_layer import ParameterOf, base_of, stored_weight
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
@@ -63,7 +63,9 @@ class Matched:
     tied: Mapping[str, str] = field(default_factory=dict)
     """Further modules that share the weight of one of these, and which."""
     parameters: Sequence[Target] = ()
-    """Parameters of modules, as ``target_parameters`` names them."""
+    """Parameters of modules, as ``target_parameters`` names them, and those of attentions."""
+    in_parts: Collection[str] = ()
+    """Attentions that are named, whose parts stand in their place here."""
 
     @property
     def targets(self) -> list[Target]:
@@ -78,11 +80,16 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     weight stands for all of them.
     """
     everything = dict(model.named_modules())
-    found = [name for name in everything if name and check_target_module_exists(config, name)]
+    named = _named(model)
+    found = [path for path, name in named.items() if check_target_module_exists(config, name)]
     rows = token_rows(config.trainable_token_indices, model)
+    parameters = matched_parameters(config, model)
+    attentions, found, parts = _attentions_in_parts(config, found, everything)
+    known = {target.name for target in parameters}
+    parameters += [target for target in parts if target.name not in known]
     if not rows and not config.ensure_weight_tying:
         modules = {name: everything[name] for name in found}
-        return Matched(modules, {}, found, {}, matched_parameters(config, model))
+        return Matched(modules, {}, found, {}, parameters, attentions)
     owners = owners_of(model)
     own_rows: dict[str, list[int]] = {}
     for name, tokens in rows.items():
@@ -104,7 +111,58 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     for_all = adapted if config.ensure_weight_tying else own_rows.keys()
     tied = {name: owner for name, owner in owners.items() if owner in for_all}
     modules = {name: module for name, module in everything.items() if name in adapted}
-    return Matched(modules, own_rows, found, tied, matched_parameters(config, model))
+    return Matched(modules, own_rows, found, tied, parameters, attentions)
+
+
+def _named(model: nn.Module) -> dict[str, str]:
+    """Return the modules by their paths, and what a configuration calls them.
+
+    That is the path, but for the parts of a module that a `ParamWrapper` stands around.
+    """
+    inside: tuple[str, ...] = ()
+    names = {}
+    for path, module in model.named_modules():
+        if path and not (path.startswith(inside) and path.endswith("base_layer")):
+            names[path] = base_module_name(path) if path.startswith(inside) else path
+        if isinstance(module, ParamWrapper):
+            inside = (*inside, f"{path}.")
+    return names
+
+
+def _attentions_in_parts(
+    config: ShiraConfig, found: Sequence[str], everything: Mapping[str, nn.Module]
+) -> tuple[list[str], list[str], list[Target]]:
+    """Put the weights of an ``nn.MultiheadAttention`` in its place: it is no layer of one weight.
+
+    They are its projections of the input, which are parameters of its own, and the layer
+    ``out_proj``; but for what ``exclude_modules`` or ``modules_to_save`` name.
+
+    Returns:
+        The names of the attentions, of the modules that are left, and the parameters.
+    """
+    attentions: list[str] = []
+    names: dict[str, None] = {}
+    parameters: list[Target] = []
+    for path in found:
+        module = everything[path]
+        base: Any = base_of(module)
+        own = [name for name in _PROJECTIONS if base._parameters.get(name) is not None]
+        if not own or not isinstance(base, nn.MultiheadAttention):
+            names[path] = None
+            continue
+        attentions.append(path)
+        (inner,) = (p for p, m in everything.items() if m is base)
+        for name in own:
+            target = Target(path, wrapper_of(module, name) or ParameterOf(base, name))
+            if not kept_out(target.name, config.modules_to_save, config.exclude_modules):
+                parameters.append(target)
+        part = base_module_name(f"{inner}.out_proj")
+        if not kept_out(part, config.modules_to_save, config.exclude_modules):
+            names[f"{inner}.out_proj"] = None
+    return attentions, [*names], parameters
+
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def matched_parameters(config: ShiraConfig, model: nn.Module) -> list[Target]:

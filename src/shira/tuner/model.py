@@ -103,7 +103,7 @@ class ShiraModel(BaseTuner):
         self._memory_map: MemoryMap | None = MemoryMap()
         self._chosen: dict[str, Support] = {}  # by the parameter's name
         self._matched = Matched({})
-        tokens = config.trainable_token_indices
+        tokens, parameters = config.trainable_token_indices, config.target_parameters
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
@@ -118,10 +118,17 @@ class ShiraModel(BaseTuner):
                         for target in self._matched.targets
                     }
             config.trainable_token_indices = None  # PEFT has a layer of its own for them
+            parameters = config.target_parameters  # with those of "all-linear"
+            if self._matched.parameters:  # those of an attention, too, which is a module's name
+                config.target_parameters = [target.name for target in self._matched.parameters]
             with as_it_was(self), at_rest(model.modules()), warnings.catch_warnings():
                 if config.target_parameters:  # PEFT looks for a pattern's match in modules alone
                     warnings.filterwarnings("ignore", "The following rank_pattern keys did not")
+                if self._matched.modules or self._matched.in_parts:  # it does not see all of them
+                    warnings.filterwarnings("ignore", "target_modules=.*no module was matched")
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules=.*but no")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self._adapt_inside_wrappers(config, model, adapter_name)
                 self._tie(model)
             config._just_read = config._just_read or config._where
             config._source = config._where = None
@@ -129,8 +136,18 @@ class ShiraModel(BaseTuner):
             GradientWatch(model)
             ignore_in_ddp(model)
         finally:
-            config.trainable_token_indices = tokens
+            config.trainable_token_indices, config.target_parameters = tokens, parameters
             self._memory_map, self._chosen, self._matched = None, {}, Matched({})
+
+    def _adapt_inside_wrappers(
+        self, config: ShiraConfig, model: nn.Module, adapter_name: str
+    ) -> None:
+        """Adapt the parts of modules that an earlier adapter has wrapped; PEFT passes them over."""
+        for path in self._matched.modules:
+            parent, target, child_name = _get_submodules(model, path)
+            if not isinstance(target, ShiraLayer) or adapter_name not in target.shira_weight:
+                self._create_and_replace(config, adapter_name, target, child_name, parent, path)
+                self.targeted_module_names.append(path)
 
     def _tie(self, model: nn.Module) -> None:
         """Have the modules that share the weight of an adapted layer compute with its adapters."""
@@ -146,6 +163,8 @@ class ShiraModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._matched.modules:
             return True
+        if key in self._matched.in_parts:
+            return False
         return key not in self._matched.tied and super()._check_target_module_exists(
             peft_config, key
         )

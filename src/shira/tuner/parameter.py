@@ -81,7 +81,9 @@ class ParamWrapper(ShiraLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}) or name.startswith("_"):
+            # of an attention, asked by the transformer layer around it
+            hidden = name.startswith("_") and name != "_qkv_same_embed_dim"
+            if "base_layer" not in self.__dict__.get("_modules", {}) or hidden:
                 raise
         for wrapper in self._chain():
             if wrapper.parameter_name == name:
@@ -161,9 +163,15 @@ class ParamWrapper(ShiraLayer):
             safe_merge: See `merge`.
             adapter_names: Which; default the active ones.
         """
-        for wrapper in self._chain() if merge else ():
-            wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.get_base_layer()
+        layers: list[ShiraLayer] = [*self._chain()]
+        module = self.get_base_layer()
+        parts = [(n, m) for n, m in module.named_modules() if isinstance(m, ShiraLayer)]
+        for layer in [*layers, *(part for _, part in parts)] if merge else ():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for path, part in parts:  # PEFT looks for them where they were
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, part.get_base_layer())
+        return module
 
     def extra_repr(self) -> str:
         """Name the parameter."""

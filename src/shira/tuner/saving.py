@@ -238,18 +238,21 @@ def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]
 def keys_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Return the names in a file of values and positions of parameters: ``{model's: file's}``.
 
-    Wrappers stand around wrappers in the model. A file names the parameter:
-    ``...mlp.experts.down_proj.shira_weight``.
+    Wrappers stand around wrappers in the model, and around a module with layers. A file names the
+    parameter, ``...mlp.experts.down_proj.shira_weight``, and a layer as the base model does.
     """
-    keys = {}
+    keys: dict[str, str] = {}
+    wrappers = [path for path, layer in layers_of(model).items() if isinstance(layer, ParamWrapper)]
     for path, layer in layers_of(model, adapter_name).items():
+        module = path
+        for wrapper in reversed(wrappers):  # those inside first
+            if module.startswith(f"{wrapper}.base_layer"):
+                module = wrapper + module.removeprefix(f"{wrapper}.base_layer")
         if isinstance(layer, ParamWrapper):
-            module = path
-            while module.endswith(".base_layer"):
-                module = module.removesuffix(".base_layer")
+            module = f"{module}.{layer.parameter_name}"
+        if module != path:
             for kind in (VALUES, INDICES):
-                own = f"{path}.{kind}.{adapter_name}"
-                keys[own] = f"{module}.{layer.parameter_name}.{kind}.{adapter_name}"
+                keys[f"{path}.{kind}.{adapter_name}"] = f"{module}.{kind}.{adapter_name}"
     return keys
 
 

@@ -247,6 +247,7 @@ def _nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
 def _known_names(model: nn.Module) -> set[str]:
     """Return the names of modules, and the last parts of these that are words and not numbers."""
     names = {name for name, _ in model.named_modules() if name}
+    names |= {base_module_name(name) for name in names}
     return names | {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
 
 
@@ -306,7 +307,7 @@ def _check_module(name: str, target: nn.Module) -> None:
         raise TargetError(
             f"Target module {name} ({kind}) is not supported. SHiRA adapts torch.nn.Linear, "
             "transformers' Conv1D, torch.nn.Conv1d to Conv3d, torch.nn.ConvTranspose1d to "
-            "ConvTranspose3d and torch.nn.Embedding"
+            "ConvTranspose3d, torch.nn.Embedding and torch.nn.MultiheadAttention"
         )
     if isinstance(target, BaseTunerLayer) and not isinstance(target, ShiraLayer):
         why = (
