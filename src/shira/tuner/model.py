@@ -310,12 +310,16 @@ class ShiraModel(BaseTuner):
     @contextmanager
     def _repacking(self, wanted: bool) -> Iterator[None]:
         """Let layers be packed again if it is ``wanted``; say then what it has done to them."""
-        layers = list(layers_of(self.model).values())
+        layers = [*layers_of(self.model).values()] if wanted else []
         for layer in layers:
-            layer.requantize = wanted
-        yield
+            layer.requantize = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.requantize = False
         done = [layer.repacked for layer in layers if layer.repacked is not None]
-        if wanted and done:
+        if done:
             nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))
             warnings.warn(
                 f"packing {len(done)} quantized weights again has lost {lost:,} of {nonzero:,} "
