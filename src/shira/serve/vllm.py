@@ -31,17 +31,15 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from shira.adapter import Adapter
-from shira.checkpoints import FLOATS, Checkpoint, locate, open_checkpoint, without_tied
+from shira.checkpoints import Checkpoint, locate, open_checkpoint, without_tied
 from shira.checkpoints.boxes import storage_key
-from shira.checkpoints.conversion import Part, Place, as_it_is
-from shira.checkpoints.entries import read_entries
+from shira.checkpoints.conversion import Place
 from shira.checkpoints.locating import check_untied
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import Processes, Weights, located
 from shira.serve.placement import Placement
-from shira.serve.worker import WorkerAdapters
-from shira.support import Support
+from shira.serve.worker import WorkerAdapters, by_places
 
 __all__ = ["ShiraWorkerExtension"]
 
@@ -148,23 +146,12 @@ class ShiraWorkerExtension:
             places: dict[str, Place] = {}  # of the parameters of all adapters so far
             self._shira_places = places
 
-            def stored(name: str, indices: torch.Tensor) -> torch.Tensor | None:
-                if not compare or name not in places or places[name].dtype not in FLOATS:
-                    return None
-                flat, order = indices.cpu().sort()
-                return read_entries(places[name], flat)[order.argsort()]
-
-            def split(name: str, support: Support) -> list[Part]:
-                place = places.get(name) or as_it_is(name, support.shape)
-                return place.split(support.indices.cpu())
-
             ADAPTERS[model] = WorkerAdapters(
                 model,
                 self.model_config.dtype,
                 _EngineProcesses(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
-                stored,
-                split,
+                **by_places(places, compare=compare),
             )
         return ADAPTERS[model]
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shira.adapter import Adapter
-from shira.checkpoints.conversion import Part, as_it_is
+from shira.checkpoints.conversion import Part, Place, as_it_is
+from shira.checkpoints.entries import read_entries
 from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
@@ -38,10 +40,29 @@ from shira.serve.loading import LoadedAdapter, Piece, StoredValues, entry_at, in
 from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
+from shira.store.header import FLOATS
 from shira.support import Support
 from shira.switch.weights import ChangedWeightError, PatchedWeights, State, combined, make_patch
 
 _CHUNK = 2**24  # entries hashed at a time
+
+
+def by_places(places: Mapping[str, Place], *, compare: bool = True) -> dict[str, Any]:
+    """Return the arguments ``stored`` and ``split`` of `WorkerAdapters` for places in a checkpoint.
+
+    Parameters without a place go by their own names. Without ``compare`` no values are read.
+    """
+
+    def stored(name: str, indices: Tensor) -> Tensor | None:
+        if not compare or name not in places or places[name].dtype not in FLOATS:
+            return None
+        flat, order = indices.cpu().sort()
+        return read_entries(places[name], flat)[order.argsort()]
+
+    def split(name: str, support: Support) -> list[Part]:
+        return (places.get(name) or as_it_is(name, support.shape)).split(support.indices.cpu())
+
+    return {"stored": stored, "split": split}
 
 
 class WorkerAdapters:

@@ -60,7 +60,7 @@ def check(rank: int, ranks: int, base, merged, adapters: dict[str, Adapter]) -> 
         torch.bfloat16,
         _EngineProcesses(rank),
         lambda name, placements: _refuse(model, name, placements),
-        source_of(base).entries,
+        source_of(base, [*adapters["a"]]).entries,
     )
     for name, adapter in adapters.items():
         loaded = held.load(name, lambda adapter=adapter: adapter)

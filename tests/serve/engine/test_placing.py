@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import math
 import socket
 
 import pytest
 import torch
 
 from shira.adapter import Adapter
+from shira.checkpoints import open_checkpoint
+from shira.checkpoints.entries import read_entries
 from shira.checkpoints.models import source_of
+from shira.convert import merge
 from shira.delta import SparseDelta
 from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
 from shira.serve.placement import trace
-from shira.serve.worker import WorkerAdapters
+from shira.serve.worker import WorkerAdapters, by_places
 from tests.serve.engine import placing
 from tests.serve.engine.zoo import make_adapter, merged, save_merged, save_model, weights_of
 
@@ -140,10 +144,41 @@ def test_experts_that_are_packed_after_loading_are_refused(cases, alone):
     }
     weight = model.get_parameter(experts)
     weight.data.copy_(weight.data.reshape(4, -1, 2).transpose(1, 2).reshape(weight.shape))
-    held = WorkerAdapters(model, torch.bfloat16, stored=source_of(base).entries)
     name = next(
         n for n in adapters["a"] if "layers.0" in n and "down_proj" in n and "experts.1" in n
     )
+    held = WorkerAdapters(model, torch.bfloat16, stored=source_of(base, [name]).entries)
     delta: SparseDelta = adapters["a"][name]
     with pytest.raises(PlacementError, match="packed or shuffled"):
         held.load("a", lambda: Adapter({name: delta}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "mapped"),
+    [
+        ("Qwen2Moe", MOE, "mlp.experts.gate_up_proj"),
+        ("Mixtral", {"num_local_experts": 4, "head_dim": 32}, "mlp.experts.down_proj"),
+        ("GPTNeoX", {}, "lm_head.weight"),
+    ],
+)
+def test_adapters_by_the_names_of_the_module(kind, changes, mapped, tmp_path, alone):
+    """Other names, and other pieces, than the checkpoint's, from which vLLM loads."""
+    base = save_model(tmp_path / "base", kind, dtype=torch.bfloat16, **changes)
+    places = open_checkpoint(base).places.by_name
+    assert any(name.endswith(mapped) for name in places)
+    assert not any(name.endswith(mapped) for name in weights_of(base))
+    weights = {
+        name: read_entries(place, torch.arange(math.prod(place.shape))).view(place.shape)
+        for name, place in places.items()
+    }
+    adapter = make_adapter(weights, 3)
+    merge(adapter, base, tmp_path / "merged")
+    model, expected = placing.build(base, 1), placing.build(tmp_path / "merged", 1)
+    original = placing.build(base, 1)
+    held = WorkerAdapters(model, torch.bfloat16, **by_places(places))
+    loaded = held.load("a", lambda: adapter)
+    assert loaded.checked == len(adapter)
+    held.activate({"a": 1.0})
+    placing.same(model, expected)
+    held.activate({})
+    placing.same(model, original)
