@@ -106,6 +106,8 @@ def untied(adapter, folder):
     ],
 )
 def test_merged_on_disk_is_merged_in_memory(name, tmp_path):
+    if not hasattr(transformers, name):
+        pytest.skip("transformers of this release has no such class")
     cycle(name, tmp_path)
 
 
@@ -211,8 +213,9 @@ def test_the_wrong_base_is_seen_through_the_pieces(tmp_path):
 
 def test_an_adapter_may_have_the_names_of_the_file(tmp_path):
     model = saved(small_model("LlavaForConditionalGeneration"), tmp_path / "base")
-    name, key = "model.vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.weight"
-    delta = adapter_of(model)[name]
+    adapter = adapter_of(model)
+    name = next(n for n in adapter if n.endswith("post_layernorm.weight"))
+    key, delta = name.removeprefix("model."), adapter[name]
     merge(Adapter({name: delta}), tmp_path / "base", tmp_path / "one")
     told = merge(Adapter({key: delta}), tmp_path / "base", tmp_path / "two")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")

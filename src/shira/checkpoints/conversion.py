@@ -256,6 +256,7 @@ def _mapped(model: Any, tensors: Mapping[str, Stored]) -> dict[str, Place]:
         try:
             with torch.no_grad(), trace:
                 made = rule.convert(name, model=model, config=model.config)
+                made = made[0] if isinstance(made, tuple) else made  # as transformers 5.0 has it
         except Exception as error:  # whatever an operation raises
             made = {name: error}
         for target, tensor in made.items():
