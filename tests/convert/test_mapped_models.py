@@ -272,3 +272,26 @@ def test_an_expert_that_is_missing(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ShiraError, match=r"has shape \(3, "):
         merge(adapter_of(model), tmp_path / "base", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+def test_experts_adapted_by_target_parameters(name, tmp_path):
+    """One parameter in the model that PEFT adapted and merged, a tensor for each in the file."""
+    base, adapted = tmp_path / "base", tmp_path / "adapter"
+    model = saved(small_model(name), base)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = ShiraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, random_seed=3)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "shira" in key:
+                parameter.normal_()
+    model.save_pretrained(adapted)
+    told = merge(adapted, base, tmp_path / "merged", undo=tmp_path / "undo")
+    assert sum("experts" in target.name for target in told.targets) == 4
+    assert {target.base for target in told.targets} == {"same"}
+    merged = model.merge_and_unload()
+    loaded = type(merged).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    assert equal(loaded.state_dict(), merged.state_dict())
+    unmerge(tmp_path / "merged", tmp_path / "undo", tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(base)
