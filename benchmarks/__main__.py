@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    chain,
     files,
     fusing,
     gpu,
@@ -39,6 +40,7 @@ SUITES: dict[str, Any] = {
         merging,
         fusing,
         files,
+        chain,
         serving,
         policy,
         gpu,

@@ -168,6 +168,23 @@ def _fusing(result: dict[str, Any]) -> list[Panel]:
     ]
 
 
+def _chain(result: dict[str, Any]) -> list[Panel]:
+    steps = result["results"]["steps"]
+    ways = next(iter(steps.values()))["bytes_a_changed_entry"]
+    return [
+        Panel(
+            "A step of a bf16 checkpoint, bytes a changed entry",
+            "bytes",
+            lines={
+                way: [_exact(row["bytes_a_changed_entry"][way]) for row in steps.values()]
+                for way in ways
+            },
+            axis=tuple(100 * row["changed_share"] for row in steps.values()),
+            axis_name="entries changed, %",
+        )
+    ]
+
+
 def _files(result: dict[str, Any]) -> list[Panel]:
     sizes = result["results"]["bytes_an_entry"]
     return [
@@ -226,6 +243,7 @@ PANELS: Mapping[str, Callable[[dict[str, Any]], list[Panel]]] = {
     "merging": _merging,
     "fusing": _fusing,
     "files": _files,
+    "chain": _chain,
     "serving": _serving,
     "policy": _policy,
     "gpu": _gpu,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    chain,
     contenders,
     figures,
     memory,
@@ -161,6 +162,24 @@ def test_merging_suite(tmp_path: Path) -> None:
     assert set(written["results"]["contenders"]) == set(merging.CONTENDERS)
     assert all(row["seconds"]["min"] > 0 for row in written["results"]["contenders"].values())
     assert [file.name for file in tmp_path.iterdir()] == ["merging.json"]  # nothing is left
+
+
+@pytest.mark.skipif(bool(chain.unavailable()), reason="forks")
+def test_chain_suite(tmp_path: Path) -> None:
+    path = tmp_path / "chain.json"
+    size = "--megabytes 2 --rates 1e-6,1e-5 --links 12 --kills 3"
+    assert main(["chain", *size.split(), "--folder", str(tmp_path), "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    few, many = written["results"]["steps"].values()
+    assert few["changed_share"] < many["changed_share"]
+    for row in (few, many):
+        each = row["bytes_a_changed_entry"]
+        assert each["link"] < 1.6 < each["xor, deflated"]
+    held = written["results"]["chain"]
+    assert (held["links"], held["killed"]) == (12, 3)
+    assert held["equal_at_each_tenth"] is True
+    assert [file.name for file in tmp_path.iterdir()] == ["chain.json"]  # nothing is left
+    assert figures.draw(PANELS["chain"](written)).count(b'<g id="axes_') == 1
 
 
 @pytest.mark.skipif(switching.unavailable() is not None, reason="needs the compiled kernels")

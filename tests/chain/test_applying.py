@@ -15,6 +15,7 @@ import pytest
 
 from shira import chain
 from shira.chain import files
+from shira.checkpoints import opening
 from shira.errors import ConfigError, FileFormatError, ShiraError, WrongBaseError
 from shira.store import atomic
 from tests.chain.checkpoints import bfloat16, chain_of, contents, model, write
@@ -212,6 +213,17 @@ def test_in_place_no_file_is_lost_that_the_links_do_not_know(made, tmp_path):
     assert contents(here) == before
     chain.apply(here, links, in_place=True, overwrite=True)
     assert contents(here) == contents(paths[LINKS])
+
+
+def test_the_hubs_cache_is_not_replaced(made, tmp_path, monkeypatch):
+    paths, links = made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(opening, "_from_hub", lambda name: paths[0])
+    with pytest.raises(ConfigError, match="is a name on the hub"):
+        chain.apply("org/model", links, in_place=True)
+    told = chain.apply("org/model", links, "out")
+    assert contents(told.output) == contents(paths[LINKS])
+    assert chain.verify(links, paths[0]).applied == 0
 
 
 def test_a_file_that_a_link_drops_goes(tmp_path):

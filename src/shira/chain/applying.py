@@ -129,6 +129,10 @@ def apply(
     checkpoint = open_checkpoint(old)
     if in_place == (output is not None):
         raise ConfigError("name an output, or ask for in_place (--in-place): one of the two")
+    if in_place and not isinstance(old, Checkpoint) and not os.path.exists(old):
+        raise ConfigError(
+            f"{old} is a name on the hub, whose cache is not written to; name an output"
+        )
     goal = checkpoint.path if output is None else output
     check_outputs({"output": goal}, paths, [] if in_place else [checkpoint.path])
     with open_chain(paths) as chain:
