@@ -112,6 +112,10 @@ SPOILED = {
     "on a number": (lambda t: t["tensors"]["a"].update({"from": 3}), "the name of a tensor"),
     "changed, but not how": (lambda t: t["tensors"]["b"].update(was="0" * 32), "but not how"),
     "new without pieces": (lambda t: t["tensors"]["d"].pop("pieces"), "has no pieces"),
+    "new with a piece as it was": (
+        lambda t: t["tensors"]["d"].update(pieces=[0]),
+        "a piece of it is as it was",
+    ),
     "more to be told": (lambda t: t["tensors"]["a"].update(more=1), "'a' has"),
     "a size of a file": (lambda t: t["others"]["x.txt"].update(size=-1), "has a size"),
     "a huge file": (lambda t: t["others"]["x.txt"].update(size=2**61), "has 1 pieces"),
@@ -146,6 +150,16 @@ def test_a_tensor_on_one_of_another_shape_is_refused(sound, tmp_path):
     link = written(tmp_path / "link", metadata, data, table)
     with pytest.raises(FileFormatError, match="'d' is of another dtype or shape than 'a'"):
         chain.apply(folder / "old", link, tmp_path / "out")
+
+
+def test_changes_of_nothing_are_refused(sound, tmp_path):
+    folder, metadata, data, table = sound
+    table = copy.deepcopy(table)
+    table["tensors"]["a"]["from"] = None
+    link = written(tmp_path / "link", metadata, data, table)
+    with pytest.raises(FileFormatError, match="'a': it stands on a tensor, but names none"):
+        chain.apply(folder / "old", link, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_no_links_are_refused(sound, tmp_path):

@@ -251,12 +251,12 @@ class Made:
         source: str | None = key
         for link in reversed(self._chain):
             name, told = str(source), link.tensors[str(source)]
-            if told.pieces is not None and (coded := self._coded(link, told, number)):
+            coded = b"" if told.pieces is None else self._coded(link, told, number)
+            if coded:
                 steps.append((link, name, coded))
-                if stands_alone(coded):
-                    source = None
-                    break
-            source = told.old
+            source = None if stands_alone(coded) else told.old
+            if source is None:
+                break
         old = None
         if source is not None:
             old = self._reader.piece(self._reader.checkpoint.tensors[source], number)

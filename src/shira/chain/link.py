@@ -298,6 +298,8 @@ def _source(claim: Any, key: str, size: int, at: int) -> tuple[Source, int]:
         raise ValueError(f"{key!r} of {size} bytes has {len(pieces)} pieces")
     if any(not 0 <= length <= LONGEST for length in pieces):
         raise ValueError(f"a piece of {key!r} is longer than a piece can be")
+    if old is None and not all(pieces):
+        raise ValueError(f"{key!r} is new, but a piece of it is as it was")
     found = Source(_hash(claim.get("hash")), size, old, tuple(pieces), at)
     return found, at + sum(pieces)
 
