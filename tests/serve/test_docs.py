@@ -37,7 +37,7 @@ def model():
 def test_every_block_is_run_here_or_with_vllm():
     code = blocks(PAGE, "python")
     with_vllm = [block for block in code if "Client" in block or "client." in block]
-    here = [block("AdapterBatching"), block("adapter_names=")]
+    here = [block(word) for word in ("AdapterBatching", "adapter_names=", "add_products")]
     assert sorted(code) == sorted(with_vllm + here)
 
 
@@ -83,3 +83,9 @@ def test_mixed_batches(model):
     for got, name in zip(mixed, ["french", "german", "__base__", "french"], strict=True):
         torch.testing.assert_close(got, each[name])
     assert not torch.allclose(each["french"], each["german"])
+
+
+def test_a_product_of_your_own():
+    namespace = {}
+    exec(compile(block("add_products"), str(PAGE), "exec"), namespace)
+    assert namespace["product"].tolist() == [[5, 0], [0, 0], [0, -5]]

@@ -9,12 +9,16 @@ import torch.nn.functional as F
 
 from shira import ShiraConfig, get_peft_model
 from shira.errors import TargetError
+from shira.ops import native
 from shira.tuner.layers import Linear
 
 from .models import EVERYTHING, everything, gpt2, llama, mlp, randomize
 
 IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
 NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
+
+
+needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
 
 
 def adapted(model, targets, **options):
@@ -94,6 +98,43 @@ def test_one_base_product_for_the_whole_batch(monkeypatch):
     with torch.no_grad():
         model(x, adapter_names=NAMES)
     assert calls == [(6, 8), (6, 12), (6, 12)]
+
+
+@needs_kernels
+def test_one_call_of_the_kernel_for_each_layer_and_the_same_rows_for_all(monkeypatch):
+    model = adapted(mlp(), ["lin0", "lin1"])
+    seen = []
+    original = native.Kernels.add_products
+
+    def add_products(self, y, x, rows, groups, *shape):
+        groups = list(groups)
+        seen.append((rows, [group[0] for group in groups]))
+        original(self, y, x, rows, groups, *shape)
+
+    monkeypatch.setattr(native.Kernels, "add_products", add_products)
+    with torch.no_grad():
+        model(torch.randn(6, 3, 8), adapter_names=NAMES)
+        (first, counts), (last, counts_of_last) = seen
+        assert (counts, counts_of_last) == ([3, 6], [3, 6, 3])
+        assert first.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]
+        assert last.tolist() == [*first.tolist(), 12, 13, 14]
+        model(torch.randn(6, 3, 8), adapter_names=["en", "de"] * 3)
+    assert seen[2][0] is seen[3][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_the_base_are_the_base_products_bit_for_bit(dtype):
+    model = adapted(mlp().to(dtype), ["lin1"])
+    x = torch.randn(6, 5, 8).to(dtype)
+    with torch.no_grad():
+        base = model(x, adapter_names=["__base__"] * 6)
+        got = model(x, adapter_names=NAMES)
+        alone = [model(x, adapter_names=[n if i == at else "__base__" for i in range(6)])
+                 for at, n in enumerate(NAMES)]  # fmt: skip
+    for sample, name in enumerate(NAMES):
+        assert torch.equal(got[sample], base[sample]) == (name == "__base__")
+        if native.load().library is not None:  # nor do the other samples change an answer's bits
+            assert torch.equal(got[sample], alone[sample][sample])
 
 
 def test_long_groups_take_the_whole_product(monkeypatch):

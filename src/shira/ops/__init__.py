@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from shira.ops.delta_product import looked_up, sparse_product
+from shira.ops.delta_product import add_products, looked_up, sparse_product
 from shira.ops.functional import (
     adapted_weight,
     conv2d,
@@ -24,6 +24,7 @@ from shira.ops.stack import grouped, pieces_of
 __all__ = [
     "Choice",
     "Plan",
+    "add_products",
     "adapted_weight",
     "choose",
     "conv2d",

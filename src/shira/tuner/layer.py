@@ -49,7 +49,7 @@ from shira.tuner.base_layer import (
 )
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import IndexDict, check_new_models, check_while_compiling, digest_of
-from shira.tuner.mixed_batch import BASE, mixed_batch_forward
+from shira.tuner.mixed_batch import BASE, Rows, mixed_batch_forward
 from shira.tuner.quantized import (
     Packed,
     Repacked,
@@ -592,8 +592,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             )
         return x if cast is None else cast
 
-    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """Put an adapter on top of what the base layer returned for some samples."""
+    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        """Put adapters on top of what the base layer returned, ``(tokens, out)``, each its rows."""
         raise NotImplementedError
 
     def _warn_once_about_module_hooks(self) -> None:

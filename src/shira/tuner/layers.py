@@ -6,12 +6,13 @@ weight. To add one, write its class, here or in a file of its own, and put it in
 
 In a mixed batch (``adapter_names=``) the base is computed once for all samples, where that is
 cheaper, and a type puts each adapter's k entries on top for the samples that want it. An embedding
-is then the merged table's look-up bit for bit; a linear layer rounds as `shira.ops.sparse_product`.
+is then the merged table's look-up bit for bit; a linear layer rounds as `shira.ops.add_products`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from shira import ops
 from shira.base import replacement
+from shira.support import matrix_shape
 from shira.tuner.base_layer import Way, members
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.mixed_batch import Rows
 from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
 
 
@@ -58,12 +61,14 @@ class Linear(ShiraLayer):
             return delta + self._base_forward(x)  # type: ignore[no-any-return]
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
-    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        delta, indices = self._delta(adapter), self.shira_indices.kept(adapter)
-        rows, shape = x.reshape(-1, x.shape[-1]), self.weight_shape
-        added = ops.sparse_product(rows, delta, indices, shape, transposed=self.fan_in_fan_out)
-        # in the wide dtype of `added`, rounded once
-        return (result + added.view(result.shape)).to(result.dtype)
+    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        values = members(self.shira_weight, *adapters)
+        deltas = [self._scaled(name, value) for name, value in zip(adapters, values, strict=True)]
+        indices = [self.shira_indices.kept(name) for name in adapters]
+        x, shape = x.reshape(-1, x.shape[-1]), matrix_shape(self.weight_shape)
+        return ops.add_products(
+            result, x, *rows, deltas, indices, shape, transposed=self.fan_in_fan_out
+        )
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -143,10 +148,18 @@ class Embedding(ShiraLayer):
         base: Any = self.get_base_layer()
         return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
 
-    def _on_top(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        ids = x.reshape(-1)
+        for adapter, at in zip(adapters, rows.order.split(rows.counts), strict=True):
+            part = self._replaced(adapter, ids.index_select(0, at), result.index_select(0, at))
+            result = result.index_copy_(0, at, part)
+        return result
+
+    def _replaced(self, adapter: str, ids: Tensor, result: Tensor) -> Tensor:
+        """Return what the base looked up, ``(tokens, dim)``, with an adapter's entries in it."""
         padding_idx: int | None = self.get_base_layer().padding_idx  # type: ignore[assignment]
         indices = self.shira_indices.kept(adapter)
-        place, entry = ops.looked_up(x.reshape(-1), indices, self.weight_shape)
+        place, entry = ops.looked_up(ids, indices, self.weight_shape)
         delta = self._delta(adapter).index_select(0, entry)
         if padding_idx is not None and delta.requires_grad:  # that row gets no gradient
             row = self.shira_indices[adapter][0].index_select(0, entry)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """``adapter_names=``: an adapter for each sample of a batch.
 
-The model hands the names to its layers by hooks; a layer groups the samples by adapter, and unless
-its type can compute all groups together, calls its forward for each group.
+The model hands the names to its layers by hooks, grouped by adapter once for all of them. A layer
+calls its base for the whole batch and puts the adapters on top, or where that is dearer or cannot
+be, calls its forward for each group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -22,6 +24,41 @@ from shira.tuner.base_layer import Way, inputs_of, weight_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
+
+
+class Rows(NamedTuple):
+    """Rows of a batch, ``(samples * tokens, features)``, by the adapter that they want."""
+
+    order: Tensor
+    """int64: those of the first adapter, of the second, and so on."""
+    counts: list[int]
+    """The number that each has."""
+
+
+class Samples(tuple[str, ...]):
+    """The adapter's name of each sample, grouped once for all layers of a forward pass."""
+
+    @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        """Return the samples of each name, in the order of their first ones."""
+        found: dict[str, list[int]] = {}
+        for sample, name in enumerate(self):
+            found.setdefault(name, []).append(sample)
+        return found
+
+    def rows(self, adapters: Sequence[str], tokens: int, device: torch.device) -> Rows:
+        """Return where some adapters' tokens are in a batch of so many for each sample."""
+        key = (*adapters, tokens, device)
+        if key not in self._rows:
+            groups = [self.groups[name] for name in adapters]
+            at = torch.tensor([sample for group in groups for sample in group], device=device)
+            rows = (at.unsqueeze(1) * tokens + torch.arange(tokens, device=device)).view(-1)
+            self._rows[key] = Rows(rows, [len(group) * tokens for group in groups])
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[Any, Rows]:
+        return {}
 
 
 @contextmanager
@@ -46,9 +83,9 @@ def adapter_names_in_effect(
                 f"{did_you_mean(name, known | {BASE})} Known are {', '.join(sorted(known))}, and "
                 f"{BASE!r} for the base model."
             )
-    once = list(adapter_names)
+    once = Samples(adapter_names)
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-    repeated = [name for name in once for _ in range(beams)]
+    repeated = Samples(name for name in once for _ in range(beams)) if beams > 1 else once
     in_encoder = set(_encoder_modules(model))
     for layer in layers:
         if not layer.disable_adapters:
@@ -95,19 +132,20 @@ def mixed_batch_forward(
             f"{len(adapter_names)} and {len(x)} respectively."
         )
     _refuse_merged(layer)
-    groups: dict[str, list[int]] = {}
-    for sample, name in enumerate(adapter_names):
-        groups.setdefault(name if name in layer.shira_weight else BASE, []).append(sample)
-    if len(groups) <= 1:
-        (name,) = groups or (BASE,)
-        return _forward(layer, name, args, kwargs)
-    longest = max(len(samples) for name, samples in groups.items() if name != BASE)
+    samples = adapter_names if isinstance(adapter_names, Samples) else Samples(adapter_names)
+    groups, here = samples.groups, layer.shira_weight
+    adapters = [name for name in groups if name in here]
+    if not adapters:
+        return _forward(layer, BASE, args, kwargs)
+    if len(groups) == 1:
+        return _forward(layer, adapters[0], args, kwargs)
+    longest = max([len(groups[name]) for name in adapters])
     tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
     if way is Way.DIRECT and tokens < layer.whole_product_from and not transforming():
-        return _on_top_of_base(layer, x, groups)
+        return _on_top_of_base(layer, x, samples, adapters)
     if any(value is not None for value in more):
         raise _cannot_be_split(layer, "takes further arguments")
-    return _group_by_group(layer, x, groups)
+    return _group_by_group(layer, x, samples, adapters)
 
 
 def _refuse_merged(layer: Any) -> None:
@@ -124,28 +162,29 @@ def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return layer._adapted_forward([name], args, kwargs)
 
 
-def _on_top_of_base(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
+def _on_top_of_base(layer: Any, x: Tensor, samples: Samples, adapters: list[str]) -> Tensor:
     """Call the base once for all samples, and put each adapter on top for its own."""
     x = layer._cast_input(x, weight_of(layer.get_base_layer()))
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
-    for name, samples in groups.items():
-        if name != BASE:
-            at = torch.tensor(samples, device=x.device)
-            part = layer._on_top(name, x.index_select(0, at), result.index_select(0, at))
-            result = result.index_copy_(0, at, part)
-    return result
+    flat = result.reshape(-1, result.shape[-1])
+    rows = samples.rows(adapters, len(flat) // len(samples), x.device)
+    return layer._on_top(adapters, rows, x, flat).view(result.shape)  # type: ignore[no-any-return]
 
 
-def _group_by_group(layer: Any, x: Tensor, groups: dict[str, list[int]]) -> Tensor:
+def _group_by_group(layer: Any, x: Tensor, samples: Samples, adapters: list[str]) -> Tensor:
     """Call the layer for the samples of each adapter apart."""
-    parts = []
-    for name, samples in groups.items():
-        out = _forward(layer, name, (x[samples],), {})
-        if not isinstance(out, Tensor) or len(out) != len(samples):
+    parts, order = [], []
+    groups = {name: samples.groups[name] for name in adapters}
+    others = [i for i, name in enumerate(samples) if name not in groups]
+    for name, group in [*groups.items(), (BASE, others)]:
+        if not group:
+            continue
+        out = _forward(layer, name, (x[group],), {})
+        if not isinstance(out, Tensor) or len(out) != len(group):
             raise _cannot_be_split(layer, "does not return a tensor with a row for each sample")
         parts.append(out)
-    order = [sample for samples in groups.values() for sample in samples]
+        order += group
     return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
 
 

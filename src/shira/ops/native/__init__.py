@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,19 @@ from shira.blocks import BlockLayout
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 9  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 10  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
 _SETS = ("base", "avx2", "avx512")  # by the number that shira_instruction_set gives
 _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 _SHORT = 8192  # entries below which one thread is faster than waking others
+_WIDEST, _WIDER = 64, 15  # of deltas.c: tokens at a time, and how many may be added to a group's
+_ROOM = 2**22  # floats of transposed input at a time
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
+    "deltas_scratch": (_L, [_L, _I]),
+    "deltas": (None, [_P, _L, _P, _L, _I, _P, _I, _P, _L, _L, _I, _P, _L, _I]),
     "entries_scratch": (_L, [_L, _L, _L, _I]),
     "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
     "tiles_scratch": (_L, [_L, _I, _I]),
@@ -84,6 +89,7 @@ class Kernels:
         self._enter, self._leave = self._call["enter"], self._call["leave"]
         self._entries_scratch = lru_cache(1024)(self._call["entries_scratch"])
         self._tiles_scratch = lru_cache(1024)(self._call["tiles_scratch"])
+        self._deltas_scratch = lru_cache(1024)(self._call["deltas_scratch"])
 
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         """Compute ``(left^T right)`` at a compressed row pattern's entries: float32 ``(k,)``.
@@ -120,6 +126,41 @@ class Kernels:
             count, size, out.data_ptr(), scratch.data_ptr(), KINDS[left.dtype], threads,
         )  # fmt: skip
         return out
+
+    def add_products(
+        self, y: Tensor, x: Tensor, rows: Tensor, groups: Iterable[tuple[int, Gaps, Tensor]],
+        shape: tuple[int, int], transposed: bool,
+    ) -> None:  # fmt: skip
+        """Add ``x dW^T`` to rows of y in place, rounded once, each group of rows with its own dW.
+
+        ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`; rows int64, those of one
+        group after the other, none twice. A group is how many rows, where its dW has entries, and
+        these, ``(k,)`` in a dtype of `KINDS`, contiguous; dW is ``(out, in)``, or ``(in, out)`` if
+        transposed.
+        """
+        x = _rows_contiguous(x)
+        table: list[int] = []
+        first = width = entries = 0
+        for count, (units, marks, nnz), delta in groups:
+            if count and nnz:
+                table += (
+                    units.data_ptr(), units.itemsize, units.numel(), marks.data_ptr(),
+                    delta.data_ptr(), KINDS[delta.dtype], nnz, first, count,
+                )  # fmt: skip
+                width += 1 if count == 1 else count + _WIDER
+                entries += nnz
+            first += count
+        if not table:
+            return
+        threads, (ins, out) = _threads(entries), shape if transposed else shape[::-1]
+        room = (ins + 1) * max(_WIDEST, min(width, _ROOM // (ins + 1)))
+        size = room + threads * self._deltas_scratch(out, transposed)
+        scratch = x.new_empty(size, dtype=torch.float32)
+        self._call["deltas"](
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), KINDS[x.dtype],
+            (_L * len(table))(*table), len(table) // 9, rows.data_ptr(), *shape, transposed,
+            scratch.data_ptr(), room, threads,
+        )  # fmt: skip
 
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool

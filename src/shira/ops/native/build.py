@@ -49,7 +49,7 @@ def build(target: Path = LIBRARY, variants: Mapping[str, Sequence[str]] | None =
     openmp = ["-fopenmp"] if _has_openmp(compiler) else ["-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as folder:
         objects = []
-        for source in ("entries", "tiles", "gaps", "patch", "points"):
+        for source in ("deltas", "entries", "tiles", "gaps", "patch", "points"):
             for isa, flags in variants.items():
                 made = Path(folder) / f"{source}-{isa}.o"
                 what = [f"-DISA={isa}", *flags, "-c", str(HERE / f"{source}.c")]

@@ -14,31 +14,11 @@
 
 int64_t shira_second_level_cache(void);  // cpu.c
 
-// VL x VL tile: log2(VL) rounds of interleaving the first half of the rows with the second.
 INLINE void transpose_tile(const void *in, ptrdiff_t at, ptrdiff_t stride, float *out, ptrdiff_t T,
                            const int kind) {
-    vec a[VL], b[VL];
+    vec a[VL];
     UNROLL for (int i = 0; i < VL; i++) a[i] = load_as(in, at + i * stride, kind);
-#if VL == 8  // two tiles of 4 x 4 beside each other, twice
-    UNROLL for (int i = 0; i < 4; i++) {
-        b[i] = FIRST_HALVES(a[i], a[i + 4]);
-        b[i + 4] = SECOND_HALVES(a[i], a[i + 4]);
-    }
-    UNROLL for (int i = 0; i < 8; i += 4) {
-        vec c = LO_OF_QUARTERS(b[i], b[i + 2]), d = HI_OF_QUARTERS(b[i], b[i + 2]);
-        vec e = LO_OF_QUARTERS(b[i + 1], b[i + 3]), f = HI_OF_QUARTERS(b[i + 1], b[i + 3]);
-        a[i] = LO_OF_QUARTERS(c, e), a[i + 1] = HI_OF_QUARTERS(c, e);
-        a[i + 2] = LO_OF_QUARTERS(d, f), a[i + 3] = HI_OF_QUARTERS(d, f);
-    }
-#else
-    UNROLL for (int round = 1; round < VL; round *= 2) {
-        UNROLL for (int i = 0; i < VL / 2; i++) {
-            b[2 * i] = LO(a[i], a[i + VL / 2]);
-            b[2 * i + 1] = HI(a[i], a[i + VL / 2]);
-        }
-        UNROLL for (int i = 0; i < VL; i++) a[i] = b[i];
-    }
-#endif
+    transpose_vectors(a);
     UNROLL for (int i = 0; i < VL; i++) store(out + i * T, a[i]);
 }
 

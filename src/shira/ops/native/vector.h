@@ -82,6 +82,31 @@ INLINE vec load_as(const void *base, ptrdiff_t at, const int kind) {
 #endif
 }
 
+// VL x VL in place: log2(VL) rounds of interleaving the first half of the rows with the second.
+INLINE void transpose_vectors(vec *a) {
+    vec b[VL];
+#if VL == 8  // two tiles of 4 x 4 beside each other, twice
+    UNROLL for (int i = 0; i < 4; i++) {
+        b[i] = FIRST_HALVES(a[i], a[i + 4]);
+        b[i + 4] = SECOND_HALVES(a[i], a[i + 4]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        vec c = LO_OF_QUARTERS(b[i], b[i + 2]), d = HI_OF_QUARTERS(b[i], b[i + 2]);
+        vec e = LO_OF_QUARTERS(b[i + 1], b[i + 3]), f = HI_OF_QUARTERS(b[i + 1], b[i + 3]);
+        a[i] = LO_OF_QUARTERS(c, e), a[i + 1] = HI_OF_QUARTERS(c, e);
+        a[i + 2] = LO_OF_QUARTERS(d, f), a[i + 3] = HI_OF_QUARTERS(d, f);
+    }
+#else
+    UNROLL for (int round = 1; round < VL; round *= 2) {
+        UNROLL for (int i = 0; i < VL / 2; i++) {
+            b[2 * i] = LO(a[i], a[i + VL / 2]);
+            b[2 * i + 1] = HI(a[i], a[i + VL / 2]);
+        }
+        UNROLL for (int i = 0; i < VL; i++) a[i] = b[i];
+    }
+#endif
+}
+
 INLINE float of_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
@@ -93,6 +118,38 @@ INLINE float scalar_as(const void *base, ptrdiff_t at, const int kind) {
     if (kind == F32) return ((const float *)base)[at];
     if (kind == BF16) return of_bf16(((const uint16_t *)base)[at]);
     return (float)((const _Float16 *)base)[at];
+}
+
+INLINE uint16_t to_bf16(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE void store_scalar_as(void *base, ptrdiff_t at, float value, const int kind) {
+    if (kind == F32) ((float *)base)[at] = value;
+    else if (kind == BF16) ((uint16_t *)base)[at] = to_bf16(value);
+    else ((_Float16 *)base)[at] = (_Float16)value;
+}
+
+INLINE void store_as(void *base, ptrdiff_t at, vec v, const int kind) {
+    if (kind == F32) {
+        store((float *)base + at, v);
+    } else if (kind == BF16) {
+        vec_u32 bits = (vec_u32)v, odd = (bits >> 16) & 1;
+        vec_u32 rounded = (bits + 0x7fff + odd) >> 16, number = (bits & 0x7fffffff) <= 0x7f800000;
+        rounded = (number & rounded) | (~number & 0x7fc0);
+        *(half_bits *)((uint16_t *)base + at) = __builtin_convertvector(rounded, half_bits);
+    } else {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((void *)((uint16_t *)base + at), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__) && VL == 8
+        _mm_storeu_si128((void *)((uint16_t *)base + at), _mm256_cvtps_ph((__m256)v, 0));
+#else
+        UNROLL for (int i = 0; i < VL; i++) ((_Float16 *)base)[at + i] = (_Float16)v[i];
+#endif
+    }
 }
 
 // The share of part number `k` of `parts` of [0, n): its first index (the next part's is its end).
