@@ -39,6 +39,15 @@ def adapted_llama(
     return model
 
 
+def adapted_tied_llama() -> nn.Module:
+    """With rows of tokens, and the embedding and its head adapted as one."""
+    config = ShiraConfig(density=0.13, target_modules=["lm_head", "q_proj"], random_seed=0)
+    config.ensure_weight_tying, config.trainable_token_indices = True, [1, 2, 3]
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    randomize(model, scale=0.1)
+    return model
+
+
 def llama_loss(model: nn.Module, share: slice, step: int) -> Tensor:
     ids = torch.randint(64, (BATCH, 9), generator=torch.Generator().manual_seed(step))[share]
     return model(input_ids=ids, labels=ids).loss

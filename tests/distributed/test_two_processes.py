@@ -18,6 +18,7 @@ LLAMA = [
     *("ddp", "ddp_accumulates", "ddp_compiled", "only_one_rank_has_a_second_model"),
     *("fsdp2", "fsdp2_keeps_whole", "fsdp2_checkpoints", "fsdp2_accumulates", "fsdp2_compiled"),
 ]
+TIED = ["ddp_tied", "fsdp2_tied"]
 EVERYTHING = ["ddp_all_layer_types", "fsdp2_each_layer_alone"]
 ZERO_LLAMA = [
     *("zero2", "zero3", "zero3_accumulates", "zero3_checkpoints"),
@@ -85,6 +86,23 @@ def test_the_run_alone_trains(llama_alone):
 def test_a_language_model(torch_runs, llama_alone, name):
     for result in results(torch_runs, name):
         assert_same(result, llama_alone)
+
+
+@pytest.fixture(scope="module")
+def tied_alone():
+    return task.train(task.adapted_tied_llama(), task.llama_loss)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_weights_that_are_adapted_once(torch_runs, tied_alone, name):
+    for result in results(torch_runs, name):
+        assert_same(result, tied_alone)
+
+
+@needs_deepspeed
+def test_tied_weights_under_zero3(zero_runs, tied_alone):
+    for result in results(zero_runs, "zero3_tied"):
+        assert_same(result, tied_alone)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

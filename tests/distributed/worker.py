@@ -92,6 +92,11 @@ def ddp_compiled():
     return train(model, task.llama_loss, share())
 
 
+@case
+def ddp_tied():
+    return train(DistributedDataParallel(task.adapted_tied_llama()), task.llama_loss, share())
+
+
 # ---------------------------------------------------------------------------------------- FSDP2
 
 
@@ -138,6 +143,12 @@ def fsdp2_does_not_merge():
     except RuntimeError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": "none"}
+
+
+@case
+def fsdp2_tied():
+    model = sharded(task.adapted_tied_llama(), reshard_after_forward=True)
+    return train(model, task.llama_loss, share())
 
 
 @case

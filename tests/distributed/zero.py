@@ -123,6 +123,11 @@ def zero3_checkpoints():
 
 
 @case
+def zero3_tied():
+    return train(engine_of(task.adapted_tied_llama(), 3), task.llama_loss)
+
+
+@case
 def zero3_all_layer_types():
     return train(engine_of(task.adapted_everything(), 3), task.everything_loss)
 

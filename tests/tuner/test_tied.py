@@ -19,6 +19,7 @@ from shira.convert import merge
 from shira.errors import ConfigError, FileFormatError, MergeError, TargetError, WrongBaseError
 
 from .models import base_weights, gpt2, llama, opt, randomize, same_weights
+from .quantizers import QUANTIZERS, patched
 
 IDS = torch.arange(20).view(2, 10) % 13
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -465,3 +466,33 @@ def test_one_model_ties_a_weight_in_one_way():
         assert torch.equal(logits(model), y)
     with pytest.raises(ConfigError, match="PeftMixedModel"):
         PeftMixedModel(tied_llama(), ShiraConfig(**tying))
+
+
+def test_a_packed_weight_is_trained_in_all_its_modules_and_not_merged(monkeypatch):
+    patched(monkeypatch)
+    torch.manual_seed(0)
+    base, x = Shared(), torch.randn(3, 6)
+    QUANTIZERS["stand-in"][1](base, ["a", "b"])
+    base.b.weight, base.b.scale = base.a.weight, base.a.scale
+    plain = base(x)
+    model = adapted(base, target_modules=["a"], ensure_weight_tying=True, r=1)
+    assert len(tied_layers(model)) == 1
+    y = model(x)
+    assert not torch.equal(y, plain)
+    y.sum().backward()
+    with pytest.raises(MergeError, match=r"quantized weight that modules share"):
+        model.merge_and_unload(requantize=True)
+    assert torch.equal(model(x), y)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+
+
+def test_tokens_tie_no_other_weight():
+    """Of two layers that share one, the target is adapted alone unless the tie was asked for."""
+    base = llama()
+    one, two = (layer.self_attn for layer in base.model.layers)
+    two.q_proj.weight = one.q_proj.weight
+    name = "model.layers.0.self_attn.q_proj"
+    options = {"target_modules": [name], "trainable_token_indices": [1]}
+    assert not tied_layers(adapted(copy.deepcopy(base), **options))
+    assert len(tied_layers(adapted(base, ensure_weight_tying=True, **options))) == 1

@@ -433,9 +433,9 @@ class ShiraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Refuse weights that cannot be merged into, before anything is merged."""
         super()._check_merge_allowed()
-        for layer in layers_of(self.model).values():
-            layer.check_mergeable(list(layer.shira_weight))
         layers = [module for module in self.model.modules() if isinstance(module, ShiraLayer)]
+        for layer in layers:
+            layer.check_mergeable(list(layer.shira_weight))
         refuse_merging_shared_weights(self.model, layers)
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:

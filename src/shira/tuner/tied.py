@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shira.errors import MergeError
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import LAYERS, layer_class_of
 
@@ -69,7 +70,18 @@ class Tied(ShiraLayer):
         """Merge into the one weight, what is not merged there already; as `ShiraLayer.merge`."""
         wanted = self.active_adapters if adapter_names is None else adapter_names
         if missing := [name for name in wanted if name not in self.merged_adapters]:
+            self.check_mergeable(missing)
             self._owner().merge(safe_merge, missing)
+
+    def check_mergeable(self, adapter_names: Sequence[str]) -> None:
+        """As `ShiraLayer.check_mergeable`; nor into a packed weight, which is two by then."""
+        if self.quantization_backend is not None:
+            raise MergeError(
+                f"{self.weight_name}: adapters {list(adapter_names)} cannot be merged into a "
+                "quantized weight that modules share (tied weights): packing it again would give "
+                "each its own. Load the base model unquantized first, or keep them unmerged"
+            )
+        self._owner().check_mergeable(adapter_names)
 
     def unmerge(self) -> None:
         """Put the originals back, if something is merged."""

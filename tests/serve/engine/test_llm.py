@@ -11,6 +11,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from shira.adapter import Adapter
+from shira.convert import merge
 from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
@@ -21,7 +22,18 @@ from shira.errors import (
     WrongBaseError,
 )
 from shira.serve.client import Client
-from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS, TOKENS
+from shira.support import Support
+from tests.serve.engine.zoo import (
+    ENGINE,
+    EXTENSION,
+    PROMPTS,
+    SIZES,
+    TOKENS,
+    answers,
+    make_adapter,
+    save_model,
+    weights_of,
+)
 
 pytestmark = pytest.mark.vllm
 GREEDY = SamplingParams(
@@ -267,3 +279,28 @@ def test_weights_reloaded_behind_our_back_are_noticed(base_active, zoo, llm):
     check(llm, zoo, "a")
     client.deactivate()
     check(llm, zoo, "base")
+
+
+def test_an_embedding_that_is_adapted_with_its_tied_head(forked, tmp_path):
+    """As ``ensure_weight_tying`` and ``trainable_token_indices`` train it: the merged model's."""
+    base = save_model(tmp_path / "tied", tie_word_embeddings=True)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    made = make_adapter(weights_of(base), 3)
+    rows = torch.arange(5 * SIZES["hidden_size"], 30 * SIZES["hidden_size"])  # of 25 tokens
+    values = 0.1 * torch.randn(len(rows), generator=torch.Generator().manual_seed(0))
+    delta = SparseDelta(Support((SIZES["vocab_size"], SIZES["hidden_size"]), rows), values)
+    deltas = {**made, embedding: delta, head: delta}
+    Adapter(deltas, {"tied_weights": {head: embedding}}).save(tmp_path / "adapter")
+    merge(tmp_path / "adapter", base, tmp_path / "merged")
+    expected, plain = answers(tmp_path / "merged"), answers(base)
+    assert [tokens for tokens, _ in expected] != [tokens for tokens, _ in plain]
+    llm = LLM(model=str(base), worker_extension_cls=EXTENSION, **ENGINE)
+    client = Client(llm)
+    client.load("tied", str(tmp_path / "adapter"))
+    before = checksums(llm)
+    for state, wanted in ((["tied"], expected), ([], plain)):
+        client.activate(state[0]) if state else client.deactivate()
+        got = generate(llm)
+        assert [tokens for tokens, _, _ in got] == [tokens for tokens, _ in wanted]
+    assert checksums(llm) == before
+    llm.llm_engine.engine_core.shutdown()
