@@ -27,6 +27,9 @@ ELSEWHERE = {
     ("examples.md", "{.python}"): "tests/examples/test_examples.py",  # the scripts, whole
     ("fusing.md", "python"): "tests/fusing/test_docs.py",
     ("fusing.md", "sh"): "tests/fusing/test_docs.py",
+    ("neighbours.md", "python"): "tests/examples/test_neighbours.py",
+    ("neighbours.md", "sh"): "tests/examples/test_neighbours.py",
+    ("neighbours.md", "yaml"): "tests/examples/test_neighbours.py",
     ("quantized.md", "python"): "tests/tuner/test_quantized.py",
     ("serving.md", "python"): "tests/serve/test_docs.py",  # and tests/serve/engine/test_docs.py
     ("serving.md", "sh"): "tests/serve/engine/test_server.py",  # and test_supervised.py beside it
