@@ -123,6 +123,44 @@ def test_every_layer_type(tmp_path):
         torch.testing.assert_close(compiled(IDS), loaded(everything, two)(IDS))
 
 
+def test_experts(tmp_path):
+    from tests.reach.layers import target_parameters
+
+    case = target_parameters()
+    targets = {"target_parameters": ["mlp.experts.gate_up_proj"]}
+
+    def build():
+        torch.manual_seed(0)
+        return case.build()
+
+    one, two = (
+        saved(tmp_path / str(r), build, case.targets["target_modules"], seed=r, r=r, **targets)
+        for r in (1, 2)
+    )
+    model = loaded(build, one)
+    prepare_model_for_compiled_hotswap(model, target_rank=2)
+    (layer,) = (m for m in model.modules() if hasattr(m, "shira_weight"))
+    assert layer.shira_weight["default"].numel() == 2 * 4 * (16 + 16)
+    hotswap_adapter(model, two, "default", torch_device="cpu")
+    with torch.no_grad():
+        assert torch.equal(case.call(model), case.call(loaded(build, two)))
+
+
+def test_tied_weights(tmp_path):
+    def build():
+        return llama(tie_word_embeddings=True)
+
+    targets, tying = ["embed_tokens", "lm_head"], {"ensure_weight_tying": True}
+    one, two = (saved(tmp_path / str(r), build, targets, seed=r, r=r, **tying) for r in (1, 2))
+    for prepared in (False, True):
+        model = loaded(build, one)
+        if prepared:
+            prepare_model_for_compiled_hotswap(model, target_rank=2)
+        hotswap_adapter(model, two, "default", torch_device="cpu")
+        assert torch.equal(logits(model), logits(loaded(build, two)))
+        assert not torch.equal(logits(model), logits(loaded(build, one)))
+
+
 def test_layers_without_entries_in_the_new_one_are_the_base(tmp_path):
     both = saved(tmp_path / "both", mlp, ["lin1", "lin2"], seed=1, r=1)
     less = saved(tmp_path / "less", mlp, ["lin2"], seed=2, r=2)

@@ -17,6 +17,7 @@ with more entries than there is room for in a model that was not prepared; prepa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from shira.errors import AdapterError, ConfigError, MergeError, UnknownAdapterEr
 from shira.fusing import filled_up
 from shira.store.names import VALUES, base_module_name, unwrapped
 from shira.support import matrix_shape
+from shira.tuner.base_layer import stored_weight
 from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.loading import checked_state, is_sparse, read_incoming
-from shira.tuner.saving import layers_of, watch
+from shira.tuner.parameter import ParamWrapper
+from shira.tuner.saving import keys_in_file, layers_of, watch
 
 
 def hold(model: nn.Module) -> bool:
@@ -62,7 +65,7 @@ def pad(model: nn.Module, target_rank: int) -> bool:
             raise ConfigError(
                 f"{layer.weight_name}: adapter {name!r} has {k} entries, and target_rank="
                 f"{target_rank} makes room for {room}; the least rank with room for these is "
-                f"{-(-k // sum(matrix_shape(layer.weight_shape)))}"
+                f"{_least_rank(layer, k)}"
             )
     for layer, name in parts:
         values = layer.shira_weight[name]
@@ -100,8 +103,11 @@ def exchange(
         raise UnknownAdapterError(f"the model has no SHiRA adapter {adapter_name!r} to exchange")
     for layer in layers.values():
         _refuse_merged(layer, adapter_name)
+    state_dict = _without_copies(state_dict, layers)
     old: Any = getattr(inner, "peft_config", {}).get(adapter_name)
     _refuse_whole(state_dict, old, config)
+    inside = {key: own for own, key in keys_in_file(inner, adapter_name).items()}
+    state_dict = {inside.get(key, key): tensor for key, tensor in state_dict.items()}
     _refuse_new_layers(state_dict, layers, adapter_name)
     base: Any = getattr(inner, "get_base_model", lambda: inner)()
     if isinstance(config, ShiraConfig):
@@ -155,11 +161,11 @@ def _fitted(layer: ShiraLayer, adapter_name: str, delta: SparseDelta) -> SparseD
         return delta
     room = layer.shira_weight[adapter_name].numel()
     if delta.nnz > room:
-        least = -(-delta.nnz // sum(matrix_shape(layer.weight_shape)))
         raise AdapterError(
             f"{layer.weight_name}: the new adapter has {delta.nnz} entries, and {adapter_name!r} "
-            f"has room for {room}; prepare the model with target_rank={least} or more before it "
-            "is compiled (prepare_model_for_compiled_hotswap)"
+            f"has room for {room}; prepare the model before it is compiled with "
+            f"target_rank={_least_rank(layer, delta.nnz)} or more "
+            "(prepare_model_for_compiled_hotswap)"
         )
     return filled_up(delta, room)
 
@@ -169,8 +175,18 @@ def _delta(layer: ShiraLayer, adapter_name: str, values: Tensor) -> SparseDelta:
 
 
 def _room(layer: ShiraLayer, rank: int) -> int:
-    rows, cols = matrix_shape(layer.weight_shape)
-    return min(rank * (rows + cols), rows * cols)
+    return min(rank * _of_rank_one(layer), math.prod(layer.weight_shape))
+
+
+def _least_rank(layer: ShiraLayer, k: int) -> int:
+    return math.ceil(k / _of_rank_one(layer))
+
+
+def _of_rank_one(layer: ShiraLayer) -> int:
+    """Return the entries that r = 1 stands for, of experts those of each."""
+    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+        return layer.num_experts * sum(layer.weight_shape[1:])
+    return sum(matrix_shape(layer.weight_shape))
 
 
 def _refuse_merged(layer: ShiraLayer, adapter_name: str) -> None:
@@ -178,6 +194,19 @@ def _refuse_merged(layer: ShiraLayer, adapter_name: str) -> None:
         raise MergeError(
             f"{layer.weight_name}: adapter {adapter_name!r} is merged; call unmerge_adapter() first"
         )
+
+
+def _without_copies(
+    state_dict: dict[str, Tensor], layers: dict[str, ShiraLayer]
+) -> dict[str, Tensor]:
+    """Leave out the copies of the base's embeddings that PEFT saves beside an adapter of them."""
+    bases = {f"{path}.base_layer.weight": stored_weight(layer) for path, layer in layers.items()}
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        base = bases.get(key)
+        return base is not None and torch.equal(tensor.to(base), base)
+
+    return {key: tensor for key, tensor in state_dict.items() if not is_copy(key, tensor)}
 
 
 def _refuse_whole(state_dict: dict[str, Tensor], *configs: Any) -> None:
