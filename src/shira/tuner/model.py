@@ -83,6 +83,7 @@ class ShiraModel(BaseTuner):
     prefix: str = "shira_"
     tuner_layer_cls = ShiraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
+    _repacks = False  # the last merge was to pack quantized weights again
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         adapted = "peft_config" in model.__dict__
@@ -310,16 +311,13 @@ class ShiraModel(BaseTuner):
     @contextmanager
     def _repacking(self, wanted: bool) -> Iterator[None]:
         """Let layers be packed again if it is ``wanted``; say then what it has done to them."""
-        layers = [*layers_of(self.model).values()] if wanted else []
+        layers = [*layers_of(self.model).values()] if wanted or self._repacks else []
         for layer in layers:
-            layer.requantize = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.requantize = False
+            layer.requantize = wanted
+        self._repacks = wanted
+        yield
         done = [layer.repacked for layer in layers if layer.repacked is not None]
-        if done:
+        if wanted and done:
             nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))
             warnings.warn(
                 f"packing {len(done)} quantized weights again has lost {lost:,} of {nonzero:,} "
@@ -439,8 +437,9 @@ class ShiraModel(BaseTuner):
         refuse_merging_shared_weights(self.model, layers)
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
-        tied = any(getattr(module, "tied_to", None) is not None for module in model.modules())
-        return [] if tied else super()._get_tied_target_modules(model)
+        found: list[str] = super()._get_tied_target_modules(model)
+        tied = found and any(getattr(m, "tied_to", None) is not None for m in model.modules())
+        return [] if tied else found
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         if not peft_config.ensure_weight_tying:
