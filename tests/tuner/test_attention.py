@@ -279,6 +279,32 @@ def test_derivatives_and_compiled():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_under_fsdp1():
+    """Which has a plain attribute before each parameter while a model is called."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for targets in (["attn"], ["lin"]):
+            base = fresh()
+            base.lin = Scaled(8, 4)
+            model = adapted(base, targets)
+            with model.disable_adapter():
+                before = model(X)
+            want = model(X)
+            options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+            torch.testing.assert_close(FullyShardedDataParallel(model, **options)(X), want)
+            assert not torch.allclose(before, want, atol=1e-2)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_cannot_be_is_refused():
     base = fresh()
     nn.utils.parametrizations.weight_norm(base.attn, "in_proj_weight")

@@ -308,8 +308,9 @@ def call_with_weights(
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             call = forward
             for name, weight in weights.items():
-                # FSDP1 has a plain attribute in the place of the parameter.
-                entries = module._parameters if name in module._parameters else module.__dict__
+                # FSDP1 has a plain attribute before the parameter, or in its place.
+                plain = name in module.__dict__ or name not in module._parameters
+                entries = module.__dict__ if plain else module._parameters
                 call = partial(_with_entry, entries, name, weight(), call)
             return call(*args, **kwargs)
 
