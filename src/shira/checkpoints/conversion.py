@@ -169,8 +169,8 @@ def places_of(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Place
         return Places(as_they_are, reason=f"{type(error).__name__}: {error}")
     if all(as_they_are.get(name) == place for name, place in found.items()):
         return Places(as_they_are)
-    known = {stored.key for place in found.values() for stored in place.stored}
-    others = {key: place for key, place in as_they_are.items() if key not in known | found.keys()}
+    known = {stored.key for place in found.values() for stored in place.stored} | found.keys()
+    others = {key: place for key, place in as_they_are.items() if key not in known}
     return Places(found | others, type(model).__name__)
 
 
@@ -246,7 +246,9 @@ def _mapped(model: Any, tensors: Mapping[str, Stored]) -> dict[str, Place]:
         if pattern is None:
             found.setdefault(name, Place(stored.shape, stored))
             continue
-        rule, probes = joined.setdefault(name, (deepcopy(by_pattern[pattern]), {}))
+        if name not in joined:
+            joined[name] = deepcopy(by_pattern[pattern]), {}
+        rule, probes = joined[name]
         dtype = WHOLE_DTYPES.get(stored.dtype, torch.uint8)
         probes[key] = torch.empty(stored.shape, dtype=dtype, device="meta")
         rule.add_tensor(name, key, pattern, probes[key])
