@@ -104,7 +104,8 @@ $(QUANTIZED_STAMP): $(STAMP) constraints-quantized.txt
 	@touch $@
 
 test-quantized: $(QUANTIZED_STAMP)
-	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/tuner/test_quantized.py
+	PYTHONPATH=$(CURDIR)/$(QUANTIZED) $(BIN)/python -m pytest -q $(PYTEST_ARGS) \
+		tests/tuner/test_quantized.py tests/tuner/test_optimizers.py
 
 # Triton beside the environment: without a GPU nothing but this test needs it.
 $(TRITON_STAMP): $(STAMP) constraints-triton.txt
