@@ -34,7 +34,7 @@ class Linear(ShiraLayer):
 
     base_types = (nn.Linear, Conv1D)
     known_forwards = frozenset({nn.Linear.forward, Conv1D.forward})
-    whole_product_from = 256
+    whole_product_from = 512
     """A product with the adapter inside the weight costs its scatter and restore, O(k), once; base
     and delta apart cost O(tokens * k) more. Measured on two CPU cores (``python -m benchmarks
     mixed_batch``)."""
