@@ -352,6 +352,7 @@ def test_adapters_are_fused_in_the_model():
     for name in expected:
         at = both[name].support.positions_of(expected[name].support)
         assert torch.equal(both[name].values[at], expected[name].values)
+        assert both[name].nnz == expected[name].nnz  # no zeros beside them
 
 
 # --------------------------------------------------------------------------------------- switching
@@ -536,3 +537,91 @@ def test_the_support_of_a_stack_is_a_support():
     delta = Adapter.from_model(adapted())["model.layers.0.mlp.experts.down_proj"]
     assert isinstance(delta.support, Support)
     assert delta.support.shape == (6, 32, 24)
+
+
+# ------------------------------------------------------------------------------- from end to end
+
+
+def test_from_training_to_a_merged_checkpoint(tmp_path):
+    """Trained, saved, loaded in another process, switched, merged on disk: one adapter, one bit."""
+    from transformers import AutoModelForCausalLM
+
+    from shira.convert import merge, unmerge
+
+    mixture(implementation="grouped_mm").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model, ids, losses = get_peft_model(base, config_of(modules=["q_proj"])), tokens(), []
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    Adapter.load(tmp_path / "adapter").save(tmp_path / "compact.safetensors")
+    in_memory = model.merge_and_unload().state_dict()
+
+    for source in ("adapter", "compact.safetensors"):
+        out, undo, back = (tmp_path / f"{what} {source[:3]}" for what in ("out", "undo", "back"))
+        merge(tmp_path / source, tmp_path / "base", out, undo=undo)
+        merged = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert merged.state_dict().keys() == in_memory.keys()
+        assert all(torch.equal(merged.state_dict()[k], value) for k, value in in_memory.items())
+        with torch.no_grad():
+            assert torch.equal(merged(input_ids=ids).logits, expected)
+        unmerge(out, undo, back)
+        for file in (tmp_path / "base").glob("*.safetensors"):
+            assert file.read_bytes() == (back / file.name).read_bytes()
+
+
+def test_lora_in_the_same_parameters_is_refused():
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)
+    below = get_peft_model(mixture(), lora)
+    with pytest.raises(TargetError, match="its module is adapted by ParamWrapper"):
+        get_peft_model(below.base_model.model, config_of())
+    ours = adapted()
+    with torch.no_grad():
+        before = ours(input_ids=tokens()).logits
+        with pytest.raises(TargetError, match="ParamWrapper computes with the base weight"):
+            get_peft_model(ours.base_model.model, lora)
+        assert torch.equal(ours(input_ids=tokens()).logits, before)
+
+
+def test_exchanged_in_place(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    model, other = adapted(), adapted(random_seed=3)
+    perturb(other, 9)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, other(input_ids=tokens()).logits)
+
+
+def test_transformers_own_loading_says_what_it_lacks(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = mixture()
+    with pytest.raises(FileFormatError, match="are not in what was loaded"):
+        model.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, mixture()(input_ids=tokens()).logits)
+
+
+def test_compiled():
+    model = get_peft_model(Holder(), config_of(["mix", "kinds"], density=0.5))
+    perturb(model)
+    x = torch.randn(5, 6)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    found = [wrapper.shira_weight["default"].grad.clone() for wrapper in wrappers(model)]
+    model.zero_grad()
+    model(x).sum().backward()
+    for wrapper, gradient in zip(wrappers(model), found, strict=True):
+        torch.testing.assert_close(wrapper.shira_weight["default"].grad, gradient)

@@ -210,7 +210,8 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
 
     PEFT's own SHiRA loads nothing else: it makes room for r * (m + n) values in each weight before
     it reads a file. Where a weight is too small for that, all deltas stay as they are, and r is the
-    largest that fits; PEFT's own SHiRA cannot load such an adapter.
+    largest that fits; PEFT's own SHiRA cannot load such an adapter. Nor can it one of parameters
+    that are no module's ``weight``, as experts; there they stay as they are too.
 
     Args:
         adapter: Of any number of entries in each weight.
@@ -224,6 +225,9 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
         >>> r, filled["w"].support.indices.tolist()
         (1, [0, 1, 2, 3, 4, 5, 11])
     """
+    if adapter.metadata.get("target_parameters") or not all(n.endswith(".weight") for n in adapter):
+        known = adapter.metadata.get("r")
+        return known if isinstance(known, int) else 1, adapter
     sides = {name: sum(matrix_shape(d.support.shape)) for name, d in adapter.items()}
     sides = {name: side for name, side in sides.items() if side}
     r = max([1, *(-(-adapter[name].nnz // side) for name, side in sides.items())])

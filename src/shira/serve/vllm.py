@@ -11,9 +11,10 @@ answers of the others for those of the next call. It returns a plain dict, ``{"o
 "shira_load", "rank": 0, ...}``, or ``{"ok": False, "method": "shira_load", "rank": 0, "error":
 "WrongBaseError", "message": "..."}`` on all ranks, and then nothing has changed on any.
 
-On a CPU vLLM packs linear weights for its kernels and drops or bypasses the plain ones. Importing
-this module there, which a worker does before it loads its model, keeps them plain. Runs inside
-vLLM (made and tested for 0.32); sits above ``worker``.
+On a CPU vLLM packs the weights of linear layers and experts for its kernels, and drops or bypasses
+the plain ones. Importing this module there, which a worker does before it loads its model, keeps
+them plain: products are torch's own, those of experts one expert after the other. Runs inside vLLM
+(made and tested for 0.32); sits above ``worker``.
 """
 
 from __future__ import annotations
@@ -259,5 +260,65 @@ def _keep_plain_cpu_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = plain
 
 
+def _keep_plain_cpu_experts() -> None:
+    """Have vLLM's CPU backend multiply with the experts' weights themselves, of one after another.
+
+    Experts with clamped activations, whose halves it interleaves before it packs them (GPT-OSS),
+    are left to it, and their adapters are refused.
+    """
+    from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    kind: Any = cpu_moe.CPUUnquantizedExperts
+    pack, packed = kind.process_weights_after_loading, kind.apply
+
+    def keep(self: Any, layer: nn.Module) -> None:
+        self._shira_plain = str(self.moe_config.activation.value) != "swigluoai"
+        if not self._shira_plain:
+            pack(self, layer)
+
+    def apply(
+        self: Any,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *rest: Any,
+        apply_router_weight_on_input: bool = False,
+        **named: Any,
+    ) -> None:
+        if not self._shira_plain:
+            given = (w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map)
+            named["apply_router_weight_on_input"] = apply_router_weight_on_input
+            packed(self, output, hidden_states, *given, *rest, **named)
+            return
+        ids = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()]
+        total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
+        for expert in torch.unique(ids).tolist():
+            if expert < 0:  # on another rank
+                continue
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            biases = (
+                bias if bias is None else bias[expert] for bias in (self.w1_bias, self.w2_bias)
+            )
+            first, second = biases
+            both = _linear(hidden_states[token], w1[expert], first)
+            active = both.new_empty(len(both), both.shape[-1] // 2)
+            apply_moe_activation(activation, active, both)
+            result = _linear(active, w2[expert], second).float()
+            if not apply_router_weight_on_input:
+                result *= topk_weights[token, choice, None]
+            total.index_add_(0, token, result)
+        output.copy_(total)
+
+    kind.process_weights_after_loading, kind.apply = keep, apply
+
+
 if current_platform.is_cpu():
     _keep_plain_cpu_weights()
+    _keep_plain_cpu_experts()

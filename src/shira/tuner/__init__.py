@@ -282,8 +282,13 @@ def _inject_over_shira(
                 continue
             below = shira_layer_below(module)
             dora = below is not None and any(getattr(module, "use_dora", {}).values())
+            dora |= hasattr(module, "parameter_name")  # LoRA in a parameter by its name
             if below is not None and (dora or not isinstance(module, mixed.Layers)):
-                kind = "DoRA" if dora else type(module).__name__
+                kind = (
+                    "DoRA"
+                    if any(getattr(module, "use_dora", {}).values())
+                    else type(module).__name__
+                )
                 raise TargetError(
                     f"{name}: {kind} computes with the base weight, in which it would not see the "
                     f"SHiRA adapters {sorted(below.shira_weight)} below it; merge these first "

@@ -27,6 +27,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from shira.errors import TargetError
 from shira.ops.memory import keep_over_fork, memory_of, offsets_of, settle
 from shira.ops.patch import Overwritten, restored
 from shira.store.names import gathered, is_partitioned, is_sharded, whole
@@ -59,6 +60,8 @@ class ParameterOf:
     """A parameter of a module where a layer is expected: it is the layer's weight."""
 
     def __init__(self, module: nn.Module, parameter_name: str) -> None:
+        self.around = module
+        """The module, or what adapts it already."""
         self._module, self.parameter_name = base_of(module), parameter_name
 
     def get_base_layer(self) -> Any:
@@ -308,6 +311,11 @@ def call_with_weights(
         def with_weights(*args: Any, **kwargs: Any) -> Any:
             call = forward
             for name, weight in weights.items():
+                if is_parametrized(module, name):  # what is put there would not be read
+                    raise TargetError(
+                        f"{name!r} of {type(module).__name__} has been parametrized since it was "
+                        "adapted, so it cannot be given another value; remove the parametrization"
+                    )
                 # FSDP1 has a plain attribute before the parameter, or in its place.
                 plain = name in module.__dict__ or name not in module._parameters
                 entries = module.__dict__ if plain else module._parameters

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, MergeError, UnknownAdapterError, listed
 from shira.fusing import filled_up
-from shira.store.names import VALUES, base_module_name, unwrapped
+from shira.store.names import VALUES, base_module_name, name_of_layer, unwrapped
 from shira.support import matrix_shape
 from shira.tuner.base_layer import stored_weight
 from shira.tuner.config import ShiraConfig
@@ -223,6 +223,7 @@ def _refuse_new_layers(
     state_dict: dict[str, Tensor], layers: dict[str, ShiraLayer], adapter_name: str
 ) -> None:
     there = {base_module_name(path) for path in layers}
+    there |= {name_of_layer(path, layer) for path, layer in layers.items()}
     new = {base_module_name(key.rpartition(".shira_")[0]) for key in state_dict} - there
     if new:
         raise AdapterError(

@@ -46,8 +46,7 @@ class Target(NamedTuple):
     @property
     def module(self) -> nn.Module:
         """The module in the model."""
-        held = isinstance(self.layer, ParameterOf)
-        return self.layer.get_base_layer() if held else self.layer  # type: ignore[no-any-return]
+        return self.layer.around if isinstance(self.layer, ParameterOf) else self.layer  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,9 @@ def matched_parameters(config: ShiraConfig, model: nn.Module) -> list[Target]:
             target = Target(path, ParameterOf(module, parameter))
             if is_parameter(target.name, config.target_parameters):
                 outer = _outermost(path, model)
-                adapted = wrapper_of(model.get_submodule(outer), parameter)
-                found.append(Target(outer, adapted or target.layer))
+                around = model.get_submodule(outer)
+                adapted = wrapper_of(around, parameter)
+                found.append(Target(outer, adapted or ParameterOf(around, parameter)))
     return found
 
 

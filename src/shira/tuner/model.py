@@ -484,10 +484,6 @@ class ShiraModel(BaseTuner):
             return state_dict
         # Modules trained whole have the model's own names here; their shapes are PEFT's to compare.
         state_dict = named_for_loading(model, adapter_name, state_dict, loaded_whole=True)
-        suffix = f".{adapter_name}"
-        stored = keys_in_file(model, adapter_name).items()
-        inside = {key.removesuffix(suffix): own.removesuffix(suffix) for own, key in stored}
-        state_dict = {inside.get(key, key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

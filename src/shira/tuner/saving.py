@@ -231,17 +231,20 @@ def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]
         for path, module in model.named_modules()
         if isinstance(module, (ShiraLayer, AuxiliaryTrainingWrapper))
     ]
-    names = own_names(state_dict, modules)
-    return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    names, inside = own_names(state_dict, modules), _stored_names(model)
+
+    def named(key: str) -> str:
+        name = names.get(key, key)
+        stem, _, adapter = name.rpartition(".")  # a file has no adapter's name
+        own = f"{inside[stem]}.{adapter}" if stem in inside else name
+        return inside.get(name, own)
+
+    return {named(key): tensor for key, tensor in state_dict.items()}
 
 
-def keys_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return the names in a file of values and positions of parameters: ``{model's: file's}``.
-
-    Wrappers stand around wrappers in the model, and around a module with layers. A file names the
-    parameter, ``...mlp.experts.down_proj.shira_weight``, and a layer as the base model does.
-    """
-    keys: dict[str, str] = {}
+def _stored_names(model: nn.Module, adapter_name: str | None = None) -> dict[str, str]:
+    """Return ``{name in a file: name in the model}`` of values and positions, where they differ."""
+    names: dict[str, str] = {}
     wrappers = [path for path, layer in layers_of(model).items() if isinstance(layer, ParamWrapper)]
     for path, layer in layers_of(model, adapter_name).items():
         module = path
@@ -251,9 +254,18 @@ def keys_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
         if isinstance(layer, ParamWrapper):
             module = f"{module}.{layer.parameter_name}"
         if module != path:
-            for kind in (VALUES, INDICES):
-                keys[f"{path}.{kind}.{adapter_name}"] = f"{module}.{kind}.{adapter_name}"
-    return keys
+            names |= {f"{module}.{kind}": f"{path}.{kind}" for kind in (VALUES, INDICES)}
+    return names
+
+
+def keys_in_file(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return the names in a file of values and positions of parameters: ``{model's: file's}``.
+
+    Wrappers stand around wrappers in the model, and around a module with layers. A file names the
+    parameter, ``...mlp.experts.down_proj.shira_weight``, and a layer as the base model does.
+    """
+    found = _stored_names(model, adapter_name).items()
+    return {f"{own}.{adapter_name}": f"{stored}.{adapter_name}" for stored, own in found}
 
 
 def path_in_state(path: str) -> str:
