@@ -17,7 +17,7 @@ import shira.tuner.adapted_weight as reading
 from shira import Adapter, PeftModel, ShiraConfig, Support, Switch, calibrate, get_peft_model
 from shira.errors import AdapterError, ConfigError, FileFormatError, MaskError, TargetError
 from shira.masks import magnitude_support
-from shira.tuner.parameter import ParamWrapper
+from shira.tuner.parameter import ParameterLayer
 from tests.tuner.experts import EXPERTS, MODELS, mixture, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -44,7 +44,7 @@ def perturb(model, seed=1):
 
 
 def wrappers(model):
-    return [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    return [module for module in model.modules() if isinstance(module, ParameterLayer)]
 
 
 CASES = [(n, way) for n in MODELS for way in ("eager", "grouped_mm", "batched_mm")]
@@ -588,7 +588,7 @@ def test_lora_in_the_same_parameters_is_refused():
     ours = adapted()
     with torch.no_grad():
         before = ours(input_ids=tokens()).logits
-        with pytest.raises(TargetError, match="ParamWrapper computes with the base weight"):
+        with pytest.raises(ValueError, match="not a valid target"):
             get_peft_model(ours.base_model.model, lora)
         assert torch.equal(ours(input_ids=tokens()).logits, before)
 

@@ -21,7 +21,7 @@ from shira.tuner.base_layer import ParameterOf, base_of, stored_weight
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
-from shira.tuner.parameter import ParamWrapper, wrapper_of
+from shira.tuner.parameter import ParameterLayer, wrapper_of
 from shira.tuner.token_rows import token_rows
 
 
@@ -36,7 +36,7 @@ class Target(NamedTuple):
     @property
     def of_parameter(self) -> bool:
         """A parameter is named, and no layer."""
-        return isinstance(self.layer, (ParameterOf, ParamWrapper))
+        return isinstance(self.layer, (ParameterOf, ParameterLayer))
 
     @property
     def name(self) -> str:
@@ -116,14 +116,14 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
 def _named(model: nn.Module) -> dict[str, str]:
     """Return the modules by their paths, and what a configuration calls them.
 
-    That is the path, but for the parts of a module that a `ParamWrapper` stands around.
+    That is the path, but for the parts of a module that a `ParameterLayer` stands around.
     """
     inside: tuple[str, ...] = ()
     names = {}
     for path, module in model.named_modules():
         if path and not (path.startswith(inside) and path.endswith("base_layer")):
             names[path] = base_module_name(path) if path.startswith(inside) else path
-        if isinstance(module, ParamWrapper):
+        if isinstance(module, ParameterLayer):
             inside = (*inside, f"{path}.")
     return names
 

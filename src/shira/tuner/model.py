@@ -44,7 +44,7 @@ from shira.tuner.loading import check_state_dict, named_for_loading, read_incomi
 from shira.tuner.masking import support_of_layer
 from shira.tuner.matching import Matched, Target, matched_parameters, owners_of
 from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
-from shira.tuner.parameter import ParamWrapper, wrapper_of
+from shira.tuner.parameter import ParameterLayer, wrapper_of
 from shira.tuner.quantized import backend_of
 from shira.tuner.rollback import as_it_was, merges_of
 from shira.tuner.saving import (
@@ -199,7 +199,7 @@ class ShiraModel(BaseTuner):
         layer_class: Any = layer_class_of(base_of(target))
         kwargs = {**get_quantization_kwargs(self), **optional_kwargs}
         if parameter_name is not None:
-            layer_class, kwargs["parameter_name"] = ParamWrapper, parameter_name
+            layer_class, kwargs["parameter_name"] = ParameterLayer, parameter_name
         # PEFT moves what is new to where the weight is: not to the meta device, if it is offloaded
         with readable(base_of(target)):
             if isinstance(layer, ShiraLayer):
@@ -227,7 +227,7 @@ class ShiraModel(BaseTuner):
             parent, target, child_name = _get_submodules(model, path)
             # Around a module, wrappers are in the order of its parameters, the last outermost.
             order = [*base_of(target)._parameters].index
-            while isinstance(target, ParamWrapper) and (
+            while isinstance(target, ParameterLayer) and (
                 order(target.parameter_name) > order(layer.parameter_name)
             ):
                 parent, target, child_name = target, target.base_layer, "base_layer"

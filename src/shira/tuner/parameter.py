@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ParamWrapper`: SHiRA in one parameter of a module, by name (``target_parameters``).
+"""`ParameterLayer`: SHiRA in one parameter of a module, by name (``target_parameters``).
 
 Such as the experts of a mixture, ``[experts, out, in]``, which are no layers of their own. The
 module's own forward runs, and finds an `AdaptedWeight` in the parameter's place. As in PEFT's LoRA,
@@ -26,7 +26,7 @@ from shira.tuner.layer import ShiraLayer
 from shira.tuner.mixed_batch import BASE
 
 
-class ParamWrapper(ShiraLayer):
+class ParameterLayer(ShiraLayer):
     """SHiRA in a parameter of a module; called as the module is.
 
     Attributes:
@@ -62,10 +62,10 @@ class ParamWrapper(ShiraLayer):
         depth = len(self._chain())
         return f"{'base_layer.' * depth}{self.parameter_name}"
 
-    def _chain(self) -> list[ParamWrapper]:
+    def _chain(self) -> list[ParameterLayer]:
         """Return the wrappers from this one inwards."""
-        chain: list[ParamWrapper] = [self]
-        while isinstance(inner := chain[-1]._modules["base_layer"], ParamWrapper):
+        chain: list[ParameterLayer] = [self]
+        while isinstance(inner := chain[-1]._modules["base_layer"], ParameterLayer):
             chain.append(inner)
         return chain
 
@@ -178,9 +178,9 @@ class ParamWrapper(ShiraLayer):
         return f"parameter_name={self.parameter_name!r}"
 
 
-def wrapper_of(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
+def wrapper_of(module: nn.Module, parameter_name: str) -> ParameterLayer | None:
     """Return the wrapper around a module that adapts a parameter of it, if there is one."""
-    for wrapper in module._chain() if isinstance(module, ParamWrapper) else ():
+    for wrapper in module._chain() if isinstance(module, ParameterLayer) else ():
         if wrapper.parameter_name == parameter_name:
             return wrapper
     return None

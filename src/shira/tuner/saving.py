@@ -44,7 +44,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.masking import SupportTable
-from shira.tuner.parameter import ParamWrapper
+from shira.tuner.parameter import ParameterLayer
 from shira.tuner.targets import name_exactly
 
 Known = Mapping[str, tuple[str, dict[str, Any]]]
@@ -245,13 +245,15 @@ def by_own_names(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]
 def _stored_names(model: nn.Module, adapter_name: str | None = None) -> dict[str, str]:
     """Return ``{name in a file: name in the model}`` of values and positions, where they differ."""
     names: dict[str, str] = {}
-    wrappers = [path for path, layer in layers_of(model).items() if isinstance(layer, ParamWrapper)]
+    wrappers = [
+        path for path, layer in layers_of(model).items() if isinstance(layer, ParameterLayer)
+    ]
     for path, layer in layers_of(model, adapter_name).items():
         module = path
         for wrapper in reversed(wrappers):  # those inside first
             if module.startswith(f"{wrapper}.base_layer"):
                 module = wrapper + module.removeprefix(f"{wrapper}.base_layer")
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParameterLayer):
             module = f"{module}.{layer.parameter_name}"
         if module != path:
             names |= {f"{module}.{kind}": f"{path}.{kind}" for kind in (VALUES, INDICES)}

@@ -45,7 +45,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import layer_class_of
 from shira.tuner.matching import Matched, Target, kept_out, matched_modules, refuse_other_ties
-from shira.tuner.parameter import ParamWrapper
+from shira.tuner.parameter import ParameterLayer
 from shira.tuner.quantized import backend_of
 
 
@@ -209,7 +209,7 @@ def name_exactly(config: Any, model: nn.Module, names: set[str]) -> None:
     parameters = {
         weight
         for path, layer in model.named_modules()
-        if isinstance(layer, ParamWrapper) and (weight := name_of_layer(path, layer)) in names
+        if isinstance(layer, ParameterLayer) and (weight := name_of_layer(path, layer)) in names
     }
     modules = {name.removesuffix(".weight") for name in names - parameters}
     for field in TARGET_FIELDS:
@@ -268,7 +268,7 @@ def _check_parameter(target: Target) -> None:
             f"{parameter!r}): a layer has to be put in its module's place"
         )
     weight = weight_of(target.layer)
-    while isinstance(around, ParamWrapper):
+    while isinstance(around, ParameterLayer):
         around = around._modules["base_layer"]  # type: ignore[assignment]
     if isinstance(around, BaseTunerLayer):
         why = (
