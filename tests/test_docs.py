@@ -20,6 +20,8 @@ ELSEWHERE = {
     ("README.md", "sh"): "tests/test_readme.py",
     ("chain.md", "python"): "tests/chain/test_docs.py",
     ("chain.md", "sh"): "tests/chain/test_docs.py",
+    ("converting.md", "bash"): "tests/convert/test_gguf.py",  # llama.cpp's
+    ("converting.md", "py"): "tests/convert/test_gguf.py",
     ("converting.md", "python"): "tests/convert/test_docs.py",
     ("converting.md", "sh"): "tests/convert/test_docs.py",
     ("distributed.md", "python"): "tests/distributed/test_docs.py",
