@@ -33,7 +33,7 @@ from shira.tuner.config import ShiraConfig
 from shira.tuner.indices import digest_of
 from shira.tuner.layer import ShiraLayer
 from shira.tuner.loading import checked_state, is_sparse, read_incoming
-from shira.tuner.parameter import ParamWrapper
+from shira.tuner.parameter import ParameterLayer
 from shira.tuner.saving import keys_in_file, layers_of, watch
 
 
@@ -184,7 +184,7 @@ def _least_rank(layer: ShiraLayer, k: int) -> int:
 
 def _of_rank_one(layer: ShiraLayer) -> int:
     """Return the entries that r = 1 stands for, of experts those of each."""
-    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+    if isinstance(layer, ParameterLayer) and layer.num_experts > 1:
         return layer.num_experts * sum(layer.weight_shape[1:])
     return sum(matrix_shape(layer.weight_shape))
 
