@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from shira.checkpoints import open_checkpoint, shapes_of
-from shira.checkpoints.conversion import Place, _Trace, places_of
+from shira.checkpoints.conversion import (
+    AS_STORED,
+    Place,
+    _checked,
+    _mapped,
+    _model_of,
+    _Trace,
+    places_of,
+)
 from shira.checkpoints.entries import read_blocks, read_entries
 from shira.errors import MergeError, WrongBaseError
 from shira.store.header import Stored
+from tests.small_models import small_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -154,7 +165,11 @@ def test_names_are_taken_as_they_are_where_no_model_is_told(experts):
         ({"model_type": "of-tomorrow"}, "KeyError"),
         ({**CONFIG, "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"model_type": "llava", "text_config": {"num_layers": 1e12}}, "num_layers is"),
-        ({"model_type": "swin", "depths": [2, 10**7]}, "depths is 10000000"),
+        ({"model_type": "swin", "depths": [2, 10**7]}, "depths is 10000002"),
+        ({"model_type": "swin", "depths": [1] * 10**5}, "depths is 100000"),
+        ({**CONFIG, "num_labels": 10**10}, "num_labels is"),
+        ({"model_type": "dpt", "backbone": "some/one"}, "backbone is 'some/one'"),
+        ({"model_type": "timm_wrapper", "architecture": "hf-hub:some/one"}, "looked for elsewhere"),
         ({**CONFIG, "num_attention_heads": "many"}, "Error"),
     ],
 )
@@ -201,3 +216,40 @@ def test_operations_that_compute_are_refused_when_the_parameter_is_used(experts,
         MergeError, match=r"MergeModulelist, Concatenate.*save_original_format=False"
     ):
         place.split(torch.arange(3))
+
+
+def test_models_that_are_not_asked_about_have_the_names_of_their_files(tmp_path):
+    """What transformers says of each, where it is asked."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    for kind in sorted(AS_STORED):
+        small_model(CLASSES[kind]).save_pretrained(tmp_path / kind)
+        checkpoint = open_checkpoint(tmp_path / kind)
+        assert checkpoint.config["model_type"] == kind
+        model = _model_of(checkpoint.config, len(checkpoint.tensors))
+        found = _mapped(model, checkpoint.tensors)
+        assert found == checkpoint.as_stored
+        assert found.keys() >= {name for name, _ in model.named_parameters()}
+
+
+def test_transformers_is_not_imported_for_a_model_of_such_names(tmp_path):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    code = (
+        "import sys; from shira.checkpoints import shapes_of\n"
+        f"print(shapes_of({str(tmp_path)!r}), 'transformers' in sys.modules)"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert out.strip() == "{'model.norm.weight': (3,)} False"
+
+
+def test_nothing_in_a_config_runs_code_of_others(experts, monkeypatch):
+    """Kernels for attention come from the hub, and classes beside a checkpoint are code."""
+    asked = {"attn_implementation": "some/kernels", "_attn_implementation": "some/kernels"}
+    asked |= {"experts_implementation": "some/kernels", "trust_remote_code": True}
+    asked |= {"auto_map": {"AutoModel": "some/one--code.Class"}}
+    told = _checked({**CONFIG, **asked, "text_config": {"model_type": "llama", **asked}}, 100)
+    assert told == {**CONFIG, "text_config": {"model_type": "llama"}}
+    (experts / "config.json").write_text(json.dumps({**CONFIG, **asked}))
+    assert NAME in open_checkpoint(experts).places.by_name

@@ -21,6 +21,7 @@ O(1). What computes values, instead of moving them, has no place, and says so.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -157,11 +158,22 @@ class Places(NamedTuple):
     reason: str = ""
 
 
+AS_STORED = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("olmo", "olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere", "cohere2"),
+}
+"""Models whose parameters have the names and shapes of their files: not asked about, since the
+import of transformers takes longer than many a merge. (Tests ask.)"""
+
+
 def places_of(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Places:
     """Find where each parameter of the model of a config lies; see the module."""
     as_they_are = {key: Place(stored.shape, stored) for key, stored in tensors.items()}
-    if not isinstance(config.get("model_type"), str):
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
         return Places(as_they_are)  # no model of transformers
+    if kind in AS_STORED and all(key.startswith(("model.", "lm_head.")) for key in tensors):
+        return Places(as_they_are)
     try:
         model = _model_of(config, len(tensors))
         found = _mapped(model, tensors)
@@ -176,7 +188,7 @@ def places_of(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Place
 
 def _model_of(config: Mapping[str, Any], count: int) -> nn.Module:
     """Make the model of a config without memory. Its checkpoint has ``count`` tensors."""
-    _check_counts(config, 1000 + 10 * count)
+    config = _checked(config, 1000 + 10 * count)
     import transformers
     from transformers import initialization
     from transformers.utils import logging
@@ -184,7 +196,7 @@ def _model_of(config: Mapping[str, Any], count: int) -> nn.Module:
     level = logging.get_verbosity()
     logging.set_verbosity(ERROR)
     try:
-        told = transformers.PreTrainedConfig._decode_special_floats({**config})
+        told = transformers.PreTrainedConfig._decode_special_floats(config)
         made = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(told)
         made._attn_implementation = "eager"
         names = [name for name in config.get("architectures") or () if isinstance(name, str)]
@@ -208,15 +220,36 @@ def _nothing() -> Iterator[None]:
 _COUNTS = re.compile(r"^(num|n)_.*(layer|block|expert)|layers$|^depths?$")
 
 
-def _check_counts(config: Mapping[str, Any], limit: int) -> None:
-    """Refuse a config of so many layers that making the model would take for ever."""
+_CODE = ("auto_map", "trust_remote_code", "attn_implementation", "experts_implementation")
+_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's
+
+
+def _checked(config: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """Return a config, without the fields that ask for code of others.
+
+    Raises:
+        ValueError: If there are so many layers that making the model would take for ever, or a part
+            of it is named that would be looked for on the hub.
+    """
+    checked = {}
     for field, value in config.items():
+        if field.removeprefix("_") in _CODE:
+            continue
         if isinstance(value, Mapping):
-            _check_counts(value, limit)
-        elif _COUNTS.search(field):
-            for count in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(count, (int, float)) and count > limit:
-                    raise ValueError(f"{field} is {count}, and the checkpoint has too few tensors")
+            value = _checked(value, limit)
+        counts = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [0, *(n for n in counts if isinstance(n, (int, float)))]
+        count = sum(numbers) if field.startswith("depth") else max(numbers)
+        most = 1_000_000 if field == "num_labels" else limit if _COUNTS.search(field) else math.inf
+        if count > most:
+            raise ValueError(f"{field} is {count}, and the checkpoint has too few tensors")
+        whole = config.get("backbone_config") or config.get("model_type") == "timm_backbone"
+        if isinstance(value, str) and (
+            value.startswith(_ELSEWHERE) or (field == "backbone" and not whole)
+        ):
+            raise ValueError(f"{field} is {value!r}, whose config would be looked for elsewhere")
+        checked[field] = value
+    return checked
 
 
 def _mapped(model: Any, tensors: Mapping[str, Stored]) -> dict[str, Place]:
