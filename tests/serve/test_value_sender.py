@@ -376,6 +376,45 @@ def test_a_partner_that_does_not_come():
         Wire("127.0.0.1", free_port(), 0, 2, timeout=0.5)
 
 
+@pytest.mark.parametrize("when", ["before the workers receive", "after"])
+def test_an_engine_that_fails_within_an_update_is_an_error_and_the_update_is_ended(when):
+    cluster = Cluster(1)
+    adapter = adapter_for(cluster.base, 0)
+    cluster.load("policy", adapter)
+
+    class Failing(Workers):
+        def update_weights(self, info):
+            if when == "after":
+                super().update_weights(info)
+            raise ServeError("the engine does not answer")
+
+    client = Failing(cluster, adapter)
+    options = {"name": "policy", "path": "-", "workers": 1, "timeout": 2}
+    sender = ValueSender(client, adapter, port=free_port(), **options)
+    for _ in range(2):
+        with pytest.raises(ServeError, match="does not answer"):
+            sender.send(adapter)
+        assert client.calls[-1] == "finish"  # or a server would hold up requests for ever
+
+
+def test_a_wire_that_breaks_within_an_update_ends_the_update(monkeypatch):
+    cluster = Cluster(1)
+    adapter = adapter_for(cluster.base, 0)
+    cluster.load("policy", adapter)
+    client = Workers(cluster, adapter)
+    options = {"name": "policy", "path": "-", "workers": 1, "timeout": 2}
+    sender = ValueSender(client, adapter, port=free_port(), **options)
+
+    def broken(values):
+        raise ServeError("the wire broke")
+
+    monkeypatch.setattr(sender._wire, "send", broken)
+    monkeypatch.setattr(client, "update_weights", lambda info: None)
+    with pytest.raises(ServeError, match="the wire broke"):
+        sender.send(adapter)
+    assert client.calls == ["init", "start", "finish"]
+
+
 def test_answers_of_any_length():
     port, found = free_port(), []
 
@@ -462,3 +501,35 @@ class TestHTTPClient:
             client.start_weight_update()
         with pytest.raises(ServeError, match="does not answer"):
             HTTPClient("http://127.0.0.1:9", timeout=1).start_weight_update()
+
+    @pytest.mark.parametrize(
+        "said", [b"", b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
+    )
+    def test_a_server_that_ends_within_an_answer_is_an_error(self, said) -> None:
+        asked, ended = [], threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve() -> None:
+                while not ended.is_set():
+                    connection, _ = server.accept()
+                    with connection:
+                        asked.extend(connection.recv(9999).split(b" ")[1:2])
+                        connection.sendall(said)
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            client = HTTPClient(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=5)
+            with pytest.raises(ServeError, match=r"pause\?mode=wait does not answer"):
+                client.start_weight_update()
+            assert asked == [b"/pause?mode=wait", b"/resume"]
+            with pytest.raises(ServeError, match="does not answer"):
+                client.finish_weight_update()
+            ended.set()
+            socket.create_connection(server.getsockname()).close()
+            thread.join(5)
+
+    def test_an_answer_that_is_no_object_is_an_error(self, server) -> None:
+        client, _, answers = server
+        answers["update_weights"] = (200, [3])
+        with pytest.raises(ServeError, match="no JSON object"):
+            client.update_weights({"nnz": 3})

@@ -19,11 +19,13 @@ already. The worker's side is `shira.serve.worker.Route`. Imports no engine.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -260,11 +262,12 @@ class HTTPClient:
 
     def start_weight_update(self) -> None:
         """Let the requests that run come to their end, hold up others, and begin an update."""
-        self._post("pause?mode=wait")
         try:
+            self._post("pause?mode=wait")  # of which the answer alone may have been lost
             self._post("start_weight_update")
         except BaseException:
-            self._post("resume")
+            with suppress(ServeError):
+                self._post("resume")
             raise
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -279,11 +282,12 @@ class HTTPClient:
         """
         told = None if weight_version is None else {"weight_version": weight_version}
         self._post("finish_weight_update", told)
-        if not self._post("reset_prefix_cache")["success"]:
+        if not self._post("reset_prefix_cache").get("success"):
             raise ServeError("vLLM did not drop its prefix cache: answers would be stale")
         self._post("resume")
 
     def _post(self, route: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        said = ""
         request = urllib.request.Request(
             f"{self.url}/{route}",
             data=b"" if told is None else json.dumps(told).encode(),
@@ -294,11 +298,14 @@ class HTTPClient:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return dict(json.loads(answer.read() or b"{}"))
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:_ANSWER]
+            with suppress(OSError, http.client.HTTPException):
+                said = error.read().decode(errors="replace")[:_ANSWER]
             hint = " (does it run with VLLM_SERVER_DEV_MODE=1?)" if error.code == 404 else ""
             raise ServeError(f"{self.url}/{route} answers {error.code}{hint}: {said}") from error
-        except OSError as error:
-            raise ServeError(f"{self.url}/{route} does not answer: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServeError(f"{self.url}/{route} does not answer: {error!r}") from error
+        except (TypeError, ValueError) as error:
+            raise ServeError(f"{self.url}/{route} answers with no JSON object: {error}") from error
 
 
 class ValueSender:
@@ -363,19 +370,22 @@ class ValueSender:
 
         Raises:
             AdapterError: If positions are others, or a value is not finite; nothing has changed.
-            ServeError: If the engine could not; it has the values of before.
+            ServeError: If the engine could not; it has the values of before. If the wire broke, or
+                the engine ended, what it has is not known: make another sender.
         """
         values = self.support.flat(adapter, dtype)
         info = {"nnz": values.numel(), "dtype": str(values.dtype).removeprefix("torch.")}
         self.client.start_weight_update()
         with ThreadPoolExecutor(max_workers=1) as beside:
             receiving = beside.submit(self.client.update_weights, info)
-            self._wire.send(values)
             try:
+                self._wire.send(values)
                 _check(self._wire)
             finally:
-                receiving.result()
-                self.client.finish_weight_update()
+                try:
+                    receiving.result()
+                finally:
+                    self.client.finish_weight_update()
         return values.numel() * values.itemsize
 
 
