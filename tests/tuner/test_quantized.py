@@ -297,6 +297,29 @@ def test_a_failure_in_packing_again_changes_nothing(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:packing")
+def test_what_is_packed_again_can_be_scaled_after_another_merge_was_refused():
+    model = adapted("stand-in")
+    model.add_adapter("two", ShiraConfig(r=2, target_modules=TARGETS, random_seed=5))
+    net = model.base_model.model
+    before = packed_bits(net.a)
+    model.merge_adapter(["default"], requantize=True)
+    with pytest.raises(MergeError, match="requantize=True"):
+        model.merge_adapter(["two"])
+    net.a.set_scale("default", 0.0)
+    assert net.a.merged_adapters == ["default"]
+    assert all(map(torch.equal, packed_bits(net.a), before))
+
+
+@pytest.mark.filterwarnings("ignore:packing")
+def test_unmerging_a_packed_weight_leaves_the_mode_as_it_is():
+    model = adapted("stand-in").train()
+    model.merge_adapter(requantize=True)
+    model.eval()
+    model.unmerge_adapter()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:packing")
 def test_a_second_adapter_is_packed_with_the_first_from_the_original(monkeypatch):
     model = adapted("stand-in")
     model.add_adapter("two", ShiraConfig(r=2, target_modules=TARGETS, random_seed=5))

@@ -311,11 +311,20 @@ class ShiraModel(BaseTuner):
     @contextmanager
     def _repacking(self, wanted: bool) -> Iterator[None]:
         """Let layers be packed again if it is ``wanted``; say then what it has done to them."""
-        layers = [*layers_of(self.model).values()] if wanted or self._repacks else []
-        for layer in layers:
-            layer.requantize = wanted
-        self._repacks = wanted
-        yield
+        before = self._repacks
+        layers = [*layers_of(self.model).values()] if wanted or before else []
+
+        def let(repack: bool) -> None:
+            for layer in layers:
+                layer.requantize = repack
+            self._repacks = repack
+
+        try:
+            let(wanted)
+            yield
+        except BaseException:
+            let(before)  # what is merged so can be scaled still
+            raise
         done = [layer.repacked for layer in layers if layer.repacked is not None]
         if wanted and done:
             nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))

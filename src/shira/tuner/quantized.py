@@ -192,12 +192,14 @@ class Packed:
         return [*parts, vars(module.state)] if hasattr(module, "state") else parts
 
     def put_back(self) -> None:
-        """Make the layer hold the very objects of before."""
+        """Make the layer hold the very objects of before; in training or not as it is now."""
+        training = self.layer.get_base_layer().training
         if self.layer._modules["base_layer"] is not self.base and hasattr(self.base, "dequantize"):
             self.layer.base_layer = self.base  # HQQ's is another
         for where, before in self.settings:
             where.clear()
             where.update(before)
+        self.base.training = training
 
 
 class Repacked(NamedTuple):
