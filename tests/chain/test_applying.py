@@ -226,6 +226,14 @@ def test_the_hubs_cache_is_not_replaced(made, tmp_path, monkeypatch):
     assert chain.verify(links, paths[0]).applied == 0
 
 
+def test_a_checkpoint_left_aside_between_two_renames_is_found_again(made, tmp_path):
+    paths, links = made
+    shutil.copytree(paths[0], tmp_path / ".here.0123456789abcdef.old")
+    told = chain.apply(tmp_path / "here", links, in_place=True)
+    assert contents(told.output) == contents(paths[LINKS])
+    assert os.listdir(tmp_path) == ["here"]
+
+
 def test_a_file_that_a_link_drops_goes(tmp_path):
     weights = {"model.safetensors": {k: bfloat16(w) for k, w in model().items()}}
     old = write(tmp_path / "old", weights, **{"a.txt": "a", "folder": "b"})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shira import chain
-from shira.chain import coding, files
+from shira.chain import coding, files, link
 from shira.errors import ConfigError
 from tests.chain import reference
 from tests.chain.checkpoints import (
@@ -150,10 +151,29 @@ def test_an_output_does_not_take_the_place_of_something(tmp_path):
     assert chain.verify(link, old).applied == 0
 
 
-def test_a_name_that_no_link_can_have_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["a\\b.txt", os.fsdecode(b"\xff.txt")])
+@pytest.mark.parametrize("odd", ["old", "new"])  # as a file that comes, and as one that goes
+def test_a_name_that_no_link_can_have_is_refused(tmp_path, name, odd):
     rng = np.random.default_rng(0)
     tensors = {"model.safetensors": {"w": random_tensor(rng, "F16", [2])}}
-    old = write(tmp_path / "old", tensors, **{"a\\b.txt": ""})
-    with pytest.raises(ConfigError, match="is no file inside a folder"):
-        chain.diff(old, old, tmp_path / "link")
+    paths = [write(tmp_path / folder, tensors) for folder in ("old", "new")]
+    try:
+        (tmp_path / odd / name).touch()
+    except OSError:
+        pytest.skip("a file system whose names are UTF-8")
+    with pytest.raises(ConfigError, match=rf"{odd}: .* is no file inside a folder"):
+        chain.diff(*paths, tmp_path / "link")
     assert not (tmp_path / "link").exists()
+
+
+def test_a_header_that_deflates_to_almost_nothing_comes_back(tmp_path, monkeypatch):
+    tensors = {"w": random_tensor(np.random.default_rng(0), "F16", [2])}
+    (tmp_path / "old").write_bytes(file_of(tensors))
+    (tmp_path / "new").write_bytes(file_of(tensors, {"log": "loss 0.1\n" * 10**6}))
+    chain.diff(tmp_path / "old", tmp_path / "new", tmp_path / "link")
+    chain.apply(tmp_path / "old", tmp_path / "link", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "new").read_bytes()
+    monkeypatch.setattr(link, "HEADER_LIMIT", 10**7)
+    with pytest.raises(ConfigError, match="more than a link can have"):
+        chain.diff(tmp_path / "old", tmp_path / "new", tmp_path / "longer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "new", "old", "out"]

@@ -274,6 +274,25 @@ def test_folders_are_exchanged_where_the_system_cannot_in_one_step(
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
+def test_the_old_folder_is_put_back_if_the_second_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(os, "rename", fail)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(OSError, match="gone"), replacing(tmp_path / "out", folder=True):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
 def test_what_was_killed_between_two_renames_is_put_back_before_anything_else(
     tmp_path: Path,
 ) -> None:

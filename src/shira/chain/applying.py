@@ -41,7 +41,7 @@ from shira.chain.link import (
 from shira.checkpoints.entries import Progress, check_output, files_of
 from shira.checkpoints.opening import Checkpoint, open_checkpoint
 from shira.errors import ConfigError, FileFormatError, WrongBaseError, listed
-from shira.store.atomic import check_outputs, replacing
+from shira.store.atomic import check_outputs, replacing, restore
 from shira.store.header import Stored, width_of
 
 AnyPath = str | os.PathLike[str]
@@ -126,6 +126,8 @@ def apply(
         ConfigError: If the output exists, or would overwrite what is read, or files would be lost.
     """
     paths = listed_links(links)
+    if in_place and not isinstance(old, Checkpoint):
+        restore(Path(os.path.realpath(old)))
     checkpoint = open_checkpoint(old)
     if in_place == (output is not None):
         raise ConfigError("name an output, or ask for in_place (--in-place): one of the two")

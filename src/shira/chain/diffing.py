@@ -119,8 +119,8 @@ def diff(
     Raises:
         FileNotFoundError: If one of the two is not there.
         FileFormatError: If one of the two is damaged.
-        ConfigError: If the output exists, or lies in a checkpoint, or the new folder has a file
-            whose name cannot stand in a link.
+        ConfigError: If the output exists, or lies in a checkpoint, or a folder has a file whose
+            name cannot stand in a link, or the new one's headers are longer than one can hold.
 
     Example:
         >>> from safetensors.torch import load_file, save_file
@@ -140,10 +140,12 @@ def diff(
     (was, _), (others, left_out) = other_files(before), other_files(after)
     folder = after.path.is_dir()
     own = [path.name for path in after.files]
-    try:
-        check_names([*own, *others])
-    except ValueError as error:
-        raise ConfigError(f"{after.path}: no link can have its files: {error}") from error
+    dropped = sorted({*was} - {*others, *own})
+    for checkpoint, names in ((after, [*own, *others]), (before, dropped)):
+        try:
+            check_names(names)
+        except ValueError as error:
+            raise ConfigError(f"{checkpoint.path}: no link can have its files: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     told = Counter(progress, size_of(before) + size_of(after))
     with Reader(before, told) as one, Reader(after, told) as two, writing_link(target) as link:
@@ -157,7 +159,7 @@ def diff(
             "tensors": tensors,
             "gone": gone,
             "others": {name: _other(path, was.get(name), link) for name, path in others.items()},
-            "dropped": sorted({*was} - {*others, *own}),
+            "dropped": dropped,
         }
         ends = checkpoint_hash(standing), checkpoint_hash(made)
         link.finish(table, *ends)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from shira._version import __version__
 from shira.chain.coding import LONGEST, PIECE
-from shira.errors import FileFormatError
+from shira.errors import ConfigError, FileFormatError
 from shira.store.atomic import replacing
 from shira.store.header import (
     HEADER_LIMIT,
@@ -42,8 +42,8 @@ FORMAT, VERSION = "shira-link", "1"
 _DIGITS = 32
 _HASH = re.compile(rf"[0-9a-f]{{{_DIGITS}}}")
 _HEADER = 1024  # bytes of a link's own header, padded with blanks
-_INFLATION = 64  # a table is at most so many times as long as it is deflated
-_SMALL = 2**23  # or so long
+_INFLATION = 64  # a table is at most so many times as long as it is deflated, or else
+_SMALL = 2**23  # so long; and always at most HEADER_LIMIT
 
 
 class Source(NamedTuple):
@@ -161,8 +161,20 @@ class LinkWriter:
         return len(coded)
 
     def finish(self, table: Mapping[str, Any], old: str, new: str) -> None:
-        """Write the table and, at last, the header."""
-        short = zlib.compress(json.dumps(table, separators=(",", ":")).encode(), 9)
+        """Write the table and, at last, the header.
+
+        Raises:
+            ConfigError: If the table is longer than one that can be read.
+        """
+        whole = json.dumps(table, separators=(",", ":")).encode()
+        if len(whole) > HEADER_LIMIT:
+            raise ConfigError(
+                f"the headers of the new checkpoint's files and the names in it take {len(whole)} "
+                f"bytes, more than a link can have (limit {HEADER_LIMIT}); shorten their metadata"
+            )
+        short = zlib.compress(whole, 9)
+        if len(whole) > _longest_table(len(short)):
+            short = zlib.compress(whole, 0)
         data = self.size
         self.append(short)
         spans = {"data": (0, data), "table": (data, self.size)}
@@ -216,10 +228,15 @@ def open_link(path: str | os.PathLike[str]) -> Iterator[Link]:
         yield link
 
 
+def _longest_table(deflated: int) -> int:
+    """Return how long a table can be that takes so many bytes in the file."""
+    return min(max(_SMALL, _INFLATION * deflated), HEADER_LIMIT)
+
+
 def _inflated(file: TensorFile) -> dict[str, Any]:
     stored = file.tensors["table"]
     size = stored.end - stored.start
-    limit = min(max(_SMALL, _INFLATION * size), HEADER_LIMIT)
+    limit = _longest_table(size)
     inflate = zlib.decompressobj()
     try:
         raw = inflate.decompress(read_bytes(file.file, stored, 0, size).data, limit)
@@ -324,5 +341,6 @@ def check_names(names: Sequence[Any], others: Sequence[Any] = ()) -> None:
 
 
 def _inside(name: str) -> bool:
-    odd = any(c in "\\:\0" for c in name)
+    # (half of a surrogate pair stands for a byte of a name that is no UTF-8)
+    odd = any(c in "\\:\0" or "\ud800" <= c <= "\udfff" for c in name)
     return not odd and not any(part in ("", ".", "..") for part in name.split("/"))

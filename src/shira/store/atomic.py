@@ -150,18 +150,29 @@ def _make(target: Path, folder: bool) -> tuple[Path, int]:
         os.close(descriptor)  # taken for a leftover between its making and its lock
 
 
+def restore(target: Path) -> None:
+    """Put back a folder that stands aside, as its writer was killed between two renames.
+
+    Whoever writes does so (`replacing`); who reads what it is about to replace calls this first.
+    """
+    if fcntl is None or target.exists() or not target.parent.is_dir():
+        return
+    for path in _leftovers(target):
+        if path.suffix == ".old" and not target.exists():
+            os.rename(path, target)
+
+
+def _leftovers(target: Path) -> list[Path]:
+    left = re.compile(rf"\.{re.escape(target.name[:200])}\.[0-9a-f]{{16}}\.(tmp|old)")
+    return [target.with_name(name) for name in os.listdir(target.parent) if left.fullmatch(name)]
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes left behind where they wrote to ``target``."""
     if fcntl is None:
         return
-    left = re.compile(rf"\.{re.escape(target.name[:200])}\.[0-9a-f]{{16}}\.(tmp|old)")
-    for name in os.listdir(target.parent):
-        if not left.fullmatch(name):
-            continue
-        path = target.with_name(name)
-        if name.endswith(".old") and not target.exists():
-            os.rename(path, target)  # killed between two renames
-            continue
+    restore(target)
+    for path in _leftovers(target):
         with suppress(OSError), ExitStack() as stack:  # being written, or not ours to remove
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             stack.callback(os.close, descriptor)
@@ -177,8 +188,12 @@ def _take_place(new: Path, target: Path) -> None:
     if _exchange(new, target):
         return  # the old one stands at the temporary path now, and is removed there
     aside = new.with_suffix(".old")
-    os.rename(target, aside)
-    os.rename(new, target)
+    try:
+        os.rename(target, aside)
+        os.rename(new, target)
+    finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)  # failed, or interrupted, between the two
     _remove(aside)
 
 
