@@ -167,6 +167,11 @@ def test_layers_without_entries_in_the_new_one_are_the_base(tmp_path):
     model = loaded(mlp, both)
     hotswap_adapter(model, less, "default", torch_device="cpu")
     assert torch.equal(model(X), loaded(mlp, less)(X))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(loaded(mlp, tmp_path / "again")(X), model(X))
+    hotswap_adapter(model, both, "default", torch_device="cpu")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(loaded(mlp, tmp_path / "again")(X), loaded(mlp, both)(X))
 
 
 def test_the_others_stay(tmp_path):

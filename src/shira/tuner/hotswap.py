@@ -36,6 +36,12 @@ from shira.tuner.loading import checked_state, is_sparse, read_incoming
 from shira.tuner.parameter import ParameterLayer
 from shira.tuner.saving import keys_in_file, layers_of, watch
 
+TARGETING = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_parameters", "ensure_weight_tying"),
+)
+"""Fields of a configuration that say which layers are adapted."""
+
 
 def hold(model: nn.Module) -> bool:
     """Keep the positions of all adapters in a form that has one shape; tell whether there are any.
@@ -122,7 +128,11 @@ def exchange(
         new.append((layer, _fitted(layer, adapter_name, delta)))
     _write(new, adapter_name)
     if isinstance(old, ShiraConfig) and isinstance(config, ShiraConfig):
-        kept = {name: getattr(old, name) for name in ("inference_mode", "modules_to_save")}
+        names = ["inference_mode", "modules_to_save"]
+        if layers.keys() - supports.keys():  # of zeros; saved, they are named by the old one alone
+            names += TARGETING
+            names += ["trainable_token_indices"] * (config.trainable_token_indices is None)
+        kept = {name: getattr(old, name) for name in names}
         vars(old).update({**vars(config), **kept, "_source": None, "_where": None})
         watch(old, base, adapter_name)
 
