@@ -449,3 +449,15 @@ def test_a_delta_of_another_length_is_refused(dtype, adapters):
     with pytest.raises(AdapterError, match="4 positions need as many values, not 1"):
         ops.linear(x, weight, None, [torch.ones(1, dtype=dtype), *deltas], indices)
     assert torch.equal(weight, before)
+
+
+def test_a_padding_row_counts_from_the_end_as_in_torch():
+    ids, table, indices = torch.tensor([3, 1, 3]), torch.randn(4, 2), torch.tensor([[1, 3], [0, 1]])
+    for padding in (-1, -4, 3):
+        delta, weight = torch.zeros(2, requires_grad=True), table.clone().requires_grad_()
+        ops.embedding(ids, table, [delta], [indices], padding_idx=padding).sum().backward()
+        F.embedding(ids, weight, padding).sum().backward()
+        assert torch.equal(delta.grad, weight.grad[indices[0], indices[1]])
+    for padding in (-5, 4):
+        with pytest.raises(ConfigError, match=f"one of the 4 rows, not {padding}"):
+            ops.embedding(ids, table, [delta], [indices], padding_idx=padding)

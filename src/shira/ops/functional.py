@@ -233,7 +233,7 @@ def embedding(
         deltas: ``(k_i,)`` for each active adapter, scale included.
         indices: int32 ``(2, k_i)`` for each: rows and columns, sorted;
             or `packed`.
-        padding_idx: A row that gets no gradient.
+        padding_idx: A row that gets no gradient; below zero it counts from the end.
 
     Returns:
         ``(*ids.shape, dim)`` in the dtype of ``weight``.
@@ -241,6 +241,7 @@ def embedding(
     Raises:
         SupportError: If indices are out of range, unsorted or repeated.
         AdapterError: If a delta has another number of values than positions.
+        ConfigError: If ``padding_idx`` is no row.
 
     Example:
         >>> table, delta = torch.zeros(4, 2), torch.tensor([7.0])
@@ -248,7 +249,11 @@ def embedding(
         tensor([[0., 7.],
                 [0., 0.]])
     """
-    skipped = -1 if padding_idx is None else padding_idx
+    skipped, rows = -1, weight.shape[0]
+    if padding_idx is not None:
+        if not -rows <= padding_idx < rows:
+            raise ConfigError(f"padding_idx is one of the {rows} rows, not {padding_idx}")
+        skipped = padding_idx % rows
     return _embedding(ids, weight, None, deltas, indices, skipped)
 
 
