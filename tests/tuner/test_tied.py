@@ -468,6 +468,18 @@ def test_one_model_ties_a_weight_in_one_way():
         PeftMixedModel(tied_llama(), ShiraConfig(**tying))
 
 
+@pytest.mark.parametrize("name", ["embedding", "tokens alone"])
+def test_a_deleted_adapter_leaves_the_modules_tied(name):
+    make, options = TIED[name]
+    model, alone = adapted(make(), **options), {"target_modules": ["embed_tokens"]}
+    model.delete_adapter("default")
+    with pytest.raises(TargetError, match=r"otherwise.*unload\(\)"):
+        model.add_adapter("b", ShiraConfig(**alone))
+    assert torch.equal(logits(model), logits(make()))
+    again = adapted(model.unload(), **alone)
+    assert torch.equal(logits(again), logits(adapted(make(), **alone)))
+
+
 def test_a_packed_weight_is_trained_in_all_its_modules_and_not_merged(monkeypatch):
     patched(monkeypatch)
     torch.manual_seed(0)

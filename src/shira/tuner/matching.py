@@ -245,12 +245,14 @@ def refuse_other_ties(model: nn.Module, matched: Matched) -> None:
         tied = now.get(id(of_owner), set())
         elsewhere = of_owner is not None and of_owner.tied_to is not None
         adapted = of_owner is not None and bool(of_owner.shira_weight)
-        if elsewhere or (names - tied) & layers.keys() or (adapted and tied != names):
+        more = (names - tied) if adapted else (names - tied) & layers.keys()
+        if elsewhere or more or tied - names:  # which compute with the owner's adapters
             raise TargetError(
                 f"the weight of {owner!r} is shared (tied weights), and adapters of this model "
                 f"have it adapted {'in all' if tied or elsewhere else 'in one'} of the modules "
                 "that share it, but this configuration has it otherwise; give it the same "
-                "ensure_weight_tying as theirs, or put it into a model of its own"
+                "ensure_weight_tying as theirs, or put it into a model of its own (unload() takes "
+                "out what deleted adapters have left)"
             )
 
 
