@@ -202,6 +202,25 @@ def test_two_adapters_live_together():
     assert not [name for name, _ in model.named_parameters() if "shira" in name]
 
 
+def test_an_adapter_of_nothing_but_what_is_inside(tmp_path):
+    model = adapted()
+    for name, targets in (("second", ["out_proj"]), ("third", "attn.out_proj")):
+        config = ShiraConfig(target_modules=targets, density=0.2, random_seed=1)
+        model.add_adapter(name, config)
+        assert config.target_modules == (targets if isinstance(targets, str) else {*targets})
+        assert set(Adapter.from_model(model, name)) == {"attn.out_proj.weight"}
+    randomize(model, seed=5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh(), tmp_path)
+    for name in ("second", "third"):
+        loaded.load_adapter(tmp_path / name, name)
+        loaded.set_adapter(name)
+        model.set_adapter(name)
+        assert torch.equal(loaded(X), model(X))
+        alone = PeftModel.from_pretrained(fresh(), tmp_path / name)
+        torch.testing.assert_close(alone(X), model(X))
+
+
 def test_inside_torchs_transformer_layers():
     kinds = {
         nn.TransformerEncoderLayer: lambda layer: layer(X),

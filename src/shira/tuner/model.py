@@ -105,6 +105,7 @@ class ShiraModel(BaseTuner):
         self._chosen: dict[str, Support] = {}  # by the parameter's name
         self._matched = Matched({})
         tokens, parameters = config.trainable_token_indices, config.target_parameters
+        hidden: Any = None
         try:
             self._prepare_adapter_config(config, self.get_model_config(model))
             if config.target_modules != DUMMY_TARGET_MODULES:
@@ -122,8 +123,12 @@ class ShiraModel(BaseTuner):
             parameters = config.target_parameters  # with those of "all-linear"
             if self._matched.parameters:  # those of an attention, too, which is a module's name
                 config.target_parameters = [target.name for target in self._matched.parameters]
+            if self._all_inside_wrappers(model):  # PEFT passes over them, and would find nothing
+                hidden, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
             with as_it_was(self), at_rest(model.modules()), warnings.catch_warnings():
-                if config.target_parameters:  # PEFT looks for a pattern's match in modules alone
+                if (
+                    config.target_parameters or hidden
+                ):  # PEFT looks for a pattern's match in modules alone
                     warnings.filterwarnings("ignore", "The following rank_pattern keys did not")
                 if self._matched.modules or self._matched.in_parts:  # it does not see all of them
                     warnings.filterwarnings("ignore", "target_modules=.*no module was matched")
@@ -138,7 +143,15 @@ class ShiraModel(BaseTuner):
             ignore_in_ddp(model)
         finally:
             config.trainable_token_indices, config.target_parameters = tokens, parameters
+            config.target_modules = config.target_modules if hidden is None else hidden
             self._memory_map, self._chosen, self._matched = None, {}, Matched({})
+
+    def _all_inside_wrappers(self, model: nn.Module) -> bool:
+        """Return whether all that is matched is in modules that an earlier adapter has wrapped."""
+        inside = tuple(f"{p}." for p, m in model.named_modules() if isinstance(m, ParameterLayer))
+        matched = self._matched
+        found = matched.modules and not matched.parameters
+        return bool(found) and all(path.startswith(inside) for path in matched.modules)
 
     def _adapt_inside_wrappers(
         self, config: ShiraConfig, model: nn.Module, adapter_name: str
