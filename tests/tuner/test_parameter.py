@@ -529,8 +529,11 @@ def test_names_are_a_list():
 
 
 def test_one_that_matches_nothing_is_told():
-    with pytest.warns(UserWarning, match="'experts.dwon_proj' matches no parameter"):
+    near = "matches no parameter.* Did you mean 'experts.down_proj'"
+    with pytest.warns(UserWarning, match=f"'experts.dwon_proj' {near}"):
         get_peft_model(mixture(), config_of(["experts.dwon_proj", "experts.down_proj"]))
+    with pytest.raises(TargetError, match=r"Did you mean 'experts\.gate_up_proj'"):
+        get_peft_model(mixture(), config_of(["experts.gate_up"]))
 
 
 def test_the_support_of_a_stack_is_a_support():

@@ -179,6 +179,27 @@ def test_a_second_adapter_with_the_same_module(tmp_path):
         assert Adapter.from_model(model, name) == Adapter.from_model(source)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"target_modules": ["k_proj"]}, {"modules_to_save": ["self_attn"]}),
+        ({"target_parameters": ["k_proj.weight"]}, {"modules_to_save": ["self_attn"]}),
+        ({"modules_to_save": ["self_attn"]}, {"target_modules": ["k_proj"]}),
+        ({"modules_to_save": ["self_attn"]}, {"target_parameters": ["k_proj.weight"]}),
+    ],
+)
+def test_nothing_is_adapted_inside_a_module_that_is_trained_whole(first, second):
+    """Such a model was made, and could not be saved."""
+    base = {"target_modules": ["lm_head"], "r": 2}
+    model = get_peft_model(llama(), ShiraConfig(**base | first))
+    with pytest.raises(TargetError, match=r"self_attn'.* is trained whole"):
+        model.add_adapter("b", ShiraConfig(**base | second))
+    assert [*model.peft_config] == ["default"]
+    both = {"target_parameters": ["k_proj.weight"], "modules_to_save": ["self_attn"]}
+    with pytest.raises(TargetError, match=r"k_proj.weight' is adapted.* is trained whole"):
+        get_peft_model(llama(), ShiraConfig(**base | both))
+
+
 def test_a_switch_is_for_the_base_and_not_for_copies_of_peft():
     model = trained(mlp, {"target_modules": ["lin1"], "modules_to_save": ["lin2"]})
     switch = Switch(model)

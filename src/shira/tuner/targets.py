@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -65,6 +66,7 @@ def checked_targets(config: ShiraConfig, model: nn.Module, *, some: bool) -> Mat
     _refuse_other_places(targets, model)
     _refuse_shared_weights(targets)
     _check_tied(config, model, matched)
+    _refuse_trained_whole(config, model, targets)
     return matched
 
 
@@ -195,7 +197,7 @@ def _warn_of_idle_names(config: ShiraConfig, model: nn.Module, matched: Iterable
         idle += [("modules_to_save", name) for name in whole]
     for field, target in idle:
         kind = "parameter" if field == "target_parameters" else "module"
-        near = did_you_mean(target, names if kind == "module" else parameters)
+        near = did_you_mean(target, names if kind == "module" else _known_parameters(model))
         warnings.warn(f"{field}: {target!r} matches no {kind} of the model.{near}", stacklevel=2)
 
 
@@ -236,7 +238,7 @@ def _nothing_matched(config: ShiraConfig, model: nn.Module) -> TargetError:
     )
     if parameters := config.target_parameters:
         besides += f", nor a parameter of target_parameters={parameters!r}"
-        known = {base_module_name(name) for name, _ in model.named_parameters()}
+        known = _known_parameters(model)
         hints |= {did_you_mean(word, known) for word in parameters}
     return TargetError(
         f"Target modules {targets!r} not found in the base model{besides}. Please check the target "
@@ -249,6 +251,13 @@ def _known_names(model: nn.Module) -> set[str]:
     names = {name for name, _ in model.named_modules() if name}
     names |= {base_module_name(name) for name in names}
     return names | {tail for name in names if not (tail := name.rpartition(".")[2]).isdigit()}
+
+
+def _known_parameters(model: nn.Module) -> set[str]:
+    """Return the names of parameters, and their ends: ``experts.down_proj``, ``down_proj``."""
+    names = {base_module_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    ends = {".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2)}
+    return names | {end for end in ends if not end.partition(".")[0].isdigit()}
 
 
 def check_target(target: Target) -> None:
@@ -379,6 +388,29 @@ def _refuse_two_ways(targets: Iterable[Target]) -> None:
             raise TargetError(
                 f"{target.name!r} is named by target_parameters, and its module by target_modules, "
                 "which is not a valid target; take it out of one of them"
+            )
+
+
+def _refuse_trained_whole(config: ShiraConfig, model: nn.Module, targets: Iterable[Target]) -> None:
+    """Refuse to adapt within a module that is trained whole: it is copied, adapters and all.
+
+    Of another adapter's ``modules_to_save`` too. What PEFT leaves out of the targets is none here.
+    """
+    named = dict(model.named_modules())
+    ends = tuple(config.modules_to_save or ())
+    whole = {path for path, module in named.items() if isinstance(module, ModulesToSaveWrapper)}
+    whole |= {path for path in named if ends and path.endswith(ends)}
+    if not whole:
+        return
+    inside = tuple(f"{path}." for path in whole)
+    layers = {path: path for path, module in named.items() if isinstance(module, ShiraLayer)}
+    for path, name in (layers | {target.path: target.name for target in targets}).items():
+        if f"{path}.".startswith(inside):
+            (above, *_) = [one for one in sorted(whole) if f"{path}.".startswith(f"{one}.")]
+            raise TargetError(
+                f"{base_module_name(name)!r} is adapted, and {base_module_name(above)!r}, which "
+                "holds it, is trained whole (modules_to_save): a copy of it, adapters and all, "
+                "could not be saved. Leave one of them out; unload() takes out earlier adapters"
             )
 
 
