@@ -268,3 +268,16 @@ def test_add_products_refuses_what_compiled_code_would_read_beyond():
         ops.add_products(result, x[:, 1:], rows, counts, deltas, indices, shape)
     with pytest.raises(RuntimeError):
         ops.add_products(result, x, rows, [3], deltas, indices, shape)
+
+
+def test_add_products_takes_rows_in_strides_and_refuses_what_torch_does():
+    x, delta, indices = torch.randn(9, 4), values(3, torch.float32), random_indices((3, 4), 3)
+    rows, rest = torch.arange(9)[::2], ([delta], [indices], (3, 4))
+    assert not rows.is_contiguous()
+    found = ops.add_products(torch.zeros(9, 3), x, rows, [5], *rest)
+    torch.testing.assert_close(found[::2], ops.sparse_product(x[::2], delta, indices, (3, 4)))
+    assert not found[1::2].any()
+    with pytest.raises(RuntimeError, match="long"):
+        ops.add_products(torch.zeros(9, 3), x, rows.int(), [5], *rest)
+    with pytest.raises(IndexError, match="out of range"):
+        ops.add_products(torch.zeros(9, 3), x[:2], rows, [5], *rest)

@@ -156,8 +156,9 @@ def add_products(
     deltas = [plan.combine([delta]) for plan, delta in zip(plans, deltas, strict=True)]
     kernels = native.load().library
     sizes = shape[::-1] if transposed else shape
-    fits = (result.shape[1], x.shape[1]) == sizes and sum(counts) == len(rows)  # else torch says so
-    if kernels is not None and fits and _can_add(result, x, deltas, shape):
+    fits = (result.shape[1], x.shape[1]) == sizes and len(result) == len(x)
+    fits = fits and sum(counts) == len(rows)  # else torch says so
+    if kernels is not None and fits and _can_add(result, x, rows, deltas, shape):
         gaps: list[Any] = [plan.gaps for plan in plans]
         groups = zip(counts, gaps, deltas, strict=True)
         kernels.add_products(result, x, rows, groups, shape, transposed)
@@ -171,10 +172,16 @@ def add_products(
     return result
 
 
-def _can_add(result: Tensor, x: Tensor, deltas: list[Tensor], shape: tuple[int, int]) -> bool:
+def _can_add(
+    result: Tensor, x: Tensor, rows: Tensor, deltas: list[Tensor], shape: tuple[int, int]
+) -> bool:
     """Return whether the compiled kernel can: operands of its kinds, and nobody watches."""
     known = native.KINDS
-    if result.dtype != x.dtype or x.dtype not in known or not result.is_cpu:
+    if result.dtype != x.dtype or x.dtype not in known:
+        return False
+    if not all(operand.is_cpu for operand in (result, x, rows, *deltas)):
+        return False
+    if rows.dtype != torch.int64 or not rows.is_contiguous():
         return False
     if result.stride(1) != 1 or max(shape) > _LARGEST:
         return False
