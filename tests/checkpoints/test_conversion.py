@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from shira.checkpoints import open_checkpoint, shapes_of
+from shira.checkpoints import OnDisk, open_checkpoint, shapes_of
 from shira.checkpoints.conversion import (
     AS_STORED,
     Place,
@@ -150,6 +150,18 @@ def test_a_parameter_in_pieces_is_read_in_entries_and_in_blocks(experts):
     assert torch.equal(torch.cat([*read_blocks(place, 7)]), whole.view(-1))
     assert len(place.split(flat)) == 5  # no tensor without an entry
     assert place.file == "model.safetensors"
+
+
+def test_a_part_of_the_experts_is_not_taken_for_all(experts):
+    """One shard of several: its first expert may be any one of the model's."""
+    tensors = load_file(experts / "model.safetensors")
+    some = {key: tensor for key, tensor in tensors.items() if ".experts.0." not in key}
+    save_file(some, experts / "model.safetensors")
+    checkpoint = open_checkpoint(experts)
+    assert shapes_of(checkpoint)[NAME] == (3, 12, 8)
+    with pytest.raises(MergeError, match=r"of shape \(2, 12, 8\), not \(3, 12, 8\)"):
+        checkpoint.places.by_name[NAME].split(torch.arange(3))
+    assert NAME in OnDisk(checkpoint).others
 
 
 def test_names_are_taken_as_they_are_where_no_model_is_told(experts):

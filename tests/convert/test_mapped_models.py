@@ -270,7 +270,7 @@ def test_an_expert_that_is_missing(tmp_path):
     tensors = load_file(file)
     del tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ShiraError, match=r"has shape \(3, "):
+    with pytest.raises(ShiraError, match=r"of shape \(3, .* not \(4, "):
         merge(adapter_of(model), tmp_path / "base", tmp_path / "merged")
 
 

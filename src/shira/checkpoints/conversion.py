@@ -299,6 +299,11 @@ def _mapped(model: Any, tensors: Mapping[str, Stored]) -> dict[str, Place]:
             try:
                 if isinstance(tensor, Exception):
                     raise tensor
+                if target in own and own[target].shape != tensor.shape:
+                    raise ValueError(
+                        f"of shape {tuple(tensor.shape)}, not {tuple(own[target].shape)} as the "
+                        "model's, they are not all that it is made of"
+                    )
                 found[target] = Place(tuple(tensor.shape), trace.source_of(tensor))
             except Exception as error:
                 fault = (
