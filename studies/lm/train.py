@@ -114,6 +114,7 @@ class Training:
         on_gpu = run.device == "cuda"
         self.batches = _of_one_length(batches, run.device) if on_gpu else batches
         self.batch = {name: value.clone() for name, value in self.batches[0].items()}
+        _causal(self.batch["input_ids"])  # one for all streams, made before they begin
         self.share = torch.zeros((), device=run.device)
         self.rates = [torch.zeros((), device=run.device) for _ in adapted.groups]
         groups = [
