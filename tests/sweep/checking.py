@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -368,7 +369,7 @@ def _require_originals(model: nn.Module, originals: dict[str, Tensor], when: str
 
 
 def _base_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def _inner(adapted: Any) -> nn.Module:

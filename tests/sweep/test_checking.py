@@ -27,7 +27,7 @@ def test_a_model_that_is_right():
 
 
 def test_an_adapter_without_effect(monkeypatch):
-    def product(self, x, deltas, indices):
+    def product(self, deltas, indices, x):
         return self.get_base_layer()(x)
 
     monkeypatch.setattr(Linear, "_product", product)
@@ -39,8 +39,8 @@ def test_an_adapter_without_effect(monkeypatch):
 def test_an_adapter_with_a_wrong_gradient(monkeypatch):
     right = Linear._product
 
-    def product(self, x, deltas, indices):
-        return right(self, x, [2 * d - d.detach() for d in deltas], indices)
+    def product(self, deltas, indices, x):
+        return right(self, [2 * d - d.detach() for d in deltas], indices, x)
 
     monkeypatch.setattr(Linear, "_product", product)
     verdict, _, detail = found(nn.Sequential(nn.Linear(8, 8)))

@@ -225,7 +225,8 @@ def fill_to_rank(adapter: Adapter) -> tuple[int, Adapter]:
         >>> r, filled["w"].support.indices.tolist()
         (1, [0, 1, 2, 3, 4, 5, 11])
     """
-    if adapter.metadata.get("target_parameters") or not all(n.endswith(".weight") for n in adapter):
+    others = [name for name in adapter if "." in name and not name.endswith(".weight")]
+    if adapter.metadata.get("target_parameters") or others:
         known = adapter.metadata.get("r")
         return known if isinstance(known, int) else 1, adapter
     sides = {name: sum(matrix_shape(d.support.shape)) for name, d in adapter.items()}
