@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 
 import pytest
@@ -111,13 +112,17 @@ def test_merged_on_disk_is_merged_in_memory(name, tmp_path):
     cycle(name, tmp_path)
 
 
-@pytest.mark.slow  # a minute or two
+@pytest.mark.slow
 def test_every_class_with_rules_of_its_own(tmp_path):
-    """Each class of transformers that is built from a tiny config, of at most 3M parameters."""
+    """Each class of transformers that is built from a tiny config, of at most 3M parameters.
+
+    That takes two minutes: where `SHIRA_EVERY_CLASS` is not set, of each six classes one is tried.
+    """
+    step = 1 if os.environ.get("SHIRA_EVERY_CLASS") else 6
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     done, unbuilt, wrong = [], [], []
-    for name in classes():
+    for name in classes()[::step]:
         try:
             with torch.device("meta"):
                 model = small_model(name)
@@ -137,7 +142,7 @@ def test_every_class_with_rules_of_its_own(tmp_path):
                 wrong.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
         shutil.rmtree(tmp_path / name)
     assert not wrong, "\n".join(wrong)
-    assert len(done) > 100, (len(done), unbuilt)
+    assert len(done) > 100 // (step + step // 2), (len(done), unbuilt)
 
 
 def classes():

@@ -254,7 +254,7 @@ def _fill(layers: dict[str, Any], merged: nn.Module, run: Run) -> list[Tensor]:
 
     The values are made smaller until the outputs are finite.
     """
-    weights = {name: _plain_weight(merged.get_submodule(name)) for name in layers}
+    weights = {name: _plain_weight(*_place(merged, name, one)) for name, one in layers.items()}
     clean = {name: weight.detach().clone() for name, weight in weights.items()}
     for factor in (0.5, 0.1, 0.01):
         for name, layer in layers.items():
@@ -274,10 +274,20 @@ def _fill(layers: dict[str, Any], merged: nn.Module, run: Run) -> list[Tensor]:
     return result
 
 
-def _plain_weight(module: nn.Module) -> Tensor:
+def _place(model: nn.Module, name: str, layer: Any) -> tuple[nn.Module, str]:
+    """The module without an adapter, and the name of the parameter that a layer adapts."""
+    path = re.sub(r"(\.base_layer)+$", "", name)
+    return model.get_submodule(path), getattr(layer, "parameter_name", "weight")
+
+
+def _plain_weight(module: nn.Module, parameter: str) -> Tensor:
     """A weight of the module's own, not computed of others and not tied."""
     from torch.nn.utils import parametrize
 
+    if parameter != "weight":
+        made = nn.Parameter(getattr(module, parameter).detach().clone(), requires_grad=False)
+        setattr(module, parameter, made)
+        return made
     if parametrize.is_parametrized(module, "weight"):
         kind = type(module)  # torch takes the weight out of the class, which copies share
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
@@ -294,7 +304,7 @@ def _plain_weight(module: nn.Module) -> Tensor:
 def _train(adapted: Any, layers: dict[str, Any], merged: nn.Module, run: Run) -> Iterator[str]:
     for parameter in merged.parameters():
         parameter.requires_grad_(False)
-    weights = {name: merged.get_submodule(name).weight for name in layers}
+    weights = {name: getattr(*_place(merged, name, one)) for name, one in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(weight.is_floating_point())
     notes: list[str] = []
