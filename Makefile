@@ -85,7 +85,8 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt $(NATIVE)
 	@touch $@
 
 test-lowest: $(LOWEST_STAMP)
-	$(LOWEST)/bin/python -m pytest -q $(PYTEST_ARGS) tests/tuner tests/store tests/switch tests/cli/test_train.py
+	$(LOWEST)/bin/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) \
+		tests/tuner tests/store tests/switch tests/cli/test_train.py
 
 # What a bare `pip install 'shira[demo]'` picks today; only torch is pinned, lest it bring CUDA.
 test-wheel: $(STAMP)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shira import Adapter, PeftModel, ShiraConfig, get_peft_model
@@ -61,6 +63,8 @@ def trainer(model, folder, steps=6, **options):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_resuming_ends_where_an_uninterrupted_run_ends(name, tmp_path):
+    if name == "head" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("older transformers (seen with 5.0) do not load modules trained whole")
     whole = native(CONFIGS[name])
     before = base_weights(whole)
     trainer(whole, tmp_path / "whole").train()

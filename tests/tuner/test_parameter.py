@@ -116,6 +116,8 @@ def test_the_gradient_below_the_experts(way):
 def test_transformers_own_grouped_product(monkeypatch):
     from transformers.integrations import moe
 
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        pytest.skip("transformers of this release has no grouped product of its own")
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
     monkeypatch.setattr(reading, "_made", lambda *args: pytest.fail("a copy of the weight"))
     test_gradients_are_those_of_the_merged_weight("Mixtral", "grouped_mm", torch.float32)

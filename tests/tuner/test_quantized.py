@@ -372,8 +372,8 @@ def test_weights_of_8_bits_that_nobody_can_unpack_are_refused_when_matched(dtype
 
 
 def test_the_float8_layer_of_transformers_is_refused_when_matched():
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
+    fp8 = "transformers.integrations.finegrained_fp8"  # some releases need Triton to import it
+    FP8Linear = pytest.importorskip(fp8, exc_type=ImportError).FP8Linear
     model = nn.Sequential(FP8Linear(128, 128, block_size=(128, 128)), nn.Linear(128, 4))
     with pytest.raises(TargetError, match="float8_e4m3fn"):
         get_peft_model(model, ShiraConfig(r=2, target_modules=["0"]))
