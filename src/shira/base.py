@@ -43,7 +43,7 @@ def replacement(base: Tensor, delta: Tensor) -> Tensor:
     """Return ``round(base + delta)``: summed in float32 (float64 if either is), rounded once."""
     recorded = torch.is_grad_enabled() and (base.requires_grad or delta.requires_grad)
     if not recorded and base.shape == delta.shape and {base.dtype, delta.dtype} <= _ADDED:
-        # The same bits in one pass: torch adds in the wider of the two, float32 at the least.
+        # The same values in one pass: torch adds in the wider of the two, float32 at the least.
         return torch.add(base, delta, out=torch.empty_like(base))
     return differentiable_replacement(base, delta)
 

@@ -185,4 +185,17 @@ def test_factors_are_put_back_as_they_were():
     assert layer.scaling["default"] == 1.0
     with pytest.raises(AdapterError, match="finite"):
         layer.scale_layer(float("nan"))
+    with pytest.raises(AdapterError, match="cannot be divided by"):
+        layer.unscale_layer(0.0)
     assert layer.scaling["default"] == 1.0
+
+
+def test_factors_that_grow_too_large_change_none() -> None:
+    model = peft.get_peft_model(mlp(), ShiraConfig(r=1, target_modules=["lin1"], random_seed=0))
+    model.add_adapter("two", ShiraConfig(r=1, target_modules=["lin1"], random_seed=1))
+    model.base_model.set_adapter(["default", "two"])
+    layer = model.base_model.model.lin1
+    layer.set_scale("two", 1e300)
+    with pytest.raises(AdapterError, match=r"'two' is a finite number"):
+        layer.scale_layer(1e300)
+    assert layer.scaling == {"default": 1.0, "two": 1e300}

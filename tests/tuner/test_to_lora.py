@@ -229,7 +229,7 @@ def test_a_compiled_conversion():
     assert all(torch.equal(state[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5])
+@pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, "3", True, None])
 def test_ranks_that_cannot_be(rank):
     with pytest.raises(ConfigError, match="rank is"):
         peft.convert_to_lora(adapted(mlp(), ["lin1"]), rank=rank)

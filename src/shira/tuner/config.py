@@ -67,7 +67,8 @@ class ShiraConfig(PeftConfig):
             dimensions is a stack of matrices, as the experts of a mixture ``[experts, out, in]``:
             each has ``r * (m + n)`` entries and a mask of its own. With ``target_modules=[]``
             nothing else is adapted; left out, the model's own default targets are too.
-        exclude_modules: Names, or a regular expression, of modules not to adapt.
+        exclude_modules: Names, or a regular expression, of modules not to adapt; parameters that
+            ``target_parameters`` names are adapted all the same, as in PEFT's LoRA.
         layers_to_transform: Adapt only the layers of these numbers.
         layers_pattern: Name of the list of layers that the numbers count.
         rank_pattern: ``{name or regular expression: r}`` for layers of another budget.

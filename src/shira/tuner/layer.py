@@ -218,14 +218,21 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
             AdapterError: If the factor is not a finite number; nothing has changed.
         """
         before = {name: self.scaling[name] for name in self.active_adapters if name in self.scaling}
-        for name, factor in before.items():
-            self.set_scale(name, factor * checked_scale(name, scale))
+        after = {
+            name: checked_scale(name, factor * checked_scale(name, scale))
+            for name, factor in before.items()
+        }
+        for name, factor in after.items():
+            self.set_scale(name, factor)
         self._before_scaling.append((scale, before))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo the latest `scale_layer` by this factor, exactly; without one, set all to 1.
 
         A factor by which nothing was multiplied divides.
+
+        Raises:
+            AdapterError: If that is zero or no finite number; nothing has changed.
         """
         names = [name for name in self.active_adapters if name in self.scaling]
         factors = dict.fromkeys(names, 1.0)
@@ -234,7 +241,12 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         elif self._before_scaling and self._before_scaling[-1][0] == scale:
             factors = self._before_scaling.pop()[1]
         else:
-            factors = {name: self.scaling[name] / scale for name in names}
+            if checked_scale(self.weight_name, scale) == 0:
+                raise AdapterError(
+                    f"{self.weight_name}: a factor of 0 cannot be divided by, and scale_layer(0) "
+                    "was not the latest call; set_scale sets what is wanted"
+                )
+            factors = {name: checked_scale(name, self.scaling[name] / scale) for name in names}
         for name, factor in factors.items():
             self.set_scale(name, factor)
 

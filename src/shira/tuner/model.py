@@ -126,9 +126,7 @@ class ShiraModel(BaseTuner):
             if self._all_inside_wrappers(model):  # PEFT passes over them, and would find nothing
                 hidden, config.target_modules = config.target_modules, DUMMY_TARGET_MODULES
             with as_it_was(self), at_rest(model.modules()), warnings.catch_warnings():
-                if (
-                    config.target_parameters or hidden
-                ):  # PEFT looks for a pattern's match in modules alone
+                if config.target_parameters or hidden:  # PEFT looks for matches in modules alone
                     warnings.filterwarnings("ignore", "The following rank_pattern keys did not")
                 if self._matched.modules or self._matched.in_parts:  # it does not see all of them
                     warnings.filterwarnings("ignore", "target_modules=.*no module was matched")

@@ -67,8 +67,11 @@ def convert_to_lora(
         TargetError: If a layer is of a type that LoRA has no plain factors for.
         AdapterError: If this process has a part of the values only, or two methods adapt the model.
     """
-    if not 0 < rank <= (1 if isinstance(rank, float) else math.inf):
-        raise ConfigError(f"rank is a whole number from 1 on, or a share above 0 to 1, not {rank}")
+    number = isinstance(rank, (int, float)) and not isinstance(rank, bool)
+    if not number or not 0 < rank <= (1 if isinstance(rank, float) else math.inf):
+        raise ConfigError(
+            f"rank is a whole number from 1 on, or a share above 0 to 1, not {rank!r}"
+        )
     layers = layers_of(model, adapter_name)
     _check(model, adapter_name, layers)
     convert = layer_to_lora
