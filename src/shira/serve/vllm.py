@@ -229,7 +229,7 @@ def _source(worker: Any) -> Checkpoint | None:
 
 
 def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> None:
-    """Refuse weights that are there but that vLLM computes with a copy of, made after loading."""
+    """Refuse weights that vLLM computes with a copy of, made after loading, or moves or spreads."""
     keys = {placement.storage.key for placement in placements}
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -245,6 +245,21 @@ def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> N
             raise PlacementError(
                 f"vLLM computes with matrices derived from {name!r} (multi-head latent "
                 "attention): single entries of it cannot be exchanged"
+            )
+        parallel: Any = getattr(getattr(module, "moe_config", None), "moe_parallel_config", None)
+        if parallel is None or not keys & set(map(storage_key, module.parameters())):
+            continue
+        if parallel.enable_eplb:
+            raise PlacementError(
+                f"vLLM moves the experts of {name!r} from place to place while it serves "
+                "(enable_eplb): start the engine without it"
+            )
+        if parallel.dp_size * parallel.pcp_size > 1:
+            raise PlacementError(
+                f"vLLM spreads the experts of {name!r} over more processes than those that this "
+                f"engine switches together (data_parallel_size={parallel.dp_size}, "
+                f"prefill_context_parallel_size={parallel.pcp_size}): spread them with "
+                "tensor_parallel_size alone, with or without enable_expert_parallel"
             )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import math
 import socket
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +39,10 @@ KINDS = {
     "Phi3": {},
     "Qwen2Moe": MOE,
 }
+JOINED = {
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32},
+    "Mixtral": {"num_local_experts": 4, "head_dim": 32, "intermediate_size": 48},
+}
 
 
 def free_port():
@@ -61,9 +68,34 @@ def cases(tmp_path_factory):
     return made
 
 
-def test_on_two_ranks(cases):
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    root = tmp_path_factory.mktemp("joined")
+    made = []
+    for kind, changes in JOINED.items():
+        base = save_model(root / kind, kind, dtype=torch.bfloat16, **changes)
+        weights = as_the_module_has(base)
+        adapter = make_adapter(weights, 3)
+        merge(adapter, base, root / f"{kind}-merged")
+        inside = merged(weights, (adapter, 1.0))
+        made += [
+            placing.Joined(base, root / f"{kind}-merged", adapter, inside, whole_experts)
+            for whole_experts in ((False, True) if kind == "Qwen3Moe" else (False,))
+        ]
+    return made
+
+
+def as_the_module_has(base):
+    """A checkpoint's weights by the names and in the shapes of the module's parameters."""
+    return {
+        name: read_entries(place, torch.arange(math.prod(place.shape))).view(place.shape)
+        for name, place in open_checkpoint(base).places.by_name.items()
+    }
+
+
+def test_on_two_ranks(cases, joined):
     """Before this process becomes a rank itself: it is forked."""
-    arguments = (free_port(), list(cases.values()))
+    arguments = (free_port(), list(cases.values()), joined)
     torch.multiprocessing.start_processes(
         placing.on_two_ranks, arguments, nprocs=2, start_method="fork"
     )
@@ -135,6 +167,35 @@ def test_weights_that_vllm_does_not_compute_with():
             _refuse(model, name, placements)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_eplb": True}, "moves the experts of 'w1.weight'"),
+        ({"dp_size": 2}, "more processes .*data_parallel_size=2"),
+        ({"pcp_size": 2}, "more processes .*prefill_context_parallel_size=2"),
+        ({"tp_size": 2}, None),
+        ({"use_ep": True, "ep_size": 2}, None),
+    ],
+)
+def test_experts_that_move_or_are_with_other_engines_are_refused(changes, message):
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    from shira.serve.vllm import _refuse
+
+    model = torch.nn.Module()
+    model.experts, model.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    parallel = replace(FusedMoEParallelConfig.make_no_parallel(), **changes)
+    model.experts.moe_config = SimpleNamespace(moe_parallel_config=parallel)
+    model.load_weights = lambda weights: [
+        getattr(model, {"w1.weight": "experts"}.get(name, "other")).weight.data.copy_(weight)
+        for name, weight in weights
+    ]
+    _refuse(model, "q.weight", trace(model, "q.weight", (4, 4), torch.float32))
+    placements = trace(model, "w1.weight", (4, 4), torch.float32)
+    with nullcontext() if message is None else pytest.raises(PlacementError, match=message):
+        _refuse(model, "w1.weight", placements)
+
+
 def test_experts_that_are_packed_after_loading_are_refused(cases, alone):
     """In the same memory, of the same shape and dtype: the values alone can tell."""
     base, _, adapters = cases["Qwen2Moe"]
@@ -167,11 +228,7 @@ def test_adapters_by_the_names_of_the_module(kind, changes, mapped, tmp_path, al
     places = open_checkpoint(base).places.by_name
     assert any(name.endswith(mapped) for name in places)
     assert not any(name.endswith(mapped) for name in weights_of(base))
-    weights = {
-        name: read_entries(place, torch.arange(math.prod(place.shape))).view(place.shape)
-        for name, place in places.items()
-    }
-    adapter = make_adapter(weights, 3)
+    adapter = make_adapter(as_the_module_has(base), 3)
     merge(adapter, base, tmp_path / "merged")
     model, expected = placing.build(base, 1), placing.build(tmp_path / "merged", 1)
     original = placing.build(base, 1)
