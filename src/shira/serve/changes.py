@@ -20,9 +20,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
-from shira.errors import ConfigError, ServeError
+from shira.errors import ConfigError, ServeError, UnknownAdapterError, did_you_mean
 from shira.serve.journal import Kept, Record, restore
-from shira.serve.messages import Weights, checked, located, named, slept, wanted
+from shira.serve.messages import (
+    Carried,
+    Weights,
+    carried,
+    checked,
+    located,
+    named,
+    slept,
+    wanted,
+)
 from shira.serve.scheduler import AdapterScheduler
 
 # Of a method: what it returns, or what is awaited for that.
@@ -60,6 +69,8 @@ class Shared:
     # The workers' last answers.
     reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
     kept: dict[str, Kept] = field(default_factory=dict)  # loaded through the clients, by name
+    mixing: bool = False  # requests may carry adapters of their own
+    riding: set[tuple[str, ...]] = field(default_factory=set)  # that are known to be able to
 
 
 async def _no_switch(adapter: Any) -> None:
@@ -157,6 +168,16 @@ class Changes(Generic[Done, Report, Reports]):
         """Make the base active again, bit for bit; raises as `activate`."""
         return self.activate(None)
 
+    def mix(self) -> Report:
+        """Let requests for different adapters run in one batch from now on, if the engine can.
+
+        Returns what rank 0 said, among it ``steps``, a count of those with adapters so far.
+
+        Raises:
+            ServeError: If the engine is of a kind whose batches cannot be mixed; it says why.
+        """
+        return self._do(self._mix)
+
     def check(self, weights: Weights, scale: float = 1.0) -> Done:
         """Raise what `activate` would raise of these adapters and scales; nothing changes."""
         return self._do(self._check, weights, scale)
@@ -219,8 +240,45 @@ class Changes(Generic[Done, Report, Reports]):
         return said
 
     async def _unload(self, name: str) -> None:
-        await self._call("shira_unload", named(name))
+        if self._shared.mixing:
+            async with self._alone():  # of the requests that came through the clients
+                await self._call("shira_unload", named(name))
+        else:
+            await self._call("shira_unload", named(name))
         self._shared.kept.pop(name, None)
+        self._shared.riding = {each for each in self._shared.riding if name not in each}
+
+    async def _mix(self) -> dict[str, Any]:
+        said = (await self._call("shira_mix"))[0]
+        self._shared.mixing = True
+        return said
+
+    async def _why_not(self, weights: Weights) -> str:
+        scales = wanted(weights)
+        if not self._shared.mixing:
+            raise ServeError("batches are not mixed: make the client with mixing=True")
+        if tuple(scales) in self._shared.riding or not scales:
+            return ""
+        why = str((await self._call("shira_why_not", scales))[0]["why"])
+        if not why:
+            self._shared.riding.add(tuple(scales))
+        return why
+
+    async def _carry(self, weights: Weights) -> Carried | None:
+        """Return what requests for adapters bring along; None for the base."""
+        scales, kept = wanted(weights), self._shared.kept
+        if self.active:
+            raise ServeError(
+                f"the weights hold {self.active}: deactivate() before requests bring adapters along"
+            )
+        for name in scales:
+            if name not in kept:
+                raise UnknownAdapterError(
+                    f"no adapter {name!r} was loaded by a client.{did_you_mean(name, kept)}"
+                )
+        if why := await self._why_not(scales):
+            raise ServeError(f"{why}: activate it instead")
+        return carried(scales, {name: kept[name].digest for name in scales}) if scales else None
 
     async def _list(self) -> dict[str, Any]:
         return (await self._call("shira_list"))[0]

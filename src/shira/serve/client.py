@@ -18,10 +18,10 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext, suppres
 from functools import partial
 from typing import Any, ClassVar
 
-from shira.errors import ServeError
+from shira.errors import ConfigError, ServeError
 from shira.serve import changes
 from shira.serve.changes import Cache, Change, Changes, EngineGoneError
-from shira.serve.messages import Weights, salted
+from shira.serve.messages import Carried, Weights, salted
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 
@@ -33,16 +33,19 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
         llm: Made with ``worker_extension_cls="shira.serve.vllm.ShiraWorkerExtension"``.
         cache: ``"reset"`` drops the prefix cache at each switch. ``"salt"`` keeps it, each state's
             own; every request must then go through `generate`.
+        mixing: Let requests bring adapters of their own, several in one batch; see `generate`.
 
     Raises:
         ConfigError: If ``cache`` is neither.
-        ServeError: If the workers have no such extension, or cannot be reached.
+        ServeError: If the workers have no such extension, or cannot be reached, or cannot mix.
     """
 
-    def __init__(self, llm: Any, *, cache: Cache = "reset") -> None:
+    def __init__(self, llm: Any, *, cache: Cache = "reset", mixing: bool = False) -> None:
         super().__init__(llm, cache, threading.RLock)
         self.llm = llm
         self.list()
+        if mixing:
+            self.mix()
 
     @contextmanager
     def using(self, weights: Weights, scale: float = 1.0) -> Iterator[None]:
@@ -54,13 +57,47 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
         finally:
             self.activate(before)
 
-    def generate(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call ``llm.generate`` under the present state, in salt mode with its salt on prompts."""
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *args: Any,
+        adapters: Weights | Sequence[Weights] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call ``llm.generate`` under the present state, in salt mode with its salt on prompts.
+
+        With ``adapters``, if batches are mixed: the adapters of all prompts, or a list with one
+        item for each; None is the base. Each answer is its own adapter's.
+
+        Raises:
+            UnknownAdapterError: If one was not loaded by a client.
+            ServeError: If one cannot ride, or something is active, or batches are not mixed.
+        """
         with self._lock:
-            if self.cache == "salt":
-                each = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
-                prompts = [salted(prompt, self.salt) for prompt in each]
-            return self.llm.generate(prompts, *args, **kwargs)
+            if adapters is None and self.cache != "salt":
+                return self.llm.generate(prompts, sampling_params, *args, **kwargs)
+            each = [prompts] if isinstance(prompts, (str, Mapping)) else [*prompts]
+            if adapters is not None:
+                given = sampling_params or self.llm.get_default_sampling_params()
+                parameters = [given] * len(each) if not isinstance(given, Sequence) else [*given]
+                one = isinstance(adapters, (str, Mapping))
+                brought = [adapters] * len(each) if one else [*adapters]
+                if not len(each) == len(parameters) == len(brought):
+                    raise ConfigError(
+                        f"{len(each)} prompts need as many adapters and sampling parameters, not "
+                        f"{len(brought)} and {len(parameters)}"
+                    )
+                carried = [self._do(self._carry, each) for each in brought]
+                for i, own in enumerate(carried):
+                    if own is not None:
+                        each[i], parameters[i] = own.by(each[i], parameters[i])
+                    elif self.cache == "salt":
+                        each[i] = salted(each[i], self.salt)
+                sampling_params = parameters
+            else:
+                each = [salted(prompt, self.salt) for prompt in each]
+            return self.llm.generate(each, sampling_params, *args, **kwargs)
 
     def _do(self, change: Change, *arguments: Any) -> Any:
         with self._lock:  # answers are told apart by nothing but their order
@@ -121,11 +158,24 @@ class AsyncClient(
         self._gate = self._shared.gate
 
     @classmethod
-    async def of(cls, engine: Any, *, cache: Cache = "reset") -> AsyncClient:
+    async def of(cls, engine: Any, *, cache: Cache = "reset", mixing: bool = False) -> AsyncClient:
         """Return a client that knows what is active in the engine."""
         client = cls(engine, cache=cache)
         await client.list()
+        if mixing:
+            await client.mix()
         return client
+
+    async def why_not(self, weights: Weights) -> str:
+        """Return why requests cannot bring these adapters along; empty if they can."""
+        return str(await self._do(self._why_not, weights))
+
+    async def carry(self, weights: Weights) -> Carried | None:
+        """Return what requests bring along to be answered by adapters of their own.
+
+        None for the base. Errors are those of `Client.generate`.
+        """
+        return await self._do(self._carry, weights)  # type: ignore[no-any-return]
 
     @asynccontextmanager
     async def using(self, weights: Weights, scale: float = 1.0) -> AsyncIterator[None]:
@@ -138,11 +188,23 @@ class AsyncClient(
             await self.activate(before)
 
     async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        adapter: Weights = None,
+        **kwargs: Any,
     ) -> AsyncIterator[Any]:
-        """Run ``engine.generate`` under the state at its start; a switch waits for its end."""
+        """Run ``engine.generate`` under the state at its start; a switch waits for its end.
+
+        With ``adapter`` as `Client.generate` does with one prompt.
+        """
         async with self._gate.using(None):
-            if self.cache == "salt":
+            own = None if adapter is None else await self.carry(adapter)
+            if own is not None:
+                prompt, sampling_params = own.by(prompt, sampling_params)
+            elif self.cache == "salt":
                 prompt = salted(prompt, self.salt)
             async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
                 yield output

@@ -4,6 +4,8 @@
 `named`, `located`, `wanted` and `slept` check what a client asks, before it is sent and where it
 arrives. Each worker answers with a dict (see ``shira.serve.vllm``), all of which `checked` reads.
 
+With mixed batches each request has what a `Carried` says.
+
 `agree` lets a step count only if it went well in every process of a model. A switch is two of
 them: prepare and check, then write; a process that hears in the second that another failed puts its
 own weights back. How they talk is a `Processes`. Plain values, no engine.
@@ -12,8 +14,9 @@ own weights back. How they talk is a `Processes`. Plain values, no engine.
 from __future__ import annotations
 
 import builtins
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from shira import errors
@@ -24,6 +27,45 @@ T = TypeVar("T")
 
 Weights: TypeAlias = "str | Mapping[str, float] | None"
 """The adapters to make active: a name, ``{name: scale, ...}``, or None for the base."""
+
+
+KEY = "shira_adapter"
+"""The key in the ``extra_args`` of a request's sampling parameters under which its adapter is."""
+
+
+class Carried(NamedTuple):
+    """The luggage of a request that is answered by adapters of its own."""
+
+    value: str | list[str | float]
+    """Under `KEY`: the name of an adapter, or ``[name, scale, name, scale, ...]``."""
+    salt: str
+    """Keeps its blocks in the prefix cache apart from those of other adapters."""
+
+    def by(self, prompt: Any, parameters: Any) -> tuple[dict[str, Any], Any]:
+        """Return a prompt with the salt, and a copy of vLLM's sampling parameters with the rest."""
+        parameters = parameters.clone()
+        parameters.extra_args = {**(parameters.extra_args or {}), KEY: self.value}
+        return salted(prompt, self.salt), parameters
+
+
+def carried(scales: Mapping[str, float], digests: Mapping[str, str]) -> Carried:
+    """Return what requests for these adapters bring along; each has a digest of its content."""
+    value: str | list[str | float] = [each for term in scales.items() for each in term]
+    if list(scales.values()) == [1.0]:
+        value = next(iter(scales))
+    state = state_of([(digests[name], scale) for name, scale in scales.items()])
+    return Carried(value, f"shira-{state}")
+
+
+def scales_of(value: object) -> dict[str, float]:
+    """Read the value of a `Carried`; none: the base. `AdapterError` if it is no such value."""
+    if value is None or isinstance(value, str):
+        return wanted(value)
+    if not isinstance(value, Sequence) or len(value) % 2 or not value:
+        raise AdapterError(
+            f"{KEY} is the name of an adapter, or [name, scale, name, scale, ...], not {value!r}"
+        )
+    return wanted(dict(zip(value[::2], value[1::2], strict=True)))
 
 
 class Failure(NamedTuple):
@@ -133,6 +175,12 @@ def slept(level: object) -> int:
     if isinstance(level, bool) or level not in (0, 1, 2):
         raise ConfigError(f"vLLM sleeps at level 0, 1 or 2, not {level!r:.100}")
     return int(level)  # type: ignore[call-overload, no-any-return]
+
+
+def state_of(terms: Iterable[tuple[str, float]]) -> str:
+    """Return a hash of what adapters with these digests and scales make of the base."""
+    named = [(digest, scale.hex()) for digest, scale in terms]
+    return hashlib.blake2b(repr(named).encode(), digest_size=16).hexdigest() if named else "base"
 
 
 def salted(prompt: Any, salt: str) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from shira.checkpoints.conversion import Place
 from shira.checkpoints.locating import check_untied
 from shira.errors import MergeError, PlacementError, ServeError, ShiraError, shown
 from shira.serve.loading import LoadedAdapter
-from shira.serve.messages import Processes, Weights, located
+from shira.serve.messages import Processes, Weights, agree, gather, located, wanted
+from shira.serve.mixed import MixedBatches
 from shira.serve.placement import Placement
 from shira.serve.worker import WorkerAdapters, by_places
 
@@ -46,6 +47,7 @@ __all__ = ["ShiraWorkerExtension"]
 
 ADAPTERS: WeakKeyDictionary[nn.Module, WorkerAdapters] = WeakKeyDictionary()
 """The adapters of each model of this worker, for `shira.serve.vllm_transfer`."""
+MIXED: WeakKeyDictionary[WorkerAdapters, MixedBatches] = WeakKeyDictionary()
 
 _logger = init_logger(f"vllm.{__name__}")
 _linear: Any = nn.functional.linear
@@ -100,7 +102,13 @@ class ShiraWorkerExtension:
 
     def shira_unload(self, name: str) -> dict[str, Any]:
         """Forget an adapter that is not active."""
-        return self._shira_do("shira_unload", lambda adapters: adapters.unload(name))
+
+        def forget(adapters: WorkerAdapters) -> None:
+            adapters.unload(name)
+            if adapters in MIXED:
+                MIXED[adapters].retired.add(name)
+
+        return self._shira_do("shira_unload", forget)
 
     def shira_list(self) -> dict[str, Any]:
         """Return ``adapters`` as ``{name: what shira_load said}``, and ``discarded``."""
@@ -114,6 +122,32 @@ class ShiraWorkerExtension:
     def shira_fingerprint(self) -> dict[str, Any]:
         """Hash all weights of this rank: ``base``, whatever is active, ``weights`` as is."""
         return self._shira_do("shira_fingerprint", lambda adapters: adapters.fingerprint())
+
+    def shira_mix(self: Any) -> dict[str, Any]:
+        """Let requests for different adapters run in one batch; see `shira.serve.mixed`.
+
+        ``steps``: how many there were so far with a resident adapter, with riding ones, and how
+        often the resident one changed.
+        """
+
+        def mix(adapters: WorkerAdapters) -> dict[str, Any]:
+            if adapters not in MIXED:
+                agree(adapters.processes, lambda: _check_can_mix(self))
+                MIXED[adapters] = MixedBatches(self.model_runner, adapters)
+            return {"steps": dict(MIXED[adapters].steps)}
+
+        return self._shira_do("shira_mix", mix)  # type: ignore[no-any-return]
+
+    def shira_why_not(self, weights: Weights) -> dict[str, Any]:
+        """Return ``why`` adapters cannot ride in mixed batches; empty if they can on all ranks."""
+
+        def why(adapters: WorkerAdapters) -> dict[str, Any]:
+            if adapters not in MIXED:
+                raise ServeError("batches are not mixed in this engine: see shira_mix")
+            found = gather(adapters.processes, MIXED[adapters].why_not(wanted(weights)))
+            return {"why": next(filter(None, found), "")}
+
+        return self._shira_do("shira_why_not", why)
 
     def shira_sleep(self, level: int) -> dict[str, Any]:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
@@ -130,6 +164,8 @@ class ShiraWorkerExtension:
         try:
             adapters = self._shira_adapters()
             with torch.no_grad():
+                if adapters in MIXED:
+                    MIXED[adapters].settle()
                 said = step(adapters) or {}
             self.synchronize_device()
             return {"ok": True, **which, "active": adapters.active, "state": adapters.state, **said}
@@ -203,6 +239,33 @@ class _EngineProcesses(Processes):
             torch.distributed.all_gather_object(everyone, values, group=group.cpu_group)
             values = [each for some in everyone for each in some]
         return values
+
+
+def _check_can_mix(worker: Any) -> None:
+    """Refuse engines of which one batch cannot have several adapters; `ServeError` says why."""
+    config = worker.vllm_config
+    parallel, model = config.parallel_config, config.model_config
+    missing = [
+        name
+        for name in ("_prepare_inputs", "_model_forward", "_get_prompt_logprobs_dict", "_dummy_run")
+        if not hasattr(worker.model_runner, name)
+    ]
+    reasons = {
+        "it compiles the model or captures graphs of it: start it with enforce_eager": (
+            not model.enforce_eager or config.compilation_config.mode
+        ),
+        "it has pipeline stages": parallel.pipeline_parallel_size > 1,
+        "it splits batches (dual batch overlap)": parallel.enable_dbo,
+        "it guesses tokens ahead (speculative decoding)": config.speculative_config,
+        "it serves LoRA adapters": config.lora_config,
+        "it has an encoder": model.is_encoder_decoder,
+        "it takes embeddings for prompts": model.enable_prompt_embeds,
+        "it pools instead of generating": model.runner_type != "generate",
+        f"its model runner has no {', '.join(missing)}": missing,
+    }
+    for reason, given in reasons.items():
+        if given:
+            raise ServeError(f"this engine cannot mix adapters in a batch: {reason}")
 
 
 def _described(loaded: LoadedAdapter) -> dict[str, Any]:

@@ -37,12 +37,19 @@ from shira.errors import (
 )
 from shira.ops.patch import same_bits
 from shira.serve.loading import LoadedAdapter, Piece, StoredValues, entry_at, in_order, load
-from shira.serve.messages import Processes, Weights, agree, named, slept, wanted
+from shira.serve.messages import Processes, Weights, agree, named, slept, state_of, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.store.header import FLOATS
 from shira.support import Support
-from shira.switch.weights import ChangedWeightError, PatchedWeights, State, combined, make_patch
+from shira.switch.weights import (
+    ChangedWeightError,
+    PatchedWeights,
+    Plan,
+    State,
+    combined,
+    make_patch,
+)
 
 _CHUNK = 2**24  # entries hashed at a time
 
@@ -105,10 +112,7 @@ class WorkerAdapters:
     @property
     def state(self) -> str:
         """A hash of what is active, by content: equal states compute equal answers."""
-        if not self.active:
-            return "base"
-        terms = [(self.adapters[name].digest, scale.hex()) for name, scale in self.active.items()]
-        return hashlib.blake2b(repr(terms).encode(), digest_size=16).hexdigest()
+        return state_of([(self.adapters[name].digest, s) for name, s in self.active.items()])
 
     def load(
         self, name: str, read: Callable[[], Adapter], *, compare: bool = True
@@ -159,6 +163,15 @@ class WorkerAdapters:
         scales = wanted(weights, scale)
         agree(self.processes, lambda: self._checked(scales))
 
+    def patches(self, scales: Mapping[str, float]) -> Plan[Storage]:
+        """Return what these adapters, each times its scale, put into each weight; none is written.
+
+        `AdapterError` as of `activate`.
+        """
+        for name in scales:
+            self.require(name)
+        return _state_of(self.adapters, scales).plan
+
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""
         if slept(level) >= 2:
@@ -206,6 +219,10 @@ class WorkerAdapters:
             self.refuse(key, placements)
             self._placements[key, shape] = placements
         return self._placements[key, shape]
+
+    def knows(self, name: str) -> bool:
+        """Return whether an adapter of a name is loaded."""
+        return name in self.adapters
 
     def require(self, name: str) -> LoadedAdapter:
         """Return the adapter of a name; `UnknownAdapterError` if there is none."""

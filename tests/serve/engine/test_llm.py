@@ -48,6 +48,7 @@ def llm(request, zoo, forked):
     if request.param == 2:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         options |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    options["max_num_batched_tokens"] = 256  # so that prompts of mixed batches come in pieces
     llm = LLM(model=str(zoo.base), worker_extension_cls=EXTENSION, **options)
     yield llm
     llm.llm_engine.engine_core.shutdown()
@@ -279,6 +280,107 @@ def test_weights_reloaded_behind_our_back_are_noticed(base_active, zoo, llm):
     check(llm, zoo, "a")
     client.deactivate()
     check(llm, zoo, "base")
+
+
+# --- requests that bring their adapters along ----------------------------------------------------
+
+
+@pytest.fixture
+def mixing(base_active, llm):
+    llm.reset_prefix_cache()
+    return Client(llm, mixing=True)
+
+
+def mixed(client, zoo, states):
+    """One batch of all prompts for each state; checked as in `check`, and what came out."""
+    prompts = [{"prompt_token_ids": prompt} for _ in states for prompt in PROMPTS]
+    brought = [zoo.states[state] or None for state in states for _ in PROMPTS]
+    out = client.generate(prompts, GREEDY, use_tqdm=False, adapters=brought)
+    right = [answer for state in states for answer in zoo.answers[state]]
+    for request, (tokens, logprobs) in zip(out, right, strict=True):
+        assert list(request.outputs[0].token_ids) == tokens
+        ours = scores(request)
+        assert max(abs(x - y) for x, y in zip(ours, logprobs, strict=True)) < 1e-5
+    return out
+
+
+def scores(request):
+    (got,) = request.outputs
+    return [row[token].logprob for row, token in zip(got.logprobs, got.token_ids, strict=True)]
+
+
+def test_a_batch_of_many_adapters(mixing, zoo, llm):
+    """More requests than fit a batch, prompts in pieces, blocks kept: each its own answer."""
+    base, before = checksums(llm), mixing.mix()["steps"]
+    states = ["a", "base", "b", "both", "half"]
+    assert sum(each.num_cached_tokens for each in mixed(mixing, zoo, states)) == 0
+    again = mixed(mixing, zoo, states[::-1])
+    assert all(each.num_cached_tokens > 0 for each in again)
+    assert mixing.mix()["steps"]["riding"] > before["riding"] + 2 * TOKENS
+    assert checksums(llm) == base
+    assert mixing.active == {}
+
+
+def test_one_adapter_alone_has_the_bits_of_an_active_one(mixing, zoo, llm):
+    """Asked one after the other, for the engine makes batches of what has come so far."""
+
+    def one_by_one(adapter):
+        each = [
+            mixing.generate([prompt], GREEDY, use_tqdm=False, adapters=adapter)
+            for prompt in PROMPTS
+        ]
+        return [scores(request) for (request,) in each]
+
+    before = mixing.mix()["steps"]
+    alone = {state: one_by_one(zoo.states[state]) for state in ("b", "both", "base")}
+    after = mixing.mix()["steps"]
+    assert after["resident"] == before["resident"] + 2 * len(PROMPTS) * TOKENS
+    assert after["riding"] == before["riding"]
+    mixed(mixing, zoo, ["b", "both", "base"])
+    assert one_by_one(None) == alone["base"]
+    for state, got in alone.items():
+        with mixing.using(zoo.states[state]):
+            active = [generate(llm, [prompt])[0][1] for prompt in PROMPTS]
+        assert got == active
+
+
+def test_scores_of_prompts_in_a_mixed_batch(mixing, zoo, llm):
+    scoring = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": PROMPTS[0]}] * 3
+    got = mixing.generate(prompts, scoring, adapters=["a", None, "b"], use_tqdm=False)
+    for state, request in zip(("a", "base", "b"), got, strict=True):
+        with mixing.using(zoo.states[state]):
+            (alone,) = llm.generate(prompts[:1], scoring, use_tqdm=False)
+        pairs = zip(request.prompt_logprobs[1:], alone.prompt_logprobs[1:], strict=True)
+        for ours, theirs in pairs:
+            for token, score in theirs.items():
+                assert abs(ours[token].logprob - score.logprob) < 1e-4
+
+
+def test_a_name_that_is_given_to_another_adapter(mixing, zoo):
+    """Blocks of the first are not taken for the second's."""
+    for state in ("a", "b"):
+        mixing.load("name", zoo.path(state))
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        out = mixing.generate(prompts, GREEDY, adapters=["name", None, "name"], use_tqdm=False)
+        got = [list(each.outputs[0].token_ids) for each in out]
+        assert got == [zoo.answers[each][i][0] for i, each in enumerate((state, "base", state))]
+        mixing.unload("name")
+    with pytest.raises(UnknownAdapterError, match="'name'"):
+        mixing.generate(PROMPTS, GREEDY, adapters=["a", None, "name"])
+
+
+def test_what_cannot_ride_is_told_and_can_be_activated(mixing, zoo, llm, tmp_path):
+    name = "model.layers.0.input_layernorm.weight"
+    norm = SparseDelta(Support((128,), torch.arange(40)), torch.full((40,), 0.5))
+    Adapter({**zoo.adapters["a"], name: norm}).save(tmp_path / "norm", format="peft")
+    mixing.load("norm", str(tmp_path / "norm"))
+    with pytest.raises(ServeError, match="'norm' changes"):
+        mixing.generate([PROMPTS[0]], GREEDY, adapters="norm")
+    with mixing.using("norm"), pytest.raises(ServeError, match="deactivate"):
+        mixing.generate([PROMPTS[0]], GREEDY, adapters="a")
+    mixing.unload("norm")
+    mixed(mixing, zoo, ["a", "b"])
 
 
 def test_an_embedding_that_is_adapted_with_its_tied_head(forked, tmp_path):

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed batches of one worker, on a stand-in for vLLM's runner: each row is its own adapter's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from shira.adapter import Adapter
+from shira.delta import SparseDelta
+from shira.errors import AdapterError, ServeError, UnknownAdapterError
+from shira.masks import random_support
+from shira.serve.messages import KEY, carried, scales_of
+from shira.serve.mixed import CALM, MixedBatches
+from shira.serve.worker import WorkerAdapters
+
+IDS, DIM = 11, 6
+
+
+class UnquantizedEmbeddingMethod:
+    def embedding(self, layer, ids):
+        return F.embedding(ids, layer.weight)
+
+    def apply(self, layer, x, bias=None):
+        return F.linear(x, layer.weight, bias)
+
+
+class UnquantizedLinearMethod:
+    def apply(self, layer, x, bias=None):
+        return F.linear(x, layer.weight, bias)
+
+
+class Layer(nn.Module):
+    def __init__(self, shape, method):
+        super().__init__()
+        self.quant_method = method()
+        self.weight = nn.Parameter(torch.randn(shape), requires_grad=False)
+
+
+class Model(nn.Module):
+    """A tied embedding, a linear layer, a norm, and a layer that its method never hears of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = Layer((IDS, DIM), UnquantizedEmbeddingMethod)
+        self.fc = Layer((DIM, DIM), UnquantizedLinearMethod)
+        self.hidden = Layer((DIM, DIM), UnquantizedLinearMethod)
+        self.norm = nn.LayerNorm(DIM)
+
+    def load_weights(self, weights):
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            parameters[name].data.copy_(weight)
+
+    def forward(self, ids):
+        x = self.embed.quant_method.embedding(self.embed, ids)
+        return self.norm(self.fc.quant_method.apply(self.fc, x) @ self.hidden.weight.T)
+
+    def compute_logits(self, x):
+        return self.embed.quant_method.apply(self.embed, x)
+
+
+class Runner:
+    """The requests of a batch, in an order that changes; one step at a time."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model):
+        self.model, self.requests, self.num_prompt_logprobs = model, {}, {}
+        self.input_batch = SimpleNamespace(req_ids=[])
+
+    def get_model(self):
+        return self.model
+
+    def _dummy_run(self, tokens):
+        hidden = self.model(torch.zeros(tokens, dtype=torch.long))
+        return hidden, hidden
+
+    def _prepare_inputs(self, scheduler_output, counts):
+        return counts.cumsum(0) - 1
+
+    def _model_forward(self, ids):
+        return self.model(ids)
+
+    def _get_prompt_logprobs_dict(self, hidden, counts):
+        starts = dict(zip(self.input_batch.req_ids, counts.cumsum(0) - counts, strict=True))
+        sizes = dict(zip(self.input_batch.req_ids, counts, strict=True))
+        each = {
+            i: self.model.compute_logits(hidden[starts[i] : starts[i] + sizes[i]])
+            for i in self.num_prompt_logprobs
+        }
+        self.num_prompt_logprobs.clear()
+        return each
+
+    @torch.inference_mode()
+    def step(self, batch):
+        """``{request: (ids, value or None)}``, in the order of the batch; hidden states, logits."""
+        for each, (_, value) in batch.items():
+            extra = {KEY: value} if value is not None else None
+            parameters = SimpleNamespace(extra_args=extra)
+            self.requests.setdefault(each, SimpleNamespace(sampling_params=parameters))
+        self.input_batch.req_ids = list(batch)
+        counts = torch.tensor([len(ids) for ids, _ in batch.values()])
+        last = self._prepare_inputs(None, counts)
+        hidden = self._model_forward(torch.tensor([i for ids, _ in batch.values() for i in ids]))
+        logits = self.model.compute_logits(hidden[last])
+        self.num_prompt_logprobs = dict.fromkeys(batch, 0)
+        scored = self._get_prompt_logprobs_dict(hidden, counts)
+        assert self.num_prompt_logprobs == {}
+        return hidden.split(counts.tolist()), logits, scored
+
+    def finish(self):
+        self.requests.clear()
+
+
+def adapter(seed, names=("embed.weight", "fc.weight")):
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for name in names:
+        shape = (IDS, DIM) if name == "embed.weight" else (DIM, DIM)
+        support = random_support(shape, 9 + seed, seed=seed, name=name)
+        deltas[name] = SparseDelta(support, torch.randn(support.nnz, generator=generator))
+    return Adapter(deltas)
+
+
+@pytest.fixture
+def worker():
+    torch.manual_seed(0)
+    model = Model()
+    held = WorkerAdapters(model, torch.float32)
+    held.load("a", lambda: adapter(1))
+    held.load("b", lambda: adapter(2))
+    held.load("c", lambda: adapter(3, ("fc.weight",)))
+    held.load("hidden", lambda: adapter(4, ("hidden.weight",)))
+    return held, MixedBatches(Runner(model), held)
+
+
+BATCH = {
+    "r1": ([3, 4, 5], "a"),
+    "r2": ([7], None),
+    "r3": ([3, 4], ["a", 0.5, "b", -1.5]),
+    "r4": ([1, 2, 9, 10], "c"),
+    "r5": ([5, 5], "a"),
+}
+
+
+def alone(mixed, batch):
+    """Each request by itself, its adapters written into the weights: hidden states, logits."""
+    mixed.settle()
+    held, expected = mixed.adapters, {}
+    for each, (ids, value) in batch.items():
+        held.activate(scales_of(value))
+        hidden = held.model(torch.tensor(ids))
+        expected[each] = hidden, held.model.compute_logits(hidden)
+    held.activate(None)
+    return expected
+
+
+def check(mixed, batch, expected):
+    hidden, logits, scored = mixed.runner.step(batch)
+    for i, each in enumerate(batch):
+        torch.testing.assert_close(hidden[i], expected[each][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i], expected[each][1][-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scored[each], expected[each][1], atol=1e-5, rtol=1e-5)
+    if not mixed.resident:  # the base has the bits of a batch of the base alone
+        plain = mixed.runner.model(torch.tensor([i for ids, _ in batch.values() for i in ids]))
+        for now, then, (_, value) in zip(
+            hidden, plain.split([*map(len, hidden)]), batch.values(), strict=True
+        ):
+            assert torch.equal(now, then) == (value is None)
+
+
+def test_each_row_is_its_own_adapters_in_any_order(worker):
+    _, mixed = worker
+    expected, base = alone(mixed, BATCH), mixed.runner.model.fc.weight.clone()
+    names = list(BATCH)
+    for order in (names, names[::-1], names[2:] + names[:2]):
+        check(mixed, {each: BATCH[each] for each in order}, expected)
+    assert mixed.steps == {"resident": 0, "riding": 3, "switches": 0}
+    assert torch.equal(mixed.runner.model.fc.weight, base)
+
+
+def test_who_is_resident(worker):
+    held, mixed = worker
+    one, two = {"r1": BATCH["r1"], "r5": BATCH["r5"]}, {"r4": BATCH["r4"]}
+    expected = alone(mixed, BATCH)
+    for each in (one, two):  # one adapter alone: at once
+        hidden, _, _ = mixed.runner.step(each)
+        assert mixed.resident == ((each[next(iter(each))][1], 1.0),)
+        for i, name in enumerate(each):
+            assert torch.allclose(hidden[i], expected[name][0], atol=1e-6)
+        mixed.runner.finish()
+    check(mixed, BATCH, expected)
+    assert mixed.resident == ()
+    mixed.runner.requests = {each: mixed.runner.requests[each] for each in one}
+    for step in range(CALM + 2):
+        check(mixed, one, expected)
+        assert mixed.resident == ((("a", 1.0),) if step >= CALM - 1 else ())
+    mixed.settle()
+    assert held.active == {}
+    mixed.runner.finish()
+    check(mixed, {"r2": BATCH["r2"]}, expected)
+    assert mixed.resident == ()
+
+
+def test_new_values_and_names_that_go(worker):
+    held, mixed = worker
+    check(mixed, BATCH, alone(mixed, BATCH))
+    mixed.runner.finish()
+    held.unload("c")
+    held.load("c", lambda: adapter(7, ("fc.weight",)))
+    check(mixed, BATCH, alone(mixed, BATCH))
+    assert len(mixed._riders) == 3
+    held.unload("c")
+    with pytest.raises(UnknownAdapterError, match="'c'"):
+        mixed.runner.step(BATCH)
+    mixed.retired.add("c")  # a request that was cancelled as its adapter was unloaded
+    mixed.runner.step(BATCH)
+
+
+def test_what_cannot_ride(worker):
+    held, mixed = worker
+    assert mixed.why_not({"a": 1.0, "c": 1.0}) == ""
+    assert "'hidden.weight'" in mixed.why_not({"a": 1.0, "hidden": 1.0})
+    mixed.runner.step({"r1": ([1], "hidden")})  # alone it is resident
+    with pytest.raises(ServeError, match="by switching only"):
+        mixed.runner.step({"r1": ([1], "hidden"), "r2": ([2], "a")})
+    mixed.settle()
+    held.activate("b")
+    mixed.runner.finish()
+    mixed.runner.step({"r3": ([1], None)})
+    with pytest.raises(ServeError, match="put the base back"):
+        mixed.runner.step({"r3": ([1], None), "r4": ([1], "a")})
+
+
+def test_a_layer_that_is_left_out_is_noticed(worker):
+    _, mixed = worker
+    mixed.runner.model.forward = lambda ids: torch.zeros(len(ids), DIM)
+    with pytest.raises(ServeError, match="were not computed"):
+        mixed.runner.step(BATCH)
+
+
+def test_what_requests_bring_along():
+    digests = {"a": "1", "b": "2"}
+    one, two = carried({"a": 1.0}, digests), carried({"a": 0.5, "b": 2.0}, digests)
+    assert (one.value, two.value) == ("a", ["a", 0.5, "b", 2.0])
+    assert scales_of(one.value) == {"a": 1.0}
+    assert scales_of(two.value) == {"a": 0.5, "b": 2.0}
+    assert scales_of(None) == {}
+    assert one.salt != carried({"a": 1.0}, {"a": "2"}).salt != two.salt
+    for wrong in (["a"], [], 3, ["a", "b"], [1.0, "a"]):
+        with pytest.raises(AdapterError):
+            scales_of(wrong)
