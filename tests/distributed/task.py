@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shira import Adapter, ShiraConfig, get_peft_model
+from tests.tuner.experts import EXPERTS, mixture
 from tests.tuner.models import EVERYTHING, everything, llama, randomize
 
 STEPS, BATCH, RATE = 3, 4, 0.5
@@ -65,6 +66,20 @@ def adapted_everything(seed: int = 0) -> nn.Module:
 def everything_loss(model: nn.Module, share: slice, step: int) -> Tensor:
     ids = torch.randint(11, (BATCH, 6), generator=torch.Generator().manual_seed(step))[share]
     return model(ids).square().mean()
+
+
+def adapted_mixture(implementation: str = "eager") -> nn.Module:
+    """With the stacks of its experts adapted, two of them in one module."""
+    config = ShiraConfig(density=0.13, target_modules=["q_proj"], target_parameters=EXPERTS)
+    config.random_seed = 0
+    model = get_peft_model(mixture(implementation=implementation), config)
+    randomize(model, scale=0.1)
+    return model
+
+
+def mixture_loss(model: nn.Module, share: slice, step: int) -> Tensor:
+    ids = torch.randint(1, 97, (BATCH, 9), generator=torch.Generator().manual_seed(step))[share]
+    return model(input_ids=ids, labels=ids).loss
 
 
 def whole(tensor: Tensor) -> Tensor:

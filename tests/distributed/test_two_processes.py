@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 
 from shira import Adapter
 from tests.distributed import task
 from tests.distributed.launch import launch, needs_deepspeed
+from tests.tuner.experts import mixture, tokens
 
 TOLERANCE = 1e-5
 
@@ -111,6 +113,39 @@ def test_every_layer_type(torch_runs, everything_alone, name):
         assert_same(result, everything_alone)
 
 
+@pytest.fixture(scope="module")
+def mixture_alone():
+    model = task.adapted_mixture()
+    return model, task.train(model, task.mixture_loss)
+
+
+@pytest.mark.parametrize("name", ["ddp_experts", "fsdp2_experts", "fsdp2_experts_alone"])
+def test_experts_of_a_mixture(torch_runs, mixture_alone, name):
+    for result in results(torch_runs, name):
+        assert_same(result, mixture_alone[1])
+
+
+@needs_deepspeed
+def test_experts_of_a_mixture_under_zero3(zero_runs, mixture_alone):
+    for result in results(zero_runs, "zero3_experts"):
+        assert_same(result, mixture_alone[1])
+    assert [found["left"] for found in zero_runs["zero3_experts"]] == [[], []]
+
+
+@pytest.mark.parametrize("runs", ["torch_runs", pytest.param("zero_runs", marks=needs_deepspeed)])
+def test_adapted_experts_are_saved_loaded_and_merged(request, mixture_alone, runs, tmp_path):
+    """In a model in one process: the file of before training, and what was trained."""
+    name = {"torch_runs": "fsdp2_experts", "zero_runs": "zero3_experts"}[runs]
+    first = task.save(task.adapted_mixture(), tmp_path)
+    for found in request.getfixturevalue(runs)[name]:
+        assert found["file"] == first
+        (tmp_path / "adapter_model.safetensors").write_bytes(found["after"])
+        model = PeftModel.from_pretrained(mixture(), tmp_path).merge_and_unload()
+        alone = mixture_alone[0]
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens()).logits, alone(tokens()).logits)
+
+
 def test_a_base_in_bfloat16_with_values_in_float32(torch_runs):
     alone = task.train(task.adapted_llama(dtype=torch.bfloat16), task.llama_loss)
     assert all(value.dtype == torch.float32 for value in alone.values.values())
@@ -148,9 +183,24 @@ def test_a_module_that_is_trained_whole_is_saved_whole(torch_runs, tmp_path):
         assert torch.equal(found["taken"], head)
 
 
-def test_a_sharded_weight_is_not_merged_into(torch_runs):
-    for found in torch_runs["fsdp2_does_not_merge"]:
-        assert found["error"].startswith("MergeError: model.layers.0.")
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("fsdp2_does_not_merge", ""), ("fsdp2_does_not_merge_experts", "mlp.experts.down_proj: ")],
+)
+def test_a_sharded_weight_is_not_merged_into(torch_runs, name, weight):
+    for found in torch_runs[name]:
+        assert found["error"].startswith(f"MergeError: model.layers.0.{weight}")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [("linear", "self_attn.q_proj.weight"), ("experts", "mlp.experts."), ("compiled", "")],
+)
+def test_an_adapter_that_was_added_to_a_sharded_model_does_not_train(torch_runs, name, parameter):
+    for found in torch_runs["fsdp2_adapted_after"]:
+        assert "RankMismatchError: adapter 'default', parameter 'model.layers.0." in found[name]
+        assert parameter in found[name]
+        assert "Add the adapter first" in found[name]
 
 
 def test_ddp_does_not_send_the_positions_around(torch_runs):

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shira import Adapter
+from shira import Adapter, ShiraConfig, get_peft_model
 from tests.distributed import task
+from tests.tuner.experts import EXPERTS, mixture
+from tests.tuner.models import llama
 from tests.workers import leave
 
 CASES: dict[str, Any] = {}
@@ -97,6 +99,12 @@ def ddp_tied():
     return train(DistributedDataParallel(task.adapted_tied_llama()), task.llama_loss, share())
 
 
+@case
+def ddp_experts():
+    model = DistributedDataParallel(task.adapted_mixture("grouped_mm"))
+    return train(model, task.mixture_loss, share())
+
+
 # ---------------------------------------------------------------------------------------- FSDP2
 
 
@@ -140,6 +148,16 @@ def fsdp2_does_not_merge():
     model = sharded(task.adapted_llama())
     try:
         model.merge_adapter()
+    except RuntimeError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": "none"}
+
+
+@case
+def fsdp2_does_not_merge_experts():
+    model = sharded(task.adapted_mixture())
+    try:
+        model.base_model.model.model.layers[0].mlp.experts.merge()
     except RuntimeError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": "none"}
@@ -193,6 +211,24 @@ def fsdp2_each_layer_alone():
 
 
 @case
+def fsdp2_experts():
+    model = sharded(task.adapted_mixture(), reshard_after_forward=True)
+    first = task.save(model, folder())
+    result = train(model, task.mixture_loss, share())
+    return {"result": result, "file": first, "after": task.save(model, folder())}
+
+
+@case
+def fsdp2_experts_alone():
+    """Shards the wrappers around the experts, and the layers, each by itself."""
+    model = task.adapted_mixture("grouped_mm")
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer.mlp.experts)
+        fully_shard(layer.self_attn.q_proj)
+    return train(sharded(model), task.mixture_loss, share())
+
+
+@case
 def fsdp2_compiled():
     torch._dynamo.reset()
     model = task.adapted_llama()
@@ -204,9 +240,9 @@ def fsdp2_compiled():
 # -------------------------------------------------------------------------- different positions
 
 
-def mismatch(wrap, model: nn.Module) -> str:
+def mismatch(wrap, model: nn.Module, loss_of=task.llama_loss) -> str:
     try:
-        task.train(wrap(model), task.llama_loss, share())
+        task.train(wrap(model), loss_of, share())
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -239,6 +275,28 @@ def different_positions():
         "compiled": mismatch(compiled, model()),
         "copied": mismatch(DistributedDataParallel, copy.deepcopy(model())),
     }
+
+
+@case
+def fsdp2_adapted_after():
+    """The values of the adapter are not FSDP2's."""
+    found = {}
+    for name in ("linear", "experts", "compiled"):
+        base = mixture() if name == "experts" else llama()
+        for part in base.model.layers if name == "linear" else ():
+            fully_shard(part)
+        fully_shard(base)
+        config = ShiraConfig(density=0.13, random_seed=0)
+        config.target_modules = None if name == "experts" else task.PROJECTIONS
+        config.target_parameters = EXPERTS if name == "experts" else None
+        model = get_peft_model(base, config)
+        if name == "compiled":
+            torch._dynamo.reset()
+            base.model.layers[0].compile(backend="aot_eager")
+        loss = task.mixture_loss if name == "experts" else task.llama_loss
+        found[name] = mismatch(lambda model: model, model, loss)
+
+    return found
 
 
 def main(cases: dict[str, Any]) -> None:

@@ -133,6 +133,15 @@ def zero3_all_layer_types():
 
 
 @case
+def zero3_experts():
+    engine = engine_of(task.adapted_mixture(), 3)
+    first = task.save(engine, folder())
+    result = train(engine, task.mixture_loss)
+    left = [name for name, value in engine.named_parameters() if not is_sharded(value)]
+    return {"result": result, "file": first, "left": left, "after": task.save(engine, folder())}
+
+
+@case
 def zero3_partitioned_before():
     """The base is in parts when the adapter is made, and the mask looks at the weights."""
     base = llama()

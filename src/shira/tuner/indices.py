@@ -157,9 +157,13 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         group: The processes to compare; None means all.
 
     Raises:
-        RankMismatchError: On every rank, if two ranks train different positions.
+        RankMismatchError: On every rank, if two ranks train different positions, or an adapter was
+            added to a model that FSDP2 had sharded before.
     """
-    _check(_layers_of(model), group)
+    layers = _layers_of(model)
+    for layer in layers:
+        _refuse_beside_shards(layer)
+    _check(layers, group)
 
 
 def check_new_models(layer: Any = None) -> None:
@@ -172,6 +176,8 @@ def check_new_models(layer: Any = None) -> None:
     layers = [found for model in new_models for found in _layers_of(model)]
     if layer is not None and not any(found is layer for found in layers):
         layers.append(layer)
+    for each in layers if layer is None else [layer]:
+        _refuse_beside_shards(each)
     _check(layers, None)
     new_models.clear()
 
@@ -247,6 +253,19 @@ def _check(layers: Sequence[Any], group: dist.ProcessGroup | None) -> None:
     compare(digests_of(layers), group)
     for layer in layers:
         layer._positions_unchecked = False
+
+
+def _refuse_beside_shards(layer: Any) -> None:
+    """Refuse to train values that FSDP2 does not know of: nobody would average their gradients."""
+    for adapter, values in layer._beside_shards.items():
+        kept = layer.shira_weight.get(adapter, None)
+        if kept is values and values.requires_grad:  # FSDP2 would have put a tensor of its own
+            raise RankMismatchError(
+                f"adapter {adapter!r}, parameter {layer.weight_name!r}: the adapter was added to a "
+                "model that fully_shard had sharded before, so each rank would train values of its "
+                "own, and nobody would average their gradients. Add the adapter first, then shard "
+                "the model"
+            )
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

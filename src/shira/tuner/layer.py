@@ -9,7 +9,7 @@ them back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -60,7 +60,15 @@ from shira.tuner.quantized import (
 )
 
 
-class ShiraLayer(BaseTunerLayer, nn.Module):
+class Shardable:
+    """First among the bases of a layer, it lets FSDP2 give the layer another class.
+
+    ``fully_shard(layer)`` puts a class of its own before the layer's, and Python takes that only
+    for objects laid out alike: with ABC first, the base of PEFT's class, they are not.
+    """
+
+
+class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
     """Base of the adapted layers; a type says how its product is made, and how it is stored.
 
     Attributes:
@@ -95,6 +103,8 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
     _packed: Packed | None = None  # the base layer of before that, instead of `_undo`
     tied_to: ShiraLayer | None = None
     """The layer that has the adapters of this one: see `shira.tuner.tied`."""
+    _beside_shards: Mapping[str, Tensor] = {}
+    """Values that came to a weight which FSDP2 had sharded already: see `check_ranks`."""
     whole_product_from: ClassVar[float] = 0
     """Tokens of a group of samples from which a product with the whole weight beats `_on_top`."""
 
@@ -188,6 +198,9 @@ class ShiraLayer(BaseTunerLayer, nn.Module):
         self.chosen[adapter_name] = digest_of(support)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if hasattr(stored_weight(self), "full_tensor"):
+            values = {adapter_name: self.shira_weight[adapter_name]}
+            self._beside_shards = {**self._beside_shards, **values}
 
     def reset_shira_parameters(self, adapter_name: str) -> None:
         """Set an adapter's deltas to zero."""
