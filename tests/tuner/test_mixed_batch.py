@@ -11,8 +11,10 @@ from shira import ShiraConfig, get_peft_model
 from shira.errors import TargetError
 from shira.ops import native
 from shira.tuner.layers import Linear
+from shira.tuner.mixed_batch import Samples
 
 from .models import EVERYTHING, everything, gpt2, llama, mlp, randomize
+from .test_steps import calls
 
 IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
 NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
@@ -106,10 +108,9 @@ def test_one_call_of_the_kernel_for_each_layer_and_the_same_rows_for_all(monkeyp
     seen = []
     original = native.Kernels.add_products
 
-    def add_products(self, y, x, rows, groups, *shape):
-        groups = list(groups)
-        seen.append((rows, [group[0] for group in groups]))
-        original(self, y, x, rows, groups, *shape)
+    def add_products(self, y, x, rows, counts, *rest):
+        seen.append((rows, counts))
+        return original(self, y, x, rows, counts, *rest)
 
     monkeypatch.setattr(native.Kernels, "add_products", add_products)
     with torch.no_grad():
@@ -210,3 +211,122 @@ def test_an_input_of_another_dtype_is_refused_as_elsewhere(dtype):
     for names in (NAMES, ["fr"] * 6):
         with pytest.raises(TargetError, match=rf"the input is {dtype} but the weight is"):
             model(x, adapter_names=names)
+
+
+def values_in_place(layer):
+    with torch.no_grad():
+        layer.shira_weight["de"].mul_(3)
+
+
+def values_by_a_fused_optimizer(layer):  # which does not count its writes
+    layer.shira_weight["de"].data.mul_(3)
+
+
+def values_elsewhere(layer):
+    layer.shira_weight["de"].data = layer.shira_weight["de"].data * 3
+
+
+def values_of_another_dtype(layer):
+    layer.shira_weight["de"].data = (layer.shira_weight["de"].data * 3).bfloat16()
+
+
+def values_in_strides(layer):
+    values = layer.shira_weight["de"]
+    values.data = torch.stack((values * 3, values), 1)[:, 0]
+
+
+def values_at_the_address_of_others(layer):
+    parameter = layer.shira_weight["de"]
+    memory = torch.cat([parameter.data * 3, parameter.data * 5])
+    parameter.data = memory[: parameter.numel()]
+    layer(torch.randn(6, 8), adapter_names=NAMES)
+    parameter.data = memory[1::2][: parameter.numel()]
+    parameter.data = memory.view(-1, 2)[:, 0] if len(memory) % 2 == 0 else memory[::2]
+
+
+def another_parameter(layer):
+    layer.shira_weight["de"] = torch.nn.Parameter(torch.randn_like(layer.shira_weight["de"]))
+
+
+def a_state_dict_assigned(layer):
+    values = {"de": layer.shira_weight["de"].detach() * 3}
+    layer.shira_weight.load_state_dict(values, strict=False, assign=True)
+
+
+def other_positions(layer):
+    taken = layer.shira_indices["en"]
+    layer.shira_indices["de"] = taken.clone()
+
+
+def an_adapter_deleted_and_added_anew(layer):
+    layer.delete_adapter("de")
+    support = layer.support("en")
+    layer.update_layer("de", support, 2, ShiraConfig(r=2, init_weights=False))
+
+
+def another_scale(layer):
+    layer.set_scale("de", 3.0)
+
+
+def another_dtype_and_back(layer):
+    layer.to(torch.bfloat16)
+    layer.to(torch.float32)
+    another_scale(layer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        values_in_place,
+        values_by_a_fused_optimizer,
+        values_elsewhere,
+        values_of_another_dtype,
+        values_in_strides,
+        values_at_the_address_of_others,
+        another_parameter,
+        a_state_dict_assigned,
+        other_positions,
+        an_adapter_deleted_and_added_anew,
+        another_scale,
+        another_dtype_and_back,
+    ],
+)
+def test_whatever_is_changed_counts_from_the_next_call_on(change):
+    """What a layer keeps of where its adapters are never leads to what they were before."""
+    layer = adapted(mlp(), ["lin0"]).base_model.model.lin0
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            before = layer(x, adapter_names=NAMES)
+        change(layer)
+        after = layer(x, adapter_names=NAMES)
+        torch.testing.assert_close(after[1:], before[1:], rtol=1e-2, atol=1e-2)
+        assert not torch.equal(after[0], before[0])
+        rows, cols = layer.shira_indices["de"]
+        weight = layer.get_base_layer().weight.clone()
+        weight[rows.long(), cols.long()] += layer._delta("de").float()
+        want = F.linear(x[0], weight, layer.get_base_layer().bias)
+    torch.testing.assert_close(after[0], want)
+
+
+def test_a_layer_in_a_mixed_batch_takes_few_steps():
+    """Steps in Python do not grow with the number of adapters but for one each."""
+    counted = []
+    for adapters in (2, 8):
+        names = [f"task{i}" for i in range(adapters)]
+        model = None
+        for seed, name in enumerate(names):
+            config = ShiraConfig(r=2, target_modules=["lin0"], random_seed=seed)
+            if model is None:
+                model = get_peft_model(mlp(), config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+        layer = model.eval().base_model.model.lin0
+        samples, x = Samples(names), torch.randn(adapters, 8)
+        with torch.no_grad():
+            layer(x, adapter_names=samples)
+            steps = calls(lambda layer=layer, x=x, s=samples: layer(x, adapter_names=s))
+        counted.append(len(steps))
+        assert steps.count("__getattr__") == 2, steps  # torch's own, in nn.Linear.forward
+    assert counted[0] <= 34, steps
+    assert counted[1] <= counted[0] + 6, steps

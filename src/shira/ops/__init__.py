@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from shira.ops.delta_product import add_products, looked_up, sparse_product
+from shira.ops.delta_product import looked_up, sparse_product
 from shira.ops.functional import (
     adapted_weight,
     conv2d,
@@ -17,6 +17,7 @@ from shira.ops.functional import (
     value_gradients,
 )
 from shira.ops.gradient import Choice, choose, set_scratch_bytes, use_backend, weight_gradient
+from shira.ops.mixed_batch import add_products
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.stack import grouped, pieces_of

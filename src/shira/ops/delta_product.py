@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``shira::sparse_product``: a matrix product with an adapter's delta alone, the weight left out.
 
-For batches whose samples want different adapters: the base product is made once for all, and each
-group of samples adds its own ``x_g dW_g^T``, 2 * tokens of the group * k operations instead of a
-product with the whole weight. `add_products` does so for all groups: on the CPU in one call of a
-kernel that reads each adapter's gaps and values once for 64 of its tokens (5 bytes an entry in
-float32, about 1.2 ns on one core for a token and 8 ns for 64). Elsewhere `sparse_product` does
-it for each, by torch's sparse product of compressed rows (MKL, cuSPARSE).
+For batches whose samples want different adapters (`shira.ops.mixed_batch`): the base product is
+made once for all, and each group of samples adds its own ``x_g dW_g^T``, 2 * tokens of the group *
+k operations instead of a product with the whole weight. By torch's sparse product of compressed
+rows (MKL, cuSPARSE).
 
 The sum ``x W^T + x dW^T`` is not the merged weight's product bit for bit: it is summed in another
 order, and in bfloat16 and float16 the delta is not rounded with the weight (so it is the nearer
@@ -22,11 +20,10 @@ import torch
 from torch import Tensor
 
 from shira.base import accumulation_dtype
-from shira.ops import native
 from shira.ops.gradient import silence_csr_warning, weight_gradient
 from shira.ops.plain import plain_weight, transforming
 from shira.ops.plan import Pattern, Plan, pattern_of, plan_for
-from shira.ops.product import no_autocast, runs_eagerly
+from shira.ops.product import no_autocast
 
 
 @torch.library.custom_op(
@@ -106,93 +103,6 @@ def sparse_product(
             return x.to(wide) @ (dense if transposed else dense.t())
     result: Tensor = torch.ops.shira.sparse_product(x, delta, indices, list(shape), transposed)
     return result
-
-
-def add_products(
-    result: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    counts: Sequence[int],
-    deltas: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    shape: tuple[int, int],
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """Add ``x dW^T`` to rows of a product, each group of rows with a dW of its own.
-
-    One call of a compiled kernel for all groups, where there is one (``native/deltas.c``); else,
-    and where autograd watches, `sparse_product` for each. Either way a row's sum is rounded once,
-    to the dtype of the result, and rows of no group keep their bits. The kernel's bits of a row do
-    not depend on the other rows nor on the number of threads.
-
-    Args:
-        result: ``(tokens, out)``, written to.
-        x: ``(tokens, in)``.
-        rows: int64 ``(sum of counts,)``: the rows of the first group, of the second, and so on. No
-            row may be named twice or be out of range: that is not checked.
-        counts: How many rows each group has.
-        deltas: ``(k_i,)`` for each group, scale included; any floating dtype.
-        indices: For each, as `sparse_product` takes them.
-        shape: Of each dW: ``(out, in)``, or ``(in, out)`` if ``transposed``.
-        transposed: dW is stored ``(in, out)``.
-
-    Returns:
-        ``result``.
-
-    Raises:
-        SupportError: If indices are out of range, unsorted or repeated.
-        AdapterError: If a delta has another number of values than positions.
-
-    Example:
-        >>> x, rows, delta = torch.ones(3, 2), torch.tensor([0, 2]), torch.tensor([5.0])
-        >>> at = [torch.tensor([[0], [1]]), torch.tensor([[1], [0]])]
-        >>> shira.ops.add_products(torch.zeros(3, 2), x, rows, [1, 1], [delta, -delta], at, (2, 2))
-        tensor([[ 5.,  0.],
-                [ 0.,  0.],
-                [ 0., -5.]])
-    """
-    plans = [plan_for([index], shape, (shape[1], 1)) for index in indices]
-    deltas = [plan.combine([delta]) for plan, delta in zip(plans, deltas, strict=True)]
-    kernels = native.load().library
-    sizes = shape[::-1] if transposed else shape
-    fits = (result.shape[1], x.shape[1]) == sizes and len(result) == len(x)
-    fits = fits and sum(counts) == len(rows)  # else torch says so
-    if kernels is not None and fits and _can_add(result, x, rows, deltas, shape):
-        gaps: list[Any] = [plan.gaps for plan in plans]
-        groups = zip(counts, gaps, deltas, strict=True)
-        kernels.add_products(result, x, rows, groups, shape, transposed)
-        return result
-    parts = torch.split(rows, [*counts])
-    for at, delta, index in zip(parts, deltas, indices, strict=True):
-        added = sparse_product(x.index_select(0, at), delta, index, shape, transposed=transposed)
-        # in the wide dtype of `added`, rounded once
-        total = (result.index_select(0, at) + added).to(result.dtype)
-        result = result.index_copy_(0, at, total)
-    return result
-
-
-def _can_add(
-    result: Tensor, x: Tensor, rows: Tensor, deltas: list[Tensor], shape: tuple[int, int]
-) -> bool:
-    """Return whether the compiled kernel can: operands of its kinds, and nobody watches."""
-    known = native.KINDS
-    if result.dtype != x.dtype or x.dtype not in known:
-        return False
-    if not all(operand.is_cpu for operand in (result, x, rows, *deltas)):
-        return False
-    if rows.dtype != torch.int64 or not rows.is_contiguous():
-        return False
-    if result.stride(1) != 1 or max(shape) > _LARGEST:
-        return False
-    if any(delta.dtype not in known or not delta.is_contiguous() for delta in deltas):
-        return False
-    operands = (result, x, *deltas)
-    watched = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
-    return not watched and runs_eagerly(*operands)
-
-
-_LARGEST = 2**24  # rows or columns that the kernel's 32-bit offsets reach
 
 
 def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -186,25 +186,21 @@ def pattern_of(coordinates: Tensor, rows: int) -> Pattern:
     return Pattern(crow, row, col)
 
 
-_KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+class _Kept(Generic[T]):
+    """A thing made of some index tensors for a key, and what they were then."""
 
-
-class _Kept:
-    """A plan, and what the tensors were that it was made from."""
-
-    __slots__ = ("plan", "seen")
+    __slots__ = ("key", "made", "seen")
 
     def __init__(
-        self, plan: Plan, tensors: Sequence[Tensor], gone: Callable[[Any], object]
+        self, made: T, key: Any, tensors: Sequence[Tensor], gone: Callable[[Any], object]
     ) -> None:
-        self.plan = plan
+        self.made, self.key = made, key
         refs = [weakref.ref(tensors[0], gone), *map(weakref.ref, tensors[1:])]
         self.seen = [(r, t._version, t.data_ptr()) for r, t in zip(refs, tensors, strict=True)]
 
-    def is_of(self, tensors: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> bool:
+    def is_of(self, tensors: Sequence[Tensor], key: Any) -> bool:
         """Return whether it was made from these very tensors, as they are now."""
-        plan = self.plan
-        if plan.weight_shape != shape or plan.stride != stride or len(tensors) != len(self.seen):
+        if self.key != key or len(tensors) != len(self.seen):
             return False
         for (ref, version, pointer), tensor in zip(self.seen, tensors, strict=True):
             if ref() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
@@ -214,12 +210,40 @@ class _Kept:
     def is_current(self) -> bool:
         """Return whether its tensors are all there, and not written to since."""
         tensors = [tensor for ref, _, _ in self.seen if (tensor := ref()) is not None]
-        return self.is_of(tensors, self.plan.weight_shape, self.plan.stride)
+        return self.is_of(tensors, self.key)
 
 
-# By the first tensor's id, the latest first. Lists are replaced, not changed, so that threads need
-# no lock: two that make one plan at once both get a right one.
-_kept: dict[int, list[_Kept]] = {}
+_KEPT_PER_TENSOR = 8  # combinations of adapters kept for one first adapter
+
+
+class _MadeOnce(Generic[T]):
+    """A function of index tensors and a key, called once for each.
+
+    What it makes is kept as long as the first of the tensors lives, and made anew when one of them
+    was written to.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Tensor], Any], T]) -> None:
+        self._make = make
+        # By the first tensor's id, the latest first. Lists are replaced, not changed, so that
+        # threads need no lock: two that make one thing at once both get a right one.
+        self._kept: dict[int, list[_Kept[T]]] = {}
+
+    def __call__(self, tensors: Sequence[Tensor], key: Any) -> T:
+        first = id(tensors[0])
+        for kept in self._kept.get(first, ()):
+            if kept.is_of(tensors, key):
+                return kept.made
+        made = self._make(tensors, key)
+        if any(t.is_inference() for t in tensors):  # torch does not count writes to them
+            return made
+        others = [kept for kept in self._kept.get(first, ()) if kept.is_current()]
+        kept = _Kept(made, key, tensors, lambda ref: self._kept.pop(first, None))
+        self._kept[first] = [kept, *others[: _KEPT_PER_TENSOR - 1]]
+        return made
+
+
+_plans = _MadeOnce(lambda indices, layout: make_plan(indices, *layout))
 
 
 def plan_for(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[int]) -> Plan:
@@ -228,14 +252,18 @@ def plan_for(indices: Sequence[Tensor], shape: Sequence[int], stride: Sequence[i
     It is kept as long as the first of the tensors lives, and made anew when one of them was
     written to. Arguments and errors: see `make_plan`.
     """
-    first = id(indices[0])
-    for kept in _kept.get(first, ()):
-        if kept.is_of(indices, shape, stride):
-            return kept.plan
-    plan = make_plan(indices, shape, stride)
-    if any(t.is_inference() for t in indices):  # torch does not count writes to them
-        return plan
-    others = [kept for kept in _kept.get(first, ()) if kept.is_current()]
-    kept = _Kept(plan, indices, lambda ref: _kept.pop(first, None))
-    _kept[first] = [kept, *others[: _KEPT_PER_TENSOR - 1]]
-    return plan
+    return _plans(indices, (shape, stride))
+
+
+@_MadeOnce
+def places_of(indices: Sequence[Tensor], shape: tuple[int, int]) -> native.Places | None:
+    """Return where the entries of several matrices are, one for each tensor of indices, made once.
+
+    Kept as plans are. None if they are not all on the CPU.
+
+    Raises:
+        SupportError: If indices are out of range, unsorted or repeated.
+    """
+    found = [plan_for([index], shape, (shape[1], 1)).gaps for index in indices]
+    gaps = [entries for entries in found if entries is not None]
+    return native.Places(gaps) if len(gaps) == len(found) else None

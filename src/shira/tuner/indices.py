@@ -95,6 +95,14 @@ class IndexDict(BufferDict):
             indices = self._buffers[adapter_name] = pack(indices, self._shape)
         return indices
 
+    def all_kept(self, adapter_names: Sequence[str]) -> list[Tensor]:
+        """Return what `kept` does, of several adapters."""
+        buffers = self._buffers
+        return [
+            indices if (indices := buffers[name]).dtype == torch.uint8 else self.kept(name)
+            for name in adapter_names
+        ]
+
     def support(self, adapter_name: str) -> Support:
         """Return the positions as a support, checked."""
         return support_of(self._buffers[adapter_name], self._shape)

@@ -24,7 +24,7 @@ from shira.delta import checked_scale
 from shira.errors import AdapterError, MergeError, TargetError
 from shira.ops.memory import overlaps_itself, settle, under_way
 from shira.ops.resident import Undo, merge_into
-from shira.store.names import INDICES, VALUES, full_shape, is_sharded
+from shira.store.names import INDICES, VALUES, full_shape, is_partitioned, is_sharded
 from shira.support import Support, matrix_shape
 from shira.tuner.adapted_weight import (
     AdaptedWeight,
@@ -529,11 +529,13 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
         Returns:
             What the base layer returns.
         """
-        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        wanted = kwargs.pop("adapter_names", None) if kwargs else None
+        if wanted is None:
+            wanted = self._samples
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if adapter_names is not None and not self._disable_adapters:
-            return mixed_batch_forward(self, adapter_names, args, kwargs)
+        if wanted is not None and not self._disable_adapters:
+            return mixed_batch_forward(self, wanted, args, kwargs)
         names = self._in_effect()
         if not names:
             return self._base_forward(*args, **kwargs)
@@ -542,7 +544,7 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and under_way:
             settle(stored_weight(self))
-        return self.base_layer(*args, **kwargs)
+        return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
 
     def _adapted_forward(
         self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -580,12 +582,15 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
         values: Any = self._modules["shira_weight"]
         positions: Any = self._modules["shira_indices"]
         parameters = members(values, *adapter_names)
-        deltas, indices, trains = [], [], False
-        for name, parameter in zip(adapter_names, parameters, strict=True):
-            gather_for_call(caller or self, parameter)
-            deltas.append(self._scaled(name, parameter))
-            indices.append(positions.kept(name))
-            trains |= parameter.requires_grad
+        if True in map(is_partitioned, parameters):
+            for parameter in parameters:
+                gather_for_call(caller or self, parameter)
+        scaling, deltas = self.scaling, parameters
+        scaled = True in [scaling[name] != 1.0 for name in adapter_names]
+        if scaled or True in [parameter.is_meta for parameter in parameters]:
+            deltas = [*map(self._scaled, adapter_names, parameters)]
+        indices = positions.all_kept(adapter_names)
+        trains = True in [parameter.requires_grad for parameter in parameters]
         if torch.compiler.is_compiling():
             check_while_compiling()
         elif trains and torch.is_grad_enabled():

@@ -62,9 +62,7 @@ class Linear(ShiraLayer):
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
     def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
-        values = members(self.shira_weight, *adapters)
-        deltas = [self._scaled(name, value) for name, value in zip(adapters, values, strict=True)]
-        indices = [self.shira_indices.kept(name) for name in adapters]
+        deltas, indices = self._in_use(adapters)
         x, shape = x.reshape(-1, x.shape[-1]), matrix_shape(self.weight_shape)
         return ops.add_products(
             result, x, *rows, deltas, indices, shape, transposed=self.fan_in_fan_out

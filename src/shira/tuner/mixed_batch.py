@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``adapter_names=``: an adapter for each sample of a batch.
 
-The model hands the names to its layers by hooks, grouped by adapter once for all of them. A layer
-calls its base for the whole batch and puts the adapters on top, or where that is dearer or cannot
+The model hands the names to its layers, grouped by adapter once for all of them. A layer calls its
+base for the whole batch and puts the adapters on top, or where that is dearer or cannot
 be, calls its forward for each group.
 """
 
@@ -74,13 +74,14 @@ def adapter_names_in_effect(
         return
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, model.tuner_layer_cls)]
-    known = {name for layer in layers for name in layer.shira_weight}
+    modules = list(model.modules())
+    layers: list[Any] = [m for m in modules if isinstance(m, model.tuner_layer_cls)]
+    known = {BASE}.union(*(layer.scaling for layer in layers))
     for name in adapter_names:
-        if name not in known | {BASE}:
+        if name not in known:
             raise UnknownAdapterError(
                 f"Trying to infer with non-existing adapter(s): {name}."
-                f"{did_you_mean(name, known | {BASE})} Known are {', '.join(sorted(known))}, and "
+                f"{did_you_mean(name, known)} Known are {', '.join(sorted(known - {BASE}))}, and "
                 f"{BASE!r} for the base model."
             )
     once = Samples(adapter_names)
@@ -90,13 +91,15 @@ def adapter_names_in_effect(
     for layer in layers:
         if not layer.disable_adapters:
             _refuse_merged(layer)
-    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    wrappers = [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
     handles: list[Any] = []
     over = False  # then a hook that an interrupt leaves behind does nothing
 
+    def samples_of(module: nn.Module) -> Samples:
+        return once if module in in_encoder else repeated
+
     def hand(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        names = once if module in in_encoder else repeated
-        return None if over else (args, {**kwargs, "adapter_names": names})
+        return None if over else (args, {**kwargs, "adapter_names": samples_of(module)})
 
     def end() -> None:
         for layer in layers:
@@ -105,10 +108,10 @@ def adapter_names_in_effect(
             handle.remove()
 
     try:
-        for module in (*layers, *wrappers):
+        for module in wrappers:
             handles.append(module.register_forward_pre_hook(hand, with_kwargs=True))
         for layer in layers:
-            layer._samples = once
+            layer._samples = samples_of(layer)
         yield
     finally:
         over = True
@@ -123,9 +126,13 @@ def mixed_batch_forward(
     layer: Any, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call a layer, each sample through its own adapter, or the base if that is not here."""
-    way = layer._way(layer.base_layer)
-    known = way is not Way.OWN
-    x, *more = inputs_of(layer.base_layer, args, kwargs) if known else [*args, *kwargs.values()]
+    base = layer._modules["base_layer"]
+    way = layer._way(base)
+    inputs: Sequence[Any] = args
+    if kwargs or len(args) > 1:
+        own = way is Way.OWN
+        inputs = [*args, *kwargs.values()] if own else inputs_of(base, args, kwargs)
+    x, *more = inputs
     if len(x) != len(adapter_names):
         raise AdapterError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -133,23 +140,24 @@ def mixed_batch_forward(
         )
     _refuse_merged(layer)
     samples = adapter_names if isinstance(adapter_names, Samples) else Samples(adapter_names)
-    groups, here = samples.groups, layer.shira_weight
+    groups, here = samples.groups, layer.scaling
     adapters = [name for name in groups if name in here]
     if not adapters:
         return _forward(layer, BASE, args, kwargs)
     if len(groups) == 1:
         return _forward(layer, adapters[0], args, kwargs)
-    longest = max([len(groups[name]) for name in adapters])
-    tokens = longest * (x[0].numel() // max(1, x.shape[-1]))
-    if way is Way.DIRECT and tokens < layer.whole_product_from and not transforming():
-        return _on_top_of_base(layer, x, samples, adapters)
+    if way is Way.DIRECT and not transforming():
+        longest = max([len(groups[name]) for name in adapters])
+        tokens = longest * (x.numel() // max(1, len(x) * x.shape[-1]))
+        if tokens < layer.whole_product_from:
+            return _on_top_of_base(layer, x, samples, adapters)
     if any(value is not None for value in more):
         raise _cannot_be_split(layer, "takes further arguments")
     return _group_by_group(layer, x, samples, adapters)
 
 
 def _refuse_merged(layer: Any) -> None:
-    if layer.merged:
+    if layer.merged_adapters:
         raise MergeError(
             f"Cannot pass `adapter_names` when there are merged adapters "
             f"({', '.join(layer.merged_adapters)}), please call `unmerge_adapter` first."
@@ -164,7 +172,7 @@ def _forward(layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _on_top_of_base(layer: Any, x: Tensor, samples: Samples, adapters: list[str]) -> Tensor:
     """Call the base once for all samples, and put each adapter on top for its own."""
-    x = layer._cast_input(x, weight_of(layer.get_base_layer()))
+    x = layer._cast_input(x, weight_of(layer))
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
     flat = result.reshape(-1, result.shape[-1])

@@ -109,6 +109,8 @@ class ParameterLayer(ShiraLayer):
             What the module returns.
         """
         wanted = kwargs.pop("adapter_names", None) if kwargs else None
+        if wanted is None:
+            wanted = self._samples
         weights: dict[str, Callable[[], Tensor]] = {}
         for wrapper in self._chain():
             if wrapper._disable_adapters and wrapper.merged_adapters:

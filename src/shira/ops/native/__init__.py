@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from shira.blocks import BlockLayout
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 10  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 11  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -36,7 +37,7 @@ _ROOM = 2**22  # floats of transposed input at a time
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "deltas_scratch": (_L, [_L, _I]),
-    "deltas": (None, [_P, _L, _P, _L, _I, _P, _I, _P, _L, _L, _I, _P, _L, _I]),
+    "deltas": (_L, [_P, _L, _P, _L, _I, _L, _P, _P, _I, _P, _L, _L, _L, _I, _P, _L, _I]),
     "entries_scratch": (_L, [_L, _L, _L, _I]),
     "entries": (None, [_P, _L, _P, _L, _L, _L, _L, _P, _P, _P, _P, _I, _I]),
     "tiles_scratch": (_L, [_L, _I, _I]),
@@ -63,6 +64,21 @@ class Gaps(NamedTuple):
     """int64 ``(blocks + 1, 2)``, contiguous: `shira.ops.gaps.marks`."""
     nnz: int
     """The number of entries, k."""
+
+
+class Places:
+    """The entries of several weights, as `Kernels.add_products` takes them."""
+
+    __slots__ = "entries", "gaps", "sizes", "table"
+
+    def __init__(self, gaps: Sequence[Gaps]) -> None:
+        self.gaps = gaps  # they own the memory that the table leads to
+        self.sizes = [nnz for _, _, nnz in gaps]
+        self.entries = sum(self.sizes)
+        self.table = array("q")
+        for units, marks, nnz in gaps:
+            memory = units.data_ptr(), units.itemsize, units.numel(), marks.data_ptr()
+            self.table.extend((*memory, nnz))
 
 
 class Loaded(NamedTuple):
@@ -128,38 +144,30 @@ class Kernels:
         return out
 
     def add_products(
-        self, y: Tensor, x: Tensor, rows: Tensor, groups: Iterable[tuple[int, Gaps, Tensor]],
-        shape: tuple[int, int], transposed: bool,
-    ) -> None:  # fmt: skip
+        self, y: Tensor, x: Tensor, rows: Tensor, counts: Sequence[int], places: Places,
+        deltas: Sequence[Tensor], shape: tuple[int, int], transposed: bool,
+    ) -> int:  # fmt: skip
         """Add ``x dW^T`` to rows of y in place, rounded once, each group of rows with its own dW.
 
-        ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`; rows int64, those of one
-        group after the other, none twice. A group is how many rows, where its dW has entries, and
-        these, ``(k,)`` in a dtype of `KINDS`, contiguous; dW is ``(out, in)``, or ``(in, out)`` if
-        transposed.
+        ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`; rows int64, contiguous,
+        those of one group after the other, ``counts`` of each. Deltas are ``(k,)`` in a dtype of
+        `KINDS`, contiguous; dW is ``(out, in)``, or ``(in, out)`` if transposed.
+
+        Returns -1; or which of the rows is out of range or named before, and nothing was done.
         """
         x = _rows_contiguous(x)
-        table: list[int] = []
-        first = width = entries = 0
-        for count, (units, marks, nnz), delta in groups:
-            if count and nnz:
-                table += (
-                    units.data_ptr(), units.itemsize, units.numel(), marks.data_ptr(),
-                    delta.data_ptr(), KINDS[delta.dtype], nnz, first, count,
-                )  # fmt: skip
-                width += 1 if count == 1 else count + _WIDER
-                entries += nnz
-            first += count
-        if not table:
-            return
-        threads, (ins, out) = _threads(entries), shape if transposed else shape[::-1]
-        room = (ins + 1) * max(_WIDEST, min(width, _ROOM // (ins + 1)))
+        threads, (ins, out) = _threads(places.entries), shape if transposed else shape[::-1]
+        width = sum([1 if count == 1 else count + _WIDER for count in counts])
+        tokens = len(y)
+        room = (ins + 1) * max(_WIDEST, min(width, _ROOM // (ins + 1))) + tokens // 32
         size = room + threads * self._deltas_scratch(out, transposed)
         scratch = x.new_empty(size, dtype=torch.float32)
-        self._call["deltas"](
-            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), KINDS[x.dtype],
-            (_L * len(table))(*table), len(table) // 9, rows.data_ptr(), *shape, transposed,
-            scratch.data_ptr(), room, threads,
+        kinds = [KINDS[delta.dtype] for delta in deltas]
+        shares = array("q", [*map(Tensor.data_ptr, deltas), *kinds, *counts])
+        return self._call["deltas"](  # type: ignore[no-any-return]
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), KINDS[x.dtype], tokens,
+            places.table.buffer_info()[0], shares.buffer_info()[0], len(kinds),
+            rows.data_ptr(), len(rows), *shape, transposed, scratch.data_ptr(), room, threads,
         )  # fmt: skip
 
     def coordinates(

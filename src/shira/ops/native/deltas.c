@@ -24,27 +24,32 @@
 #define WIDEST 8
 #endif
 
-// One adapter's share of the batch, as shira/ops/native/__init__.py fills it in.
+// Where an adapter's entries are, as shira/ops/native/__init__.py keeps it; addresses are numbers.
 typedef struct {
-    int64_t units, unit_size, count, marks;  // its gaps; addresses are numbers
-    int64_t values, kind, nnz;
-    int64_t first, tokens;                   // its tokens: `order` from `first` on
+    int64_t units, unit_size, count, marks, nnz;
+} entries;
+
+// One adapter's share of the batch; its tokens: `order` from `first` on.
+typedef struct {
+    entries dw;
+    int64_t values, kind, first, tokens;
 } group;
 
 typedef struct {
     const void *x;
     void *y;
     const int64_t *order;
-    const group *groups;
+    const entries *places;
+    const int64_t *shares;  // of all groups: addresses of values, their kinds, numbers of tokens
     int64_t x_stride, y_stride, rows, cols, ins, outs;
-    int kind, transposed, groups_n;
+    int kind, transposed, groups;
 } job;
 
 // A tile of tokens: what is left of its group from `at` on, W at most.
 typedef struct {
-    int g, width, tokens;
+    int number, width, tokens;  // number: of its group
+    group of;
     int64_t at;       // its first token within the group
-    int64_t x_from;   // its transposed x, in scratch
     int64_t blocks;   // parts that its work is shared in
 } tile;
 
@@ -56,25 +61,28 @@ INLINE int width_of(int64_t tokens) {
     return (int)((tokens + VL - 1) / VL * VL);
 }
 
-// The next tile after `t` (at first g = -1); 0 if there is none.
+// The next tile after `t` (at first number = -1); 0 if there is none.
 INLINE int next_tile(const job *j, tile *t) {
-    if (t->g >= 0) t->at += t->tokens;
-    while (t->g < 0 || t->at >= j->groups[t->g].tokens) {
-        if (++t->g == j->groups_n) return 0;
+    if (t->number >= 0) t->at += t->tokens;
+    while (t->number < 0 || t->at >= t->of.tokens || !t->of.dw.nnz) {
+        int64_t first = t->number < 0 ? 0 : t->of.first + t->of.tokens;
+        if (++t->number == j->groups) return 0;
+        const int64_t *share = j->shares + t->number;
+        t->of = (group){j->places[t->number], share[0], share[j->groups], first,
+                        share[2 * j->groups]};
         t->at = 0;
     }
-    const group *g = j->groups + t->g;
-    int64_t left = g->tokens - t->at;
+    int64_t left = t->of.tokens - t->at;
     t->width = width_of(left);
     t->tokens = (int)(left < t->width ? left : t->width);
-    t->blocks = j->transposed ? 1 : (g->count + BLOCK - 1) / BLOCK;
+    t->blocks = j->transposed ? 1 : (t->of.dw.count + BLOCK - 1) / BLOCK;
     return 1;
 }
 
 // out[c * W + i] = x[token i, c] for first <= c < last; zeros for tokens that are not there.
 INLINE void gather_x(const job *j, const tile *t, int64_t first, int64_t last, float *out,
                      const int kind) {
-    const int64_t *order = j->order + j->groups[t->g].first + t->at;
+    const int64_t *order = j->order + t->of.first + t->at;
     int W = t->width;
     for (int from = 0; from < W; from += VL) {
         int n = t->tokens - from < VL ? t->tokens - from : VL, lanes = W - from < VL ? W - from : VL;
@@ -100,7 +108,7 @@ INLINE void gather_x(const job *j, const tile *t, int64_t first, int64_t last, f
 // y[token i, row + r] += sums[r * W + i] for 0 <= r < n; VL floats more of sums may be read.
 INLINE void add_sums(const job *j, const tile *t, int64_t row, int64_t n, const float *sums,
                      const int kind) {
-    const int64_t *order = j->order + j->groups[t->g].first + t->at;
+    const int64_t *order = j->order + t->of.first + t->at;
     int W = t->width;
     for (int from = 0; from < t->tokens; from += VL) {
         int64_t at[VL], r = 0;
@@ -139,7 +147,7 @@ static void add(const job *j, const tile *t, int64_t row, int64_t n, const float
 // The values of n entries from e on as floats, with 32 more that may be read.
 INLINE const float *values_of(const group *g, int64_t e, int n, float *room) {
     const void *from = (const void *)g->values;
-    if (g->kind == F32 && e + n + 32 <= g->nnz) return (const float *)from + e;
+    if (g->kind == F32 && e + n + 32 <= g->dw.nnz) return (const float *)from + e;
     if (g->kind == F32) memcpy(room, (const float *)from + e, 4 * n);
     else if (g->kind == BF16) for (int i = 0; i < n; i++) room[i] = scalar_as(from, e + i, BF16);
     else for (int i = 0; i < n; i++) room[i] = scalar_as(from, e + i, F16);
@@ -163,7 +171,7 @@ INLINE int below(const uint32_t *at, uint32_t limit) {
 // A multiple of eight that most rows have fewer entries than, or 0 where rows are long. So many are
 // done at once in each row, some of them zeros: a branch the less that the CPU cannot foresee.
 INLINE int usual_entries(const group *g, int64_t rows) {
-    float mean = (float)g->nnz / rows;
+    float mean = (float)g->dw.nnz / rows;
     return mean < 24 ? ((int)(mean + __builtin_sqrtf(mean) / 2) + 7) / 8 * 8 : 0;
 }
 
@@ -205,21 +213,21 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
     row++, begin += cols;
 
 #define EACH_PIECE                                                                       \
-    for (int n; (n = g->unit_size == 1 ? advance(&place, &from, at, 1)                   \
+    for (int n; (n = g->dw.unit_size == 1 ? advance(&place, &from, at, 1)                \
                                        : advance(&place, &from, at, 2)); e += n)
 
 // The rows that begin in block b, for W tokens: N vectors of TYPE.
 #define BY_ROWS(W, TYPE, N)                                                              \
     static void by_rows_##W(const job *j, const tile *t, int64_t b, const float *x,      \
                             float *sums) {                                               \
-        const group *g = j->groups + t->g;                                               \
-        const int64_t *marks = (const int64_t *)g->marks, cols = j->cols;                \
-        int64_t blocks = (g->count + BLOCK - 1) / BLOCK;                                 \
+        const group *g = &t->of;                                               \
+        const int64_t *marks = (const int64_t *)g->dw.marks, cols = j->cols;             \
+        int64_t blocks = (g->dw.count + BLOCK - 1) / BLOCK;                              \
         int64_t row = (marks[2 * b + 1] + cols - 1) / cols, begin = row * cols;          \
         int64_t stop = b + 1 < blocks ? marks[2 * b + 3] : j->rows * cols;               \
         if (begin >= stop) return;                                                       \
-        walk place = walk_from((const void *)g->units, g->count, marks, b, blocks,       \
-                               (int)g->unit_size);                                       \
+        walk place = walk_from((const void *)g->dw.units, g->dw.count, marks, b, blocks, \
+                               (int)g->dw.unit_size);                                    \
         uint32_t at[AT_ONCE + 40];                                                       \
         float room[AT_ONCE + 40];                                                        \
         int64_t e = place.entry, from, kept = row;                                       \
@@ -275,10 +283,10 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
 // All of a dW that is stored (in, out), for W tokens; sums (out, W).
 #define BY_COLUMNS(W, TYPE, N)                                                           \
     static void by_columns_##W(const job *j, const tile *t, const float *x, float *sums) { \
-        const group *g = j->groups + t->g;                                               \
-        int64_t blocks = (g->count + BLOCK - 1) / BLOCK, cols = j->cols, begin = 0;      \
-        walk place = walk_from((const void *)g->units, g->count,                         \
-                               (const int64_t *)g->marks, 0, blocks, (int)g->unit_size); \
+        const group *g = &t->of;                                               \
+        int64_t blocks = (g->dw.count + BLOCK - 1) / BLOCK, cols = j->cols, begin = 0;   \
+        walk place = walk_from((const void *)g->dw.units, g->dw.count,                   \
+                               (const int64_t *)g->dw.marks, 0, blocks, (int)g->dw.unit_size);\
         uint32_t at[AT_ONCE + 40];                                                       \
         float room[AT_ONCE + 40];                                                        \
         int64_t e = 0, from;                                                             \
@@ -331,15 +339,30 @@ int64_t NAME(shira_deltas_scratch)(int64_t outs, int transposed) {
     return PADDED((transposed ? outs : ROWS) * WIDEST + VL);
 }
 
+// The first of n rows that is out of range or was named before; n if there is none.
+static int64_t usable(const int64_t *order, int64_t n, int64_t tokens, uint32_t *seen) {
+    memset(seen, 0, 4 * (size_t)(tokens / 32 + 1));
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t row = (uint64_t)order[i];
+        if (row >= (uint64_t)tokens || seen[row / 32] >> row % 32 & 1) return i;
+        seen[row / 32] |= 1u << row % 32;
+    }
+    return n;
+}
+
 // x (tokens, ins) and y (tokens, outs) of `kind`, rows `*_stride` apart; dW (rows, cols), which is
-// (outs, ins) or, transposed, (ins, outs). scratch: `room` floats for x, ins * WIDEST or more, then
-// those of each thread.
-void NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_stride, int kind,
-                        const group *groups, int groups_n, const int64_t *order, int64_t rows,
-                        int64_t cols, int transposed, float *scratch, int64_t room, int threads) {
+// (outs, ins) or, transposed, (ins, outs). scratch: `room` floats, ins * WIDEST and tokens / 32 or
+// more, then those of each thread. Returns -1, or which of the n tokens in `order` is out of range
+// or there twice; then nothing was done.
+int64_t NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_stride, int kind,
+                           int64_t tokens, const entries *places, const int64_t *shares, int groups,
+                           const int64_t *order, int64_t n, int64_t rows, int64_t cols,
+                           int transposed, float *scratch, int64_t room, int threads) {
+    int64_t fits = usable(order, n, tokens, (uint32_t *)scratch);
+    if (fits < n) return fits;
     int64_t ins = transposed ? rows : cols, outs = transposed ? cols : rows;
-    job whole = {x, y, order, groups, x_stride, y_stride, rows, cols, ins, outs,
-                 kind, transposed, groups_n};
+    job whole = {x, y, order, places, shares, x_stride, y_stride, rows, cols, ins, outs,
+                 kind, transposed, groups};
     const job *j = &whole;
     int64_t apart = NAME(shira_deltas_scratch)(outs, transposed), taken = 0;
     int64_t pieces = (ins + PIECE - 1) / PIECE;
@@ -347,7 +370,7 @@ void NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_stri
     {
         int me = omp_get_thread_num(), all = omp_get_num_threads();
         float *sums = scratch + room + apart * me;  // no more threads come than were asked for
-        tile first = {.g = -1}, past;
+        tile first = {.number = -1}, past;
         // As many tiles at once as there is room for.
         for (int more = next_tile(j, &first); more; first = past) {
             int64_t tiles = 0, parts = 0, used = 0;
@@ -377,4 +400,5 @@ void NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_stri
 #pragma omp barrier
         }
     }
+    return -1;
 }
