@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.serve import fake_server
 folder = Path(os.environ["FAKE"])
 names = ["VLLM_PLUGINS", "SHIRA_ADAPTERS", "SHIRA_JOURNAL", "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"]
+names += ["SHIRA_MAX_ADAPTER_MEMORY"]
 told = {"arguments": sys.argv[1:], **{name: os.environ.get(name) for name in names}}
 (folder / "told").write_text(json.dumps(told))
 fake_server.main(folder, os.environ["PLAN"].split(","))
@@ -73,7 +74,8 @@ def until(process, words):
 
 def test_options_are_handed_on_and_the_server_comes_back(start, tmp_path):
     options = ["--dtype", "float32", "-tp", "2", "--port=8001", "-dph", "localhost"]
-    process = start("die,serve", "model", "--adapters", "adapters", *options, VLLM_PLUGINS="lora")
+    own = ["--adapters", "adapters", "--max-adapter-memory", "1000"]
+    process = start("die,serve", "model", *own, *options, VLLM_PLUGINS="lora")
     until(process, "starting it again in 1 s (1 of 5)")
     until(process, "is ready")
     process.send_signal(signal.SIGTERM)
@@ -84,6 +86,7 @@ def test_options_are_handed_on_and_the_server_comes_back(start, tmp_path):
     assert seen["arguments"] == ["serve", "model", *options, *extension]
     assert seen["VLLM_PLUGINS"] == "lora,shira"
     assert seen["SHIRA_ADAPTERS"] == str(tmp_path / "adapters")
+    assert seen["SHIRA_MAX_ADAPTER_MEMORY"] == "1000"
     assert seen["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] == "0"
     assert not Path(seen["SHIRA_JOURNAL"]).parent.exists()  # a temporary folder
 

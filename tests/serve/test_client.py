@@ -162,6 +162,20 @@ def test_a_switch_drops_the_caches_after_it(llm):
     assert llm.ranks.active == client.active == {}
 
 
+def test_a_bound_on_memory_and_who_is_waited_for(llm):
+    client = Client(llm, max_adapter_memory=1000)
+    client.limit(None)
+    client.waiting = lambda: ["b", "c"]
+    client.load("a", "/adapters/a")
+    client.activate("a")
+    assert llm.ranks.calls[1:] == [
+        ("shira_limit", 1000),
+        ("shira_limit", None),
+        ("shira_load", "a", "/adapters/a", True, ["b", "c"]),
+        ("shira_activate", {"a": 1.0}, 1.0, ["b", "c"]),
+    ]
+
+
 def test_caches_that_are_not_dropped_take_the_switch_back(llm):
     client = Client(llm)
     client.activate("a")

@@ -55,7 +55,7 @@ def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
     ) -> Adapter:
         delta = SparseDelta(Support(shape, torch.arange(3)), torch.ones(3))
         Adapter({name: delta, **more}, metadata).save(tmp_path / "adapter")
-        held = SimpleNamespace(load=lambda name, read, compare: read())
+        held = SimpleNamespace(load=lambda name, read, path, compare: read())
         return extension._shira_load(worker, held, "a", str(tmp_path / "adapter"), True)
 
     assert load("model.q.weight", (4, 4)).nnz == 3

@@ -21,6 +21,7 @@ EXAMPLES = (
     "shira serve ./llama --adapters ./adapters",
     "shira serve ./llama --adapters ./adapters --journal ./served.json",
     "shira serve ./llama --adapters ./adapters --port 8001 --tensor-parallel-size 2",
+    "shira serve ./llama --adapters ./adapters --max-adapter-memory 8000000000",
     "shira serve ./llama --adapters ./adapters --max-restarts 0",
 )
 CONTEXT = {
@@ -53,6 +54,17 @@ def command(
             "this command is run; $SHIRA_JOURNAL, or a temporary file, if not given.",
         ),
     ] = None,
+    max_adapter_memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            envvar="SHIRA_MAX_ADAPTER_MEMORY",
+            show_envvar=False,
+            help="Bytes of each worker that adapters may take. Beyond them the least recently used "
+            "are left to their files and read again when requests name them. "
+            "$SHIRA_MAX_ADAPTER_MEMORY, or all that is needed, if not given.",
+        ),
+    ] = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often the server is started again within the window.")
     ] = 5,
@@ -83,7 +95,7 @@ def command(
         ready = Path(folder, "ready")
         supervisor = Supervisor(
             server_command(arguments),
-            env=_environment(adapters, journal=kept, ready=ready),
+            env=_environment(adapters, max_adapter_memory, journal=kept, ready=ready),
             ready=ready,
             restarts=Restarts(max_restarts, restart_window),
             grace=stop_timeout,
@@ -119,7 +131,9 @@ def server_command(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _environment(adapters: Path | None, *, journal: Path, ready: Path) -> dict[str, str]:
+def _environment(
+    adapters: Path | None, max_adapter_memory: int | None, *, journal: Path, ready: Path
+) -> dict[str, str]:
     """Return this process's with the plugin switched on and told what it needs to know."""
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     env = {
@@ -131,4 +145,6 @@ def _environment(adapters: Path | None, *, journal: Path, ready: Path) -> dict[s
     }
     if adapters is not None:
         env["SHIRA_ADAPTERS"] = str(adapters.absolute())
+    if max_adapter_memory is not None:
+        env["SHIRA_MAX_ADAPTER_MEMORY"] = str(max_adapter_memory)
     return env

@@ -7,6 +7,7 @@ In a worker::
 
     placement       where an entry of a checkpoint's weight lives
     loading         an adapter, placed and compared with the base
+    holding         which of a worker's adapters are in memory, within a bound
     worker          a worker's adapters, what is active, new values for them
     vllm            the extension of vLLM's workers; ``vllm_transfer`` takes new values in
 

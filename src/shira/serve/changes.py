@@ -14,7 +14,7 @@ the `Client` it never waits and is over at its first step. Imports nothing of vL
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,6 +96,8 @@ class Changes(Generic[Done, Report, Reports]):
         self._engine = engine
         self._shared = _ENGINES.setdefault(engine, Shared(lock()))
         self._lock = self._shared.lock
+        self.waiting: Callable[[], Collection[str]] = tuple
+        """Names the adapters that requests wait for: with `limit`, they are dropped last."""
 
     @property
     def active(self) -> dict[str, float]:
@@ -138,6 +140,20 @@ class Changes(Generic[Done, Report, Reports]):
     def unload(self, name: str) -> Done:
         """Let every worker forget an adapter that is not active."""
         return self._do(self._unload, name)
+
+    def limit(self, max_adapter_memory: int | None) -> Done:
+        """Bound the memory of each worker that adapters take; see `shira.serve.holding`.
+
+        Beyond it the least recently used are left to their files, which are read again at the next
+        use, and must still be there and be what they were.
+
+        Args:
+            max_adapter_memory: Bytes; None: as many as there are.
+
+        Raises:
+            ConfigError: If it is no such number, or too little for what is active.
+        """
+        return self._do(self._limit, max_adapter_memory)
 
     def list(self) -> Report:
         """Return what rank 0 holds: ``adapters``, ``active``, ``state``."""
@@ -233,9 +249,14 @@ class Changes(Generic[Done, Report, Reports]):
 
         await restore(replace(record, combinations={}), do)
 
+    def _waiting(self, *before: Any) -> tuple[Any, ...]:
+        """Return arguments that end with who is waited for, if anybody is."""
+        return (*before, list(waiting)) if (waiting := self.waiting()) else ()
+
     async def _load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
         path = located(path)
-        said = (await self._call("shira_load", named(name), path, bool(compare)))[0]
+        args = named(name), path, bool(compare), *self._waiting()
+        said = (await self._call("shira_load", *args))[0]
         self._shared.kept[name] = Kept(path, said["digest"])
         return said
 
@@ -280,6 +301,9 @@ class Changes(Generic[Done, Report, Reports]):
             raise ServeError(f"{why}: activate it instead")
         return carried(scales, {name: kept[name].digest for name in scales}) if scales else None
 
+    async def _limit(self, max_adapter_memory: int | None) -> None:
+        await self._call("shira_limit", max_adapter_memory)
+
     async def _list(self) -> dict[str, Any]:
         return (await self._call("shira_list"))[0]
 
@@ -293,7 +317,7 @@ class Changes(Generic[Done, Report, Reports]):
 
     async def _switch(self, weights: Mapping[str, float]) -> None:
         self._shared.stale = False
-        said = (await self._call("shira_activate", weights))[0]
+        said = (await self._call("shira_activate", weights, *self._waiting(1.0)))[0]
         if self.cache == "salt":
             return
         self._shared.stale = True  # until they are dropped, or what was active is so again

@@ -34,16 +34,27 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
         cache: ``"reset"`` drops the prefix cache at each switch. ``"salt"`` keeps it, each state's
             own; every request must then go through `generate`.
         mixing: Let requests bring adapters of their own, several in one batch; see `generate`.
+        max_adapter_memory: Bytes of each worker that adapters may take; see `limit`. None: as
+            before.
 
     Raises:
-        ConfigError: If ``cache`` is neither.
+        ConfigError: If ``cache`` is neither, or the number of bytes is none.
         ServeError: If the workers have no such extension, or cannot be reached, or cannot mix.
     """
 
-    def __init__(self, llm: Any, *, cache: Cache = "reset", mixing: bool = False) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        cache: Cache = "reset",
+        mixing: bool = False,
+        max_adapter_memory: int | None = None,
+    ) -> None:
         super().__init__(llm, cache, threading.RLock)
         self.llm = llm
         self.list()
+        if max_adapter_memory is not None:
+            self.limit(max_adapter_memory)
         if mixing:
             self.mix()
 
@@ -158,10 +169,19 @@ class AsyncClient(
         self._gate = self._shared.gate
 
     @classmethod
-    async def of(cls, engine: Any, *, cache: Cache = "reset", mixing: bool = False) -> AsyncClient:
+    async def of(
+        cls,
+        engine: Any,
+        *,
+        cache: Cache = "reset",
+        mixing: bool = False,
+        max_adapter_memory: int | None = None,
+    ) -> AsyncClient:
         """Return a client that knows what is active in the engine."""
         client = cls(engine, cache=cache)
         await client.list()
+        if max_adapter_memory is not None:
+            await client.limit(max_adapter_memory)
         if mixing:
             await client.mix()
         return client

@@ -20,7 +20,7 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.base import accept, judge
 from shira.delta import SparseDelta
-from shira.errors import AdapterError, PlacementError
+from shira.errors import AdapterError, PlacementError, SwitchError
 from shira.ops.patch import base_at, same_bits
 from shira.serve.messages import Processes, agree, gather
 from shira.serve.placement import Storage
@@ -42,11 +42,20 @@ class LoadedAdapter(NamedTuple):
     nnz: int
     parameters: int
     checked: int  # parameters known to have the base that the adapter was made on
+    nbytes: int  # what its entries take in the process that has most of them
+    nnz_here: int  # entries in this process
+    base: str | None  # hash of the base's values at them; None: whatever they are now
 
-    @property
-    def nnz_here(self) -> int:
-        """Entries in this process."""
-        return sum(entry.patch.nnz for entry in self.entries.values())
+    def with_entries(self, entries: Mapping[Storage, Entry], nbytes: int) -> LoadedAdapter:
+        """Return the adapter with these entries, which take so many bytes where most of them are.
+
+        Their base's values are the ones to be found when it is read again.
+        """
+        return self._replace(entries=entries, nbytes=nbytes, base=_base_hash(entries))
+
+    def without_entries(self) -> LoadedAdapter:
+        """Return what remains when the entries are dropped from memory."""
+        return self._replace(entries={})
 
 
 class Piece(NamedTuple):
@@ -109,8 +118,62 @@ def load(
         return [name for name, verdict in verdicts.items() if verdict.startswith("same")]
 
     checked = agree(processes, check_base)
-    names = {name for others in gather(processes, checked) for name in others}
-    return LoadedAdapter(entries, digest, adapter.nnz, len(adapter), len(names))
+    everyone_checked = gather(processes, (checked, nbytes_of(entries)))
+    names = {name for others, _ in everyone_checked for name in others}
+    return LoadedAdapter(
+        entries,
+        digest,
+        nnz=adapter.nnz,
+        parameters=len(adapter),
+        checked=len(names),
+        nbytes=max(nbytes for _, nbytes in everyone_checked),
+        nnz_here=sum(entry.patch.nnz for entry in entries.values()),
+        base=_base_hash(entries),
+    )
+
+
+def load_again(
+    before: LoadedAdapter,
+    read: Callable[[], Adapter],
+    locate: Callable[[str, Support], list[Piece]],
+    active: Plan[Storage],
+    processes: Processes,
+) -> LoadedAdapter:
+    """Return an adapter that was dropped from memory; every process calls it for the same one.
+
+    Errors are those of ``read``; `AdapterError` if that is another adapter than before, and
+    `SwitchError` if the base has other values at its entries.
+    """
+
+    def place_it() -> dict[Storage, Entry]:
+        adapter = read()
+        if (now := digest_of(adapter)) != before.digest:
+            raise AdapterError(f"it is another adapter now (digest {now}, then {before.digest})")
+        pieces = {name: locate(name, delta.support) for name, delta in adapter.items()}
+        entries = _entries_of(adapter, pieces, active)
+        if before.base not in (None, _base_hash(entries)):
+            raise SwitchError(
+                "the base's values at its entries are not those of when it was loaded (reloaded or "
+                "trained on?). If the weights are a whole base again, rebase(check=False) takes "
+                "them as they are"
+            )
+        return entries
+
+    return before.with_entries(agree(processes, place_it), before.nbytes)
+
+
+def nbytes_of(entries: Mapping[Storage, Entry]) -> int:
+    """Return the bytes of an adapter's entries in this process.
+
+    Each entry has an offset (int32; int64 in a storage of more than 2^31 entries), a value in the
+    dtype of the adapter's file, and the base's and the adapter's entry in the weight's dtype.
+    """
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for values, patch in entries.values()
+        for tensor in (values, patch.offsets, patch.originals, patch.replacement)
+        if tensor is not None
+    )
 
 
 def in_order(
@@ -142,6 +205,15 @@ def digest_of(adapter: Adapter) -> str:
         digest.update(f"{name} {support.shape} {values.dtype} {support.nnz}\n".encode())
         for tensor in (support.indices.to(torch.int64), values):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _base_hash(entries: Mapping[Storage, Entry]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for storage in sorted(entries, key=lambda storage: storage.name):
+        originals = entries[storage].patch.originals
+        digest.update(f"{storage.name} {originals.dtype} {originals.numel()}\n".encode())
+        digest.update(originals.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ them plain: products are torch's own, those of experts one expert after the othe
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -49,6 +49,7 @@ ADAPTERS: WeakKeyDictionary[nn.Module, WorkerAdapters] = WeakKeyDictionary()
 """The adapters of each model of this worker, for `shira.serve.vllm_transfer`."""
 MIXED: WeakKeyDictionary[WorkerAdapters, MixedBatches] = WeakKeyDictionary()
 
+_NOT_BOTH = "batches are mixed from adapters in memory: max_adapter_memory goes with switching only"
 _logger = init_logger(f"vllm.{__name__}")
 _linear: Any = nn.functional.linear
 
@@ -56,28 +57,38 @@ _linear: Any = nn.functional.linear
 class ShiraWorkerExtension:
     """The methods that a vLLM worker gains; each is called on all workers of an engine alike."""
 
-    def shira_load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
+    def shira_load(
+        self, name: str, path: str, compare: bool = True, waiting: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Hold the adapter at a path under a name. Nothing that is served changes.
 
         Args:
             name: A name that is free.
             path: Of a file or folder that every worker can read.
             compare: False if the weights are no longer those of the checkpoint on disk.
+            waiting: Adapters that requests wait for; see `shira_limit`.
 
         Returns:
             ``digest`` of the whole adapter, ``nnz``, ``nnz_here`` (on this rank), ``parameters``,
-            ``checked`` (how many of them are known to be those of the adapter's base).
+            ``checked`` (how many of them are known to be those of the adapter's base), ``nbytes``
+            (memory on the rank that holds most of it).
         """
-        return self._shira_do(
-            "shira_load", lambda adapters: self._shira_load(adapters, name, path, compare)
-        )
 
-    def shira_activate(self: Any, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
+        def load(adapters: WorkerAdapters) -> dict[str, Any]:
+            adapters.holding.waiting = waiting
+            return self._shira_load(adapters, name, path, compare)
+
+        return self._shira_do("shira_load", load)
+
+    def shira_activate(
+        self: Any, weights: Weights, scale: float = 1.0, waiting: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Make adapters active in place of those that are.
 
         Args:
             weights: A name, ``{name: scale, ...}``, or None for the base.
             scale: With a single name, its factor.
+            waiting: Adapters that requests wait for; see `shira_limit`.
 
         Returns:
             ``active`` as ``{name: scale}``, and so ``previous``; ``state``: a hash of what is
@@ -86,6 +97,7 @@ class ShiraWorkerExtension:
 
         def switch(adapters: WorkerAdapters) -> dict[str, Any]:
             self.synchronize_device()  # steps in flight still read the weights
+            adapters.holding.waiting = waiting
             previous = adapters.active
             adapters.activate(weights, scale)
             return {"previous": previous}
@@ -110,12 +122,28 @@ class ShiraWorkerExtension:
 
         return self._shira_do("shira_unload", forget)
 
+    def shira_limit(self, max_adapter_memory: int | None) -> dict[str, Any]:
+        """Bound the bytes of each worker that adapters take; None: as many as there are.
+
+        Beyond them the least recently used are dropped, of those that no request waits for first,
+        and their files are read again at the next use; see `shira.serve.holding`.
+        """
+
+        def limit(adapters: WorkerAdapters) -> None:
+            if max_adapter_memory is not None and adapters in MIXED:
+                raise ServeError(_NOT_BOTH)
+            adapters.limit(max_adapter_memory)
+
+        return self._shira_do("shira_limit", limit)
+
     def shira_list(self) -> dict[str, Any]:
         """Return ``adapters`` as ``{name: what shira_load said}``, and ``discarded``."""
 
         def listed(adapters: WorkerAdapters) -> dict[str, Any]:
-            described = {name: _described(each) for name, each in adapters.adapters.items()}
-            return {"adapters": described, "discarded": adapters.discarded}
+            held = adapters.holding
+            names = [name for name in held.sources if name in held]  # in the order of loading
+            known = {name: _described(held.known(name)) for name in names}
+            return {"adapters": known, "discarded": adapters.discarded}
 
         return self._shira_do("shira_list", listed)
 
@@ -132,6 +160,8 @@ class ShiraWorkerExtension:
 
         def mix(adapters: WorkerAdapters) -> dict[str, Any]:
             if adapters not in MIXED:
+                if adapters.holding.limit is not None:
+                    raise ServeError(_NOT_BOTH)
                 agree(adapters.processes, lambda: _check_can_mix(self))
                 MIXED[adapters] = MixedBatches(self.model_runner, adapters)
             return {"steps": dict(MIXED[adapters].steps)}
@@ -168,7 +198,8 @@ class ShiraWorkerExtension:
                     MIXED[adapters].settle()
                 said = step(adapters) or {}
             self.synchronize_device()
-            return {"ok": True, **which, "active": adapters.active, "state": adapters.state, **said}
+            now = {"active": adapters.active, "state": adapters.state}
+            return {"ok": True, **which, **now, "on_disk": [*adapters.holding.on_disk], **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))
             _logger.debug("%s", shown(traceback.format_exc(), lines=True))
@@ -212,7 +243,7 @@ class ShiraWorkerExtension:
                 raise PlacementError(str(error)) from None
 
         try:
-            return _described(adapters.load(name, read, compare=compare))
+            return _described(adapters.load(name, read, path=path, compare=compare))
         except PlacementError as error:
             if self.model_config.quantization:
                 raise PlacementError(
@@ -269,7 +300,7 @@ def _check_can_mix(worker: Any) -> None:
 
 
 def _described(loaded: LoadedAdapter) -> dict[str, Any]:
-    names = ("digest", "nnz", "nnz_here", "parameters", "checked")
+    names = ("digest", "nnz", "nnz_here", "parameters", "checked", "nbytes")
     return {name: getattr(loaded, name) for name in names}
 
 

@@ -8,6 +8,8 @@ variables:
 
 - ``SHIRA_ADAPTERS``: the folder below which clients' paths lie; without it none can be loaded;
 - ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given;
+- ``SHIRA_MAX_ADAPTER_MEMORY``: bytes of each worker that adapters may take; all that is needed, if
+  not given: see `shira.serve.holding`;
 - ``SHIRA_BODY_LIMIT``: the largest body of a request to the model in bytes, 16 MiB if not given;
 - ``SHIRA_JOURNAL``: the file from which a server that is started again has its adapters;
 - ``SHIRA_READY``: a file that is made when they are there; ``shira serve`` looks for it.
@@ -31,7 +33,7 @@ from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import BODY_LIMIT, Turns, answering
 
 FOLDER, PATIENCE, LIMIT = "SHIRA_ADAPTERS", "SHIRA_PATIENCE", "SHIRA_BODY_LIMIT"
-JOURNAL, READY = "SHIRA_JOURNAL", "SHIRA_READY"
+JOURNAL, READY, MEMORY = "SHIRA_JOURNAL", "SHIRA_READY", "SHIRA_MAX_ADAPTER_MEMORY"
 
 
 class ShiraEndpoints:
@@ -71,7 +73,7 @@ class ShiraEndpoints:
         app.add_api_route(routes.LIST, call, methods=["GET"], response_model=None)
         app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
         app.add_middleware(
-            Turns, service=service, own_paths=routes.OWN_PATHS, body_limit=_body_limit()
+            Turns, service=service, own_paths=routes.OWN_PATHS, body_limit=_bytes(LIMIT, BODY_LIMIT)
         )
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -88,7 +90,8 @@ class ShiraEndpoints:
                 "switch the weights under one another's requests"
             )
         models = state.openai_serving_models
-        client = await AsyncClient.of(engine_client)
+        memory = _bytes(MEMORY) if os.environ.get(MEMORY) else None
+        client = await AsyncClient.of(engine_client, max_adapter_memory=memory)
         if client.active:  # the engine has been in use; this server begins with the base
             await client.deactivate()
         journal = os.environ.get(JOURNAL)
@@ -120,10 +123,10 @@ def _name_the_adapter(models: Any) -> None:
     models.model_name = model_name
 
 
-def _body_limit() -> int:
-    text = os.environ.get(LIMIT, str(BODY_LIMIT))
+def _bytes(variable: str, default: int = 0) -> int:
+    text = os.environ.get(variable, str(default))
     if not (text.isascii() and text.isdigit() and 0 < len(text) < 16):
-        raise ConfigError(f"{LIMIT} is a number of bytes, not {text!r:.100}")
+        raise ConfigError(f"{variable} is a number of bytes, not {text!r:.100}")
     return int(text)
 
 

@@ -16,7 +16,7 @@ none: prepare and check everywhere, then write; if a process fails then, all put
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -30,14 +30,23 @@ from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
     ServeError,
+    ShiraError,
     SwitchError,
-    UnknownAdapterError,
     WrongBaseError,
-    did_you_mean,
 )
 from shira.ops.patch import same_bits
-from shira.serve.loading import LoadedAdapter, Piece, StoredValues, entry_at, in_order, load
-from shira.serve.messages import Processes, Weights, agree, named, slept, state_of, wanted
+from shira.serve.holding import Holding, Source
+from shira.serve.loading import (
+    LoadedAdapter,
+    Piece,
+    StoredValues,
+    entry_at,
+    in_order,
+    load,
+    load_again,
+    nbytes_of,
+)
+from shira.serve.messages import Processes, Weights, agree, gather, named, slept, state_of, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
 from shira.serve.value_sender import FixedSupport, check_finite
 from shira.store.header import FLOATS
@@ -99,10 +108,15 @@ class WorkerAdapters:
         self.processes = processes or Processes()
         self.refuse, self.stored = refuse, stored
         self.split = split or (lambda name, each: as_it_is(name, each.shape).split(each.indices))
-        self.adapters: dict[str, LoadedAdapter] = {}
+        self.holding = Holding()
         self.discarded = False
         self._weights: PatchedWeights[Storage] = PatchedWeights()
         self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
+
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The adapters in memory; `require` brings back those that were dropped."""
+        return self.holding.in_memory
 
     @property
     def active(self) -> dict[str, float]:
@@ -115,38 +129,71 @@ class WorkerAdapters:
         return state_of([(self.adapters[name].digest, s) for name, s in self.active.items()])
 
     def load(
-        self, name: str, read: Callable[[], Adapter], *, compare: bool = True
+        self,
+        name: str,
+        read: Callable[[], Adapter],
+        *,
+        path: str = "its file",
+        compare: bool = True,
     ) -> LoadedAdapter:
         """Hold the adapter that is read under a free name; nothing served changes.
 
-        Without ``compare`` the weights need no longer be those of the checkpoint. For errors see
-        `loading.load`.
+        ``read`` is called again, and has to return the same, when the adapter is used after it was
+        dropped from memory; ``path`` says in errors what it reads. Without ``compare`` the weights
+        need no longer be those of the checkpoint. For errors see `loading.load` and `Holding.add`.
         """
 
         def read_new() -> Adapter:
             self._check_awake()
-            if named(name) in self.adapters:
+            if self.knows(named(name)):
                 raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
             return read()
 
-        known = {placement.storage.key for each in self._placements.values() for placement in each}
-        if not known <= storage_keys(self.model):  # weights have been replaced
-            self._placements.clear()
+        self._follow_memory()
         stored = self.stored if compare else None
         active = self._weights.state.plan
-        self.adapters[name] = load(read_new, self.locate, active, self.processes, stored)
-        return self.adapters[name]
+        loaded = load(read_new, self.locate, active, self.processes, stored)
+        self.holding.add(name, loaded, Source(read, path), self.active)
+        return loaded
+
+    def require(self, name: str) -> LoadedAdapter:
+        """Return the adapter of a name, in memory; `UnknownAdapterError` if there is none.
+
+        One that was dropped is read again, so that all processes call this in the same order.
+        `AdapterError` if its file is not there any more, or not what it was, or if what is in use
+        leaves no room for it; `SwitchError` if the base has changed below it. Nothing has changed
+        then.
+        """
+        self._bring_back([name])
+        return self.holding.use(name)
+
+    def knows(self, name: str) -> bool:
+        """Return whether an adapter of this name is loaded, in memory or not."""
+        return name in self.holding
+
+    def limit(self, max_adapter_memory: int | None) -> None:
+        """Bound the bytes of this process that adapters take; see `Holding`."""
+        agree(self.processes, lambda: self.holding.set_limit(max_adapter_memory, list(self.active)))
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter into memory and keep it there until it is unpinned as often."""
+        self.require(name)
+        self.holding.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Take back one `pin`."""
+        self.holding.unpin(name)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; `AdapterError` if it is active."""
 
         def check_unused() -> None:
-            self.require(named(name))
+            self.holding.known(named(name))
             if name in self.active:
                 raise AdapterError(f"adapter {name!r} is active: deactivate it before unloading")
 
         agree(self.processes, check_unused)
-        del self.adapters[name]
+        self.holding.forget(name)
 
     def activate(self, weights: Weights, scale: float = 1.0) -> None:
         """Make these adapters active, each times its scale, and no others.
@@ -155,21 +202,18 @@ class WorkerAdapters:
         else has written to the weights; `ServeError` if they are discarded, or a process failed to
         write. Nothing has changed then.
         """
-        scales = wanted(weights, scale)
-        self._write(agree(self.processes, lambda: self._checked(scales)))
+        self._write(self._agreed(wanted(weights, scale)))
 
     def check(self, weights: Weights, scale: float = 1.0) -> None:
         """Raise what `activate` would raise, and change nothing."""
-        scales = wanted(weights, scale)
-        agree(self.processes, lambda: self._checked(scales))
+        self._agreed(wanted(weights, scale))
 
     def patches(self, scales: Mapping[str, float]) -> Plan[Storage]:
         """Return what these adapters, each times its scale, put into each weight; none is written.
 
         `AdapterError` as of `activate`.
         """
-        for name in scales:
-            self.require(name)
+        self._bring_back(scales)
         return _state_of(self.adapters, scales).plan
 
     def sleep(self, level: int) -> None:
@@ -182,7 +226,11 @@ class WorkerAdapters:
 
         Without ``check`` they may have other values than the old ones at the entries of adapters.
         """
-        self.adapters, after = agree(self.processes, lambda: self._anew(check))
+        anew, after = agree(self.processes, lambda: self._anew(check))
+        self.adapters.update(anew)
+        if not check:
+            for name, each in self.holding.on_disk.items():
+                self.holding.on_disk[name] = each._replace(base=None)
         self._weights.forget()
         self.discarded = False
         self._write(after)
@@ -220,22 +268,15 @@ class WorkerAdapters:
             self._placements[key, shape] = placements
         return self._placements[key, shape]
 
-    def knows(self, name: str) -> bool:
-        """Return whether an adapter of a name is loaded."""
-        return name in self.adapters
-
-    def require(self, name: str) -> LoadedAdapter:
-        """Return the adapter of a name; `UnknownAdapterError` if there is none."""
-        if name not in self.adapters:
-            raise UnknownAdapterError(
-                f"no adapter {name!r} is loaded.{did_you_mean(name, self.adapters)}"
-            )
-        return self.adapters[name]
+    def _agreed(self, scales: Mapping[str, float]) -> State[Storage]:
+        """Return the state with these adapters, if every process can write it."""
+        agree(self.processes, self._check_awake)
+        self._bring_back(scales)
+        return agree(self.processes, lambda: self._checked(scales))
 
     def _checked(self, scales: Mapping[str, float]) -> State[Storage]:
-        self._check_awake()
         for name in scales:
-            self.require(name)
+            self.holding.use(name)
         self._check_in_place(scales)
         after = _state_of(self.adapters, scales)
         try:
@@ -247,6 +288,33 @@ class WorkerAdapters:
                 "again, rebase: adapters then count from it, and what was active is applied anew"
             ) from None
         return after
+
+    def _bring_back(self, names: Collection[str]) -> None:
+        """Have adapters in memory, those on disk read again."""
+        agree(self.processes, lambda: [self.holding.known(name) for name in names])
+        self.holding.make_room(names, self.active)
+        for name in names:
+            if name not in self.adapters:
+                self.holding.bring_back(name, self._read_again(name))
+
+    def _read_again(self, name: str) -> LoadedAdapter:
+        before, (read, path) = self.holding.on_disk[name], self.holding.sources[name]
+        self._follow_memory()
+        active = self._weights.state.plan
+        try:
+            return load_again(before, read, self.locate, active, self.processes)
+        except (ShiraError, OSError) as error:
+            kind = type(error) if isinstance(error, ServeError | SwitchError) else AdapterError
+            raise kind(
+                f"adapter {name!r} was dropped from memory and cannot be read again from {path}: "
+                f"{error}. Put back the file that was loaded, or unload {name!r} and load it again"
+            ) from error
+
+    def _follow_memory(self) -> None:
+        """Forget where tensors of the checkpoint lie if the model's weights have been replaced."""
+        known = {placement.storage.key for each in self._placements.values() for placement in each}
+        if not known <= storage_keys(self.model):
+            self._placements.clear()
 
     def _anew(self, check: bool) -> tuple[dict[str, LoadedAdapter], State[Storage]]:
         self._check_in_place(self.adapters)
@@ -261,7 +329,7 @@ class WorkerAdapters:
                         f"the weights that were loaded are not those of before, at the entries of "
                         f"adapter {name!r}; rebase(check=False) applies it nevertheless"
                     )
-            adapters[name] = loaded._replace(entries=entries)
+            adapters[name] = loaded.with_entries(entries, loaded.nbytes)
         return adapters, _state_of(adapters, self.active)
 
     def _write(self, after: State[Storage]) -> None:
@@ -321,8 +389,10 @@ class Route:
         self.worker, self.name = worker, name
         self.nnz = 0
         self._key = digest.encode()[:64]
-        self._order = agree(worker.processes, lambda: self._ordered(read(), digest))
+        loaded = worker.require(name)
+        self._order = agree(worker.processes, lambda: self._ordered(loaded, read(), digest))
         """The worker's offsets in each storage, and which of the k values go there."""
+        worker.pin(name)  # its file has other values than those that come
 
     def update(self, values: Tensor) -> None:
         """Exchange the adapter's ``(k,)`` values, in the weights too if it is active, or nothing.
@@ -331,7 +401,10 @@ class Route:
         them, or one is not finite.
         """
         worker = self.worker
-        after = agree(worker.processes, lambda: self._exchanged(values))
+        loaded = worker.require(self.name)
+        after = agree(worker.processes, lambda: self._exchanged(loaded, values))
+        nbytes = gather(worker.processes, nbytes_of(after.entries))
+        after = after._replace(nbytes=max(nbytes))
         before, there = worker.adapters[self.name], worker._weights.state
         try:
             worker.adapters[self.name] = after
@@ -343,9 +416,9 @@ class Route:
             raise
 
     def _ordered(
-        self, adapter: Mapping[str, SparseDelta], digest: str
+        self, loaded: LoadedAdapter, adapter: Mapping[str, SparseDelta], digest: str
     ) -> dict[Storage, tuple[Tensor, Tensor]]:
-        loaded, fixed = self.worker.require(self.name), FixedSupport.of(adapter)
+        fixed = FixedSupport.of(adapter)
         if fixed.digest != digest:
             raise AdapterError(
                 f"the sender's positions of adapter {self.name!r} have the hash {digest}, those "
@@ -369,7 +442,7 @@ class Route:
             f"adapter {self.name!r} was loaded with other positions than those at the path"
         )
 
-    def _exchanged(self, values: Tensor) -> LoadedAdapter:
+    def _exchanged(self, loaded: LoadedAdapter, values: Tensor) -> LoadedAdapter:
         """Return the adapter with other values; nothing is written."""
         if values.shape != (self.nnz,) or not values.is_floating_point():
             raise AdapterError(
@@ -377,7 +450,6 @@ class Route:
                 f"{tuple(values.shape)} of {values.dtype}"
             )
         check_finite(values, f"adapter {self.name!r} that were sent")
-        loaded = self.worker.require(self.name)
         entries = {}
         for storage, entry in loaded.entries.items():
             old = entry.patch

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from shira.errors import ServeError
+from shira.errors import AdapterError, ServeError
 from shira.serve import journal
 from shira.serve.http import routes
 from shira.serve.http.service import AdapterService
@@ -55,6 +55,44 @@ def on_durable_site(test, folder, path=None):
 
 async def answers(site):
     return {model: lines((await site.ask(model))[1])[0] for model in ("fr", "de", "mix", "base")}
+
+
+def test_an_adapter_that_cannot_be_read_again(folder):
+    """Told to those who ask for it, without where the folder is; the others have their answers."""
+
+    async def test(site):
+        path, activate = folder / "german", site.engine.activate
+
+        async def gone(weights):
+            if "de" in (weights or {}):
+                raise AdapterError(f"adapter 'de' cannot be read again from {path}")
+            await activate(weights)
+
+        site.engine.activate = gone
+        status, body = await site.ask("de")
+        assert status == 400
+        assert json.loads(body)["error"]["message"].endswith("cannot be read again from german")
+        for model in ("fr", "base"):
+            assert (await site.ask(model))[0] == 200
+
+    on_durable_site(test, folder)
+
+
+def test_the_engine_is_told_which_adapters_requests_wait_for(folder):
+    async def test(site):
+        site.engine.seconds = 0.01
+        waited, activate = [], site.engine.activate
+
+        async def switch(weights):
+            waited.append(site.engine.waiting())
+            await activate(weights)
+
+        site.engine.activate = switch
+        await asyncio.gather(*(site.ask(name) for name in ("fr", "mix", "base")))
+        assert waited[0] == {"fr", "de"}
+        assert waited[-1] < waited[0]
+
+    on_durable_site(test, folder)
 
 
 @pytest.mark.parametrize("active", ["fr", "mix", None])

@@ -91,6 +91,7 @@ class AdapterService:
         self._before: Record | None = None  # what the journal said at the start, once restored
         self._written: Record | None = None
         self._writing = asyncio.Lock()
+        engine.waiting = self._waited_for
 
     def resolve(self, model: object) -> str | None:
         """Return the adapter that a ``model`` field names; None: the base (or a LoRA on it)."""
@@ -153,10 +154,13 @@ class AdapterService:
         try:
             return await self.engine.load(name, str(real))
         except (ShiraError, OSError) as error:
-            # clients hear of the folder's inside, not of where it is
-            told = str(error).replace(f"{self.folder.resolve()}/", "")
-            known = isinstance(error, ShiraError | FileNotFoundError)
-            raise (type(error) if known else AdapterError)(told) from error
+            raise self._told(error) from error
+
+    def _told(self, error: Exception) -> Exception:
+        """Return the error as clients hear it: of the folder's inside, not of where it is."""
+        told = str(error).replace(f"{self.folder.resolve()}/" if self.folder else "", "")
+        known = isinstance(error, ShiraError | FileNotFoundError)
+        return (type(error) if known else AdapterError)(told)
 
     async def unload(self, name: object) -> dict[str, Any]:
         """Serve a name no longer: running requests end first, queued ones are refused.
@@ -338,11 +342,19 @@ class AdapterService:
     async def _switch(self, adapter: str | None) -> None:
         weights = None if adapter is None else self._served(adapter).weights
         began = time.perf_counter()
-        await self.engine.activate(weights)
+        try:
+            await self.engine.activate(weights)
+        except AdapterError as error:  # such as a file that cannot be read again
+            raise self._told(error) from error
         self._last_switch = time.perf_counter() - began
         if self.journal is not None:
             # The scheduler takes it for active once this has returned, before the task begins.
             self._start(self._follow())
+
+    def _waited_for(self) -> set[str]:
+        """Return the adapters that requests wait for."""
+        names = [name for name in self.scheduler.waiting if name in self.served]
+        return {adapter for name in names for adapter in self.served[str(name)].weights}
 
     def _served(self, name: object) -> Served:
         if not isinstance(name, str) or name not in self.served:

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bound on the memory of adapters: who is dropped, and that who comes back is who was dropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shira.adapter import Adapter
+from shira.errors import (
+    AdapterError,
+    ConfigError,
+    FileFormatError,
+    SwitchError,
+    UnknownAdapterError,
+)
+from shira.serve.holding import checked_limit
+from shira.serve.loading import nbytes_of
+from shira.serve.value_sender import FixedSupport
+from shira.serve.worker import Route
+from tests.serve.test_worker import Cluster, adapter_for, merge
+
+NAMES = "abcd"
+
+
+class Bounded(Cluster):
+    """A cluster with adapters in files, of which some fit into memory."""
+
+    def __init__(self, folder, ranks=2, dtype=torch.float32, room=2, names=NAMES):
+        super().__init__(ranks, dtype)
+        self.folder = folder
+        self.adapters = {name: adapter_for(self.base, seed) for seed, name in enumerate(names)}
+        for name, adapter in self.adapters.items():
+            adapter.save(self.path(name))
+            self.load(name)
+        largest = max(each.nbytes for each in self.held[0].adapters.values())
+        self.each = largest + largest // 8  # parts of ranks differ a little
+        self.limit(room * self.each)
+
+    def path(self, name):
+        return self.folder / f"{name}.safetensors"
+
+    def load(self, name):
+        path = self.path(name)
+        return self.call(lambda held: held.load(name, lambda: Adapter.load(path), path=str(path)))
+
+    def limit(self, nbytes):
+        self.call(lambda held: held.limit(nbytes))
+
+    def in_memory(self):
+        (names,) = {"".join(held.adapters) for held in self.held}
+        for held in self.held:
+            assert not held.holding.on_disk.keys() & held.adapters.keys()
+            assert held.holding.limit is None or held.holding.nbytes <= held.holding.limit
+        return names
+
+    def right(self, weights):
+        self.activate(weights)
+        self.expect(merge(self.base, self.adapters, weights))
+
+
+@pytest.fixture
+def bounded(tmp_path):
+    cluster = Bounded(tmp_path)
+    yield cluster
+    cluster.activate({})
+    cluster.expect(cluster.base)
+    cluster.pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "each"),
+    [
+        (torch.float32, torch.float32, 16),
+        (torch.bfloat16, torch.float32, 12),
+        (torch.float16, torch.bfloat16, 10),
+    ],
+)
+def test_bytes_an_entry(dtype, values, each):
+    """What the tensors' memory has, whatever they are views of; no other tensor is kept."""
+    cluster = Cluster(1, dtype)
+    (loaded,) = cluster.load("a", adapter_for(cluster.base, 1, dtype=values))
+    tensors = [
+        tensor
+        for values, patch in loaded.entries.values()
+        for tensor in (values, patch.offsets, patch.originals, patch.replacement)
+    ]
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert len(memory) == len(tensors)
+    assert sum(memory.values()) == nbytes_of(loaded.entries) == loaded.nbytes == each * loaded.nnz
+
+
+def test_ranks_count_the_largest_part(bounded):
+    parts = [nbytes_of(held.adapters["d"].entries) for held in bounded.held]
+    assert {held.adapters["d"].nbytes for held in bounded.held} == {max(parts)}
+
+
+def test_the_least_recently_used_is_dropped_and_read_again(bounded):
+    assert bounded.in_memory() == "cd"
+    for weights, memory in [
+        ({"c": 1.0}, "dc"),
+        ({"a": 0.5}, "ca"),
+        ({"b": 1.0}, "ab"),
+        ({"b": 2.0, "a": -1.0}, "ba"),
+        ({}, "ba"),
+        ({"d": 1.0}, "ad"),
+        ({"d": 1.0}, "ad"),
+    ]:
+        bounded.right(weights)
+        assert bounded.in_memory() == memory
+
+
+def test_what_is_in_use_stays(bounded):
+    bounded.right({"a": 1.0})
+    bounded.call(lambda held: held.pin("b"))
+    for name in "cd":
+        with pytest.raises(AdapterError, match=f"'{name}' cannot be brought back .* in use"):
+            bounded.activate({name: 1.0})
+        assert bounded.in_memory() == "ab"
+    bounded.expect(merge(bounded.base, bounded.adapters, {"a": 1.0}))
+    bounded.adapters["e"] = adapter_for(bounded.base, 9)
+    bounded.adapters["e"].save(bounded.path("e"))
+    bounded.load("e")  # known, and on disk at once
+    assert bounded.in_memory() == "ab"
+    bounded.call(lambda held: held.pin("b"))
+    for _ in range(2):
+        assert bounded.in_memory() == "ab"
+        bounded.call(lambda held: held.unpin("b"))
+    bounded.right({"e": 1.0})
+    assert bounded.in_memory() == "ae"
+    with pytest.raises(ConfigError, match="'e'"):
+        bounded.limit(bounded.each // 2)
+    bounded.limit(bounded.each)
+    assert bounded.in_memory() == "e"
+    bounded.limit(None)
+    bounded.right({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0})
+
+
+def test_who_is_waited_for_goes_last(bounded):
+    for held in bounded.held:
+        held.holding.waiting = {"c"}
+    bounded.right({"a": 1.0})
+    assert bounded.in_memory() == "ca"
+
+
+def test_an_adapter_that_never_fits(bounded):
+    bounded.adapters["big"] = adapter_for(bounded.base, 5, k=16)
+    bounded.adapters["big"].save(bounded.path("big"))
+    bounded.limit(bounded.each)
+    with pytest.raises(AdapterError, match=f"'big' takes .* max_adapter_memory={bounded.each}"):
+        bounded.load("big")
+    with pytest.raises(UnknownAdapterError):
+        bounded.activate({"big": 1.0})
+    assert not bounded.held[0].knows("big")
+    assert bounded.held[0].knows("a")
+
+
+def change(path):
+    adapter = Adapter.load(path)
+    Adapter({name: adapter[name] for name in list(adapter)[1:]}).save(path)
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (change, "another adapter now"),
+        (damage, "safetensors"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+)
+def test_a_file_that_is_not_what_it_was(bounded, spoil, told):
+    """Refused by the adapter's name and the file's, with what to do; all else goes on."""
+    bounded.right({"d": 1.0})
+    raw = bounded.path("a").read_bytes()
+    spoil(bounded.path("a"))
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=told) as caught:
+            bounded.activate({"a": 1.0})
+        assert "adapter 'a' was dropped from memory" in str(caught.value)
+        assert f"{bounded.path('a')}" in str(caught.value)
+        assert "unload 'a' and load it again" in str(caught.value)
+        bounded.expect(merge(bounded.base, bounded.adapters, {"d": 1.0}))
+    bounded.right({"b": 1.0})
+    bounded.path("a").write_bytes(raw)
+    bounded.right({"a": 1.0})
+    bounded.call(lambda held: held.activate({}))
+    bounded.call(lambda held: held.unload("a"))
+    bounded.call(lambda held: held.unload("c"))  # from disk
+    assert bounded.in_memory() == "b"
+    bounded.adapters["a"] = adapter_for(bounded.base, 7)
+    bounded.adapters["a"].save(bounded.path("a"))
+    bounded.load("a")
+    bounded.right({"a": 1.0})
+
+
+def test_one_rank_alone_that_cannot_read(bounded):
+    bounded.right({"d": 1.0})
+    source = bounded.held[1].holding.sources["a"]
+
+    def fail():
+        raise FileFormatError("damaged")
+
+    bounded.held[1].holding.sources["a"] = source._replace(read=fail)
+    with pytest.raises(AdapterError, match="rank 1: damaged"):
+        bounded.activate({"a": 1.0})
+    bounded.right({"d": 1.0})
+    bounded.held[1].holding.sources["a"] = source
+    bounded.right({"a": 1.0})
+
+
+def test_a_base_that_changed_meanwhile(bounded):
+    new = {name: weight * 2 for name, weight in bounded.base.items()}
+    for held in bounded.held:
+        held.model.load_weights(new.items())
+    with pytest.raises(SwitchError, match=r"'a' .* not those of when it was loaded"):
+        bounded.activate({"a": 1.0})
+    bounded.call(lambda held: held.rebase(check=False))
+    bounded.base = new
+    bounded.right({"a": 1.0})
+    with pytest.raises(AdapterError, match=r"'b', 'd' cannot be brought back .* in use"):
+        bounded.activate({"b": 1.0, "d": 0.5})
+    bounded.right({})
+    bounded.right({"b": 1.0, "d": 0.5})
+
+
+def test_values_that_were_sent_are_never_dropped_for_those_of_the_file(bounded):
+    new = adapter_for(bounded.base, 8)
+    new = Adapter({n: type(d)(d.support, new[n].values) for n, d in bounded.adapters["a"].items()})
+    fixed = FixedSupport.of(new)
+    read = bounded.adapters["a"]
+    routes = bounded.call(lambda held: Route(held, "a", lambda: read, fixed.digest))
+    values = fixed.flat(new)
+    bounded.call(lambda held: next(r for r in routes if r.worker is held).update(values))
+    bounded.adapters["a"] = new
+    bounded.limit(3 * bounded.each)
+    for name in "bcda":
+        bounded.right({name: 1.0})
+        assert "a" in bounded.in_memory()
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, "8 GiB"])
+def test_a_limit_that_is_none(limit):
+    with pytest.raises(ConfigError, match="max_adapter_memory is a number of bytes"):
+        checked_limit(limit)
