@@ -8,6 +8,7 @@ stand-in of `quantizers` is tested.
 from __future__ import annotations
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,12 @@ def packed_bits(layer):
     return [part.detach().clone() for part in parts]
 
 
+def held(layer):
+    """All tensors of a packed layer, the bias too."""
+    base = layer.get_base_layer()
+    return [*packed_bits(layer), *base.buffers(), *([] if base.bias is None else [base.bias])]
+
+
 def repackable(model, kind, monkeypatch):
     """As transformers would have it: the way of packing is known to the backend."""
     if kind.startswith("torchao"):
@@ -308,6 +315,53 @@ def test_what_is_packed_again_can_be_scaled_after_another_merge_was_refused():
     net.a.set_scale("default", 0.0)
     assert net.a.merged_adapters == ["default"]
     assert all(map(torch.equal, packed_bits(net.a), before))
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_warning_of_packing_that_is_an_error_leaves_all_as_it_was(unload):
+    model = adapted("stand-in")
+    net = model.base_model.model
+    layers, before = (net.a, net.b), [packed_bits(layer) for layer in (net.a, net.b)]
+    merge = model.merge_and_unload if unload else model.merge_adapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="packing 2"):
+            merge(requantize=True)
+    assert (net.a, net.b) == layers
+    assert net.peft_config is model.base_model.peft_config
+    for layer, bits in zip(layers, before, strict=True):
+        assert not layer.merged
+        assert not layer.requantize
+        assert all(map(torch.equal, packed_bits(layer), bits))
+    with pytest.raises(MergeError, match="requantize=True"):
+        model.merge_adapter()
+
+
+MOVES = {
+    "half and back": lambda model: model.half().float(),
+    "to bfloat16": lambda model: model.bfloat16(),
+    "to another device": lambda model: model.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:packing")
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_model_that_is_moved_while_packed_again(kind, move, monkeypatch):
+    """What comes back is the packed weight of before, moved as a model that was never merged."""
+    if kind.startswith("bnb") and "device" in move:
+        pytest.skip("bitsandbytes itself cannot be moved to the meta device")
+    model, plain = adapted(kind), adapted(kind)
+    repackable(model, kind, monkeypatch)
+    model.merge_adapter(requantize=True)
+    MOVES[move](plain)
+    MOVES[move](model)
+    model.unmerge_adapter()
+    for name in TARGETS:
+        layer, want = (m.base_model.model.get_submodule(name) for m in (model, plain))
+        for one, other in zip(held(layer), held(want), strict=True):
+            assert (one.dtype, one.device) == (other.dtype, other.device)
+            assert one.is_meta or torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:packing")

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftMixedModel, get_peft_model_state_dict
+from peft import PeftMixedModel, get_peft_model_state_dict, save_as_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shira import PeftModel, ShiraConfig, get_peft_model
 from shira.errors import AdapterError, FileFormatError, ShiraError, TargetError, WrongBaseError
+from shira.tuner.layer import ShiraLayer
 
+from .experts import mixture
 from .models import base_weights, llama, mlp, randomize, same_weights
 
 X = torch.arange(12)[None]
@@ -334,3 +338,79 @@ def test_what_is_not_shiras_is_left_to_peft(tmp_path):
 def test_a_wrong_target_is_refused_as_before():
     with pytest.raises(TargetError):
         get_peft_model(mlp(), config(target_modules=["nowhere"]))
+
+
+# --- warnings that are errors ----------------------------------------------------------------
+
+
+def two_adapters():
+    model = get_peft_model(llama(), config())
+    model.add_adapter("second", config(random_seed=2))
+    return model
+
+
+def one_merged():
+    model = two_adapters()
+    model.merge_adapter(["second"])
+    return model
+
+
+def one_layer_merged():
+    model = two_adapters()
+    model.model.model.layers[0].self_attn.q_proj.merge()
+    return model
+
+
+def with_a_head_of_its_own():
+    return get_peft_model(llama(tie_word_embeddings=True), config(modules_to_save=["lm_head"]))
+
+
+def experts():
+    return get_peft_model(mixture(), ShiraConfig(r=1, target_modules=["q_proj"]))
+
+
+WARNED = {
+    "merging more": (one_merged, lambda model: model.merge_adapter(["default"])),
+    "unloading what is merged": (one_merged, lambda model: model.merge_and_unload()),
+    "heads untied": (with_a_head_of_its_own, lambda model: model.merge_and_unload()),
+    "deleting the active one": (two_adapters, lambda model: model.delete_adapter("default")),
+    "all-linear": (
+        experts,
+        lambda model: model.add_adapter("b", ShiraConfig(r=1, target_modules="all-linear")),
+    ),
+    "a target that matches nothing": (
+        two_adapters,
+        lambda model: model.add_adapter("b", config(target_modules=["q_proj", "nowhere"])),
+    ),
+    "nothing that is tied": (
+        two_adapters,
+        lambda model: model.add_adapter("b", config(ensure_weight_tying=True)),
+    ),
+    "to LoRA": (two_adapters, lambda model: save_as_lora("/nowhere", model, rank=1)),
+}
+
+
+@pytest.mark.parametrize("kind", WARNED)
+def test_a_warning_that_is_an_error_leaves_all_as_it_was(kind):
+    build, act = WARNED[kind]
+    model = build()
+    randomize(model)
+    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
+    merged = [list(layer.merged_adapters) for layer in layers]
+    for layer, names in zip(layers, merged, strict=True):
+        layer.merge_only(names)  # of the new values
+    before, values = picture(model), {n: t.clone() for n, t in model.state_dict().items()}
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Warning):
+            act(model)
+    assert picture(model) == before
+    assert [layer.merged_adapters for layer in layers] == merged
+    assert not any(layer.requantize for layer in layers)
+    assert same_weights(model.state_dict(), values)
+    assert getattr(getattr(model, "config", None), "tie_word_embeddings", None) == tied
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind != "to LoRA":
+            act(model)

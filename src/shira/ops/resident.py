@@ -12,7 +12,7 @@ an entry and in one compiled pass: what is to be there is computed as it is writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -160,6 +160,10 @@ class Undo:
         merged = delta_write(weight.data, self.plan, originals[:0], originals)
         undoing = _Undoing(merged, weight, self.count, commit)
         write_to(weight.data, undoing, lambda data: None, lasting=True)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Undo:
+        """Return the same of a weight that ``move`` has moved or cast, rounded as the base is."""
+        return replace(self, originals=move(self.originals))
 
     def record(self, weight: Tensor) -> Overwritten:
         """Return what was overwritten, of the weight as it is now: see `restore`. O(k)."""

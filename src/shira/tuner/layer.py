@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 
@@ -328,6 +328,22 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
             self.shira_indices.leave_out(result, f"{kwargs.get('prefix', '')}shira_indices.")
         return result
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or cast what a merge has overwritten along with the weight."""
+        now, first = Packed(self) if self._packed else None, self._packed
+        result = super()._apply(fn, recurse)
+        if self.tied_to is None and self._undo is not None:
+            self._undo = self._undo.moved(fn)
+        if now is not None and first is not None:
+            now.keep()
+            try:
+                first.put_back()
+                self.base_layer._apply(fn)
+                first.keep()
+            finally:
+                now.put_back()
+        return result
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # What is loaded belongs to the base and the adapters, not to what a merge made of them: the
         # merged ones are taken out before and put in again when all is loaded.
@@ -361,7 +377,11 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
         adapter_names = [name for name in adapter_names if name in self.shira_weight]
         if not adapter_names:
             return
+        if self._is_offloaded():
+            with onload_layer(self):
+                return self.merge(safe_merge, adapter_names)
         self.check_mergeable(adapter_names)
+        self.check_unmergeable()  # several are merged from the originals
         together = [*self.merged_adapters, *adapter_names]
         if self.quantization_backend is not None:
             self._merge_packed(together, safe_merge)
@@ -453,8 +473,38 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
             "keep them unmerged"
         )
 
+    def _is_offloaded(self) -> bool:
+        """Return whether the weight is elsewhere, where it would not be written to."""
+        return weight_of(self).is_meta and has_offloaded_params(self.get_base_layer())
+
+    def check_unmergeable(self) -> None:
+        """Check that what a merge has overwritten can be put back.
+
+        Raises:
+            MergeError: If another weight has taken the place of the one that was merged into.
+        """
+        undo, why = self._undo, ""
+        if undo is None:
+            return
+        if is_computed(self):
+            why = "is computed from other parameters now; remove the parametrization first"
+        elif is_sharded(weight := weight_of(self)):
+            why = "has been sharded since (FSDP2, ZeRO-3); unmerge before that"
+        elif weight.shape != undo.plan.weight_shape:
+            shapes = f"{tuple(undo.plan.weight_shape)}, and is {tuple(weight.shape)} now"
+            why = f"was of shape {shapes}; put the weight back that was merged into"
+        if why:
+            raise MergeError(
+                f"{self.weight_name}: adapters {self.merged_adapters} cannot be taken out of the "
+                f"weight, which {why}. Nothing was changed"
+            )
+
     def unmerge(self) -> None:
-        """Put the originals back, bit for bit."""
+        """Put the originals back, bit for bit; of a weight that was cast, cast as it was.
+
+        Raises:
+            MergeError: See `check_unmergeable`.
+        """
         if self._packed is not None:
             self._packed.put_back()
             self.__dict__.update(merged_adapters=[], _packed=None, repacked=None)
@@ -462,6 +512,10 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
         if self._undo is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.check_unmergeable()
+        if self._is_offloaded():
+            with onload_layer(self):
+                return self.unmerge()
         with torch.no_grad():
             weight = weight_of(self)
             self._undo.restore(weight, lambda: self._note_merged([], None))

@@ -83,7 +83,6 @@ class ShiraModel(BaseTuner):
     prefix: str = "shira_"
     tuner_layer_cls = ShiraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING
-    _repacks = False  # the last merge was to pack quantized weights again
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         adapted = "peft_config" in model.__dict__
@@ -95,6 +94,7 @@ class ShiraModel(BaseTuner):
                 model.__dict__.pop("_hf_peft_config_loaded", None)  # transformers sets it before
             raise
         self.training = model.training
+        self._repacks = False  # the last merge was to pack quantized weights again
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -291,14 +291,14 @@ class ShiraModel(BaseTuner):
             if isinstance(config, ShiraConfig):
                 vars(config).update(describe(config, self.model, name))
         unload: Any = super()._unload_and_optionally_merge  # annotated None, returns the model
-        restore = merges_of(self.model)
-        try:
-            model = unload(*args, **kwargs)
-            ignore_in_ddp(model)
-        except BaseException:
-            restore()
-            raise
+        model = unload(*args, **kwargs)
+        ignore_in_ddp(model)
         return model
+
+    def unload(self) -> Any:
+        """Return the base model without the adapters, as PEFT's; all of them, or none."""
+        with self._all_or_none():
+            return super().unload()
 
     def merge_adapter(self, *args: Any, requantize: bool = False, **kwargs: Any) -> None:
         """Merge into all layers, as PEFT's; if that fails or is interrupted, into none.
@@ -306,18 +306,28 @@ class ShiraModel(BaseTuner):
         With ``requantize``, quantized weights are unpacked, added to and packed again, by PEFT's
         rules; what that loses is warned of in numbers. Without it they are refused.
         """
-        restore = merges_of(self.model)
-        try:
-            with self._repacking(requantize):
-                super().merge_adapter(*args, **kwargs)
-        except BaseException:
-            restore()
-            raise
+        with self._all_or_none(), self._repacking(requantize):
+            super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, requantize: bool = False, **kwargs: Any) -> Any:
         """Return the base model with the adapters merged, as PEFT's; see `merge_adapter`."""
-        with self._repacking(requantize):
+        with self._all_or_none(), self._repacking(requantize):
             return super().merge_and_unload(*args, **kwargs)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Put layers, and what is merged into them, back if the body raises, as a warning may."""
+        restore, settings = merges_of(self.model), dict(vars(self.model))
+        config = getattr(self.model, "config", None)
+        tied = getattr(config, "tie_word_embeddings", None)
+        try:
+            yield
+        except BaseException:
+            vars(self.model).update(settings)
+            restore()
+            if tied:  # PEFT notes that they have diverged
+                config.tie_word_embeddings = tied  # type: ignore[union-attr]
+            raise
 
     @contextmanager
     def _repacking(self, wanted: bool) -> Iterator[None]:
@@ -333,21 +343,27 @@ class ShiraModel(BaseTuner):
         try:
             let(wanted)
             yield
+            done = [layer.repacked for layer in layers if layer.repacked is not None]
+            if wanted and done:
+                nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))
+                warnings.warn(
+                    f"packing {len(done)} quantized weights again has lost {lost:,} of {nonzero:,} "
+                    "deltas (their entries are what they were) and changed "
+                    f"{beside:,} of the other {entries - nonzero:,} entries",
+                    stacklevel=4,
+                )
         except BaseException:
             let(before)  # what is merged so can be scaled still
             raise
-        done = [layer.repacked for layer in layers if layer.repacked is not None]
-        if wanted and done:
-            nonzero, lost, beside, entries = map(sum, zip(*done, strict=True))
-            warnings.warn(
-                f"packing {len(done)} quantized weights again has lost {lost:,} of {nonzero:,} "
-                f"deltas (their entries are what they were) and changed {beside:,} of the other "
-                f"{entries - nonzero:,} entries",
-                stacklevel=4,
-            )
 
     def unmerge_adapter(self) -> None:
-        """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged."""
+        """Unmerge all layers, as PEFT's; an interrupt comes when all are unmerged.
+
+        Raises:
+            MergeError: If a weight is another than the one that was merged into; all stay merged.
+        """
+        for layer in layers_of(self.model).values():
+            layer.check_unmergeable()
         try:
             super().unmerge_adapter()
         except BaseException:
@@ -530,7 +546,8 @@ class ShiraModel(BaseTuner):
         Args:
             adapter_name: Its name.
         """
-        super().delete_adapter(adapter_name)
+        with as_it_was(self):
+            super().delete_adapter(adapter_name)
         if not self.peft_config:
             self.peft_config = self.model.peft_config = _Configs()
 

@@ -183,6 +183,10 @@ class Packed:
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.base = layer, layer.get_base_layer()
+        self.keep()
+
+    def keep(self) -> None:
+        """Take note of the base layer as it is now."""
         self.settings = [(where, dict(where)) for where in self._held()]
 
     def _held(self) -> list[dict[str, Any]]:
