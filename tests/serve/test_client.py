@@ -27,6 +27,7 @@ class Ranks:
 
     def __init__(self):
         self.adapters, self.active, self.calls, self.fail = {}, {}, [], {}
+        self.looks = 0
         self.files = {}  # what stands at a path; else its name
 
     def call(self, method, args):
@@ -38,7 +39,14 @@ class Ranks:
             no = {"ok": False, "method": method, "error": error, "message": "no"}
             return [{**no, "rank": rank} for rank in (0, 1)]
         more = {}
-        if method == "shira_load":
+        if method == "shira_begin_load":
+            self.begun = args
+        if method == "shira_load_ready":
+            self.looks += 1
+            more = {"ready": self.looks % 3 == 0}
+        if method == "shira_end_load":
+            args = self.begun
+        if method in ("shira_load", "shira_end_load"):
             content = self.files.get(args[1], args[1])
             if isinstance(content, str):
                 self.adapters[args[0]] = args[1]

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import time
+
 import pytest
 import torch
 
@@ -11,14 +15,17 @@ from shira.errors import (
     AdapterError,
     ConfigError,
     FileFormatError,
+    ServeError,
     SwitchError,
     UnknownAdapterError,
 )
 from shira.serve.holding import checked_limit
 from shira.serve.loading import nbytes_of
+from shira.serve.messages import Processes
 from shira.serve.value_sender import FixedSupport
 from shira.serve.worker import Route
-from tests.serve.test_worker import Cluster, adapter_for, merge
+from tests.interrupts import at_every_point
+from tests.serve.test_worker import Cluster, Shared, Threads, adapter_for, merge
 
 NAMES = "abcd"
 
@@ -29,6 +36,9 @@ class Bounded(Cluster):
     def __init__(self, folder, ranks=2, dtype=torch.float32, room=2, names=NAMES):
         super().__init__(ranks, dtype)
         self.folder = folder
+        beside = Shared(ranks)
+        for rank, held in enumerate(self.held):
+            held.beside = Threads(rank, beside)
         self.adapters = {name: adapter_for(self.base, seed) for seed, name in enumerate(names)}
         for name, adapter in self.adapters.items():
             adapter.save(self.path(name))
@@ -240,6 +250,113 @@ def test_values_that_were_sent_are_never_dropped_for_those_of_the_file(bounded):
     for name in "bcda":
         bounded.right({name: 1.0})
         assert "a" in bounded.in_memory()
+
+
+# --- beside the engine's steps -------------------------------------------------------------------
+
+
+def until_ready(bounded, between=lambda: None):
+    while not all(bounded.call(lambda held: held.load_ready())):
+        between()
+        time.sleep(0.001)
+
+
+def test_loads_go_on_while_others_are_switched_to(bounded):
+    """Ranks talk in two threads at once; originals are the base's whatever was active meanwhile."""
+    bounded.limit(4 * bounded.each)
+    states, switches = itertools.cycle([{"a": 1.0}, {"d": 0.5, "a": 1.0}, {}]), [0]
+
+    def switch():
+        switches[0] += 1
+        bounded.right(next(states))
+
+    for seed in range(8):
+        bounded.adapters["e"] = adapter_for(bounded.base, 20 + seed)
+        path = bounded.path("e")
+        bounded.adapters["e"].save(path)
+        read = functools.partial(Adapter.load, path)
+        bounded.call(lambda held, read=read: held.begin_load("e", read))
+        switch()
+        until_ready(bounded, switch)
+        bounded.call(lambda held: held.end_load())
+        bounded.right({"e": 1.0, "a": -1.0})
+        bounded.right({})
+        bounded.call(lambda held: held.unload("e"))
+    assert switches[0] >= 8
+
+
+def test_what_was_dropped_comes_back_beside_the_steps(bounded):
+    bounded.right({"d": 1.0})
+    bounded.call(lambda held: held.begin_load("a", None))
+    until_ready(bounded)
+    assert bounded.in_memory() == "cd"
+    bounded.call(lambda held: held.end_load())
+    assert bounded.in_memory() == "da"
+    for held in bounded.held:
+        held.holding.sources.pop("a")  # it is not read again
+    bounded.right({"a": 1.0})
+    bounded.call(lambda held: held.begin_load("b", None))
+    bounded.right({"b": 1.0})  # sooner
+    until_ready(bounded)
+    bounded.call(lambda held: held.end_load())
+    bounded.right({"b": 1.0})
+
+
+@pytest.mark.parametrize("spoil", [damage, lambda path: path.unlink()])
+def test_a_file_that_cannot_be_read_beside_the_steps(bounded, spoil):
+    spoil(bounded.path("a"))
+    bounded.call(lambda held: held.begin_load("a", None))
+    until_ready(bounded)
+    with pytest.raises(AdapterError, match="adapter 'a' was dropped from memory and cannot be"):
+        bounded.call(lambda held: held.end_load())
+    read = functools.partial(Adapter.load, bounded.path("a"))
+    bounded.call(lambda held: held.begin_load("e", read))
+    until_ready(bounded)
+    with pytest.raises((FileFormatError, FileNotFoundError)):
+        bounded.call(lambda held: held.end_load())
+    assert not bounded.held[0].knows("e")
+    bounded.right({"d": 1.0})
+
+
+def test_a_load_that_is_overtaken(bounded):
+    read = functools.partial(Adapter.load, bounded.path("a"))
+    begin = functools.partial(lambda name, held: held.begin_load(name, read), "e")
+    with pytest.raises(AdapterError, match="'a' is loaded already"):
+        bounded.call(lambda held: held.begin_load("a", read))
+    with pytest.raises(UnknownAdapterError):
+        bounded.call(lambda held: held.begin_load("f", None))
+    with pytest.raises(ServeError, match="no load was begun"):
+        bounded.call(lambda held: held.end_load())
+    bounded.call(begin)
+    bounded.call(begin)  # the first is forgotten
+    bounded.call(lambda held: held.load("e", read))
+    with pytest.raises(AdapterError, match="'e' was loaded meanwhile"):
+        bounded.call(lambda held: held.end_load())
+    bounded.call(lambda held: held.unload("e"))
+    bounded.call(begin)
+    bounded.call(lambda held: held.rebase())
+    with pytest.raises(ServeError, match="loaded anew while adapter 'e'"):
+        bounded.call(lambda held: held.end_load())
+    bounded.call(begin)
+    bounded.call(lambda held: held.end_load())  # waits
+    bounded.adapters["e"] = bounded.adapters["a"]
+    bounded.right({"e": 1.0})
+
+
+def test_an_interrupt_anywhere_leaves_the_adapters_that_there_were(tmp_path):
+    cluster = Bounded(tmp_path, ranks=1, room=1)
+    (held,) = cluster.held
+    held.processes = held.beside = Processes()
+    cluster.limit(2 * cluster.each)
+    held.require("a")
+
+    def check():
+        assert all(held.knows(name) for name in NAMES)
+        assert held.holding.nbytes <= held.holding.limit
+        held.require("a")
+
+    assert at_every_point(functools.partial(held.require, "b"), check, every=97) > 20
+    cluster.right({"b": 1.0})
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "8 GiB"])

@@ -119,6 +119,7 @@ def test_an_adapter_that_is_gone_is_left_out_and_named(make, record, error):
 def test_an_engine_that_is_lost_meanwhile(make, record):
     new = make()
     new.ranks.fail["shira_load"] = RuntimeError("EngineDeadError")
+    new.ranks.fail["shira_begin_load"] = RuntimeError("EngineDeadError")
     new.ranks.fail["shira_activate"] = RuntimeError("EngineDeadError")
     with pytest.raises(ServeError, match="started again") as caught:
         new.do("restore", record)

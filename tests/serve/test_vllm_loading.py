@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import pytest
@@ -56,6 +57,8 @@ def test_an_adapter_of_a_tied_embedding(extension, tied, tmp_path):
         delta = SparseDelta(Support(shape, torch.arange(3)), torch.ones(3))
         Adapter({name: delta, **more}, metadata).save(tmp_path / "adapter")
         held = SimpleNamespace(load=lambda name, read, path, compare: read())
+        worker._shira_reader = partial(extension._shira_reader, worker)
+        worker._shira_unquantized = partial(extension._shira_unquantized, worker)
         return extension._shira_load(worker, held, "a", str(tmp_path / "adapter"), True)
 
     assert load("model.q.weight", (4, 4)).nnz == 3

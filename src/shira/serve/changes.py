@@ -14,7 +14,7 @@ the `Client` it never waits and is over at its first step. Imports nothing of vL
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,6 +69,7 @@ class Shared:
     # The workers' last answers.
     reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
     kept: dict[str, Kept] = field(default_factory=dict)  # loaded through the clients, by name
+    loading: bool = False  # beside the engine's steps
     mixing: bool = False  # requests may carry adapters of their own
     riding: set[tuple[str, ...]] = field(default_factory=set)  # that are known to be able to
 
@@ -255,10 +256,15 @@ class Changes(Generic[Done, Report, Reports]):
 
     async def _load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
         path = located(path)
-        args = named(name), path, bool(compare), *self._waiting()
-        said = (await self._call("shira_load", *args))[0]
+        said = await self._load_by(named(name), path, bool(compare))
         self._shared.kept[name] = Kept(path, said["digest"])
         return said
+
+    async def _load_by(self, name: str, path: str, compare: bool) -> dict[str, Any]:
+        return (await self._call("shira_load", name, path, compare, *self._waiting()))[0]
+
+    async def _bring_back(self, names: Iterable[str]) -> None:
+        """Have adapters in memory before the engine is paused for them, if it can go on."""
 
     async def _unload(self, name: str) -> None:
         if self._shared.mixing:
@@ -312,6 +318,7 @@ class Changes(Generic[Done, Report, Reports]):
 
     async def _activate(self, weights: Weights, scale: float = 1.0) -> None:
         which = wanted(weights, scale)
+        await self._bring_back(which)
         async with self._alone(pause=True):
             await self._switch(which)
 

@@ -12,7 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -22,6 +30,8 @@ from shira.errors import ConfigError, ServeError
 from shira.serve import changes
 from shira.serve.changes import Cache, Change, Changes, EngineGoneError
 from shira.serve.messages import Carried, Weights, salted
+
+_LOOK_AT_LOAD = 0.002, 0.05  # seconds between two looks at a load: at first, and at most
 
 __all__ = ["AsyncClient", "Cache", "Client", "Weights"]
 
@@ -228,6 +238,34 @@ class AsyncClient(
                 prompt = salted(prompt, self.salt)
             async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
                 yield output
+
+    async def _load_by(self, name: str, path: str | None, compare: bool) -> dict[str, Any]:
+        """Load in a thread of each worker; requests go on, and so do other changes."""
+        while self._shared.loading:
+            await self._give_way(_LOOK_AT_LOAD[0])
+        self._shared.loading = True
+        try:
+            await self._call("shira_begin_load", name, path, compare)
+            wait, longest = _LOOK_AT_LOAD
+            while not all(each["ready"] for each in await self._call("shira_load_ready")):
+                await self._give_way(wait)
+                wait = min(2 * wait, longest)
+            return (await self._call("shira_end_load", *self._waiting()))[0]
+        finally:
+            self._shared.loading = False
+
+    async def _give_way(self, seconds: float) -> None:
+        """Wait, and let other changes be made meanwhile."""
+        self._lock.release()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            await self._lock.acquire()
+
+    async def _bring_back(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._shared.reports[0].get("on_disk", ()):
+                await self._load_by(name, None, True)
 
     async def _do(self, change: Change, *arguments: Any) -> Any:  # type: ignore[override]
         async def locked() -> Any:

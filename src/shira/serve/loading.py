@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ from shira.switch.weights import Entry, Plan, make_entry
 
 StoredValues = Callable[[str, Tensor], "Tensor | None"]
 """Values of a checkpoint's weight at flat indices, to compare some with; None if not at hand."""
+
+Steady = Callable[[], AbstractContextManager[Plan[Storage]]]
+"""Keeps switches out of the weights inside a context, and gives what is in them."""
 
 _SOME = 256  # entries of each part of a weight compared with the checkpoint's
 _REMEDY = "save it without base_fingerprint in its metadata"
@@ -65,16 +69,17 @@ class Piece(NamedTuple):
     entries: Tensor  # int64 (n,): which of the parameter's
     positions: Tensor  # int64 (n,): where in the storage
 
-    def base(self, active: Plan[Storage], some: slice = slice(None)) -> Tensor:
+    def base(self, steady: Steady, some: slice = slice(None)) -> Tensor:
         """Return the base's values at some of the positions, whatever is active; on the CPU."""
         where = self.positions[some].to(self.storage.weight.device)
-        return base_at(self.storage.weight, where, active.get(self.storage)).cpu()
+        with steady() as active:
+            return base_at(self.storage.weight, where, active.get(self.storage)).cpu()
 
 
 def load(
     read: Callable[[], Adapter],
     locate: Callable[[str, Support], list[Piece]],
-    active: Plan[Storage],
+    steady: Steady,
     processes: Processes,
     stored: StoredValues | None,
 ) -> LoadedAdapter:
@@ -88,9 +93,9 @@ def load(
         adapter = read()
         adapter.require_sparse("a served model")
         pieces = {name: locate(name, delta.support) for name, delta in adapter.items()}
-        entries = _entries_of(adapter, pieces, active)
+        entries = _entries_of(adapter, pieces, steady)
         if stored is not None:
-            _check_layout(adapter, pieces, active, stored)
+            _check_layout(adapter, pieces, steady, stored)
         return adapter, digest_of(adapter), pieces, entries
 
     adapter, digest, pieces, entries = agree(processes, place_it)
@@ -105,7 +110,7 @@ def load(
     for name, each in pieces.items():
         nobody_has_all = all(theirs[name] < adapter[name].nnz for _, theirs in everyone)
         if nobody_has_all or counts[name] == adapter[name].nnz:
-            here = [(piece.entries.cpu(), piece.base(active)) for piece in each]
+            here = [(piece.entries.cpu(), piece.base(steady)) for piece in each]
             values[name] = gather(processes, here) if nobody_has_all else [here]
 
     def check_base() -> list[str]:
@@ -136,7 +141,7 @@ def load_again(
     before: LoadedAdapter,
     read: Callable[[], Adapter],
     locate: Callable[[str, Support], list[Piece]],
-    active: Plan[Storage],
+    steady: Steady,
     processes: Processes,
 ) -> LoadedAdapter:
     """Return an adapter that was dropped from memory; every process calls it for the same one.
@@ -150,7 +155,7 @@ def load_again(
         if (now := digest_of(adapter)) != before.digest:
             raise AdapterError(f"it is another adapter now (digest {now}, then {before.digest})")
         pieces = {name: locate(name, delta.support) for name, delta in adapter.items()}
-        entries = _entries_of(adapter, pieces, active)
+        entries = _entries_of(adapter, pieces, steady)
         if before.base not in (None, _base_hash(entries)):
             raise SwitchError(
                 "the base's values at its entries are not those of when it was loaded (reloaded or "
@@ -218,7 +223,7 @@ def _base_hash(entries: Mapping[Storage, Entry]) -> str:
 
 
 def _entries_of(
-    adapter: Adapter, pieces: Mapping[str, Sequence[Piece]], active: Plan[Storage]
+    adapter: Adapter, pieces: Mapping[str, Sequence[Piece]], steady: Steady
 ) -> dict[Storage, Entry]:
     """Join what lies in one storage; two entries at one position are refused."""
     joined = {}
@@ -230,12 +235,13 @@ def _entries_of(
                 f"two entries of the adapter are one entry of the served model: {names} are kept "
                 "as one weight (tied?). Adapt one of them"
             )
-        joined[storage] = entry_at(storage, positions, values, active)
+        with steady() as active:
+            joined[storage] = entry_at(storage, positions, values, active)
     return joined
 
 
 def _check_layout(
-    adapter: Adapter, pieces: Mapping[str, list[Piece]], active: Plan[Storage], stored: StoredValues
+    adapter: Adapter, pieces: Mapping[str, list[Piece]], steady: Steady, stored: StoredValues
 ) -> None:
     """Compare some base values with the checkpoint's.
 
@@ -248,7 +254,7 @@ def _check_layout(
             expected = stored(name, adapter[name].support.indices[piece.entries[some]])
             if expected is None:
                 break
-            found = piece.base(active, some)
+            found = piece.base(steady, some)
             if not same_bits(found, expected.to(found.dtype)):
                 raise PlacementError(
                     f"the model does not keep {name!r} as its checkpoint has it: other values "

@@ -20,7 +20,8 @@ them plain: products are torch's own, those of experts one expert after the othe
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,6 +80,38 @@ class ShiraWorkerExtension:
             return self._shira_load(adapters, name, path, compare)
 
         return self._shira_do("shira_load", load)
+
+    def shira_begin_load(self, name: str, path: str | None, compare: bool = True) -> dict[str, Any]:
+        """Begin what `shira_load` does, in a thread beside the engine's steps.
+
+        Then `shira_load_ready` until all workers say so, and `shira_end_load`. One load at a time.
+        Without a path an adapter that was dropped is read again, before it is activated.
+        """
+
+        def begin(adapters: WorkerAdapters) -> None:
+            if path is None:
+                adapters.begin_load(name, None)
+            else:
+                source = located(path)
+                read = self._shira_reader(source)
+                adapters.begin_load(name, read, path=source, compare=compare)
+
+        return self._shira_do("shira_begin_load", begin, settle=False)
+
+    def shira_load_ready(self) -> dict[str, Any]:
+        """Go on with the load that was begun, for milliseconds; ``ready``: it can be ended."""
+        step = "shira_load_ready"
+        return self._shira_do(step, lambda adapters: {"ready": adapters.load_ready()}, settle=False)
+
+    def shira_end_load(self, waiting: Collection[str] = ()) -> dict[str, Any]:
+        """Hold what was loaded; returns as `shira_load`, which see."""
+
+        def end(adapters: WorkerAdapters) -> dict[str, Any]:
+            adapters.holding.waiting = waiting
+            with self._shira_unquantized():
+                return _described(adapters.end_load())
+
+        return self._shira_do("shira_end_load", end, settle=False)
 
     def shira_activate(
         self: Any, weights: Weights, scale: float = 1.0, waiting: Collection[str] = ()
@@ -188,13 +221,17 @@ class ShiraWorkerExtension:
         return self._shira_do("shira_rebase", lambda adapters: adapters.rebase(check=check))
 
     def _shira_do(
-        self: Any, method: str, step: Callable[[WorkerAdapters], Mapping[str, Any] | None]
+        self: Any,
+        method: str,
+        step: Callable[[WorkerAdapters], Mapping[str, Any] | None],
+        *,
+        settle: bool = True,
     ) -> dict[str, Any]:
         which = {"method": method, "rank": self.rank}
         try:
             adapters = self._shira_adapters()
             with torch.no_grad():
-                if adapters in MIXED:
+                if settle and adapters in MIXED:
                     MIXED[adapters].settle()
                 said = step(adapters) or {}
             self.synchronize_device()
@@ -220,6 +257,7 @@ class ShiraWorkerExtension:
                 _EngineProcesses(self.rank),
                 lambda name, placements: _refuse(model, name, placements),
                 **by_places(places, compare=compare),
+                beside=_EngineProcesses(self.rank, apart=True),
             )
         return ADAPTERS[model]
 
@@ -227,6 +265,11 @@ class ShiraWorkerExtension:
         self: Any, adapters: WorkerAdapters, name: str, path: str, compare: bool
     ) -> dict[str, Any]:
         path = located(path)
+        with self._shira_unquantized():
+            read = self._shira_reader(path)
+            return _described(adapters.load(name, read, path=path, compare=compare))
+
+    def _shira_reader(self: Any, path: str) -> Callable[[], Adapter]:
         source: Checkpoint | None = self._shira_source
 
         def read() -> Adapter:
@@ -242,8 +285,12 @@ class ShiraWorkerExtension:
             except MergeError as error:  # tied or packed: no tensor of its own in the checkpoint
                 raise PlacementError(str(error)) from None
 
+        return read
+
+    @contextmanager
+    def _shira_unquantized(self: Any) -> Iterator[None]:
         try:
-            return _described(adapters.load(name, read, path=path, compare=compare))
+            yield
         except PlacementError as error:
             if self.model_config.quantization:
                 raise PlacementError(
@@ -256,9 +303,14 @@ class ShiraWorkerExtension:
 class _EngineProcesses(Processes):
     """The workers of one engine: tensor and pipeline parallel, through their CPU groups."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, apart: bool = False) -> None:
+        """Make them; ``apart``: with connections of their own, for another thread."""
         groups = [parallel_state.get_tp_group(), parallel_state.get_pp_group()]
-        self._groups = [group for group in groups if group.world_size > 1]
+        self._groups = [
+            _connected(group.ranks) if apart else group.cpu_group
+            for group in groups
+            if group.world_size > 1
+        ]
         self.rank = 0  # among those that `gather` lists
         self.rank = self.gather(rank).index(rank)
 
@@ -266,10 +318,15 @@ class _EngineProcesses(Processes):
         """Return everyone's value, in one order for all."""
         values = [value]
         for group in self._groups:
-            everyone: list[Any] = [None] * group.world_size
-            torch.distributed.all_gather_object(everyone, values, group=group.cpu_group)
+            everyone: list[Any] = [None] * group.size()
+            torch.distributed.all_gather_object(everyone, values, group=group)
             values = [each for some in everyone for each in some]
         return values
+
+
+def _connected(ranks: list[int]) -> Any:
+    new = torch.distributed.new_group
+    return new(ranks, backend="gloo", use_local_synchronization=True)  # others do not take part
 
 
 def _check_can_mix(worker: Any) -> None:

@@ -16,7 +16,9 @@ none: prepare and check everywhere, then write; if a process fails then, all put
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any
 
@@ -35,6 +37,7 @@ from shira.errors import (
     WrongBaseError,
 )
 from shira.ops.patch import same_bits
+from shira.serve.beside import Beside
 from shira.serve.holding import Holding, Source
 from shira.serve.loading import (
     LoadedAdapter,
@@ -93,6 +96,8 @@ class WorkerAdapters:
         stored: Values of a parameter in the checkpoint, of which some are compared in loading.
         split: Where the checkpoint has the entries of a parameter: in which of its tensors. As a
             rule in the one of that name; experts, for one, lie in a tensor each.
+        beside: The same processes, for a thread of each to talk beside the engine's steps; without
+            them nothing else may gather between `begin_load` and `end_load`.
     """
 
     def __init__(
@@ -103,13 +108,18 @@ class WorkerAdapters:
         refuse: Callable[[str, tuple[Placement, ...]], None] = lambda name, placements: None,
         stored: StoredValues | None = None,
         split: Callable[[str, Support], list[Part]] | None = None,
+        beside: Processes | None = None,
     ) -> None:
         self.model, self.dtype = model, dtype
         self.processes = processes or Processes()
         self.refuse, self.stored = refuse, stored
         self.split = split or (lambda name, each: as_it_is(name, each.shape).split(each.indices))
+        self.beside = beside or self.processes
         self.holding = Holding()
         self.discarded = False
+        self._base_changes = 0
+        self._switching = threading.RLock()  # held while weights are written, or read in a thread
+        self._beside: Beside[Any, Any, LoadedAdapter] | None = None
         self._weights: PatchedWeights[Storage] = PatchedWeights()
         self._placements: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
 
@@ -151,10 +161,106 @@ class WorkerAdapters:
 
         self._follow_memory()
         stored = self.stored if compare else None
-        active = self._weights.state.plan
-        loaded = load(read_new, self.locate, active, self.processes, stored)
+        loaded = load(read_new, self.locate, self._steady, self.processes, stored)
         self.holding.add(name, loaded, Source(read, path), self.active)
         return loaded
+
+    def begin_load(
+        self,
+        name: str,
+        read: Callable[[], Adapter] | None,
+        *,
+        path: str = "its file",
+        compare: bool = True,
+    ) -> None:
+        """Begin what `load` does, beside the engine's steps; `end_load` hands it over.
+
+        With None for ``read``, an adapter that was dropped is read again. In between
+        `load_ready` is called, from time to time and between steps. One load is under way at a
+        time; one that was begun before and not ended is brought to its end and forgotten.
+        """
+        if self._beside is not None:
+            with suppress(Exception):
+                self._beside.result()
+            self._beside = None
+
+        def check_name() -> None:
+            self._check_awake()
+            if read is None:
+                self.holding.known(name)
+            elif self.knows(named(name)):
+                raise AdapterError(f"an adapter {name!r} is loaded already: unload it first")
+
+        agree(self.processes, check_name)
+        self._follow_memory()
+        before = self.holding.known(name) if read is None else None
+        source = self.holding.sources[name] if read is None else Source(read, path)
+        stored = self.stored if compare else None
+        self._beside = self._begun(name, source, before, stored)
+        self._to_take = name, source, before, self._base_changes
+
+    def load_ready(self) -> bool:
+        """Go on with the load that was begun, for milliseconds; return if `end_load` is due."""
+        return self._beside is None or self._beside.step()
+
+    def end_load(self) -> LoadedAdapter:
+        """Hold the adapter whose loading was begun; errors are those of `load` and `require`."""
+        if self._beside is None:
+            raise ServeError("no load was begun")
+        name, source, before, base_changes = self._to_take
+        beside, self._beside = self._beside, None
+        loaded = beside.result()
+
+        def check_now() -> None:
+            self._check_awake()
+            if base_changes != self._base_changes:
+                raise ServeError(
+                    f"the engine's weights were loaded anew while adapter {name!r} was being "
+                    "loaded: load it again"
+                )
+            if before is None and self.knows(name):
+                raise AdapterError(f"an adapter {name!r} was loaded meanwhile")
+
+        agree(self.processes, check_now)
+        if before is None:
+            self.holding.add(name, loaded, source, self.active)
+        elif self.holding.on_disk.get(name) is before and name not in self.adapters:
+            self.holding.make_room([name], self.active)
+            self.holding.bring_back(name, loaded)
+        return loaded
+
+    def _begun(
+        self,
+        name: str,
+        source: Source,
+        before: LoadedAdapter | None,
+        stored: StoredValues | None,
+    ) -> Beside[tuple[Adapter, dict[str, list[Part]]], tuple[str, tuple[int, ...]], LoadedAdapter]:
+        found: dict[tuple[str, tuple[int, ...]], tuple[Placement, ...]] = {}
+
+        def read() -> tuple[Adapter, dict[str, list[Part]]]:
+            adapter = source.read()
+            return adapter, {name: self.split(name, each.support) for name, each in adapter.items()}
+
+        def find(key: tuple[str, tuple[int, ...]]) -> None:
+            found[key] = self._placed(*key)
+
+        def place(get: Callable[[], tuple[Adapter, dict[str, list[Part]]]]) -> LoadedAdapter:
+            def locate(name: str, support: Support) -> list[Piece]:
+                return _pieces(get()[1][name], lambda *key: found[key])
+
+            def again() -> Adapter:
+                return get()[0]
+
+            if before is None:
+                return load(again, locate, self._steady, self.beside, stored)
+            with self._naming(name, source.path):
+                return load_again(before, again, locate, self._steady, self.beside)
+
+        def keys(value: tuple[Adapter, dict[str, list[Part]]]) -> list[tuple[str, tuple[int, ...]]]:
+            return [(part[0].key, part[0].shape) for parts in value[1].values() for part in parts]
+
+        return Beside(read, keys, find, place)
 
     def require(self, name: str) -> LoadedAdapter:
         """Return the adapter of a name, in memory; `UnknownAdapterError` if there is none.
@@ -220,6 +326,7 @@ class WorkerAdapters:
         """Note that the engine is going to sleep; at level 2 it drops the weights."""
         if slept(level) >= 2:
             self.discarded = True
+            self._base_changes += 1
 
     def rebase(self, *, check: bool = True) -> None:
         """Apply what was active to the base's weights, loaded anew into the same memory.
@@ -233,6 +340,7 @@ class WorkerAdapters:
                 self.holding.on_disk[name] = each._replace(base=None)
         self._weights.forget()
         self.discarded = False
+        self._base_changes += 1
         self._write(after)
 
     def fingerprint(self) -> dict[str, str]:
@@ -252,13 +360,7 @@ class WorkerAdapters:
 
     def locate(self, name: str, support: Support) -> list[Piece]:
         """Return the entries of a parameter that this process keeps, place by place."""
-        pieces = []
-        for stored, entries, flat in self.split(name, support):
-            for storage, box in self._placed(stored.key, stored.shape):
-                here, positions = box.locate(flat)
-                here = here if isinstance(entries, slice) else entries[here]
-                pieces.append(Piece(storage, here, positions))
-        return pieces
+        return _pieces(self.split(name, support), self._placed)
 
     def _placed(self, key: str, shape: tuple[int, ...]) -> tuple[Placement, ...]:
         """Return where this process keeps a tensor of the checkpoint."""
@@ -300,9 +402,14 @@ class WorkerAdapters:
     def _read_again(self, name: str) -> LoadedAdapter:
         before, (read, path) = self.holding.on_disk[name], self.holding.sources[name]
         self._follow_memory()
-        active = self._weights.state.plan
+        with self._naming(name, path):
+            return load_again(before, read, self.locate, self._steady, self.processes)
+
+    @contextmanager
+    def _naming(self, name: str, path: str) -> Iterator[None]:
+        """Let errors of reading an adapter again tell which it is, and what to do."""
         try:
-            return load_again(before, read, self.locate, active, self.processes)
+            yield
         except (ShiraError, OSError) as error:
             kind = type(error) if isinstance(error, ServeError | SwitchError) else AdapterError
             raise kind(
@@ -332,10 +439,18 @@ class WorkerAdapters:
             adapters[name] = loaded.with_entries(entries, loaded.nbytes)
         return adapters, _state_of(adapters, self.active)
 
+    @contextmanager
+    def _steady(self) -> Iterator[Plan[Storage]]:
+        with self._switching:
+            yield self._weights.state.plan
+            if torch.accelerator.is_available():
+                torch.accelerator.current_stream().synchronize()  # what is read has been read
+
     def _write(self, after: State[Storage]) -> None:
-        self._weights.exchange(
-            after, check=False, together=lambda write: agree(self.processes, write)
-        )
+        with self._switching:
+            self._weights.exchange(
+                after, check=False, together=lambda write: agree(self.processes, write)
+            )
 
     def _check_awake(self) -> None:
         if self._weights.unfinished:
@@ -357,6 +472,18 @@ class WorkerAdapters:
                     f"the weights of adapter {name!r} lie in other memory than when it was loaded: "
                     "deactivate, unload and load it again"
                 )
+
+
+def _pieces(
+    parts: Iterable[Part], placed: Callable[[str, tuple[int, ...]], tuple[Placement, ...]]
+) -> list[Piece]:
+    pieces = []
+    for stored, entries, flat in parts:
+        for storage, box in placed(stored.key, stored.shape):
+            here, positions = box.locate(flat)
+            here = here if isinstance(entries, slice) else entries[here]
+            pieces.append(Piece(storage, here, positions))
+    return pieces
 
 
 def _state_of(adapters: Mapping[str, LoadedAdapter], scales: Mapping[str, float]) -> State[Storage]:

@@ -201,6 +201,34 @@ def test_what_was_held_is_restored_but_not_what_has_changed_since(
     loop.run_until_complete(steps())
 
 
+def test_a_bound_on_memory_and_loads_beside_requests(loop, engine, client, zoo, tmp_path):
+    """Adapters that were dropped answer as before; one whose file is gone is refused alone."""
+
+    async def steps():
+        await client.activate("b")
+        nbytes = (await client.list())["adapters"]["a"]["nbytes"]
+        await client.limit(2 * nbytes + nbytes // 4)  # parts of ranks differ
+        running = asyncio.ensure_future(ask(engine, PROMPTS[0], 100))
+        for name in "cd":
+            zoo.adapters["a"].save(tmp_path / name, format="peft")
+            await client.load(name, str(tmp_path / name))
+        assert set((await client.list())["on_disk"]) == {"a", "c"}
+        assert (await running)[:TOKENS] == expected(zoo, "b")[0]
+        for name, like in (("c", "a"), ("b", "b"), ("a", "a"), ("d", "a"), ("b", "b")):
+            await client.activate(name)
+            assert name not in (await client.list())["on_disk"]
+            assert await answers(engine) == expected(zoo, like)
+        (tmp_path / "c" / "adapter_model.safetensors").unlink()
+        with pytest.raises(AdapterError, match=f"adapter 'c' was dropped .* {tmp_path / 'c'}"):
+            await client.activate("c")
+        assert await answers(engine) == expected(zoo, "b")
+        await client.limit(None)
+        for name in "cd":
+            await client.unload(name)
+
+    loop.run_until_complete(steps())
+
+
 def test_an_engine_that_was_paused_stays_so(loop, engine, client, zoo):
     async def steps():
         await engine.pause_generation(mode="wait")
