@@ -31,29 +31,45 @@ def program(code: str, *arguments: object) -> str:
     return _run(_execute, code, arguments, [{}])
 
 
+def script(path: Path, *arguments: object, count: int = 0, folder: Path | None = None) -> str:
+    """What ``python PATH ARGUMENTS...`` prints in a folder; given a count, torchrun of so many."""
+    return _run(_execute_file, str(path), arguments, _environments(count), folder)
+
+
 def ranks(count: int, module: str, *arguments: object, **env: str) -> None:
     """Does what ``torchrun --standalone --nproc-per-node COUNT -m MODULE ARGUMENTS...`` does.
 
     Raises:
         AssertionError: If a rank fails; with the end of what all said.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    each = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    each = [{**env, **own} for own in _environments(count)]
     _run(_execute_module, module, arguments, each)
 
 
+def _environments(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of so many ranks; of none, a process that is no rank."""
+    if not count:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def _run(
-    execute: Callable[[str], None], what: str, arguments: tuple[object, ...], envs: list[dict]
+    execute: Callable[[str], None],
+    what: str,
+    arguments: tuple[object, ...],
+    envs: list[dict[str, str]],
+    cwd: Path | None = None,
 ) -> str:
     argv = ["-c", *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         processes = [
-            _context.Process(target=_begin, args=(execute, what, argv, env, out, err))
+            _context.Process(target=_begin, args=(execute, what, argv, env, cwd, out, err))
             for env in envs
         ]
         for process in processes:
@@ -77,6 +93,7 @@ def _begin(
     what: str,
     argv: list[str],
     env: dict[str, str],
+    cwd: Path | None,
     out: Path,
     err: Path,
 ) -> None:
@@ -87,6 +104,8 @@ def _begin(
         os.dup2(file, stream.fileno())
     torch.set_num_threads(1)
     os.environ.update(env)
+    if cwd is not None:
+        os.chdir(cwd)
     sys.argv = argv
     execute(what)
 
@@ -98,3 +117,9 @@ def _execute(code: str) -> None:
 
 def _execute_module(name: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _execute_file(path: str) -> None:
+    sys.argv[0] = path
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from importlib.metadata import version
 
@@ -231,26 +229,3 @@ def test_an_adapter_is_not_written_over_unasked(shira, write, tmp_path):
     assert answer.status == 2
     assert "--overwrite" in answer.err
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_under_torchrun_one_process_writes(write, workshop, tmp_path):
-    """Two processes on half the rows each: one adapter, one report."""
-    arguments = [*write, "--max-steps", 2, "--batch-size", 2, "--eval-file", workshop / "dev.txt"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "shira", *map(str, arguments)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(workshop / "home")},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("after: loss") == 1
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["processes"] == 2
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "torchrun --nproc-per-node 2 -m shira train" in card
-    assert any(delta.values.abs().max() > 0 for delta in Adapter.load(tmp_path / "out").values())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import shira
 from shira import Adapter
+from tests.forked import script
 from tests.pages import DOCS, ROOT, blocks, commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -37,10 +39,8 @@ def run(command: str, folder: Path) -> str:
 
 
 def test_python_blocks(tmp_path):
-    end = "from tests.workers import leave\nleave()"
-    program = "\n".join([*blocks(PAGE, "python"), end])
-    (tmp_path / "page.py").write_text(program)
-    run("torchrun --standalone --nproc-per-node 2 page.py", tmp_path)
+    (tmp_path / "page.py").write_text("\n".join(blocks(PAGE, "python")))
+    script(tmp_path / "page.py", count=2, folder=tmp_path)
     found = Adapter.load(tmp_path / "adapter")
     assert len(found) > 7
     assert found.density == pytest.approx(0.02, rel=0.05)
@@ -62,8 +62,14 @@ def test_commands(tmp_path):
     shape |= {"vocab_size": len(vocabulary), "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "MODEL")
     train, example = commands(PAGE)
-    run(train, tmp_path)
+    evaluated = f"{train} --max-steps 2 --batch-size 2 --eval-file train.txt"
+    printed = run(evaluated, tmp_path)
     adapter = Adapter.load(tmp_path / "my-adapter")
     assert any(delta.values.count_nonzero() for delta in adapter.values())
+    # One process writes: one adapter, one report.
+    assert printed.count("after: loss") == 1
+    assert json.loads((tmp_path / "my-adapter" / "metrics.json").read_text())["processes"] == 2
+    card = (tmp_path / "my-adapter" / "README.md").read_text()
+    assert "torchrun --nproc-per-node 2 -m shira train" in card
     # what `tests.examples.test_examples` runs
     assert f"{example} [FOLDER]" in (ROOT / "examples" / "accelerate_fsdp2.py").read_text()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,8 +42,8 @@ def trained(folder: Path) -> Adapter:
 
 @pytest.mark.slow
 @needs("peft")
-def test_trainer(run, tmp_path):
-    printed = run("trainer.py")
+def test_trainer(run_forked, tmp_path):
+    printed = run_forked("trainer.py")
     first, last = losses(printed, "Trainer")
     assert last < 0.5 * first
     assert "it says 44" in printed
@@ -52,8 +54,8 @@ def test_trainer(run, tmp_path):
 
 @pytest.mark.slow
 @needs("trl")
-def test_trl(run, tmp_path):
-    printed = run("trl_sft_dpo.py", check="references_are_right")
+def test_trl(run_forked, tmp_path):
+    printed = run_forked("trl_sft_dpo.py", check="references_are_right")
     for stage in ("SFT", "DPO"):
         first, last = losses(printed, stage)
         assert last < first
@@ -63,8 +65,8 @@ def test_trl(run, tmp_path):
 
 @pytest.mark.slow
 @needs("diffusers")
-def test_diffusers(run, tmp_path):
-    printed = run("diffusers_unet.py")
+def test_diffusers(run_forked, tmp_path):
+    printed = run_forked("diffusers_unet.py")
     styles = {}
     for style in ("down", "across"):
         first, last = losses(printed, style)
@@ -78,12 +80,12 @@ def test_diffusers(run, tmp_path):
 
 @pytest.mark.slow
 @needs("peft")
-def test_fsdp2(run, tmp_path):
+def test_fsdp2(run_forked, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from shira import ShiraConfig, get_peft_model
 
-    printed = run("accelerate_fsdp2.py")
+    printed = run_forked("accelerate_fsdp2.py", count=2)
     assert "2 processes" in printed
     assert printed.count("saved: ") == 1
     first, last = losses(printed, "FSDP2")
@@ -99,6 +101,23 @@ def test_fsdp2(run, tmp_path):
     assert {name: delta.support for name, delta in found.items()} == {
         name: delta.support for name, delta in alone.items()
     }
+
+
+def test_fsdp2_becomes_torchrun(monkeypatch):
+    """Started as one process. What torchrun then does: `tests/distributed/test_docs.py`."""
+    started = []
+
+    def become(program, command):
+        started.append((program, command))
+        raise SystemExit
+
+    path = str(EXAMPLES / "accelerate_fsdp2.py")
+    monkeypatch.setattr("os.execv", become)
+    monkeypatch.setattr("sys.argv", [path, "folder"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    assert started == [(sys.executable, [sys.executable, *torchrun.split(), path, "folder"])]
 
 
 def test_edge_switching(run, tmp_path):

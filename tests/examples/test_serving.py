@@ -42,9 +42,12 @@ TRAINER = ROOT / ".venv" / "bin" / "python"
 def test_reinforcement_learning_on_a_server(run, tmp_path, tmp_path_factory):
     """The trainer runs in the main environment, the server in this one."""
     from benchmarks import vllm_server as server
+    from tests.serve.engine.guide import fork_engines
 
     beside = tmp_path_factory.mktemp("server")
-    env = server.environment(server.command_line_on_cpu(beside / "packages"))
+    packages = server.command_line_on_cpu(beside / "packages")
+    fork_engines(packages)
+    env = server.environment(packages)
     vllm = beside / "vllm"
     names = [*server.QUIET, "PYTHONPATH", "PATH"]
     lines = [f"export {name}={shlex.quote(env[name])}" for name in names]

@@ -157,12 +157,12 @@ def test_children_forked_during_forwards_have_the_base_and_free_locks():
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        inside = 0
-        for _ in range(100):
+        inside = forks = 0
+        while inside < 20:  # asked for within a product
+            forks += 1
+            assert forks < 500, inside
             inside += bool(memory.under_way)
             assert in_child(child)
-        print(f"{inside} of 100 forks were asked for within a product")
-        assert inside
     finally:
         stop.set()
         thread.join()

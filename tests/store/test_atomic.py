@@ -13,15 +13,22 @@ import pytest
 from shira.errors import ConfigError
 from shira.store import atomic
 from shira.store.atomic import replacing, write_atomically
+from shira.store.names import WEIGHTS_NAME
 
 SOURCE = Path(atomic.__file__)
 
-# atomic.py needs the standard library and shira.errors, so these children start without torch.
+# atomic.py needs the standard library, shira.errors and a name. The package around it would import
+# torch, which takes a second: these children start without.
 CHILD = f"""
-import importlib.util, os, signal, sys
+import importlib.util, os, signal, sys, types
+sys.path.insert(0, {str(SOURCE.parents[2])!r})
+for name in ("shira.store", "shira.store.names"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["shira.store.names"].WEIGHTS_NAME = {WEIGHTS_NAME!r}
 spec = importlib.util.spec_from_file_location("atomic", {str(SOURCE)!r})
 atomic = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(atomic)
+assert "torch" not in sys.modules
 path, size = sys.argv[1], int(sys.argv[2])
 """
 

@@ -14,6 +14,7 @@ from shira import Adapter
 from shira.cli.demo import TASKS
 from shira.cli.demo.docstrings import Docstring
 from shira.cli.demo.language import Demo, document, pirate, talk
+from tests.forked import program
 
 CODE = "def double(x):\n    return 2 * x"
 
@@ -122,11 +123,19 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown(tiny, tmp_path_factory):
-    """The demo on the tiny model, and what it printed."""
+    """The demo on the tiny model, and what it printed; its second process is a forked one."""
     import contextlib
     import io
+    from types import SimpleNamespace
 
+    from shira.cli.demo import run
     from shira.cli.demo.run import run_demo
+
+    def start(command, **options):
+        *_, flag, module, root = command
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+        assert flag == "-m"
+        return SimpleNamespace(returncode=0, stdout=program(code, root))
 
     root = tmp_path_factory.mktemp("demo") / "out"
     sizes = {"files_per_library": 40, "max_length": 400, "held_out": 8, "switches": 6}
@@ -134,6 +143,7 @@ def shown(tiny, tmp_path_factory):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(language, "model_path", lambda: tiny)
+        patch.setattr(run, "subprocess", SimpleNamespace(run=start, PIPE=None))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root.parent / "cache")
         patch.setenv("HF_HUB_OFFLINE", "1")
         assert run_demo(root, "language", task)

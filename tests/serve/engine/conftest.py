@@ -39,7 +39,7 @@ def forked():
     """Engines fork their processes, as vLLM's do on GPUs: seconds where each imports vLLM anew.
 
     On a CPU vLLM spawns them, for OpenMP's threads; here is one thread to a process. Tests of
-    engines that are spawned: `test_transfer`, `test_server`, `test_supervised`, `test_serving`.
+    engines that are spawned: `test_transfer`, `test_server`, and that of `serving.py`.
     """
     from vllm.v1.engine import utils
     from vllm.v1.executor import multiproc_executor

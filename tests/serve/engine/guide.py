@@ -44,6 +44,15 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def fork_engines(packages: Path) -> None:
+    """Have a server with this folder on its path fork its engine: as `conftest.forked`, and why."""
+    (packages / "sitecustomize.py").write_text(
+        "import multiprocessing\n"
+        "real = multiprocessing.get_context\n"
+        "multiprocessing.get_context = lambda how=None: real('fork' if how == 'spawn' else how)\n"
+    )
+
+
 class Guide:
     """What a reader of the guide has before him after the first command."""
 

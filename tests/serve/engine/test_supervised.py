@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from benchmarks import vllm_server as server
-from tests.serve.engine.guide import FLAGS, STATES, Guide, ask, commands, lay_out
+from tests.serve.engine.guide import FLAGS, STATES, Guide, ask, commands, fork_engines, lay_out
 from tests.serve.engine.zoo import PROMPTS, TOKENS
 
 pytestmark = pytest.mark.vllm
@@ -21,9 +21,9 @@ SECTION = "A server that comes back"
 @pytest.fixture
 def guide(zoo, tmp_path):
     lay_out(zoo, tmp_path)
-    env = server.environment(
-        server.command_line_on_cpu(tmp_path / "packages"), VLLM_CPU_OMP_THREADS_BIND="0|1"
-    )
+    packages = server.command_line_on_cpu(tmp_path / "packages")
+    fork_engines(packages)
+    env = server.environment(packages, VLLM_CPU_OMP_THREADS_BIND="0|1")
     port = server.free_port()
     (command,) = commands(SECTION)
     two = "--tensor-parallel-size 2 --distributed-executor-backend mp"
