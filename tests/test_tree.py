@@ -267,8 +267,8 @@ TOPICS = {
     "switch": "docs failures imports properties whole",
     "tuner": (
         "attention calibrate check_ranks compile computed_weight describe diffusers exactness "
-        "interrupts lifecycle memory moving offload optimizers own_forward parity register steps "
-        "switch training transforms usage weighted whole"
+        "interrupts lifecycle memory moving offload optimizers own_forward parity peft_suite "
+        "register steps switch training transforms usage weighted whole"
     ),
 }
 
