@@ -24,7 +24,7 @@ from shira.tuner.quantized import unpacked
 from tests.pages import DOCS, blocks
 
 from .models import randomize
-from .quantizers import EVERY, QUANTIZERS, StandInBackend, needs, patched
+from .quantizers import EVERY, QUANTIZERS, StandIn, StandInBackend, needs, patched
 
 TARGETS = ["a", "b"]
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -688,3 +688,13 @@ def test_what_the_page_shows(tmp_path, monkeypatch):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_layer_that_has_its_packed_weight_under_another_name_is_refused():
+    """As HQQ's."""
+    model = base("stand-in")
+    model.a.W_q = model.a.weight
+    del model.a.weight
+    with pytest.raises(TargetError, match=r"a: StandIn \(stand-in\) keeps its packed weight under"):
+        get_peft_model(model, ShiraConfig(r=1, target_modules=["a"]))
+    assert isinstance(model.a, StandIn)

@@ -264,10 +264,14 @@ def check_loaded(model: nn.Module, adapter_name: str, info: Any) -> None:
     of_adapter = re.compile(rf".*\.{re.escape(adapter_name)}(\.|$)")
     missing = sorted(filter(of_adapter.match, info.missing_keys))
     if missing or info.unexpected_keys:
+        what = "what fits"
+        if config.target_parameters:
+            what = "target_parameters, whose names transformers' own load_adapter does not know"
         raise FileFormatError(
             f"adapter {adapter_name!r}: {len(missing)} of the model's tensors are not in what was "
             f"loaded ({listed(missing)}), and {len(info.unexpected_keys)} there are none of the "
-            f"model's ({listed(sorted(info.unexpected_keys))})"
+            f"model's ({listed(sorted(info.unexpected_keys))}). "
+            f"PeftModel.from_pretrained(model, folder) of shira loads {what}"
         )
     for path, layer in layers_of(model, adapter_name).items():
         values, indices = layer.shira_weight[adapter_name], layer.shira_indices[adapter_name]

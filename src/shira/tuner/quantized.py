@@ -2,7 +2,7 @@
 """A linear layer whose weight is packed: dequantize, put the adapter in, multiply, let it go.
 
 PEFT's quantization interface says how a packed weight is unpacked (bitsandbytes 4-bit and 8-bit,
-torchao, HQQ). What it gives is a buffer of our own, so the k replacement values are written into it
+torchao). What it gives is a buffer of our own, so the k replacement values are written into it
 and nothing has to be put back; the packed weight is never touched::
 
     forward:   B = dequantize(W);  B[S] = round(B[S] + s*v);  y = x B^T     (keeps x, v, the layer)
@@ -67,7 +67,7 @@ def quantized_linear(
 ) -> Tensor:
     """Compute ``x W'^T + bias``, W' the unpacked weight with every delta at its positions.
 
-    In the layer's ``compute_dtype``, if it has one (bitsandbytes 4-bit, HQQ), else in that of
+    In the layer's ``compute_dtype``, if it has one (bitsandbytes 4-bit), else in that of
     ``x``. An ``autograd.Function`` that keeps the layer, not a custom op, as an op takes no module:
     under ``torch.compile`` the graph breaks around it.
     """

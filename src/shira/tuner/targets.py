@@ -328,8 +328,14 @@ def _check_module(name: str, target: nn.Module) -> None:
             "an embedding with max_norm rewrites its own rows while it looks them up, so its "
             "weight cannot be kept as it is; set max_norm=None"
         )
-    elif backend_of(base_layer) is not None:
-        return
+    elif (backend := backend_of(base_layer)) is not None:
+        if hasattr(base_layer, "weight"):
+            return
+        packed_by = getattr(backend, "backend_name", "") or type(backend).__name__
+        why = (
+            f"{kind} ({packed_by}) keeps its packed weight under another name than `weight`, "
+            "by which SHiRA finds it; quantize with bitsandbytes or torchao instead"
+        )
     elif method := _other_way_in(base_layer):
         why = f"{kind} computes in {method!r} too, which an adapted layer does not stand in for"
     elif (dtype := weight_of(base_layer).dtype) not in FLOATS.values():
