@@ -151,6 +151,23 @@ def test_long_groups_take_the_whole_product(monkeypatch):
     assert torch.equal(apart[1], one_by_one(model, x, NAMES)[1])
 
 
+def test_long_samples_are_multiplied_where_they_lie_each_as_if_alone(monkeypatch):
+    model = adapted(mlp(), ["lin1"])
+    layer, x = model.base_model.model.lin1, torch.randn(6, 10, 12)
+    names = ["de", "en", "en", "__base__", "en", "de"]
+    monkeypatch.setattr(Linear, "whole_product_from", 10)
+    seen, original = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x) or original(x, *rest))
+    with torch.no_grad():
+        together = layer(x, adapter_names=names)
+        assert [len(part) for part in seen] == [1, 2, 1, 1, 1]
+        inside = range(x.data_ptr(), x.data_ptr() + x.numel() * 4)
+        assert all(part.data_ptr() in inside for part in seen)
+        for sample, name in enumerate(names):
+            alone = layer(x[sample : sample + 1], adapter_names=[name])
+            torch.testing.assert_close(together[sample], alone[0])
+
+
 def test_layers_with_hooks_show_them_the_adapted_product():
     model = adapted(mlp(), ["lin1"])
     seen = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -181,19 +182,32 @@ def _on_top_of_base(layer: Any, x: Tensor, samples: Samples, adapters: list[str]
 
 
 def _group_by_group(layer: Any, x: Tensor, samples: Samples, adapters: list[str]) -> Tensor:
-    """Call the layer for the samples of each adapter apart."""
-    parts, order = [], []
-    groups = {name: samples.groups[name] for name in adapters}
-    others = [i for i, name in enumerate(samples) if name not in groups]
-    for name, group in [*groups.items(), (BASE, others)]:
-        if not group:
-            continue
-        out = _forward(layer, name, (x[group],), {})
+    """Call the layer for the samples of each adapter apart.
+
+    Samples that are long enough for a product of their own are not moved together: each goes with
+    its neighbours of the same adapter, as it lies.
+    """
+    names = [name if name in adapters else BASE for name in samples]
+    runs = groupby(range(len(names)), key=names.__getitem__)
+    parts = [(name, list(run)) for name, run in runs]
+    tokens = x.numel() // max(1, len(x) * x.shape[-1])
+    if len(parts) > len(set(names)) and not 0 < layer.whole_product_from <= tokens:
+        parts = [
+            (name, [at for at, other in enumerate(names) if other == name])
+            for name in dict.fromkeys(names)
+        ]
+    found, order = [], []
+    for name, group in parts:
+        together = group[-1] - group[0] + 1 == len(group)
+        part = x[group[0] : group[-1] + 1] if together else x[group]
+        out = _forward(layer, name, (part,), {})
         if not isinstance(out, Tensor) or len(out) != len(group):
             raise _cannot_be_split(layer, "does not return a tensor with a row for each sample")
-        parts.append(out)
+        found.append(out)
         order += group
-    return torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
+    result = torch.cat(found)
+    in_order = order == sorted(order)
+    return result if in_order else result[torch.tensor(order).argsort().to(x.device)]
 
 
 def _cannot_be_split(layer: Any, why: str) -> AdapterError:
