@@ -11,6 +11,8 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import shira.tuner.adapted_weight as reading
@@ -519,6 +521,16 @@ def test_refused_before_anything_is_touched(targets, modules, message):
         with pytest.raises(TargetError, match=message):
             get_peft_model(model, config_of(targets, modules, density=0.5))
     assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("config", [ShiraConfig, LoraConfig])
+def test_modules_are_excluded_and_parameters_that_are_named_are_not(config):
+    """In PEFT's LoRA neither."""
+    named = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    model = get_peft_model(mixture(), config(r=2, **named, exclude_modules=["experts", "q_proj"]))
+    adapted = {path for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = [f"base_model.model.model.layers.{number}." for number in range(2)]
+    assert adapted == {f"{layer}mlp.experts" for layer in layers}
 
 
 def test_a_parameter_of_the_model_itself_is_refused():
