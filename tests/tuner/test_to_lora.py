@@ -22,7 +22,7 @@ from .models import EVERYTHING, MLP, everything, gpt2, llama, mlp, randomize
 
 IDS = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-EVERY = [name for name in EVERYTHING if name not in ("along", "back")]  # groups, transposed
+EVERY = [name for name in EVERYTHING if name not in ("along", "back")]  # circular, transposed
 
 
 def adapted(base, targets, **options):
@@ -245,16 +245,81 @@ def test_what_is_refused(tmp_path):
         model.base_model.model.lin2.shira_weight["default"][0] = torch.nan
     with pytest.raises(AdapterError, match=r"lin2.weight: adapter 'default' has values not finite"):
         peft.convert_to_lora(model, rank=1)
-    for layer in (nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 4, 3)):
-        other = adapted(nn.Sequential(layer), ["0"])
-        with pytest.raises(TargetError, match=r"0: a Conv.* of this kind has no plain LoRA"):
-            peft.convert_to_lora(other, rank=1)
     mixed = PeftMixedModel(
         mlp(), ShiraConfig(r=1, target_modules=["lin1"], random_seed=0), "default"
     )
     mixed.add_adapter("lora", LoraConfig(r=1, target_modules=["lin2"]))
     with pytest.raises(AdapterError, match="'lin2': adapted by another method"):
         peft.convert_to_lora(mixed, rank=1)
+
+
+GROUPED = [
+    (nn.Conv1d(8, 12, 3, groups=4, stride=2), (2, 8, 9)),
+    (nn.Conv2d(8, 12, (3, 1), groups=2, padding="same"), (2, 8, 5, 6)),
+    (nn.Conv2d(6, 12, 3, groups=6, padding_mode="reflect"), (2, 6, 5, 5)),  # of nothing
+    (nn.Conv3d(4, 4, 2, groups=2), (1, 4, 3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), GROUPED)
+@pytest.mark.parametrize("density", [0.3, 0.02])  # groups without entries
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_a_convolution_in_groups(layer, shape, density, tmp_path):
+    model = adapted(nn.Sequential(layer), ["0"], density=density)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    wanted = model(x)
+    assert not torch.allclose(wanted, layer(x))
+    save_as_lora(tmp_path, model, rank=1.0)
+    loaded = PeftModel.from_pretrained(nn.Sequential(layer), tmp_path).eval()
+    assert loaded.peft_config["default"].r % layer.groups == 0
+    torch.testing.assert_close(loaded(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_each_group_has_its_part_of_the_rank():
+    layer = nn.Conv1d(8, 12, 3, groups=2)
+    model = adapted(nn.Sequential(layer), ["0"])
+    matrices = dense(model.base_model.model[0]).flatten(1).chunk(2)
+    energies = torch.stack([torch.linalg.svdvals(m).square() for m in matrices]).sum(0)
+    for rank in (4, 0.7):
+        with pytest.warns(UserWarning, match="squared deltas") as told:
+            config, state = peft.convert_to_lora(model, rank=rank)
+        each = config.r // 2
+        share = float(energies[:each].sum() / energies.sum())
+        assert any(f"keeps {share:.1%} of" in str(w.message) for w in told)
+        if rank == 0.7:
+            assert share >= 0.7 > float(energies[: each - 1].sum() / energies.sum())
+        a, b = (state[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
+        assert (a.shape, b.shape) == ((2 * each, 8, 3), (12, each, 1))
+        for group, wanted in enumerate(matrices):
+            ours = a[group * each :][:each]
+            assert not ours[:, 4 * (1 - group) :][:, :4].any()  # the other's input
+            u, s, vh = torch.linalg.svd(wanted, full_matrices=False)
+            best = u[:, :each] * s[:each] @ vh[:each]
+            found = b[6 * group :][:6, :, 0] @ ours[:, 4 * group :][:, :4].flatten(1)
+            torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"0.weight: .* in 2 groups .* multiple of 2, not 3"):
+        peft.convert_to_lora(model, rank=3)
+    with pytest.raises(ConfigError, match=r"2 groups of 6 x 12 have room for; .* up to 12"):
+        peft.convert_to_lora(model, rank=14)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.ConvTranspose1d(4, 4, 3), "has no transposed convolutions"),
+        (nn.Conv2d(4, 4, 3, dilation=(1, 2)), r"leaves out the dilation, which is \(1, 2\)"),
+        (nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
+    ],
+)
+def test_a_convolution_that_pefts_lora_cannot_hold(layer, why):
+    model = adapted(nn.Sequential(layer), ["0"])
+    with pytest.raises(
+        TargetError, match=f"0: PEFT's LoRA cannot hold .* {type(layer).__name__}: "
+    ):
+        peft.convert_to_lora(model, rank=1)
+    with pytest.raises(TargetError, match=why):
+        peft.convert_to_lora(model, rank=1)
 
 
 IMPORTED_BEFORE = """

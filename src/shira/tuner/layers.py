@@ -88,9 +88,22 @@ class Convolution(ShiraLayer):
         return isinstance(self.get_base_layer(), _TRANSPOSED)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether LoRA has it: no transposed one, and in groups other factors."""
+        """Return whether PEFT's LoRA computes what this layer does; see `no_lora`."""
+        return not self.no_lora()
+
+    def no_lora(self) -> str:
+        """Return why PEFT's LoRA cannot hold an adapter of this layer; empty if it can."""
         base: Any = self.get_base_layer()
-        return base.groups == 1 and not base.transposed
+        if base.transposed:
+            return "has no transposed convolutions"
+        if base.padding_mode != "zeros" and any(base._reversed_padding_repeated_twice):
+            return f"pads with zeros, and this layer with padding_mode={base.padding_mode!r}"
+        if any(
+            step > 1 and size > 1
+            for step, size in zip(base.dilation, base.kernel_size, strict=True)
+        ):
+            return f"leaves out the dilation, which is {base.dilation} here"
+        return ""
 
     def _way(self, base: Any) -> Way:
         # which torch's own forwards call, but for those of the transposed

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -26,6 +27,7 @@ from shira.store.names import INDICES, VALUES, base_module_name, is_sharded, wei
 from shira.support import matrix_shape
 from shira.tuner.config import ShiraConfig
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.layers import Convolution
 from shira.tuner.saving import layers_of, tied_weights
 from shira.tuner.targets import name_exactly
 
@@ -87,7 +89,7 @@ def convert_to_lora(
             names = ("lora_embedding_A", "lora_embedding_B")
         state |= {f"{path}.{name}": factor for name, factor in zip(names, (a, b), strict=True)}
         name = base_module_name(path)
-        ranks[name] = b.shape[1]
+        ranks[name] = len(a)
         energies.append((name, energy, kept))
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     state |= {k: t for k, t in saved.items() if not k.endswith((f".{VALUES}", f".{INDICES}"))}
@@ -101,38 +103,75 @@ def layer_to_lora(
 ) -> tuple[Tensor, Tensor, float, float]:
     """Return a layer's A ``(r, in)`` and B ``(out, r)``, its energy, and how much of it they keep.
 
-    Of a convolution A is ``(r, in, *kernel)`` and B ``(out, r, 1, ...)``.
+    Of a convolution A is ``(r, in, *kernel)`` and B ``(out, r / groups, 1, ...)``: in PEFT's LoRA
+    of one in groups, each group has an equal part of the rank, and A sees the input of all.
     """
     values = layer._delta(adapter_name).detach()
     rows, cols = (half.long() for half in layer.shira_indices[adapter_name])
+    groups: int = getattr(layer.get_base_layer(), "groups", 1)
     shape = matrix_shape(layer.weight_shape)
-    r = int(rank) if not isinstance(rank, float) else None
-    if r is not None and r > min(shape):
-        raise ConfigError(
-            f"{layer.weight_name}: a LoRA of rank {r} is larger than the {shape[0]} x {shape[1]} "
-            f"weight has room for; choose a rank up to {min(shape)}, or a share of the energy"
-        )
+    height, width = shape[0] // groups, shape[1]  # of a group
+    if not isinstance(rank, float):
+        _check_rank(layer.weight_name, int(rank), groups, height, width)
     if not bool(values.isfinite().all()):
         raise AdapterError(f"{layer.weight_name}: adapter {adapter_name!r} has values not finite")
+    ends = torch.searchsorted(rows, torch.arange(groups + 1, device=rows.device) * height)
+    parts = [
+        _decomposed(rows[first:last] - group * height, cols[first:last], values[first:last])
+        for group, (first, last) in enumerate(pairwise(ends.tolist()))
+    ]
+    energies = nn.utils.rnn.pad_sequence([part.s for part in parts]).double().square().sum(1)
+    if not isinstance(rank, float):
+        each = int(rank) // groups
+    else:  # the smallest rank that keeps the share; 1 of an untrained adapter
+        reached = energies.cumsum(0) >= rank * energies.sum()
+        each = int((~reached).sum().clamp_max(max(len(energies) - 1, 0))) + 1
+    left = values.new_zeros(shape[0], each, dtype=torch.float32)
+    right = left.new_zeros(groups * each, groups * width)
+    for group, (u, s, vh, used_rows, used_cols) in enumerate(parts):
+        n = min(each, len(s))
+        left[used_rows + group * height, :n] = u[:, :n] * s[:n]
+        right[group * each : group * each + n, used_cols + group * width] = vh[:n]
+    a, b = (left.t(), right.t()) if layer.fan_in_fan_out else (right, left)
+    if len(layer.weight_shape) > 2:
+        a = a.reshape(len(a), -1, *layer.weight_shape[2:])
+        b = b.reshape(*b.shape, *(1 for _ in layer.weight_shape[2:]))
+    factors = a.to(values.dtype).contiguous(), b.to(values.dtype).contiguous()
+    return *factors, float(energies.sum()), float(energies[:each].sum())
+
+
+class _Decomposed(NamedTuple):
+    """The singular values and vectors of the rows and columns of a matrix that have entries."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    rows: Tensor
+    cols: Tensor
+
+
+def _decomposed(rows: Tensor, cols: Tensor, values: Tensor) -> _Decomposed:
     used_rows, row = rows.unique(return_inverse=True)
     used_cols, col = cols.unique(return_inverse=True)
     dense = torch.zeros(len(used_rows), len(used_cols), device=values.device)
     dense[row, col] = values.float()
     u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-    energies = s.double().square()
-    if r is None:  # the smallest rank that keeps the share; 1 of an untrained adapter
-        reached = energies.cumsum(0) >= rank * energies.sum()
-        r = int((~reached).sum().clamp_max(max(len(s) - 1, 0))) + 1
-    n = min(r, len(s))
-    left, right = dense.new_zeros(shape[0], r), dense.new_zeros(r, shape[1])
-    left[used_rows, :n] = u[:, :n] * s[:n]
-    right[:n, used_cols] = vh[:n]
-    a, b = (left.t(), right.t()) if layer.fan_in_fan_out else (right, left)
-    if len(layer.weight_shape) > 2:
-        a = a.reshape(r, *layer.weight_shape[1:])
-        b = b.reshape(*b.shape, *(1 for _ in layer.weight_shape[2:]))
-    factors = a.to(values.dtype).contiguous(), b.to(values.dtype).contiguous()
-    return *factors, float(energies.sum()), float(energies[:n].sum())
+    return _Decomposed(u, s, vh, used_rows, used_cols)
+
+
+def _check_rank(name: str, rank: int, groups: int, height: int, width: int) -> None:
+    if rank % groups:
+        raise ConfigError(
+            f"{name}: PEFT's LoRA of a convolution in {groups} groups has a rank that is a "
+            f"multiple of {groups}, not {rank}; choose such a rank, or a share of the energy"
+        )
+    if rank > groups * min(height, width):
+        of = f"{groups} groups of {height} x {width} have" if groups > 1 else ""
+        raise ConfigError(
+            f"{name}: a LoRA of rank {rank} is larger than the "
+            f"{of or f'{height} x {width} weight has'} room for; choose a rank up to "
+            f"{groups * min(height, width)}, or a share of the energy"
+        )
 
 
 def _check(model: nn.Module, adapter_name: str, layers: dict[str, ShiraLayer]) -> None:
@@ -140,9 +179,11 @@ def _check(model: nn.Module, adapter_name: str, layers: dict[str, ShiraLayer]) -
         raise UnknownAdapterError(f"the model has no SHiRA adapter {adapter_name!r}")
     for path, layer in layers.items():
         if not layer.supports_lora_conversion(adapter_name):
+            why = layer.no_lora() if isinstance(layer, Convolution) else "has no plain factors"
             raise TargetError(
-                f"{base_module_name(path)}: a {type(layer.get_base_layer()).__name__} of this kind "
-                "has no plain LoRA; leave it out of target_modules, or serve the merged model"
+                f"{base_module_name(path)}: PEFT's LoRA cannot hold the adapter of this "
+                f"{type(layer.get_base_layer()).__name__}: it {why}. Leave it out of "
+                "target_modules, or serve the merged model"
             )
         if is_sharded(layer.shira_weight[adapter_name]):
             raise AdapterError(
