@@ -55,6 +55,8 @@ def bare_name(path: str) -> str:
 
 def without_wrappers(path: str) -> str:
     """Return a path without what compilation, FSDP and checkpointing have put into it."""
+    if not (path.startswith("_") or "._" in path):  # as all these names do
+        return path
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
@@ -65,7 +67,10 @@ def base_module_name(path: str) -> str:
         >>> base_module_name("base_model.model.model.layers.0.mlp.up_proj.base_layer")
         'model.layers.0.mlp.up_proj'
     """
-    return ".".join(part for part in bare_name(path).split(".") if part != "base_layer")
+    bare = bare_name(path)
+    if "base_layer" not in bare:
+        return bare
+    return ".".join(part for part in bare.split(".") if part != "base_layer")
 
 
 def own_names(keys: Iterable[str], modules: Iterable[str]) -> dict[str, str]:

@@ -37,6 +37,8 @@ from shira.tuner.quantized import backend_of
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MACHINERY = ("torch.distributed.", "deepspeed.")
 
+_LOOK_UP = nn.Module.__getattr__
+
 _swapping = threading.RLock()
 keep_over_fork(_swapping)
 
@@ -75,6 +77,9 @@ Layer: TypeAlias = nn.Module | ParameterOf
 
 def base_of(layer: Any) -> Any:
     """Return the layer that is adapted, under whatever adapts it already."""
+    kind = type(layer)
+    if getattr(kind, "__getattr__", None) is _LOOK_UP and not hasattr(kind, "get_base_layer"):
+        return layer  # a module as torch's own are; to look in it in vain takes a microsecond
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
@@ -90,7 +95,10 @@ def weight_of(layer: Layer) -> Tensor:
 
 def stored_weight(layer: Layer) -> Any:
     """Return the base layer's weight as it is stored: packed, in parts, or None (GPTQ)."""
-    return None if is_computed(layer) else getattr(base_of(layer), _weight_in(layer), None)
+    base, name = base_of(layer), _weight_in(layer)
+    if name in base._parameters and name not in base.__dict__:
+        return base._parameters[name]
+    return None if is_computed(layer) else getattr(base, name, None)
 
 
 def is_computed(layer: Layer) -> bool:
@@ -101,13 +109,15 @@ def is_computed(layer: Layer) -> bool:
     """
     base, name = base_of(layer), _weight_in(layer)
     parts = base._parameters
-    made = is_parametrized(base, name) or any(n.startswith(f"{name}_") for n in parts)
-    return made and name not in parts
+    if name in parts:
+        return False
+    return is_parametrized(base, name) or any(n.startswith(f"{name}_") for n in parts)
 
 
 def _weight_in(layer: Any) -> str:
     """Return the name of the weight in the base layer."""
-    return getattr(layer, "parameter_name", "weight")
+    known = "parameter_name" in layer.__dict__ or hasattr(type(layer), "parameter_name")
+    return layer.parameter_name if known else "weight"
 
 
 @contextmanager

@@ -456,12 +456,12 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
                 "parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
                 "prune.remove)"
             )
-        elif is_sharded(weight_of(self)):
+        elif is_sharded(weight := weight_of(self)):
             why = (
                 "a weight of which this process has a part only (FSDP2, ZeRO-3). Save the adapter "
                 "and merge it into a model in one process"
             )
-        elif overlaps_itself(weight_of(self)):
+        elif overlaps_itself(weight):
             why = (
                 "a weight whose entries share memory (an expanded tensor), so that writing one "
                 "writes others. Clone the weight first"

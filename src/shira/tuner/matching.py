@@ -79,7 +79,7 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     weight stands for all of them.
     """
     everything = dict(model.named_modules())
-    named = _named(model)
+    named = _named(everything)
     found = [path for path, name in named.items() if check_target_module_exists(config, name)]
     rows = token_rows(config.trainable_token_indices, model)
     parameters = matched_parameters(config, model)
@@ -113,14 +113,14 @@ def matched_modules(config: ShiraConfig, model: nn.Module) -> Matched:
     return Matched(modules, own_rows, found, tied, parameters, attentions)
 
 
-def _named(model: nn.Module) -> dict[str, str]:
+def _named(everything: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the modules by their paths, and what a configuration calls them.
 
     That is the path, but for the parts of a module that a `ParameterLayer` stands around.
     """
     inside: tuple[str, ...] = ()
     names = {}
-    for path, module in model.named_modules():
+    for path, module in everything.items():
         if path and not (path.startswith(inside) and path.endswith("base_layer")):
             names[path] = base_module_name(path) if path.startswith(inside) else path
         if isinstance(module, ParameterLayer):

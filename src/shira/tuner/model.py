@@ -146,18 +146,21 @@ class ShiraModel(BaseTuner):
 
     def _all_inside_wrappers(self, model: nn.Module) -> bool:
         """Return whether all that is matched is in modules that an earlier adapter has wrapped."""
-        inside = tuple(f"{p}." for p, m in model.named_modules() if isinstance(m, ParameterLayer))
         matched = self._matched
-        found = matched.modules and not matched.parameters
-        return bool(found) and all(path.startswith(inside) for path in matched.modules)
+        if matched.parameters or not all("base_layer" in path for path in matched.modules):
+            return False
+        inside = tuple(f"{p}." for p, m in model.named_modules() if isinstance(m, ParameterLayer))
+        found = matched.modules
+        return bool(found) and all(path.startswith(inside) for path in found)
 
     def _adapt_inside_wrappers(
         self, config: ShiraConfig, model: nn.Module, adapter_name: str
     ) -> None:
         """Adapt the parts of modules that an earlier adapter has wrapped; PEFT passes them over."""
         for path in self._matched.modules:
-            parent, target, child_name = _get_submodules(model, path)
-            if not isinstance(target, ShiraLayer) or adapter_name not in target.shira_weight:
+            layer = model.get_submodule(path)
+            if not isinstance(layer, ShiraLayer) or adapter_name not in layer.shira_weight:
+                parent, target, child_name = _get_submodules(model, path)
                 self._create_and_replace(config, adapter_name, target, child_name, parent, path)
                 self.targeted_module_names.append(path)
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -55,7 +55,8 @@ def checked_targets(config: ShiraConfig, model: nn.Module, *, some: bool) -> Mat
 
     ``"all-linear"`` is replaced by names. With ``some``, a configuration has to match something.
     """
-    _refuse_model(model)
+    named = dict(model.named_modules())
+    _refuse_model(named)
     _name_all_linear(config, model)
     matched = matched_modules(config, model)
     targets = matched.targets
@@ -63,10 +64,10 @@ def checked_targets(config: ShiraConfig, model: nn.Module, *, some: bool) -> Mat
         raise _nothing_matched(config, model)
     _warn_of_idle_names(config, model, targets)
     _refuse_two_ways(targets)
-    _refuse_other_places(targets, model)
+    _refuse_other_places(targets, named)
     _refuse_shared_weights(targets)
     _check_tied(config, model, matched)
-    _refuse_trained_whole(config, model, targets)
+    _refuse_trained_whole(config, named, targets)
     return matched
 
 
@@ -179,18 +180,19 @@ def _warn_of_idle_names(config: ShiraConfig, model: nn.Module, matched: Iterable
         for target in sorted(targets)
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    parameters = [base_module_name(name) for name in parameters]
     idle += [
         ("rank_pattern", pattern)
         for pattern in (config.rank_pattern if config.target_parameters else ())
         if not any(config.has_rank(target.name, pattern) for target in matched)
     ]
-    idle += [
-        ("target_parameters", target)
-        for target in config.target_parameters or ()
-        if not any(is_parameter(name, [target]) for name in parameters)
-    ]
+    if config.target_parameters:
+        known = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        parameters = [base_module_name(name) for name in known]
+        idle += [
+            ("target_parameters", target)
+            for target in config.target_parameters
+            if not any(is_parameter(name, [target]) for name in parameters)
+        ]
     whole = config.modules_to_save or []
     # PEFT itself adds several names for a head, of which a model has one.
     if not any(name.endswith(tuple(whole)) for name in names):
@@ -359,24 +361,25 @@ def _other_way_in(layer: nn.Module) -> str | None:
     The adapted layer stands in for ``forward``; who calls the other one would get the base.
     """
     for kind in type(layer).__mro__:
-        for method, function in () if kind.__module__.startswith("torch.") else vars(kind).items():
+        known = kind is object or kind.__module__.startswith("torch.")
+        for method, function in () if known else vars(kind).items():
             code = getattr(function, "__code__", None)
             if method != "forward" and code is not None and "forward" in code.co_names:
                 return method
     return None
 
 
-def _refuse_model(model: nn.Module) -> None:
+def _refuse_model(named: Mapping[str, nn.Module]) -> None:
     """Refuse a model that takes PEFT's names, or divides its own weights for eval mode (RWKV)."""
-    for name, part in model.named_modules():
+    for name, part in named.items():
         if "base_layer" in part._modules and not isinstance(part, BaseTunerLayer):
             raise TargetError(
                 f"the model's {name or 'root'} ({type(part).__name__}) has a part called "
                 "'base_layer', the name by which PEFT knows an adapted layer; rename it, or adapt "
                 "another part of the model"
             )
-        config: Any = getattr(part, "config", None)
-        if hasattr(part, "layers_are_rescaled") and config.rescale_every:
+        config: Any = part.__dict__.get("config")
+        if "layers_are_rescaled" in part.__dict__ and config.rescale_every:
             raise TargetError(
                 f"{name or type(part).__name__} rewrites its weights between training and eval "
                 f"mode (rescale_every={config.rescale_every}), which an adapter cannot follow; set "
@@ -397,12 +400,13 @@ def _refuse_two_ways(targets: Iterable[Target]) -> None:
             )
 
 
-def _refuse_trained_whole(config: ShiraConfig, model: nn.Module, targets: Iterable[Target]) -> None:
+def _refuse_trained_whole(
+    config: ShiraConfig, named: Mapping[str, nn.Module], targets: Iterable[Target]
+) -> None:
     """Refuse to adapt within a module that is trained whole: it is copied, adapters and all.
 
     Of another adapter's ``modules_to_save`` too. What PEFT leaves out of the targets is none here.
     """
-    named = dict(model.named_modules())
     ends = tuple(config.modules_to_save or ())
     whole = {path for path, module in named.items() if isinstance(module, ModulesToSaveWrapper)}
     whole |= {path for path in named if ends and path.endswith(ends)}
@@ -420,7 +424,7 @@ def _refuse_trained_whole(config: ShiraConfig, model: nn.Module, targets: Iterab
             )
 
 
-def _refuse_other_places(targets: Iterable[Target], model: nn.Module) -> None:
+def _refuse_other_places(targets: Iterable[Target], named: Mapping[str, nn.Module]) -> None:
     """Refuse a target that is called from where an adapted layer cannot be put in its place.
 
     Such as a part of two modules, or of a list that a module keeps beside its parts: what is put
@@ -428,7 +432,7 @@ def _refuse_other_places(targets: Iterable[Target], model: nn.Module) -> None:
     """
     names = {id(target.module): target.path for target in targets}
     first: dict[int, tuple[int, str]] = {}
-    for owner_name, owner in model.named_modules():
+    for owner_name, owner in named.items():
         if isinstance(owner, BaseTunerLayer):
             continue
         others = [
