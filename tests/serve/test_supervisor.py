@@ -78,11 +78,15 @@ def ask(number: int):
 @pytest.fixture
 def scene(tmp_path):
     scene = Scene(tmp_path)
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    # Under nohup the one is ignored, in what a shell's script has started with & the other.
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     yield scene
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     signal.signal(signal.SIGHUP, hang_up)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    signal.signal(signal.SIGINT, interrupt)
+    assert after == before
     for pid in scene.left():  # of a test that failed
         os.kill(pid, signal.SIGKILL)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -20,6 +18,7 @@ from shira import Adapter, PeftModel, ShiraConfig, Support, Switch, calibrate, g
 from shira.errors import AdapterError, ConfigError, FileFormatError, MaskError, TargetError
 from shira.masks import magnitude_support
 from shira.tuner.parameter import ParameterLayer
+from tests.forked import program
 from tests.tuner.experts import EXPERTS, MODELS, mixture, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -290,7 +289,7 @@ model = PeftModel.from_pretrained(base, {str(tmp_path / "adapter")!r}).eval()
 with torch.no_grad():
     assert torch.equal(model(input_ids=ids).logits, expected)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    program(code)
 
 
 def test_a_second_adapter_and_another_order(tmp_path):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -17,6 +15,7 @@ from torch import nn
 from shira import Adapter, PeftModel, ShiraConfig
 from shira.convert import from_lora
 from shira.errors import AdapterError, ConfigError, TargetError, UnknownAdapterError
+from tests.forked import program
 
 from .models import EVERYTHING, MLP, everything, gpt2, llama, mlp, randomize
 
@@ -337,9 +336,7 @@ except AdapterError as error:
 
 
 def test_the_function_of_before_is_refused():
-    command = [sys.executable, "-c", IMPORTED_BEFORE]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "before shira was imported" in said
+    assert "before shira was imported" in program(IMPORTED_BEFORE)
 
 
 def test_other_methods_are_pefts():

@@ -33,8 +33,8 @@ MOE = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 128,
 }
+# Llama's q, k, v, gate and up are Qwen2's without biases, and its head of its own is Phi3's.
 KINDS = {
-    "Llama": {},
     "Qwen2": {"tie_word_embeddings": True},
     "Phi3": {},
     "Qwen2Moe": MOE,
