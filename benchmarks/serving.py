@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suite ``serving``: vLLM's server with shira's plugin and with vLLM's own LoRA, under load.
 
-The same random Llama, three adapters and the base behind three servers on loopback, all on this
+The same random Llama, three adapters and the base behind four servers on loopback, all on this
 machine, taking turns::
 
     base     vLLM without adapters: every request wants the base
     lora     vLLM's LoRA: adapters of a batch side by side, extra products for each token
     shira    the endpoint plugin: one adapter in the weights at a time, requests take turns
+    mixing   the same with SHIRA_MIXING=on: one alone is in the weights, several ride on top
 
 Loads, all with the same requests in flight at once: ``one`` (all want one adapter), ``runs`` (the
 adapters one after the other), ``mixed`` (every request wants a random one of the four). Besides:
 seconds of a switch on the idle server, and of loading an adapter.
 
-Checked: every answer of base and shira is what transformers generates with that adapter merged;
-of lora it is counted how many are what the same server answers to that request alone.
+Checked: every answer of base, shira and mixing is what transformers generates with that adapter
+merged; of lora it is counted how many are what the same server answers to that request alone.
 
 Not comparable: on a CPU vLLM packs linear weights for its kernels and the plugin keeps them plain,
 so `shira` with all requests for the base (``base`` load) is given too; and a random LoRA answers
@@ -45,6 +46,7 @@ NAME = "serving"
 ADAPTERS = ("one", "two", "three")
 BASE = "base"
 REFERENCE = "base/base"
+LOADING = ("shira", "lora", "mixing")
 
 
 @dataclass
@@ -83,7 +85,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda text: None)
         prompts, right = _prepare(root, settings)
         progress("serving: starting the servers")
         urls = _start(root, settings, stack)
-        loading = {kind: _load_adapters(urls[kind], root / kind) for kind in ("shira", "lora")}
+        loading = {kind: _load_adapters(kind, urls[kind], root) for kind in LOADING}
         progress("serving: comparing the answers")
         right["lora"] = {
             name: _alone(urls["lora"], name, prompts, settings) for name in (*ADAPTERS, BASE)
@@ -125,21 +127,23 @@ def _prepare(root: Path, settings: Settings) -> tuple[list[list[int]], dict[str,
         merged = models.save_shira(root / "shira" / name, base, settings.r, seed)
         shira[name] = models.greedy(base, merged, prompts, settings.tokens)
         models.save_lora(root / "lora" / name, base, settings.r, seed)
-    return prompts, {"base": {BASE: plain}, "shira": shira}
+    return prompts, {"base": {BASE: plain}, "shira": shira, "mixing": shira}
 
 
 def _start(root: Path, settings: Settings, stack: ExitStack) -> dict[str, str]:
-    """Three servers, started together; their addresses."""
+    """The servers, started together; their addresses."""
     packages = server.command_line_on_cpu(root / "packages")
     common = ["vllm", "serve", str(root / "model"), "--served-model-name", BASE]
     common += ["--skip-tokenizer-init", "--enforce-eager", "--dtype", "float32"]
     common += ["--max-model-len", str(settings.prompt + settings.tokens + 8)]
-    common += ["--max-num-seqs", str(settings.in_flight), "--gpu-memory-utilization", "0.2"]
+    common += ["--max-num-seqs", str(settings.in_flight), "--gpu-memory-utilization", "0.1"]
+    common += ["--kv-cache-memory-bytes", str(1 << 28)]
     extra = {
         "base": [],
         "lora": ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "8"],
         "shira": ["--worker-extension-cls", "shira.serve.vllm.ShiraWorkerExtension"],
     }
+    extra["mixing"] = extra["shira"]
     if settings.r > 8:
         extra["lora"][-1] = str(1 << (settings.r - 1).bit_length())
     more = {
@@ -151,6 +155,7 @@ def _start(root: Path, settings: Settings, stack: ExitStack) -> dict[str, str]:
             "SHIRA_PATIENCE": str(settings.patience),
         },
     }
+    more["mixing"] = {**more["shira"], "SHIRA_MIXING": "on"}
     started, urls = {}, {}
     for kind in extra:
         port = server.free_port()
@@ -168,17 +173,17 @@ def _start(root: Path, settings: Settings, stack: ExitStack) -> dict[str, str]:
     return urls
 
 
-def _load_adapters(url: str, folder: Path) -> dict[str, float]:
+def _load_adapters(kind: str, url: str, root: Path) -> dict[str, float]:
     import httpx
 
     seconds = []
     for name in ADAPTERS:
         began = time.perf_counter()
-        if folder.name == "shira":
+        if kind != "lora":
             body = {"name": name, "path": name}
             answer = httpx.post(f"{url}/v1/load_shira_adapter", json=body, timeout=120)
         else:
-            body = {"lora_name": name, "lora_path": str(folder / name)}
+            body = {"lora_name": name, "lora_path": str(root / kind / name)}
             answer = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=120)
         seconds.append(time.perf_counter() - began)
         answer.raise_for_status()
@@ -196,6 +201,10 @@ _RUNS = (
     ("shira", "one"),
     ("shira", "runs"),
     ("shira", "mixed"),
+    ("mixing", "base"),
+    ("mixing", "one"),
+    ("mixing", "runs"),
+    ("mixing", "mixed"),
 )
 
 
@@ -323,8 +332,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
         ["server, load", "requests/s", "x base's seconds", "latency, ms median", "p95", "max"],
         notes=[
             f"{s['repeats']} interleaved rounds; ratios are taken within a round, and are of "
-            "the seconds for the whole load. Every answer of base and shira is transformers' with "
-            "that adapter merged; of lora's answers "
+            "the seconds for the whole load. Every answer of base, shira and mixing is "
+            "transformers' with that adapter merged; of lora's answers "
             f"{sum(row['answers_unlike_alone'] for row in results['loads'].values())} of "
             f"{result['answers']['lora_requests']} differ from the same server's to the request "
             "alone.",

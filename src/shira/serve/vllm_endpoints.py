@@ -10,6 +10,8 @@ variables:
 - ``SHIRA_PATIENCE``: see `shira.serve.scheduler.AdapterScheduler`; seconds, 0.5 if not given;
 - ``SHIRA_MAX_ADAPTER_MEMORY``: bytes of each worker that adapters may take; all that is needed, if
   not given: see `shira.serve.holding`;
+- ``SHIRA_MIXING``: ``on`` lets requests for different adapters run in one batch (see
+  `shira.serve.mixed`); ``off`` if not given: they take turns;
 - ``SHIRA_BODY_LIMIT``: the largest body of a request to the model in bytes, 16 MiB if not given;
 - ``SHIRA_JOURNAL``: the file from which a server that is started again has its adapters;
 - ``SHIRA_READY``: a file that is made when they are there; ``shira serve`` looks for it.
@@ -30,10 +32,12 @@ from shira.serve.http import routes
 from shira.serve.http.names import folder_of_adapters
 from shira.serve.http.routes import encoded
 from shira.serve.http.service import AdapterService
-from shira.serve.http.turns import BODY_LIMIT, Turns, answering
+from shira.serve.http.turns import BODY_LIMIT, Turns, answering, carrying
+from shira.serve.messages import KEY
 
 FOLDER, PATIENCE, LIMIT = "SHIRA_ADAPTERS", "SHIRA_PATIENCE", "SHIRA_BODY_LIMIT"
 JOURNAL, READY, MEMORY = "SHIRA_JOURNAL", "SHIRA_READY", "SHIRA_MAX_ADAPTER_MEMORY"
+MIXING = "SHIRA_MIXING"
 
 
 class ShiraEndpoints:
@@ -94,6 +98,10 @@ class ShiraEndpoints:
         client = await AsyncClient.of(engine_client, max_adapter_memory=memory)
         if client.active:  # the engine has been in use; this server begins with the base
             await client.deactivate()
+        mixing = _mixing()
+        if mixing:
+            await client.mix()
+            _hand_on(engine_client)
         journal = os.environ.get(JOURNAL)
         service = AdapterService(
             client,
@@ -102,6 +110,7 @@ class ShiraEndpoints:
             patience=_seconds(os.environ.get(PATIENCE, "0.5")),
             taken=lambda name: name in models.lora_requests or bool(models.lora_resolvers),
             journal=Path(journal).expanduser() if journal else None,
+            mixing=mixing,
         )
         if journal:
             for name, why in (await service.restore()).items():
@@ -121,6 +130,34 @@ def _name_the_adapter(models: Any) -> None:
         return (answering.get() if lora_request is None else None) or name_of(lora_request)
 
     models.model_name = model_name
+
+
+def _hand_on(engine: Any) -> None:
+    """Let each request that a route gives to the engine bring the adapter of its body along."""
+    from vllm.exceptions import VLLMValidationError
+
+    add = engine.add_request
+
+    async def add_request(
+        request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        carried = carrying.get()
+        if KEY in (getattr(params, "extra_args", None) or ()):
+            raise VLLMValidationError(f"{KEY} is not the client's: `model` names the adapter")
+        if carried is not None:
+            if not hasattr(params, "extra_args"):
+                raise VLLMValidationError("an adapter that rides answers by generating only")
+            prompt, params = carried.by(prompt, params)
+        return await add(request_id, prompt, params, *args, **kwargs)
+
+    engine.add_request = add_request
+
+
+def _mixing() -> bool:
+    text = os.environ.get(MIXING, "off")
+    if text not in ("on", "off"):
+        raise ConfigError(f"{MIXING} is 'on' or 'off', not {text!r:.100}")
+    return text == "on"
 
 
 def _bytes(variable: str, default: int = 0) -> int:

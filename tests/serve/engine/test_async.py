@@ -252,3 +252,48 @@ def test_sleeping_and_waking(loop, engine, client, zoo):
         assert await answers(engine) == expected(zoo, "both")
 
     loop.run_until_complete(steps())
+
+
+def test_requests_that_bring_their_adapter_and_some_that_give_up(loop, engine, client, zoo):
+    """Adapters are loaded, unloaded and replaced, and requests cancelled, while others run."""
+    states = ["a", "base", "both", "b", "half"]
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, detokenize=False, ignore_eos=True)
+
+    async def one(mixing, i):
+        state, which = states[i % 5], i % 3
+        prompt = {"prompt_token_ids": PROMPTS[which]}
+        brought = zoo.states[state] or None
+        async for output in mixing.generate(prompt, params, f"r{next(numbers)}", adapter=brought):
+            last = output
+        assert list(last.outputs[0].token_ids) == expected(zoo, state)[which]
+
+    async def changing(mixing):
+        for state in ("b", "a"):
+            await mixing.load("c", zoo.path(state))
+            prompt = {"prompt_token_ids": PROMPTS[0]}
+            async for output in mixing.generate(prompt, params, f"r{next(numbers)}", adapter="c"):
+                last = output
+            assert list(last.outputs[0].token_ids) == expected(zoo, state)[0]
+            await mixing.unload("c")
+
+    async def steps():
+        await client.deactivate()
+        mixing = await AsyncClient.of(engine, mixing=True)
+        before = (await mixing.mix())["steps"]["riding"]
+        asking = [asyncio.ensure_future(one(mixing, i)) for i in range(60)]
+        asking.append(asyncio.ensure_future(changing(mixing)))
+        await asking[3]
+        for i in range(7, 60, 9):
+            asking[i].cancel()
+        outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        for outcome in outcomes:
+            assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
+        assert (await mixing.mix())["steps"]["riding"] > before
+        assert "c" not in (await mixing.list())["adapters"]
+        await mixing.activate("a")
+        with pytest.raises(ServeError, match="deactivate"):
+            await mixing.carry("b")
+        await mixing.deactivate()
+        assert await answers(engine) == expected(zoo, "base")
+
+    loop.run_until_complete(steps())

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 from shira.errors import AdapterError, FileFormatError, ServeError, UnknownAdapterError
+from shira.serve.http.turns import carrying
+from shira.serve.messages import carried
 
 
 class FakeEngine:
@@ -49,6 +51,16 @@ class FakeEngine:
         self.active = dict(weights or {})
 
 
+class MixingEngine(FakeEngine):
+    """One that mixes adapters in a batch, but for those whose text is "german"."""
+
+    async def why_not(self, weights):
+        return "it is odd" if any(self.held[name] == "german" for name in weights) else ""
+
+    async def carry(self, weights):
+        return carried(weights, {name: self.held[name] for name in weights})
+
+
 class FakeServer:
     """The application within: answers with what is active, in pieces, after `seconds`."""
 
@@ -72,7 +84,9 @@ class FakeServer:
                 return
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for _ in range(2):
-                active = json.dumps(self.engine.active).encode() + b"\n"
+                own = carrying.get()
+                said = self.engine.active if own is None else {own.value: own.salt}
+                active = json.dumps(said).encode() + b"\n"
                 await send({"type": "http.response.body", "body": active, "more_body": True})
                 await asyncio.sleep(request.get("seconds", 0))
             await send({"type": "http.response.body", "body": b""})

@@ -14,7 +14,7 @@ from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import Turns, answering
 
 from ..virtual_time import run
-from .fakes import FakeEngine, FakeServer, post
+from .fakes import FakeEngine, FakeServer, MixingEngine, post
 
 CHAT = "/v1/chat/completions"
 
@@ -324,3 +324,76 @@ def test_the_application_knows_who_answers(tmp_path):
         assert answering.get() is None
 
     on_site(test, tmp_path)
+
+
+def on_mixing_site(test, tmp_path):
+    async def begin(site):
+        for name in ("fr", "de"):
+            assert (await site.own(routes.UNLOAD, name=name))[0] == 200
+        site.engine = site.server.engine = MixingEngine(0.1)
+        site.service = AdapterService(site.engine, mixing=True, **site.options)
+        for name, path in (("fr", "french"), ("de", "german"), ("two", "damned")):
+            (tmp_path / path).mkdir(exist_ok=True)
+            (tmp_path / path / "adapter").write_text(path)
+            assert (await site.own(routes.LOAD, name=name, path=path))[0] == 200
+        await test(site)
+
+    on_site(begin, tmp_path)
+
+
+def test_adapters_that_ride_wait_for_nobody(tmp_path):
+    async def test(site):
+        now = asyncio.get_running_loop().time
+        began = now()
+        wanted = ["fr", "base", "two", "fr"] * 4
+        answers = await asyncio.gather(*(site.ask(model, seconds=1) for model in wanted))
+        assert now() - began < 3.1
+        for model, (status, data) in zip(wanted, answers, strict=True):
+            assert status == 200
+            (said,) = set(data.splitlines())
+            assert list(json.loads(said)) == ([] if model == "base" else [model])
+        listed = {each["id"]: each for each in site.service.list()["data"]}
+        assert [listed[name]["rides"] for name in ("fr", "de", "two")] == [True, False, True]
+        assert listed["de"]["why_not"] == "it is odd"
+        assert site.service.list()["riding"] == {}
+        assert (await site.own(routes.ACTIVATE, name="fr"))[1]["switch_seconds"] is None
+        assert site.service.scheduler.switches == 0
+
+    on_mixing_site(test, tmp_path)
+
+
+def test_one_that_cannot_ride_takes_turns_with_those_that_do(tmp_path):
+    async def test(site):
+        wanted = ["fr", "de", "two", "base", "de", "fr"] * 5
+        answers = await asyncio.gather(*(site.ask(model, seconds=0.1) for model in wanted))
+        for model, (_, data) in zip(wanted, answers, strict=True):
+            (said,) = set(data.splitlines())
+            assert list(json.loads(said)) == ([] if model == "base" else [model])
+        assert 0 < site.service.scheduler.switches < 6
+
+    on_mixing_site(test, tmp_path)
+
+
+def test_unloading_waits_for_the_requests_of_that_adapter_alone(tmp_path):
+    async def test(site):
+        now, began = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
+        assert (await site.own(routes.LOAD, name="mix", adapters={"fr": 0.5, "two": 2}))[0] == 200
+        long = asyncio.ensure_future(site.ask("fr", seconds=50))
+        short = asyncio.ensure_future(site.ask("two", seconds=1))
+        await asyncio.sleep(0.5)
+        assert (await site.own(routes.UNLOAD, name="two"))[0] == 409  # part of mix
+        assert (await site.own(routes.UNLOAD, name="mix"))[0] == 200
+        unload = asyncio.ensure_future(site.own(routes.UNLOAD, name="two"))
+        await asyncio.sleep(0.1)
+        assert (await site.ask("two"))[0] == 404
+        assert not unload.done()
+        assert (await unload)[0] == 200
+        assert short.done()
+        assert now() - began < 10
+        site.engine.held.pop("fr")  # an engine that fails
+        gone = asyncio.ensure_future(site.own(routes.UNLOAD, name="fr"))
+        await long
+        assert (await gone)[0] == 500
+        assert "fr" in site.service.served
+
+    on_mixing_site(test, tmp_path)

@@ -18,7 +18,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +39,7 @@ from shira.serve import journal as journals
 from shira.serve.client import AsyncClient
 from shira.serve.http.names import NameTakenError, adapter_name, below
 from shira.serve.journal import Kept, Record
+from shira.serve.messages import Carried
 from shira.serve.scheduler import AdapterScheduler
 
 T = TypeVar("T")
@@ -51,6 +54,8 @@ class Served(NamedTuple):
     weights: Mapping[str, float]  # scale by name of loaded adapters
     path: str | None  # as the client put it; None for several adapters together
     report: Mapping[str, Any]  # the engine's
+    carried: Carried | None = None  # what its requests bring along, if batches are mixed
+    why_not: str = ""  # if they are and it cannot ride
 
 
 class AdapterService:
@@ -64,6 +69,8 @@ class AdapterService:
         taken: True of a name that belongs to something else that the server serves, on the base's
             weights (a LoRA).
         journal: The file; it is read by `restore` and not written before.
+        mixing: The engine mixes adapters in a batch: requests for those that can ride wait for no
+            turn but the base's, and bring their adapter along.
     """
 
     def __init__(
@@ -75,12 +82,16 @@ class AdapterService:
         patience: float = 0.5,
         taken: Callable[[str], bool] = lambda name: False,
         journal: Path | None = None,
+        mixing: bool = False,
     ) -> None:
         self.engine = engine
         self.folder = folder
         self.base_models = tuple(base_models)
         self.scheduler = AdapterScheduler(self._switch, patience=patience)
         self.served: dict[str, Served] = {}
+        self.mixing = mixing
+        self._running: Counter[str] = Counter()  # requests that brought an adapter along
+        self._ended = asyncio.Event()
         self._taken = taken
         self._changing = asyncio.Lock()
         self._last_switch: float | None = None
@@ -104,6 +115,21 @@ class AdapterService:
         said = model if isinstance(model, str) else type(model).__name__
         hint = did_you_mean(said, [*self.base_models, *self.served])
         raise self._unknown(model, f"The model `{said:.300}` does not exist.{hint}")
+
+    @contextmanager
+    def riding(self, name: str | None) -> Iterator[Carried | None]:
+        """Keep what a request brings along from being unloaded; None if it waits for its turn."""
+        served = None if name is None else self.served[name]
+        if served is None or served.carried is None:
+            yield None
+            return
+        names = {str(name), *served.weights}
+        self._running.update(names)
+        try:
+            yield served.carried
+        finally:
+            self._running.subtract(names)
+            self._ended.set()
 
     async def load(
         self, name: object, path: object = None, adapters: object = None
@@ -132,10 +158,10 @@ class AdapterService:
             if adapters is not None:
                 weights = self._combination(adapters)
                 await self.engine.check(weights)
-                self.served[name] = Served(weights, None, {})
+                self.served[name] = await self._riding(Served(weights, None, {}))
             else:
                 report = await self._loaded(name, path)
-                self.served[name] = Served({name: 1.0}, str(path), report)
+                self.served[name] = await self._riding(Served({name: 1.0}, str(path), report))
             described = self._described(name)
         lost = self.lost.pop(name, None)
         try:
@@ -162,6 +188,13 @@ class AdapterService:
         known = isinstance(error, ShiraError | FileNotFoundError)
         return (type(error) if known else AdapterError)(told)
 
+    async def _riding(self, served: Served) -> Served:
+        if not self.mixing:
+            return served
+        why_not = await self.engine.why_not(served.weights)
+        carried = None if why_not else await self.engine.carry(served.weights)
+        return served._replace(carried=carried, why_not=why_not)
+
     async def unload(self, name: object) -> dict[str, Any]:
         """Serve a name no longer: running requests end first, queued ones are refused.
 
@@ -184,6 +217,9 @@ class AdapterService:
             if users:
                 raise NameTakenError(f"{name!r} is part of {', '.join(users)}: unload those first")
             described = self._described(str(name))
+            if served.carried is not None:
+                await self._forget_riding(str(name), served)
+                return described
             async with self.scheduler.alone():
                 if self.scheduler.active == name:
                     await self.engine.activate(None)
@@ -196,15 +232,29 @@ class AdapterService:
                 )
             return described
 
+    async def _forget_riding(self, name: str, served: Served) -> None:
+        del self.served[name]  # no more of them
+        try:
+            while self._running[name]:
+                self._ended.clear()
+                await self._ended.wait()
+            if served.path is not None:
+                await self.engine.unload(name)
+        except BaseException:
+            self.served[name] = served
+            raise
+
     async def activate(self, name: object) -> dict[str, Any]:
         """Switch now rather than with the next request: wait for the adapter's turn.
 
         Returns ``active``, ``seconds`` in all, ``switch_seconds`` of the switch itself, None if the
-        adapter was active already.
+        adapter was active already, or requests bring it along.
         """
         adapter = self.resolve(name)
         began, switches = time.perf_counter(), self.scheduler.switches
-        async with self.scheduler.using(adapter):
+        with self.riding(adapter) as carried:
+            turn = adapter if carried is None else None
+        async with self.scheduler.using(turn):
             switched = self.scheduler.switches != switches
             said = {
                 "active": adapter,
@@ -228,6 +278,8 @@ class AdapterService:
             "switches": self.scheduler.switches,
             "patience_seconds": self.scheduler.patience,
         }
+        if self.mixing:
+            listed["riding"] = {name: count for name, count in self._running.items() if count}
         if self.journal is not None:
             listed |= {"not_restored": dict(self.lost), "journal_set_aside": self.set_aside}
         return listed
@@ -382,11 +434,13 @@ class AdapterService:
 
     def _described(self, name: str) -> dict[str, Any]:
         served = self.served[name]
+        mixing = {"rides": served.carried is not None, "why_not": served.why_not or None}
         return {
             "id": name,
             "object": "adapter",
             "parent": self.base_models[0],
             "path": served.path,
             "adapters": None if served.path is not None else dict(served.weights),
+            **(mixing if self.mixing else {}),
             **{key: value for key, value in served.report.items() if key in _TOLD},
         }

@@ -3,7 +3,8 @@
 
 The ``model`` field of the JSON body names the adapter, as with vLLM's LoRA. A request waits for its
 turn before the server sees it, and counts as running until its response has been sent, streams
-included. The server sees the base's name in its place: to it there is one model.
+included. Where batches are mixed, it brings its adapter along (`carrying`), and the turn is the
+base's. The server sees the base's name in its place: to it there is one model.
 
 Every POST takes part except those that run no model (`IDLE_PATHS`), so that no way to the engine
 is open on which an answer could come from the wrong weights. What would go on after its response is
@@ -26,6 +27,7 @@ from shira.errors import AdapterError, ServeError
 from shira.serve.http import routes
 from shira.serve.http.routes import TooLargeError, describe, encoded
 from shira.serve.http.service import AdapterService
+from shira.serve.messages import Carried
 
 T = TypeVar("T")
 
@@ -56,6 +58,10 @@ _SMALL = 64 * 2**10  # bytes that are parsed on the event loop
 
 answering: ContextVar[str | None] = ContextVar("answering", default=None)
 """The adapter that answers the request at hand, for who writes its name into the response."""
+
+carrying: ContextVar[Carried | None] = ContextVar("carrying", default=None)
+"""What the request at hand brings along, for who hands it to the engine; see `shira.serve.mixed`.
+"""
 
 
 class Turns:
@@ -114,6 +120,7 @@ class Turns:
         try:
             request = await _timely(size, _parsed, data)
             adapter = service.resolve(request.get("model"))
+            carried = stack.enter_context(service.riding(adapter))
             if request.get("background"):  # whatever a lenient parser takes for true
                 raise AdapterError(
                     '"background": true is not possible with adapters in the weights: its answer '
@@ -130,9 +137,11 @@ class Turns:
             return scope, _replay(data, receive)
         gone = asyncio.ensure_future(receive())  # nothing but the end of the connection may come
         stack.callback(gone.cancel)
-        if not await stack.enter_async_context(service.scheduler.using(adapter, unless=gone)):
+        turn = adapter if carried is None else None  # of the base, on which it rides
+        if not await stack.enter_async_context(service.scheduler.using(turn, unless=gone)):
             return None
         stack.callback(answering.reset, answering.set(adapter))
+        stack.callback(carrying.reset, carrying.set(carried))
         return scope, _replay(data, receive, gone)
 
 
