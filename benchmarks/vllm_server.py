@@ -55,7 +55,7 @@ def running(arguments: list[str], port: int, log: Path, **process) -> Iterator[s
     """The process, once it answers; stopped with all its children at the end.
 
     Raises:
-        RuntimeError: If it ends, or does not answer in three minutes; with the end of its log.
+        RuntimeError: If it ends, or does not answer in ten minutes; with the end of its log.
     """
     with started(arguments, log, **process) as server:
         wait_until_it_answers(server, port, log)
@@ -84,7 +84,7 @@ def started(arguments: list[str], log: Path, **process) -> Iterator[subprocess.P
 
 
 def wait_until_it_answers(server: subprocess.Popen, port: int, log: Path) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while time.monotonic() < end and server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)

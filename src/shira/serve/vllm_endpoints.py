@@ -141,7 +141,10 @@ def _hand_on(engine: Any) -> None:
     async def add_request(
         request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        carried = carrying.get()
+        try:
+            carried = carrying.get()
+        except LookupError:  # of a task that no request began: nobody knows whose it is
+            raise VLLMValidationError("with mixed adapters only routes ask the engine") from None
         if KEY in (getattr(params, "extra_args", None) or ()):
             raise VLLMValidationError(f"{KEY} is not the client's: `model` names the adapter")
         if carried is not None:

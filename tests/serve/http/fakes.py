@@ -84,7 +84,7 @@ class FakeServer:
                 return
             await send({"type": "http.response.start", "status": 200, "headers": []})
             for _ in range(2):
-                own = carrying.get()
+                own = carrying.get(None)
                 said = self.engine.active if own is None else {own.value: own.salt}
                 active = json.dumps(said).encode() + b"\n"
                 await send({"type": "http.response.body", "body": active, "more_body": True})

@@ -59,8 +59,10 @@ _SMALL = 64 * 2**10  # bytes that are parsed on the event loop
 answering: ContextVar[str | None] = ContextVar("answering", default=None)
 """The adapter that answers the request at hand, for who writes its name into the response."""
 
-carrying: ContextVar[Carried | None] = ContextVar("carrying", default=None)
-"""What the request at hand brings along, for who hands it to the engine; see `shira.serve.mixed`.
+carrying: ContextVar[Carried | None] = ContextVar("carrying")
+"""The luggage of the request at hand, for who hands it to the engine; see `shira.serve.mixed`.
+
+Not set outside of a request that has its turn.
 """
 
 
