@@ -8,13 +8,16 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shira import chain
-from shira.chain import files
+from shira.chain import applying, files
 from shira.checkpoints import opening
 from shira.errors import ConfigError, FileFormatError, ShiraError, WrongBaseError
 from shira.store import atomic
@@ -44,6 +47,39 @@ def test_a_chain_is_entered_at_any_link(made, tmp_path):
     told = chain.apply(paths[2], links[2:4], tmp_path / "part")
     assert contents(told.output) == contents(paths[4])
     assert told.hash == chain.verify(links[3]).new
+
+
+def test_many_links_with_few_files_open(made, tmp_path):
+    """To and fro, in a process that may have few files open; verified and applied in one pass."""
+    paths, links = made
+    back = tmp_path / "back.link"
+    chain.diff(paths[1], paths[0], back)
+    script = """
+import resource, sys
+from shira import chain
+_, old, there, back, out = sys.argv
+links = [there, back] * 100 + [there]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+assert chain.verify(links).links == 201
+assert chain.apply(old, links, out).applied == 201
+"""
+    given = [paths[0], links[0], back, tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", script, *given], check=True, timeout=60)
+    assert contents(tmp_path / "out") == contents(paths[1])
+
+
+def test_a_link_that_is_replaced_while_it_is_read_is_refused(made, tmp_path, monkeypatch):
+    paths, links = made
+    monkeypatch.setattr("shira.chain.link.OPEN", 1)
+    mine = [Path(shutil.copy(link, tmp_path)) for link in links[:2]]
+    with applying.open_chain(mine) as found:
+        found[0].check_data()
+        found[1].check_data()
+        os.replace(shutil.copy(links[0], tmp_path / "new"), mine[0])
+        with pytest.raises(FileFormatError, match=r"1\.link: was replaced or written to"):
+            found[0].check_data()
+    chain.apply(paths[0], mine, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(paths[2])
 
 
 def test_one_link_after_the_other_in_place(made, tmp_path):

@@ -13,7 +13,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,7 @@ from shira.chain.files import (
 )
 from shira.chain.link import (
     Link,
+    OpenFiles,
     Source,
     checkpoint_hash,
     damaged,
@@ -198,8 +199,11 @@ def verify(
 @contextmanager
 def open_chain(paths: Sequence[AnyPath]) -> Iterator[list[Link]]:
     """Open links, and check that each stands on the one before it."""
-    with ExitStack() as stack:
-        chain = [stack.enter_context(open_link(path)) for path in paths]
+    with OpenFiles() as files:
+        chain = []
+        for path in paths:
+            with open_link(path) as link:
+                chain.append(files.add(link))
         for before, link in itertools.pairwise(chain):
             if before.new != link.old:
                 raise FileFormatError(

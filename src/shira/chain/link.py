@@ -17,9 +17,10 @@ import math
 import os
 import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,9 +37,12 @@ from shira.store.header import (
     read_bytes,
     refusing,
 )
-from shira.store.json_text import parse_object
+from shira.store.json_text import open_regular, parse_object
 
 FORMAT, VERSION = "shira-link", "1"
+OPEN = 32
+"""Files of links that are open at a time, however long a chain is."""
+
 _DIGITS = 32
 _HASH = re.compile(rf"[0-9a-f]{{{_DIGITS}}}")
 _HEADER = 1024  # bytes of a link's own header, padded with blanks
@@ -200,6 +204,61 @@ def writing_link(path: str | os.PathLike[str]) -> Iterator[LinkWriter]:
     ):
         file.seek(_HEADER)
         yield LinkWriter(file)
+
+
+class OpenFiles:
+    """The files of any number of links, of which at most `OPEN` are open at a time."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[_Reopened, BinaryIO] = OrderedDict()
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def add(self, link: Link) -> Link:
+        """Return the link with a file that is opened when it is read."""
+        file: Any = _Reopened(self, link.path, _identity(link.file.file))
+        return replace(link, file=replace(link.file, file=file))
+
+    def of(self, link: _Reopened) -> BinaryIO:
+        """Return a link's file, open; `FileFormatError` if another has taken its place."""
+        if link not in self._open:
+            while len(self._open) >= OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[link] = file = open_regular(link.path)
+            if _identity(file) != link.identity:
+                raise FileFormatError(
+                    f"{link.path}: was replaced or written to while it was read; begin again"
+                )
+        self._open.move_to_end(link)
+        return self._open[link]
+
+
+class _Reopened:
+    """As much of a file as `read_bytes` asks for; it may have been closed between two calls."""
+
+    def __init__(self, files: OpenFiles, path: Path, identity: tuple[int, ...]) -> None:
+        self.files, self.path, self.identity = files, path, identity
+        self._at = 0
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def readinto(self, buffer: memoryview) -> int:
+        file: Any = self.files.of(self)
+        file.seek(self._at)
+        got: int = file.readinto(buffer) or 0
+        self._at += got
+        return got
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
