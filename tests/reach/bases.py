@@ -14,20 +14,19 @@ from tests.tuner.quantizers import QUANTIZERS
 
 KIND = "Bases"
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
-SERVED = "tests/serve/engine/test_llm.py::test_each_state_after_each_other"
 
 
 @row(KIND, "a decoder (Llama)")
 def decoder() -> Case:
     ids = torch.randint(0, 64, (2, 8))
-    return Case(llama, lambda model: model(ids).logits, ATTENTION, serve=SERVED)
+    return Case(llama, lambda model: model(ids).logits, ATTENTION)
 
 
 @row(KIND, "a decoder in bfloat16")
 def decoder_in_bfloat16() -> Case:
     ids = torch.randint(0, 64, (2, 8))
     build = lambda: llama().bfloat16()  # noqa: E731
-    return Case(build, lambda model: model(ids).logits, ATTENTION, serve=SERVED)
+    return Case(build, lambda model: model(ids).logits, ATTENTION)
 
 
 @row(KIND, "an encoder and a decoder (T5)")

@@ -8,7 +8,6 @@ raises otherwise: a `ShiraError` is *refused*, an `AssertionError` *WRONG*, anyt
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from shira import Adapter, ShiraConfig, Switch
 from shira.errors import ConfigError, ShiraError
 from shira.store.names import base_module_name
+from tests.reach.serving import first_sentence
 
 STEPS = 12
 
@@ -41,8 +41,6 @@ class Case:
     """Further options of LoRA's configuration."""
     train: Callable[[nn.Module, Callable[[], Tensor]], None] | None = None
     """Trains a model, given a function that computes the loss; without it, `STEPS` of AdamW."""
-    serve: str = ""
-    """The test that serves such an adapter, ``tests/serve/engine/test_x.py::test_y``."""
     exact: bool = True
     """Whether merged and unmerged models compute bit for bit the same, not within rounding."""
     merges: bool = True
@@ -168,7 +166,7 @@ def ask(case: Case, folder: Path) -> Answer:
         try:
             result = question(case, folder, *more)
         except Exception as error:
-            notes.append(f"{column}: {said(error)}")
+            notes.append(f"{column}: {first_sentence(str(error))}")
             cells[column] = _word(column, error)
             return None
         cells[column] = "yes"
@@ -182,7 +180,6 @@ def ask(case: Case, folder: Path) -> Answer:
             cells[column] = "-"
         else:
             answer(column, QUESTIONS[column], model)
-    cells["serve"] = "yes" if case.serve else "-"
     return Answer(cells, "; ".join(notes))
 
 
@@ -260,9 +257,3 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def said(error: Exception) -> str:
-    """Return the first sentence of a message, in one line."""
-    text = re.split(r"\.(?: |$)|; ", " ".join(str(error).split()))[0]
-    return text if len(text) <= 140 else text[:139] + "…"

@@ -30,9 +30,6 @@ def one(layer, last: int, x: Tensor, **options) -> Case:
     return Case(lambda: One(layer(), last), lambda model: model(x), targets, **options)
 
 
-TIED = "tests/serve/engine/test_llm.py::test_an_embedding_that_is_adapted_with_its_tied_head"
-
-
 @row(KIND, "`nn.Linear`")
 def linear() -> Case:
     x = torch.randn(16, 8)
@@ -114,7 +111,7 @@ def tied_tokens() -> Case:
     ids = torch.randint(0, 64, (2, 8))
     build = lambda: llama(tie_word_embeddings=True)  # noqa: E731
     targets = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
-    return Case(build, lambda model: model(ids).logits, targets, serve=TIED)
+    return Case(build, lambda model: model(ids).logits, targets)
 
 
 @row(KIND, "an embedding and its tied head (`ensure_weight_tying`)")
@@ -122,7 +119,7 @@ def tied_embedding() -> Case:
     ids = torch.randint(0, 64, (2, 8))
     build = lambda: llama(tie_word_embeddings=True)  # noqa: E731
     targets = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
-    return Case(build, lambda model: model(ids).logits, targets, serve=TIED)
+    return Case(build, lambda model: model(ids).logits, targets)
 
 
 @row(KIND, "the embedding of a tied head, alone")

