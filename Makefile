@@ -9,6 +9,7 @@
 #   make test-wheel      the wheel in a fresh environment, as pip install makes it (.venv-wheel)
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
 #   make test-triton     the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
+#   make test-peft       PEFT's own tests, pointed at our classes
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
@@ -33,12 +34,13 @@ QUANTIZED := $(VENV)/quantized
 QUANTIZED_STAMP := $(QUANTIZED)/.installed
 TRITON := $(VENV)/triton
 TRITON_STAMP := $(TRITON)/.installed
+PEFT_STAMP := $(VENV)/peft-tests/.unpacked
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-lowest test-wheel test-quantized test-triton test-vllm \
+.PHONY: help install demo test test-fast test-lowest test-wheel test-quantized test-triton test-peft test-vllm \
 	test-vllm-engines test-vllm-servers vllm-environment check docs bench gpu study \
 	format format-check lint types clean
 
@@ -117,6 +119,18 @@ $(TRITON_STAMP): $(STAMP) constraints-triton.txt
 test-triton: $(TRITON_STAMP)
 	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/gradient/test_triton.py
 
+# PEFT's tests are in its source distribution alone: that of the version that is installed.
+$(PEFT_STAMP): $(STAMP)
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download -qq --no-deps --no-binary peft -d $(@D) \
+		"peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')"
+	tar -xzf $(@D)/peft-*.tar.gz -C $(@D)
+	@touch $@
+
+test-peft: $(PEFT_STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/tuner/test_peft_suite.py
+
 # vLLM for CPUs pins its own torch, so it has an environment of its own. Where it cannot be
 # installed (it is built for Linux) there is nothing to test.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
@@ -149,7 +163,7 @@ vllm-environment:
 check: $(STAMP) vllm-environment
 	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
 		test-vllm-servers test-vllm-engines format-check lint types docs \
-		test-lowest test-wheel test-quantized test-triton
+		test-lowest test-wheel test-peft test-quantized test-triton
 	$(MAKE) --no-print-directory test
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from studies.lm import tables
-from studies.lm.plan import plan, point
+from studies.lm.plan import curve, plan
 from studies.lm.protocol import DEVICES, GAIN, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
 from studies.lm.runs import STUDY, Done, load
 from studies.page import DOCS, fill
@@ -43,11 +42,10 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
             f"### On {'a GPU' if arm.device == 'cuda' else 'a CPU'}, {arm.dtype}",
             f"{said[-1]}. A run is {sizes.steps} steps of {sizes.batch} windows of {sizes.window} "
             "tokens.",
-            "**The first look**: one target, the small size, one seed, validation text.",
-            tables.look(done, arm),
-            f"At equal gain, {GAIN:.0%} of LoRA's at its best rate of these, interpolated between "
-            "two neighbouring rates:",
-            tables.look_at_equal_gain(done, arm),
+            "**The screen**: every method on one target, at the small size, one seed, on "
+            f"validation text. What is added to the source's loss at {GAIN:.0%} of LoRA's gain is "
+            "interpolated between two neighbouring rates.",
+            tables.screen(done, arm),
         ]
         name = f"study-lm-{arm.device}.svg"
         if frontier(done, arm, docs / name):
@@ -73,7 +71,8 @@ def frontier(done: Done, arm: Arm, path: Path) -> bool:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    runs = [e.run for e in done.values() if e.run.stage == "tuning" and e.run.device == arm.device]
+    made = [e for e in done.values() if e.run.stage == "tuning" and e.run.device == arm.device]
+    runs, before = [e.run for e in made], made[0].result["source_before"] if made else 0.0
     panels = [
         (target, size)
         for size in SIZES
@@ -91,9 +90,12 @@ def frontier(done: Done, arm: Arm, path: Path) -> bool:
         colours = pyplot.get_cmap("tab20")
         for axis, (target, size) in zip(axes.flat, panels, strict=False):
             for number, method in enumerate(METHODS):
-                points = _curve(done, arm, method, target, size)
-                if points:
-                    losses, added = zip(*points, strict=True)
+                points = curve(done, arm, method, size, target).values()
+                drawn = [
+                    (loss, source - before) for loss, source in points if source - before <= MOST
+                ]
+                if drawn:
+                    losses, added = zip(*drawn, strict=True)
                     axis.plot(losses, added, ".-", color=colours(number), label=method, linewidth=1)
             axis.set_title(f"{target}, {size}")
             axis.set_xlabel("loss on the target")
@@ -106,20 +108,3 @@ def frontier(done: Done, arm: Arm, path: Path) -> bool:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
     return True
-
-
-def _curve(
-    done: Done, arm: Arm, method: str, target: str, size: str
-) -> Sequence[tuple[float, float]]:
-    """Loss on the target and what is added to the source, from the lowest rate to the highest."""
-    found = []
-    for entry in done.values():
-        run = entry.run
-        sized = run.size in (size, None)
-        if (run.stage, run.device, run.dtype) != ("tuning", arm.device, arm.dtype) or not sized:
-            continue
-        if (run.method, run.target) == (method, target):
-            loss, source = point(done, run)
-            if source - entry.result["source_before"] <= MOST:
-                found.append((run.rate_exponent, loss, source - entry.result["source_before"]))
-    return [(loss, added) for _, loss, added in sorted(found)]

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs are missing, in which order, given those that were made. A pure function of them.
 
-First the look; then size by size the other tuning runs, and the final ones seed by seed. The rate
-of a method and size is that of the lowest mean validation loss over the tuning targets on the
-tuning seed. Who enters a size's finals is known when all its rates are; they, and the methods of
-`AT_EVERY_SIZE`, are tuned at the next size.
+The look; then the screen: every method on the first tuning target at the first size. Those that
+enter are tuned on all tuning targets, and the best of them go through the finals, seed by seed;
+these are then tuned on the first target at the next size, and go through its finals. The rate of a
+method and size is that of the lowest mean validation loss on the tuning seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
 
 from studies.lm.protocol import (
-    AT_EVERY_SIZE,
+    BEST,
     BEYOND,
-    BY_SOURCE,
-    BY_TARGET,
+    ENTER,
+    FINAL_LOW_RANK,
     FINAL_SEEDS,
     GAIN,
     GRIDS,
@@ -34,10 +34,13 @@ from studies.lm.protocol import (
     TUNING_TARGETS,
     Arm,
     Run,
-    cells,
+    size_of,
 )
 from studies.lm.runs import Done
 from studies.tuning import explore
+
+FIRST, *_ = SIZES
+SCREEN = TUNING_TARGETS[:1]
 
 Point = tuple[float, float]
 """The losses of a run on target and source; infinity where they were not finite."""
@@ -68,18 +71,16 @@ def plan(done: Done, arm: Arm) -> Plan:
         for method in methods
     ]
     wanted, unknown = list(looked), 0
-    finals = len(TARGETS) * len(FINAL_SEEDS)
+    for method in METHODS:
+        for exponent in screened(done, arm, method)[0]:
+            wanted += tuning_runs(arm, method, FIRST, exponent, SCREEN)
     for size in SIZES:
-        entered = methods_at(done, arm, size)
-        if entered is None:
-            unknown += (BY_TARGET + BY_SOURCE) * len(TUNING_TARGETS) * len(GRIDS["random"])
-        for method, of_size in cells(size):
-            if method in (entered or AT_EVERY_SIZE):
-                for exponent in tuned(done, arm, method, of_size)[0]:
-                    wanted += tuning_runs(arm, method, of_size, exponent)
+        for method in entered(done, arm, size) or ():
+            for exponent in tuned(done, arm, method, size)[0]:
+                wanted += tuning_runs(arm, method, size, exponent)
         chosen = finalists(done, arm, size)
         if chosen is None:
-            unknown += (len(LOW_RANK) + BY_TARGET + BY_SOURCE) * finals
+            unknown += (len(FINAL_LOW_RANK) + sum(BEST)) * len(TARGETS) * len(FINAL_SEEDS)
         else:
             wanted += final_runs(done, arm, size, chosen)
     runs = list({run.key: run for run in wanted if run.key not in done}.values())
@@ -93,31 +94,46 @@ def plan(done: Done, arm: Arm) -> Plan:
     )
 
 
-def methods_at(done: Done, arm: Arm, size: str) -> list[str] | None:
-    """The methods that are tuned at a size; None while it is not known."""
-    first = next(iter(SIZES))
-    if size == first:
-        return [*METHODS]
-    chosen = finalists(done, arm, first)
-    return None if chosen is None else [*dict.fromkeys((*AT_EVERY_SIZE, *chosen))]
+def targets_at(size: str) -> tuple[str, ...]:
+    """Where rates of a size are tuned."""
+    return TUNING_TARGETS if size == FIRST else SCREEN
 
 
-def tuned(done: Done, arm: Arm, method: str, size: str | None) -> tuple[list[int], int | None]:
-    """The exponents to try for a method and size, and the best; None while a run is missing."""
+def screened(done: Done, arm: Arm, method: str) -> tuple[list[int], int | None]:
+    """The exponents to try on the screen, and the best; None while a run is missing."""
+    return _explore(done, arm, method, FIRST, GRIDS[method], SCREEN)
 
+
+def tuned(done: Done, arm: Arm, method: str, size: str) -> tuple[list[int], int | None]:
+    """The exponents to try for a method and size, and the best; none while not known.
+
+    To begin with those around the best of the screen, or at a later size of the first size.
+    """
+    _, start = screened(done, arm, method) if size == FIRST else tuned(done, arm, method, FIRST)
+    if start is None:
+        return [], None
+    return _explore(done, arm, method, size, range(start - 1, start + 2), targets_at(size))
+
+
+def _explore(
+    done: Done, arm: Arm, method: str, size: str, grid: Iterable[int], targets: Sequence[str]
+) -> tuple[list[int], int | None]:
     def loss(exponent: int) -> float | None:
-        runs = tuning_runs(arm, method, size, exponent)
+        runs = tuning_runs(arm, method, size, exponent, targets)
         if any(run.key not in done for run in runs):
             return None
         return mean(point(done, run)[0] for run in runs)
 
-    return explore(GRIDS[method], BEYOND, loss)
+    return explore(grid, BEYOND, loss)
 
 
-def tuning_runs(arm: Arm, method: str, size: str | None, exponent: int) -> list[Run]:
-    """The tuning runs of a method, size and rate, one for each tuning target."""
+def tuning_runs(
+    arm: Arm, method: str, size: str, exponent: int, targets: Sequence[str] | None = None
+) -> list[Run]:
+    """The tuning runs of a method, size and rate, one for each of the targets."""
     return [
-        arm.run("tuning", target, method, size, exponent, TUNING_SEED) for target in TUNING_TARGETS
+        arm.run("tuning", target, method, size_of(method, size), exponent, TUNING_SEED)
+        for target in targets or targets_at(size)
     ]
 
 
@@ -133,68 +149,95 @@ def final_runs(done: Done, arm: Arm, size: str, methods: Iterable[str]) -> list[
     ]
 
 
-def finalists(done: Done, arm: Arm, size: str) -> list[str] | None:
-    """The low-rank methods, and the best of ours; None while a rate of the size is not known."""
-    entered = methods_at(done, arm, size)
-    if entered is None:
-        return None
-    compared = [method for method in (*LOW_RANK, *SPARSE) if method in entered]
-    losses = {method: tuned_loss(done, arm, method, size) for method in compared}
-    known = [(loss, method) for method, loss in losses.items() if loss is not None]
-    if len(known) < len(losses):
-        return None
-    ranked = sorted(known, key=lambda each: each[0])  # of equals the first
-    ours = [method for _, method in ranked if method in SPARSE]
+def entered(done: Done, arm: Arm, size: str) -> list[str] | None:
+    """The methods that are tuned at a size; None while it is not known.
 
+    At the first size the low-rank ones and the best of ours on the screen; at the others those of
+    the finals of the first, and all low-rank ones.
+    """
+    if size != FIRST:
+        chosen = finalists(done, arm, FIRST)
+        return None if chosen is None else [*dict.fromkeys((*LOW_RANK, *chosen))]
+    best = {method: screened(done, arm, method)[1] for method in METHODS}
+    ours = _best_of_ours(done, arm, size, best, SCREEN, ENTER)
+    return None if ours is None else [*LOW_RANK, *ours]
+
+
+def finalists(done: Done, arm: Arm, size: str) -> list[str] | None:
+    """The methods of a size's finals; None while a rate of the size is not known."""
+    compared = entered(done, arm, size)
+    if compared is None:
+        return None
+    best = {method: tuned(done, arm, method, size)[1] for method in compared}
+    ours = _best_of_ours(done, arm, size, best, targets_at(size), BEST)
     reference = best_low_rank(done, arm, size)
+    if ours is None or reference is None:
+        return None
+    return [*dict.fromkeys((*FINAL_LOW_RANK, reference, *ours))]
+
+
+def _best_of_ours(
+    done: Done,
+    arm: Arm,
+    size: str,
+    best: Mapping[str, int | None],
+    targets: Sequence[str],
+    counts: tuple[int, int],
+) -> list[str] | None:
+    """So many of ours by target loss, and so many more by what they add to the source's."""
+    if None in best.values():
+        return None
+    rates = {method: exponent for method, exponent in best.items() if exponent is not None}
+    losses = {
+        method: mean(point(done, run)[0] for run in tuning_runs(arm, method, size, e, targets))
+        for method, e in rates.items()
+    }
+    reference = min((m for m in LOW_RANK if m in losses), key=losses.__getitem__)
+    ranked = sorted((m for m in losses if m in SPARSE), key=losses.__getitem__)
 
     def source(method: str) -> float:
         found = [
-            at_equal_gain(done, arm, method, size, target, reference) for target in TUNING_TARGETS
+            at_equal_gain(done, arm, method, size, target, (reference, rates[reference]))
+            for target in targets
         ]
         return mean(math.inf if value is None else value for value in found)
 
-    return [*LOW_RANK, *ours[:BY_TARGET], *sorted(ours[BY_TARGET:], key=source)[:BY_SOURCE]]
-
-
-def tuned_loss(done: Done, arm: Arm, method: str, size: str) -> float | None:
-    """The mean validation loss over the tuning targets at the best rate; None while not known."""
-    exponent = tuned(done, arm, method, size)[1]
-    if exponent is None:
-        return None
-    return mean(point(done, run)[0] for run in tuning_runs(arm, method, size, exponent))
+    by_target, by_source = counts
+    return [*ranked[:by_target], *sorted(ranked[by_target:], key=source)[:by_source]]
 
 
 def best_low_rank(done: Done, arm: Arm, size: str) -> str | None:
     """The low-rank method of lowest mean validation loss on the targets; None while not known."""
-    losses = {method: tuned_loss(done, arm, method, size) for method in LOW_RANK}
-    known = [(loss, method) for method, loss in losses.items() if loss is not None]
-    return min(known, key=lambda each: each[0])[1] if len(known) == len(LOW_RANK) else None
+    losses = {}
+    for method in LOW_RANK:
+        exponent = tuned(done, arm, method, size)[1]
+        if exponent is None:
+            return None
+        runs = tuning_runs(arm, method, size, exponent)
+        losses[method] = mean(point(done, run)[0] for run in runs)
+    return min(losses, key=losses.__getitem__)
 
 
 def at_equal_gain(
-    done: Done, arm: Arm, method: str, size: str, target: str, reference: str | None = None
+    done: Done, arm: Arm, method: str, size: str, target: str, reference: tuple[str, int]
 ) -> float | None:
     """What a method has added to the source's loss at equal gain, on the tuning seed.
 
-    `reference` is the low-rank method whose gain counts, the best one if none is named. None while
-    runs are missing, and where no two neighbouring rates lie around that gain.
+    `reference` is the method and exponent whose gain counts. None where no two neighbouring rates
+    that were tried lie around that gain.
     """
-    reference = reference or best_low_rank(done, arm, size)
-    if reference is None:
-        return None
+    goal = arm.run("tuning", target, reference[0], size, reference[1], TUNING_SEED)
+    return added_at(done, goal, curve(done, arm, method, size, target))
 
-    def run(method: str, exponent: int) -> Run:
-        return arm.run("tuning", target, method, size, exponent, TUNING_SEED)
 
-    curve = {
-        e: point(done, run(method, e))
-        for e in tuned(done, arm, method, size)[0]
-        if run(method, e).key in done
+def curve(done: Done, arm: Arm, method: str, size: str, target: str) -> dict[float, Point]:
+    """The losses on target and source by exponent, of every tuning run that was made."""
+    wanted = ("tuning", target, method, size_of(method, size), arm)
+    return {
+        run.rate_exponent: point(done, run)
+        for run in sorted((e.run for e in done.values()), key=lambda run: run.rate_exponent)
+        if (run.stage, run.target, run.method, run.size, Arm(run.device, run.dtype)) == wanted
     }
-    exponent = tuned(done, arm, reference, size)[1]
-    assert exponent is not None
-    return added_at(done, run(reference, exponent), curve)
 
 
 def added_at(done: Done, reference: Run, curve: Mapping[float, Point]) -> float | None:

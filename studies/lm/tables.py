@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
 from studies.lm.plan import (
+    FIRST,
     Point,
     added_at,
     at_equal_gain,
     best_low_rank,
+    curve,
+    entered,
     finalists,
     point,
     tuned,
@@ -24,102 +27,88 @@ from studies.lm.protocol import (
     CHOICES,
     FINAL_SEEDS,
     GAIN,
-    LOOK,
+    METHODS,
     SETS,
     SIZES,
     TARGETS,
     TUNING_TARGETS,
     Arm,
     Run,
-    cells,
     rate_of,
 )
 from studies.lm.runs import Done
 from studies.page import NOT_YET, markdown
-from studies.store import Done as Entry
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
 
 
-def look(done: Done, arm: Arm) -> str:
-    """Every tuning run of the target and size that the study began with, rate by rate."""
-    target = LOOK[1]
+def screen(done: Done, arm: Arm) -> str:
+    """Each method at the best of its rates on the screen, and how many of them were tried.
+
+    Beside it what it adds to the source's loss at `GAIN` of LoRA's gain, over its rates.
+    """
+    target = TUNING_TARGETS[0]
+    curves = {method: curve(done, arm, method, FIRST, target) for method in METHODS}
+    curves = {method: points for method, points in curves.items() if points}
+    best = {method: min(points, key=points.__getitem__) for method, points in curves.items()}
     rows: list[list[str]] = []
-    for entry in _looked(done, arm):
-        result = entry.result
+    for method, points in curves.items():
+        (run,) = tuning_runs(arm, method, FIRST, best[method], [target])
         if not rows:
+            result = done[run.key].result
             before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
-            rows.append(["the base", "", *before])
-        rows.append([entry.run.method, f"{entry.run.rate:g}", *map(_loss, point(done, entry.run))])
-    return markdown(["method", "rate", f"{target}, validation", "source, validation"], rows)
-
-
-def look_at_equal_gain(done: Done, arm: Arm) -> str:
-    """What each method of the look adds to the source at `GAIN` of LoRA's gain, over its rates."""
-    entries = _looked(done, arm)
-    loras = [entry.run for entry in entries if entry.run.method == "lora"]
-    if not loras:
-        return NOT_YET
-    reference = min(loras, key=lambda run: point(done, run)[0])
-    added = {}
-    for method in dict.fromkeys(entry.run.method for entry in entries):
-        curve = {
-            entry.run.rate_exponent: point(done, entry.run)
-            for entry in entries
-            if entry.run.method == method
-        }
-        added[method] = added_at(done, reference, curve)
-    lora = added["lora"]
-    rows = [
-        [method, *(["-"] * 2 if value is None else [f"{value:+.3f}", f"{value / lora:.2f}"])]
-        for method, value in added.items()
-        if lora
-    ]
-    return markdown(["method", "added to the source's loss", "its share of LoRA's"], rows)
-
-
-def _looked(done: Done, arm: Arm) -> list[Entry[Run]]:
-    """The runs of the look's target and size, by method and rate."""
-    _, target, size = LOOK
-    entries = [
-        entry
-        for entry in done.values()
-        if (entry.run.stage, entry.run.target, entry.run.size) == ("tuning", target, size)
-        and (entry.run.device, entry.run.dtype) == (arm.device, arm.dtype)
-    ]
-    order = {method: place for place, (method, _) in enumerate(cells())}
-    return sorted(entries, key=lambda each: (order[each.run.method], each.run.rate_exponent))
+            rows.append(["the base", "", "", *before, "", ""])
+        shares = ["", ""]
+        if "lora" in best:
+            reference = ("lora", best["lora"])
+            added, lora = (
+                at_equal_gain(done, arm, each, FIRST, target, reference)
+                for each in (method, "lora")
+            )
+            if added is not None and lora:
+                shares = [f"{added:+.3f}", f"{added / lora:.2f}"]
+        rows.append(
+            [method, f"{len(points)}", f"{run.rate:g}", *map(_loss, points[best[method]]), *shares]
+        )
+    columns = ["method", "rates", "the best", f"{target}", "source"]
+    return markdown([*columns, f"added to it at {GAIN:.0%} of LoRA's gain", "of LoRA's"], rows)
 
 
 def tuning(done: Done, arm: Arm) -> str:
     """Each tuned method at its best rate: validation losses of the targets and of the source.
 
-    Beside them what is added to the source's loss at equal gain.
+    Beside them what is added to the source's loss at equal gain, the mean of the targets.
     """
     rows = []
-    for method, size in cells():
-        exponent = tuned(done, arm, method, size)[1]
-        if exponent is None:
-            continue
-        points = [point(done, run) for run in tuning_runs(arm, method, size, exponent)]
-        added = [
-            at_equal_gain(done, arm, method, each, target)
-            for each in ([size] if size else [])
-            for target in TUNING_TARGETS
-        ]
-        whole = [value for value in added if value is not None]
-        rows.append(
-            [
-                method,
-                size or "",
-                f"{rate_of(exponent):g}",
-                *(_loss(target) for target, _ in points),
-                _loss(mean(target for target, _ in points)),
-                _loss(mean(source for _, source in points)),
-                f"{mean(whole):+.3f}" if added and len(whole) == len(added) else NOT_YET,
-            ]
-        )
+    for size in SIZES:
+        reference = best_low_rank(done, arm, size)
+        of_reference = None if reference is None else tuned(done, arm, reference, size)[1]
+        for method in entered(done, arm, size) or ():
+            exponent = tuned(done, arm, method, size)[1]
+            if exponent is None:
+                continue
+            runs = tuning_runs(arm, method, size, exponent)
+            points = [point(done, run) for run in runs]
+            found: list[float | None] = [None]
+            if reference is not None and of_reference is not None:
+                against = (reference, of_reference)
+                found = [
+                    at_equal_gain(done, arm, method, size, run.target, against) for run in runs
+                ]
+            added = [value for value in found if value is not None]
+            by_target = {run.target: _loss(point(done, run)[0]) for run in runs}
+            rows.append(
+                [
+                    method,
+                    size,
+                    f"{rate_of(exponent):g}",
+                    *(by_target.get(target, "") for target in TUNING_TARGETS),
+                    _loss(mean(target for target, _ in points)),
+                    _loss(mean(source for _, source in points)),
+                    f"{mean(added):+.3f}" if len(added) == len(found) else NOT_YET,
+                ]
+            )
     columns = ["method", "size", "rate", *TUNING_TARGETS, "mean", "source, mean"]
     return _table([*columns, f"added to it at {GAIN:.0%} of the gain"], rows)
 

@@ -23,16 +23,17 @@ from studies.lm import base as bases
 from studies.lm import data as texts
 from studies.lm import protocol, runs
 from studies.lm.plan import (
+    SCREEN,
     added_at,
     at_equal_gain,
+    entered,
     final_runs,
     finalists,
-    methods_at,
     plan,
-    tuned,
+    screened,
     tuning_runs,
 )
-from studies.lm.protocol import AT_EVERY_SIZE, CHOICES, METHODS, SETS, SIZES, UNSIZED, Run, arm_of
+from studies.lm.protocol import CHOICES, LOW_RANK, METHODS, SETS, SIZES, Run, arm_of, size_of
 from studies.lm.train import execute, measure, row_losses
 from tests.pages import ROOT, commands
 
@@ -41,8 +42,8 @@ SMALL = {"steps": 5, "batch": 2, "window": 16, "validation": 4, "test": 3, "rows
 
 
 def tiny_run(method: str, target: str = "python_code", stage: str = "tuning", seed: int = 0) -> Run:
-    size = None if method in UNSIZED else "small"
-    return replace(CPU.run(stage, target, method, size, -6, seed), **SMALL)
+    run = CPU.run(stage, target, method, size_of(method, "small"), -6, seed)
+    return replace(run, dtype="float32", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +276,14 @@ def test_global_ranks_follow_the_scores_and_keep_the_budget() -> None:
     assert sum(rank * sum(shapes[name]) for name, rank in ranks.items()) <= 3 * (80 + 60 + 80)
 
 
+def best_exponent(method: str) -> int:
+    """Where the made-up losses of a method are lowest: within its grid, or one beyond it."""
+    return min(protocol.GRIDS[method]) + len(method) % 5 - 1
+
+
 def losses(run: Run) -> tuple[float, float]:
-    """Made-up losses of target and source; each method is best at a rate of its own."""
-    best = min(protocol.GRIDS[run.method]) + len(run.method) % 5 - 1
-    away = run.rate_exponent - best
+    """Made-up losses of target and source."""
+    away = run.rate_exponent - best_exponent(run.method)
     return 4 + len(run.method) / 100 + abs(away) / 10 + run.seed / 1000, 6 + away / 10
 
 
@@ -308,12 +313,10 @@ def test_the_plan_begins_with_the_look_goes_beyond_edges_and_ends(everything: ru
     empty = plan({}, CPU)
     assert len(empty.look) == 16
     assert not empty.final
-    assert empty.missing > 500
+    assert {run.target for run in empty.runs} == {*SCREEN}
     assert plan(everything, CPU).missing == 0
     for method in METHODS:
-        size = None if method in UNSIZED else "small"
-        best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
-        assert tuned(everything, CPU, method, size)[1] == best
+        assert screened(everything, CPU, method)[1] == best_exponent(method)
     assert plan(everything, arm_of("cuda")).missing == empty.missing
 
 
@@ -321,15 +324,23 @@ def test_the_best_on_the_target_and_on_the_source_enter_the_finals(everything: r
     for size in SIZES:
         chosen = finalists(everything, CPU, size)
         assert chosen is not None
-        assert chosen[:5] == ["lora", "rslora", "dora", "grad", "block"]  # the shortest names
-        assert len(chosen) == 6
+        assert chosen[:4] == ["lora", "rslora", "grad", "block"]  # the shortest names
+        assert len(chosen) == 5
     made = [entry.run for entry in everything.values() if entry.run.stage == "final"]
-    assert len(made) == 2 * len(final_runs(everything, CPU, "small", chosen)) == 2 * 6 * 5 * 5
+    assert len(made) == 2 * len(final_runs(everything, CPU, "small", chosen)) == 2 * 5 * 5 * 5
     assert {run.size for run in made} == set(SIZES)
     small = finalists(everything, CPU, "small")
-    assert methods_at(everything, CPU, "large") == [*dict.fromkeys((*AT_EVERY_SIZE, *small))]
-    assert tuned(everything, CPU, "gallop", "large")[1] is None
-    assert methods_at({}, CPU, "large") is None
+    assert entered(everything, CPU, "large") == [*dict.fromkeys((*LOW_RANK, *small))]
+    assert len(entered(everything, CPU, "small")) == len(LOW_RANK) + 4
+    assert entered({}, CPU, "small") is entered({}, CPU, "large") is None
+
+
+def test_only_those_that_enter_are_tuned_on_all_targets(everything: runs.Done) -> None:
+    tuning = [entry.run for entry in everything.values() if entry.run.stage == "tuning"]
+    assert {run.method for run in tuning if run.target in SCREEN} == {*METHODS}
+    elsewhere = {run.method for run in tuning if run.target not in SCREEN}
+    assert elsewhere == {*entered(everything, CPU, "small")}
+    assert all(run.size == "small" for run in tuning if run.target not in SCREEN)
 
 
 def test_strengths_give_a_curve_to_compare_on(everything: runs.Done) -> None:
@@ -348,11 +359,12 @@ def test_strengths_give_a_curve_to_compare_on(everything: runs.Done) -> None:
 
 def test_what_is_forgotten_is_compared_at_equal_gain(everything: runs.Done) -> None:
     # lora's best target loss is 4.04 of 6.0 before: 85 % of its gain is at 4.334
+    against = ("lora", best_exponent("lora"))
     for method in ("random", "lora"):
-        best = min(protocol.GRIDS[method]) + len(method) % 5 - 1
+        best = best_exponent(method)
         lower = best - (4.334 - 4 - len(method) / 100) * 10
         expected = 6 + (lower - best) / 10 - 4
-        found = at_equal_gain(everything, CPU, method, "small", "python_code")
+        found = at_equal_gain(everything, CPU, method, "small", *SCREEN, against)
         if lower < min(protocol.GRIDS[method]):
             assert found is None
         else:
@@ -360,11 +372,11 @@ def test_what_is_forgotten_is_compared_at_equal_gain(everything: runs.Done) -> N
 
 
 def test_a_rate_at_which_the_loss_is_not_finite_is_not_chosen(everything: runs.Done) -> None:
-    best = tuned(everything, CPU, "random", "small")[1]
+    best = screened(everything, CPU, "random")[1]
     assert best is not None
-    run = tuning_runs(CPU, "random", "small", best)[0]
+    (run,) = tuning_runs(CPU, "random", "small", best, SCREEN)
     lost = store.Done(run, {**fake(run), "target": None, "source": None})
-    assert tuned({**everything, run.key: lost}, CPU, "random", "small")[1] != best
+    assert screened({**everything, run.key: lost}, CPU, "random")[1] not in (best, None)
 
 
 def test_the_runner_goes_on_after_a_failure_and_where_it_stopped(
