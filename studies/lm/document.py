@@ -7,7 +7,7 @@ from pathlib import Path
 
 from studies.lm import tables
 from studies.lm.plan import curve, plan
-from studies.lm.protocol import DEVICES, GAIN, METHODS, SIZES, TUNING_TARGETS, Arm, arm_of
+from studies.lm.protocol import DEVICES, GAIN, METHODS, SIZES, TUNING_TARGETS, Arm, Run, arm_of
 from studies.lm.runs import STUDY, Done, load
 from studies.page import DOCS, fill
 
@@ -28,10 +28,11 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
     said, parts, files = [], [], [PAGE]
     for arm in arms:
         left = plan(done, arm)
-        stages = [e.run.stage for e in done.values() if arm == Arm(e.run.device, e.run.dtype)]
+        stages = [e.run.stage for e in done.values() if _is_of(e.run, arm)]
+        least = "at least " if left.unknown_finals else ""
         counts = {
-            "tuning": len(left.tuning),
-            "final": len(left.final) + left.unknown_finals,
+            "tuning": f"{least}{len(left.tuning)}",
+            "final": f"{least}{len(left.final) + left.unknown_finals}",
         }
         said.append(
             f"{arm.device}, {arm.dtype}: "
@@ -64,6 +65,10 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
     return [*said, f"written: {', '.join(files)}"]
 
 
+def _is_of(run: Run, arm: Arm) -> bool:
+    return Arm(run.device, run.dtype) == arm
+
+
 def frontier(done: Done, arm: Arm, path: Path) -> bool:
     """Draw the tuning runs: a panel a target and size, a line a method. False without runs."""
     import matplotlib
@@ -71,7 +76,7 @@ def frontier(done: Done, arm: Arm, path: Path) -> bool:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    made = [e for e in done.values() if e.run.stage == "tuning" and e.run.device == arm.device]
+    made = [e for e in done.values() if e.run.stage == "tuning" and _is_of(e.run, arm)]
     runs, before = [e.run for e in made], made[0].result["source_before"] if made else 0.0
     panels = [
         (target, size)

@@ -20,6 +20,7 @@ from studies.lm.plan import (
     entered,
     finalists,
     point,
+    screened,
     tuned,
     tuning_runs,
 )
@@ -46,31 +47,33 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def screen(done: Done, arm: Arm) -> str:
     """Each method at the best of its rates on the screen, and how many of them were tried.
 
-    Beside it what it adds to the source's loss at `GAIN` of LoRA's gain, over its rates.
+    Beside it what it adds to the source's loss at `GAIN` of LoRA's gain, over its rates. Of a
+    method whose screen is not complete only the number of rates is told.
     """
     target = TUNING_TARGETS[0]
-    curves = {method: curve(done, arm, method, FIRST, target) for method in METHODS}
-    curves = {method: points for method, points in curves.items() if points}
-    best = {method: min(points, key=points.__getitem__) for method, points in curves.items()}
+    lora = screened(done, arm, "lora")[1]
     rows: list[list[str]] = []
-    for method, points in curves.items():
-        (run,) = tuning_runs(arm, method, FIRST, best[method], [target])
+    for method in METHODS:
+        points = curve(done, arm, method, FIRST, target)
+        if not points:
+            continue
         if not rows:
+            (run,) = tuning_runs(arm, method, FIRST, min(points), [target])
             result = done[run.key].result
             before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
             rows.append(["the base", "", "", *before, "", ""])
-        shares = ["", ""]
-        if "lora" in best:
-            reference = ("lora", best["lora"])
-            added, lora = (
-                at_equal_gain(done, arm, each, FIRST, target, reference)
-                for each in (method, "lora")
-            )
-            if added is not None and lora:
-                shares = [f"{added:+.3f}", f"{added / lora:.2f}"]
-        rows.append(
-            [method, f"{len(points)}", f"{run.rate:g}", *map(_loss, points[best[method]]), *shares]
-        )
+        cells, best = [NOT_YET] * 5, screened(done, arm, method)[1]
+        if best is not None:
+            cells[:3] = [f"{rate_of(best):g}", *map(_loss, points[best])]
+            if lora is not None:
+                added, of_lora = (
+                    at_equal_gain(done, arm, each, FIRST, target, ("lora", lora))
+                    for each in (method, "lora")
+                )
+                if added is not None:
+                    cells[3] = f"{added:+.3f}" if math.isfinite(added) else "lost"
+                    cells[4] = _share(added, of_lora)
+        rows.append([method, f"{len(points)}", *cells])
     columns = ["method", "rates", "the best", f"{target}", "source"]
     return markdown([*columns, f"added to it at {GAIN:.0%} of LoRA's gain", "of LoRA's"], rows)
 
@@ -152,7 +155,7 @@ def paired(done: Done, arm: Arm) -> str:
             if (difference := _differences(ours, theirs)) is not None:
                 cells_[1] = spread(difference, sign="+")
                 sums = [sum(sum(v) for v in values if v is not None) for values in (ours, theirs)]
-                cells_[2] = f"{sums[0] / sums[1]:.2f}" if sums[1] > 0 else NOT_YET
+                cells_[2] = _share(*sums)
             rows.append([method, size, reference, *cells_])
     return _table(columns, rows)
 
@@ -248,6 +251,13 @@ def _accuracy(done: Done, run: Run) -> float:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return markdown(columns, rows) if rows else "The rates that it needs are not known yet."
+
+
+def _share(ours: float, theirs: float | None) -> str:
+    """What is added as a share of what the low-rank method adds, if that is more than nothing."""
+    if theirs is None or not (theirs > 0 and math.isfinite(ours) and math.isfinite(theirs)):
+        return NOT_YET
+    return f"{ours / theirs:.2f}"
 
 
 def _loss(value: float) -> str:

@@ -445,6 +445,27 @@ def test_tables_fill_only_when_all_runs_are_there(everything: runs.Done) -> None
     assert "| block | small | lora | +0.010" in tables.paired(everything, CPU)
 
 
+def test_of_an_incomplete_screen_no_figure_is_shown(everything: runs.Done) -> None:
+    from studies.lm import tables
+
+    assert "| magnitude | 5 | 0.0215 | 4.090 | 6.000 | +1.756 |" in tables.screen(everything, CPU)
+    (one,) = tuning_runs(CPU, "magnitude", "small", min(protocol.GRIDS["magnitude"]), SCREEN)
+    done = {key: entry for key, entry in everything.items() if key != one.key}
+    assert "| magnitude | 4 | - | - | - | - | - |" in tables.screen(done, CPU)
+    # nor is LoRA's gain known before its own screen is complete
+    (one,) = tuning_runs(CPU, "lora", "small", min(protocol.GRIDS["lora"]), SCREEN)
+    done = {key: entry for key, entry in everything.items() if key != one.key}
+    assert "| magnitude | 5 | 0.0215 | 4.090 | 6.000 | - | - |" in tables.screen(done, CPU)
+
+
+def test_a_share_is_told_of_more_than_nothing() -> None:
+    from studies.lm.tables import _share
+
+    assert _share(0.1, 0.2) == "0.50"
+    for ours, theirs in ((0.1, None), (0.1, 0.0), (0.1, -0.2), (math.inf, math.inf)):
+        assert _share(ours, theirs) == "-"
+
+
 def test_the_page_is_what_the_committed_runs_give(tmp_path: Path) -> None:
     from studies.lm import document
 
