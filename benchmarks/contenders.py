@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,11 +222,6 @@ def build_all(work: Workload, names: Sequence[str] = DEFAULT) -> dict[str, Conte
     """Each contender on its own copy of the same base."""
     base = base_model(work)
     return {name: build(name, copy.deepcopy(base), work) for name in names}
-
-
-def shira_layers(contender: Contender) -> Iterator[nn.Module]:
-    """The SHiRA layers of either implementation, in the order of the model."""
-    return (m for m in contender.model.modules() if hasattr(m, "shira_weight"))
 
 
 def fill(contender: Contender, seed: int = 2) -> None:

@@ -2,7 +2,8 @@
 """PEFT's own tests, pointed at our classes: its SHiRA cases, and LoRA's where we do as LoRA does.
 
 They are in PEFT's source distribution, which ``make test-peft`` unpacks into ``.venv/peft-tests``.
-Of the cases of each test one is run, another for each test; ``SHIRA_WHOLE_SUITE=1`` runs all.
+Of each test one case is run: the first of one test, the second of the next, and so on.
+``SHIRA_WHOLE_SUITE=1`` runs all of them.
 """
 
 from __future__ import annotations

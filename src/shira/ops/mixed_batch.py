@@ -58,8 +58,8 @@ def add_products(
         ``result``.
 
     Raises:
-        SupportError: If indices are out of range, unsorted or repeated; or rows are, which on an
-            accelerator torch alone would say, or nobody: that would be to wait for it.
+        SupportError: If indices are out of range, unsorted or repeated, or rows out of range or
+            named twice. Rows on an accelerator are not checked here: that would wait for it.
         AdapterError: If a delta has another number of values than positions.
 
     Example:

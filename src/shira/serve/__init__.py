@@ -7,8 +7,10 @@ In a worker::
 
     placement       where an entry of a checkpoint's weight lives
     loading         an adapter, placed and compared with the base
+    beside          a load that goes on in a thread while the engine computes
     holding         which of a worker's adapters are in memory, within a bound
     worker          a worker's adapters, what is active, new values for them
+    mixed           several adapters in one batch, each added to the rows of its own requests
     vllm            the extension of vLLM's workers; ``vllm_transfer`` takes new values in
 
 In a client or trainer, with ``messages`` between them and the workers::
