@@ -87,7 +87,7 @@ class Holding:
             self.limit = before
             raise ConfigError(
                 f"max_adapter_memory={limit} is too little for the adapters in use "
-                f"({listed({*active, *self._pins})}): deactivate them first"
+                f"({listed(sorted({*active, *self._pins}))}): deactivate them first"
             )
         self.drop(dropped)
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from shira import ops
 from shira.base import accumulation_dtype
 from shira.checkpoints.boxes import storage_key
-from shira.errors import ServeError
+from shira.errors import ServeError, listed
 from shira.ops.gaps import pack
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import KEY, scales_of
@@ -239,7 +239,9 @@ class MixedBatches:
                 self._now = None
             for rider in self._layers.riders:
                 if missed := rider.layers.keys() - self._called - self._heads:
-                    raise ServeError(f"{len(missed)} adapted layers were not computed: {missed}")
+                    users = (user for found in self._users.values() for user in found)
+                    names = [path for path, layer, _ in users if layer in missed]
+                    raise ServeError(f"adapted layers were not computed: {listed(names)}")
             return result
 
         def prompts_scored(hidden: Tensor, counts: Any) -> dict[str, Any]:
