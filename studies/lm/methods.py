@@ -106,7 +106,9 @@ def _peft_shira(base: nn.Module, run: Run) -> nn.Module:
     from peft.tuners.shira.model import ShiraModel
 
     config = ShiraConfig(r=run.rank, target_modules=TARGETS, random_seed=run.seed)
-    return ShiraModel(base, {ADAPTER: config}, ADAPTER)
+    model = ShiraModel(base, {ADAPTER: config}, ADAPTER)
+    model._cast_adapter_dtype(ADAPTER)  # to float32, as get_peft_model does
+    return model
 
 
 def _shira(

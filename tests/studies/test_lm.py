@@ -118,6 +118,15 @@ def test_runs_in_bfloat16_learn_too(data: Path, folder: Path, method: str) -> No
     assert result["target"] < result["target_before"] - 0.05
 
 
+@pytest.mark.parametrize("method", [*LOW_RANK, "peft-shira", "random", "random+relative"])
+def test_values_of_adapters_are_float32_over_a_bfloat16_base(folder: Path, method: str) -> None:
+    from studies.lm.methods import adapt
+
+    base = copy.deepcopy(bases.load(folder, "cpu", "bfloat16"))
+    groups = adapt(base, replace(tiny_run(method), dtype="bfloat16"), list).groups
+    assert {p.dtype for group in groups for p in group["params"]} == {torch.float32}
+
+
 def test_a_run_repeats_to_the_last_digit(data: Path, folder: Path) -> None:
     for method in ("lora", "random+renewed", "gallop"):
         one, two = execute([tiny_run(method)] * 2, data, folder)
