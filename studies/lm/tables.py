@@ -57,11 +57,7 @@ def screen(done: Done, arm: Arm) -> str:
         points = curve(done, arm, method, FIRST, target)
         if not points:
             continue
-        if not rows:
-            (run,) = tuning_runs(arm, method, FIRST, min(points), [target])
-            result = done[run.key].result
-            before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
-            rows.append(["the base", "", "", *before, "", ""])
+        (run,) = tuning_runs(arm, method, FIRST, min(points), [target])
         cells, best = [NOT_YET] * 5, screened(done, arm, method)[1]
         if best is not None:
             cells[:3] = [f"{rate_of(best):g}", *map(_loss, points[best])]
@@ -74,6 +70,10 @@ def screen(done: Done, arm: Arm) -> str:
                     cells[3] = f"{added:+.3f}" if math.isfinite(added) else "lost"
                     cells[4] = _share(added, of_lora)
         rows.append([method, f"{len(points)}", *cells])
+    if rows:  # of the last, for `full` measures the base in float32
+        result = done[run.key].result
+        before = [f"{result[f'{part}_before']:.3f}" for part in ("target", "source")]
+        rows.insert(0, ["the base", "", "", *before, "", ""])
     columns = ["method", "rates", "the best", f"{target}", "source"]
     return markdown([*columns, f"added to it at {GAIN:.0%} of LoRA's gain", "of LoRA's"], rows)
 

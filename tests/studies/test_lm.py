@@ -458,6 +458,11 @@ def test_of_an_incomplete_screen_no_figure_is_shown(everything: runs.Done) -> No
     from studies.lm import tables
 
     assert "| magnitude | 5 | 0.0215 | 4.090 | 6.000 | +1.756 |" in tables.screen(everything, CPU)
+    (full,) = tuning_runs(CPU, "full", "small", min(protocol.GRIDS["full"]), SCREEN)
+    other = store.Done(full, {**fake(full), "target_before": 6.5})  # in float32
+    assert "| the base |  |  | 6.000 | 4.000 |" in tables.screen(
+        everything | {full.key: other}, CPU
+    )
     (one,) = tuning_runs(CPU, "magnitude", "small", min(protocol.GRIDS["magnitude"]), SCREEN)
     done = {key: entry for key, entry in everything.items() if key != one.key}
     assert "| magnitude | 4 | - | - | - | - | - |" in tables.screen(done, CPU)
