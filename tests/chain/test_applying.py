@@ -76,8 +76,9 @@ def test_a_link_that_is_replaced_while_it_is_read_is_refused(made, tmp_path, mon
         found[0].check_data()
         found[1].check_data()
         os.replace(shutil.copy(links[0], tmp_path / "new"), mine[0])
-        with pytest.raises(FileFormatError, match=r"1\.link: was replaced or written to"):
-            found[0].check_data()
+        for _ in range(2):
+            with pytest.raises(FileFormatError, match=r"1\.link: was replaced or written to"):
+                found[0].check_data()
     chain.apply(paths[0], mine, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(paths[2])
 

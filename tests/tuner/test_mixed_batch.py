@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from shira import ShiraConfig, get_peft_model
-from shira.errors import TargetError
+from shira.errors import AdapterError, TargetError
 from shira.ops import native
 from shira.tuner.layers import Linear
 from shira.tuner.mixed_batch import Samples
@@ -178,6 +178,29 @@ def test_layers_with_hooks_show_them_the_adapted_product():
         mixed = model(x, adapter_names=NAMES)
     assert sum(map(len, seen)) == 6
     torch.testing.assert_close(mixed, one_by_one(model, x, NAMES))
+
+
+def test_after_a_forward_within_another_the_outer_ones_samples_are_in_effect():
+    model = adapted(mlp(), ["lin0", "lin1"])
+    x = torch.randn(6, 8)
+    want = one_by_one(model, x, NAMES)
+    inner = []
+
+    def once_more(module, args, output):
+        if not inner:
+            inner.append(None)
+            inner[0] = model(x[:1], adapter_names=["en"])
+
+    with model.base_model.model.lin0.register_forward_hook(once_more):
+        torch.testing.assert_close(model(x, adapter_names=NAMES), want)
+    torch.testing.assert_close(inner[0], one_by_one(model, x[:1], ["en"]))
+    assert model.base_model.model.lin1._samples is None
+
+
+def test_an_input_without_a_row_for_each_sample_is_refused():
+    layer = adapted(mlp(), ["lin1"]).base_model.model.lin1
+    with pytest.raises(AdapterError, match=r"lin1.*a row for each sample"):
+        layer(torch.randn(12), adapter_names=NAMES * 2)  # as many names as features
 
 
 @pytest.mark.parametrize("targets", [["lin"], ["conv1d"], ["emb"]])

@@ -229,11 +229,13 @@ class OpenFiles:
         if link not in self._open:
             while len(self._open) >= OPEN:
                 self._open.popitem(last=False)[1].close()
-            self._open[link] = file = open_regular(link.path)
+            file = open_regular(link.path)
             if _identity(file) != link.identity:
+                file.close()
                 raise FileFormatError(
                     f"{link.path}: was replaced or written to while it was read; begin again"
                 )
+            self._open[link] = file
         self._open.move_to_end(link)
         return self._open[link]
 

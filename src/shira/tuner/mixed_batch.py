@@ -94,6 +94,7 @@ def adapter_names_in_effect(
             _refuse_merged(layer)
     wrappers = [m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
     handles: list[Any] = []
+    outer = [layer._samples for layer in layers]  # those of a forward that this one lies within
     over = False  # then a hook that an interrupt leaves behind does nothing
 
     def samples_of(module: nn.Module) -> Samples:
@@ -103,8 +104,8 @@ def adapter_names_in_effect(
         return None if over else (args, {**kwargs, "adapter_names": samples_of(module)})
 
     def end() -> None:
-        for layer in layers:
-            layer._samples = None
+        for layer, samples in zip(layers, outer, strict=True):
+            layer._samples = samples
         for handle in handles:
             handle.remove()
 
@@ -177,7 +178,10 @@ def _on_top_of_base(layer: Any, x: Tensor, samples: Samples, adapters: list[str]
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
     flat = result.reshape(-1, result.shape[-1])
-    rows = samples.rows(adapters, len(flat) // len(samples), x.device)
+    tokens, rest = divmod(len(flat), len(samples))
+    if rest:
+        raise _cannot_be_split(layer, "was given an input without a row for each sample")
+    rows = samples.rows(adapters, tokens, x.device)
     return layer._on_top(adapters, rows, x, flat).view(result.shape)  # type: ignore[no-any-return]
 
 
