@@ -9,7 +9,7 @@
 #   make test-wheel      the wheel in a fresh environment, as pip install makes it (.venv-wheel)
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
 #   make test-triton     the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
-#   make test-peft       PEFT's own tests, pointed at our classes
+#   make test-peft       PEFT's own tests, pointed at our classes (not in `check`)
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
 #   make bench           the benchmarks; results go to benchmarks/results/
@@ -163,7 +163,7 @@ vllm-environment:
 check: $(STAMP) vllm-environment
 	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
 		test-vllm-servers test-vllm-engines format-check lint types docs \
-		test-lowest test-wheel test-peft test-quantized test-triton
+		test-lowest test-wheel test-quantized test-triton
 	$(MAKE) --no-print-directory test
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.
