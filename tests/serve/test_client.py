@@ -46,6 +46,8 @@ class Ranks:
             more = {"ready": self.looks % 3 == 0}
         if method == "shira_end_load":
             args = self.begun
+        if method == "shira_why_not":
+            more = {"why": ""}
         if method in ("shira_load", "shira_end_load"):
             content = self.files.get(args[1], args[1])
             if isinstance(content, str):
@@ -639,6 +641,19 @@ def test_the_one_that_waits_alone_goes_before_those_that_come_later():
         leave.set()
         await asyncio.gather(*tasks)
         assert order == ["first", "alone", "late"]
+
+    run(steps)
+
+
+def test_what_requests_bring_along_is_known_whatever_is_active():
+    async def steps():
+        client = await AsyncClient.of(AsyncEngine(), mixing=True)
+        for name in "ab":
+            await client.load(name, name)
+        await client.activate("a")
+        assert (await client.carry("b")).value == "b"
+        with pytest.raises(ServeError, match="deactivate"):
+            await anext(client.generate("x", None, "r", adapter="b"))
 
     run(steps)
 

@@ -285,6 +285,20 @@ def test_loads_go_on_while_others_are_switched_to(bounded):
     assert switches[0] >= 8
 
 
+def test_an_engine_falls_asleep_when_nothing_reads_its_weights_any_more(bounded):
+    adapter = bounded.adapters["e"] = adapter_for(bounded.base, 30)
+
+    def read():
+        time.sleep(0.2)
+        return adapter
+
+    bounded.call(lambda held: held.begin_load("e", read))
+    bounded.call(lambda held: held.sleep(1))
+    assert all(bounded.call(lambda held: held.load_ready()))
+    bounded.call(lambda held: held.end_load())
+    bounded.right({"e": 1.0})
+
+
 def test_what_was_dropped_comes_back_beside_the_steps(bounded):
     bounded.right({"d": 1.0})
     bounded.call(lambda held: held.begin_load("a", None))

@@ -71,7 +71,8 @@ class Shared:
     kept: dict[str, Kept] = field(default_factory=dict)  # loaded through the clients, by name
     loading: bool = False  # beside the engine's steps
     mixing: bool = False  # requests may carry adapters of their own
-    riding: set[tuple[str, ...]] = field(default_factory=set)  # that are known to be able to
+    # Scales by name of what is known to be able to ride.
+    riding: set[tuple[tuple[str, float], ...]] = field(default_factory=set)
 
 
 async def _no_switch(adapter: Any) -> None:
@@ -273,7 +274,7 @@ class Changes(Generic[Done, Report, Reports]):
         else:
             await self._call("shira_unload", named(name))
         self._shared.kept.pop(name, None)
-        self._shared.riding = {each for each in self._shared.riding if name not in each}
+        self._shared.riding = {each for each in self._shared.riding if name not in dict(each)}
 
     async def _mix(self) -> dict[str, Any]:
         said = (await self._call("shira_mix"))[0]
@@ -284,20 +285,16 @@ class Changes(Generic[Done, Report, Reports]):
         scales = wanted(weights)
         if not self._shared.mixing:
             raise ServeError("batches are not mixed: make the client with mixing=True")
-        if tuple(scales) in self._shared.riding or not scales:
+        if tuple(scales.items()) in self._shared.riding or not scales:
             return ""
         why = str((await self._call("shira_why_not", scales))[0]["why"])
         if not why:
-            self._shared.riding.add(tuple(scales))
+            self._shared.riding.add(tuple(scales.items()))
         return why
 
     async def _carry(self, weights: Weights) -> Carried | None:
         """Return what requests for adapters bring along; None for the base."""
         scales, kept = wanted(weights), self._shared.kept
-        if self.active:
-            raise ServeError(
-                f"the weights hold {self.active}: deactivate() before requests bring adapters along"
-            )
         for name in scales:
             if name not in kept:
                 raise UnknownAdapterError(
@@ -306,6 +303,12 @@ class Changes(Generic[Done, Report, Reports]):
         if why := await self._why_not(scales):
             raise ServeError(f"{why}: activate it instead")
         return carried(scales, {name: kept[name].digest for name in scales}) if scales else None
+
+    def _check_base(self) -> None:
+        if self.active:
+            raise ServeError(
+                f"the weights hold {self.active}: deactivate() before requests bring adapters along"
+            )
 
     async def _limit(self, max_adapter_memory: int | None) -> None:
         await self._call("shira_limit", max_adapter_memory)

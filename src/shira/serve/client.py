@@ -100,6 +100,7 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
                 return self.llm.generate(prompts, sampling_params, *args, **kwargs)
             each = [prompts] if isinstance(prompts, (str, Mapping)) else [*prompts]
             if adapters is not None:
+                self._check_base()
                 given = sampling_params or self.llm.get_default_sampling_params()
                 parameters = [given] * len(each) if not isinstance(given, Sequence) else [*given]
                 one = isinstance(adapters, (str, Mapping))
@@ -203,7 +204,7 @@ class AsyncClient(
     async def carry(self, weights: Weights) -> Carried | None:
         """Return what requests bring along to be answered by adapters of their own.
 
-        None for the base. Errors are those of `Client.generate`.
+        None for the base. Errors are those of `Client.generate`; but something may be active now.
         """
         return await self._do(self._carry, weights)  # type: ignore[no-any-return]
 
@@ -231,7 +232,10 @@ class AsyncClient(
         With ``adapter`` as `Client.generate` does with one prompt.
         """
         async with self._gate.using(None):
-            own = None if adapter is None else await self.carry(adapter)
+            own = None
+            if adapter is not None:
+                self._check_base()
+                own = await self.carry(adapter)
             if own is not None:
                 prompt, sampling_params = own.by(prompt, sampling_params)
             elif self.cache == "salt":

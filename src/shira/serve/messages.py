@@ -33,6 +33,10 @@ KEY = "shira_adapter"
 """The key in the ``extra_args`` of a request's sampling parameters under which its adapter is."""
 
 
+BASE_SALT = "shira-base"
+"""Keeps blocks of the base whose requests have a salt of their own apart from adapters' blocks."""
+
+
 class Carried(NamedTuple):
     """The luggage of a request that is answered by adapters of its own."""
 

@@ -207,6 +207,7 @@ class ShiraWorkerExtension:
         def why(adapters: WorkerAdapters) -> dict[str, Any]:
             if adapters not in MIXED:
                 raise ServeError("batches are not mixed in this engine: see shira_mix")
+            adapters.check(weights)  # an entry that is not finite must not end a step
             found = gather(adapters.processes, MIXED[adapters].why_not(wanted(weights)))
             return {"why": next(filter(None, found), "")}
 
@@ -236,6 +237,8 @@ class ShiraWorkerExtension:
                 said = step(adapters) or {}
             self.synchronize_device()
             now = {"active": adapters.active, "state": adapters.state}
+            if adapters in MIXED and MIXED[adapters].resident:  # which nobody made active
+                now = {"active": {}, "state": "base"}
             return {"ok": True, **which, **now, "on_disk": [*adapters.holding.on_disk], **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))

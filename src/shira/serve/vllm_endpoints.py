@@ -33,7 +33,7 @@ from shira.serve.http.names import folder_of_adapters
 from shira.serve.http.routes import encoded
 from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import BODY_LIMIT, Turns, answering, carrying
-from shira.serve.messages import KEY
+from shira.serve.messages import BASE_SALT, KEY, salted
 
 FOLDER, PATIENCE, LIMIT = "SHIRA_ADAPTERS", "SHIRA_PATIENCE", "SHIRA_BODY_LIMIT"
 JOURNAL, READY, MEMORY = "SHIRA_JOURNAL", "SHIRA_READY", "SHIRA_MAX_ADAPTER_MEMORY"
@@ -151,6 +151,8 @@ def _hand_on(engine: Any) -> None:
             if not hasattr(params, "extra_args"):
                 raise VLLMValidationError("an adapter that rides answers by generating only")
             prompt, params = carried.by(prompt, params)
+        elif isinstance(prompt, dict) and prompt.get("cache_salt"):
+            prompt = salted(prompt, BASE_SALT)  # a client's own could be that of an adapter
         return await add(request_id, prompt, params, *args, **kwargs)
 
     engine.add_request = add_request

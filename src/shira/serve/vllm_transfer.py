@@ -100,13 +100,18 @@ class ShiraWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):  # 
         self._wire = self._route = None
 
     def _find_route(self, info: InitInfo) -> None:
-        from shira.serve.vllm import ADAPTERS
+        from shira.serve.vllm import ADAPTERS, MIXED
 
         adapters = ADAPTERS.get(self.model)
         if adapters is None:
             raise ServeError(
                 "this worker holds no adapters: start the engine with worker_extension_cls="
                 "'shira.serve.vllm.ShiraWorkerExtension' and load the adapter first"
+            )
+        if adapters in MIXED:
+            raise ServeError(
+                "values are not sent to an engine that mixes adapters in a batch: its blocks in "
+                "the prefix cache are told apart by what the adapters' files hold"
             )
         self._route = Route(adapters, info.adapter, lambda: Adapter.load(info.path), info.support)
 

@@ -323,7 +323,13 @@ class WorkerAdapters:
         return _state_of(self.adapters, scales).plan
 
     def sleep(self, level: int) -> None:
-        """Note that the engine is going to sleep; at level 2 it drops the weights."""
+        """Note that the engine is going to sleep; at level 2 it drops the weights.
+
+        A load that is under way reads them to its end first.
+        """
+        if self._beside is not None:
+            with suppress(Exception):  # `end_load` raises it
+                self._beside.result()
         if slept(level) >= 2:
             self.discarded = True
             self._base_changes += 1

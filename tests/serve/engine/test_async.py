@@ -290,9 +290,17 @@ def test_requests_that_bring_their_adapter_and_some_that_give_up(loop, engine, c
             assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
         assert (await mixing.mix())["steps"]["riding"] > before
         assert "c" not in (await mixing.list())["adapters"]
+        await one(mixing, 0)  # alone it is resident still, when another is loaded
+        await mixing.load("c", zoo.path("b"))
+        assert mixing.active == {}
+        await one(mixing, 0)
+        await mixing.unload("c")
+        with pytest.raises(AdapterError, match="finite"):
+            await mixing.carry({"a": 1e39})
         await mixing.activate("a")
         with pytest.raises(ServeError, match="deactivate"):
-            await mixing.carry("b")
+            await anext(mixing.generate("x", params, f"r{next(numbers)}", adapter="b"))
+        assert await mixing.carry("b")
         await mixing.deactivate()
         assert await answers(engine) == expected(zoo, "base")
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from shira.errors import AdapterError, ServeError
+from shira.errors import AdapterError, ServeError, SwitchError
 from shira.serve import journal
 from shira.serve.http import routes
 from shira.serve.http.service import AdapterService
@@ -74,6 +74,23 @@ def test_an_adapter_that_cannot_be_read_again(folder):
         assert json.loads(body)["error"]["message"].endswith("cannot be read again from german")
         for model in ("fr", "base"):
             assert (await site.ask(model))[0] == 200
+
+    on_durable_site(test, folder)
+
+
+def test_no_error_tells_where_the_folder_is(folder):
+    async def test(site):
+        async def changed(weights):
+            raise SwitchError(f"adapter 'de' cannot be read again from {folder}/german")
+
+        site.engine.check = site.engine.activate = changed
+        for status, body in (
+            await site.ask("de"),
+            await site.own(routes.LOAD, name="again", adapters={"de": 2}),
+        ):
+            assert status == 503
+            assert "again from german" in str(body)
+            assert str(folder) not in str(body)
 
     on_durable_site(test, folder)
 

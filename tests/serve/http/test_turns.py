@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from shira.errors import ServeError
 from shira.serve.http import routes, turns
 from shira.serve.http.service import AdapterService
 from shira.serve.http.turns import Turns, answering
@@ -370,6 +371,23 @@ def test_one_that_cannot_ride_takes_turns_with_those_that_do(tmp_path):
             (said,) = set(data.splitlines())
             assert list(json.loads(said)) == ([] if model == "base" else [model])
         assert 0 < site.service.scheduler.switches < 6
+
+    on_mixing_site(test, tmp_path)
+
+
+def test_a_name_of_which_it_is_not_known_whether_it_rides_is_free_again(tmp_path):
+    async def test(site):
+        assert (await site.own(routes.UNLOAD, name="fr"))[0] == 200
+        why_not = site.engine.why_not
+
+        async def broken(weights):
+            raise ServeError("not now")
+
+        site.engine.why_not = broken
+        assert (await site.own(routes.LOAD, name="fr", path="french"))[0] == 503
+        assert "fr" not in site.engine.held
+        site.engine.why_not = why_not
+        assert (await site.own(routes.LOAD, name="fr", path="french"))[0] == 200
 
     on_mixing_site(test, tmp_path)
 

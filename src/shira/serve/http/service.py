@@ -157,11 +157,19 @@ class AdapterService:
                 raise NameTakenError(f"{name!r} is served already; unload it, or choose another")
             if adapters is not None:
                 weights = self._combination(adapters)
-                await self.engine.check(weights)
+                try:
+                    await self.engine.check(weights)
+                except ShiraError as error:  # such as a file that cannot be read again
+                    raise self._told(error) from error
                 self.served[name] = await self._riding(Served(weights, None, {}))
             else:
                 report = await self._loaded(name, path)
-                self.served[name] = await self._riding(Served({name: 1.0}, str(path), report))
+                try:
+                    served = await self._riding(Served({name: 1.0}, str(path), report))
+                except BaseException:
+                    await self.engine.unload(name)
+                    raise
+                self.served[name] = served
             described = self._described(name)
         lost = self.lost.pop(name, None)
         try:
@@ -396,7 +404,7 @@ class AdapterService:
         began = time.perf_counter()
         try:
             await self.engine.activate(weights)
-        except AdapterError as error:  # such as a file that cannot be read again
+        except ShiraError as error:  # such as a file that cannot be read again
             raise self._told(error) from error
         self._last_switch = time.perf_counter() - began
         if self.journal is not None:
