@@ -122,9 +122,13 @@ def _explore(
         runs = tuning_runs(arm, method, size, exponent, targets)
         if any(run.key not in done for run in runs):
             return None
-        return mean(point(done, run)[0] for run in runs)
+        return _mean_loss(done, runs)
 
     return explore(grid, BEYOND, loss)
+
+
+def _mean_loss(done: Done, runs: Iterable[Run]) -> float:
+    return mean(point(done, run)[0] for run in runs)
 
 
 def tuning_runs(
@@ -158,8 +162,11 @@ def entered(done: Done, arm: Arm, size: str) -> list[str] | None:
     if size != FIRST:
         chosen = finalists(done, arm, FIRST)
         return None if chosen is None else [*dict.fromkeys((*LOW_RANK, *chosen))]
-    best = {method: screened(done, arm, method)[1] for method in METHODS}
-    ours = _best_of_ours(done, arm, size, best, SCREEN, ENTER)
+    tried = {method: screened(done, arm, method) for method in METHODS}
+    best = {method: exponent for method, (_, exponent) in tried.items()}
+    # Of those that enter more rates will be tried: they must not change who enters.
+    seen = {method: exponents for method, (exponents, _) in tried.items()}
+    ours = _best_of_ours(done, arm, size, best, SCREEN, ENTER, seen)
     return None if ours is None else [*LOW_RANK, *ours]
 
 
@@ -183,22 +190,26 @@ def _best_of_ours(
     best: Mapping[str, int | None],
     targets: Sequence[str],
     counts: tuple[int, int],
+    seen: Mapping[str, Sequence[int]] | None = None,
 ) -> list[str] | None:
-    """So many of ours by target loss, and so many more by what they add to the source's."""
+    """So many of ours by target loss, and so many more by what they add to the source's.
+
+    `seen` are the exponents of each method that count for the latter; None: all that were tried.
+    """
     if None in best.values():
         return None
     rates = {method: exponent for method, exponent in best.items() if exponent is not None}
     losses = {
-        method: mean(point(done, run)[0] for run in tuning_runs(arm, method, size, e, targets))
+        method: _mean_loss(done, tuning_runs(arm, method, size, e, targets))
         for method, e in rates.items()
     }
     reference = min((m for m in LOW_RANK if m in losses), key=losses.__getitem__)
     ranked = sorted((m for m in losses if m in SPARSE), key=losses.__getitem__)
 
     def source(method: str) -> float:
+        goal, exponents = (reference, rates[reference]), None if seen is None else seen[method]
         found = [
-            at_equal_gain(done, arm, method, size, target, (reference, rates[reference]))
-            for target in targets
+            at_equal_gain(done, arm, method, size, target, goal, exponents) for target in targets
         ]
         return mean(math.inf if value is None else value for value in found)
 
@@ -213,21 +224,30 @@ def best_low_rank(done: Done, arm: Arm, size: str) -> str | None:
         exponent = tuned(done, arm, method, size)[1]
         if exponent is None:
             return None
-        runs = tuning_runs(arm, method, size, exponent)
-        losses[method] = mean(point(done, run)[0] for run in runs)
+        losses[method] = _mean_loss(done, tuning_runs(arm, method, size, exponent))
     return min(losses, key=losses.__getitem__)
 
 
 def at_equal_gain(
-    done: Done, arm: Arm, method: str, size: str, target: str, reference: tuple[str, int]
+    done: Done,
+    arm: Arm,
+    method: str,
+    size: str,
+    target: str,
+    reference: tuple[str, int],
+    exponents: Sequence[int] | None = None,
 ) -> float | None:
     """What a method has added to the source's loss at equal gain, on the tuning seed.
 
-    `reference` is the method and exponent whose gain counts. None where no two neighbouring rates
-    that were tried lie around that gain.
+    `reference` is the method and exponent whose gain counts. Of the method the rates of
+    `exponents` count, or all that were tried; None where no two neighbours of them lie around
+    that gain.
     """
     goal = arm.run("tuning", target, reference[0], size, reference[1], TUNING_SEED)
-    return added_at(done, goal, curve(done, arm, method, size, target))
+    points = curve(done, arm, method, size, target)
+    if exponents is not None:
+        points = {exponent: points[exponent] for exponent in exponents if exponent in points}
+    return added_at(done, goal, points)
 
 
 def curve(done: Done, arm: Arm, method: str, size: str, target: str) -> dict[float, Point]:

@@ -51,20 +51,22 @@ def screen(done: Done, arm: Arm) -> str:
     method whose screen is not complete only the number of rates is told.
     """
     target = TUNING_TARGETS[0]
-    lora = screened(done, arm, "lora")[1]
+    loras, lora = screened(done, arm, "lora")
     rows: list[list[str]] = []
     for method in METHODS:
-        points = curve(done, arm, method, FIRST, target)
+        exponents, best = screened(done, arm, method)
+        made = curve(done, arm, method, FIRST, target)
+        points = {exponent: made[exponent] for exponent in exponents if exponent in made}
         if not points:
             continue
         (run,) = tuning_runs(arm, method, FIRST, min(points), [target])
-        cells, best = [NOT_YET] * 5, screened(done, arm, method)[1]
+        cells = [NOT_YET] * 5
         if best is not None:
             cells[:3] = [f"{rate_of(best):g}", *map(_loss, points[best])]
             if lora is not None:
                 added, of_lora = (
-                    at_equal_gain(done, arm, each, FIRST, target, ("lora", lora))
-                    for each in (method, "lora")
+                    at_equal_gain(done, arm, each, FIRST, target, ("lora", lora), rates)
+                    for each, rates in ((method, exponents), ("lora", loras))
                 )
                 if added is not None:
                     cells[3] = f"{added:+.3f}" if math.isfinite(added) else "lost"

@@ -22,8 +22,8 @@ from shira.errors import (
 from shira.serve.holding import checked_limit
 from shira.serve.loading import nbytes_of
 from shira.serve.messages import Processes
+from shira.serve.route import Route
 from shira.serve.value_sender import FixedSupport
-from shira.serve.worker import Route
 from tests.interrupts import at_every_point
 from tests.serve.test_worker import Cluster, Shared, Threads, adapter_for, merge
 

@@ -218,7 +218,7 @@ def test_new_values_and_names_that_go(worker):
     held.unload("c")
     with pytest.raises(UnknownAdapterError, match="'c'"):
         mixed.runner.step(BATCH)
-    mixed.retired.add("c")  # a request that was cancelled as its adapter was unloaded
+    mixed.retire("c")  # a request that was cancelled as its adapter was unloaded
     mixed.runner.step(BATCH)
 
 
@@ -235,6 +235,23 @@ def test_what_cannot_ride(worker):
     mixed.runner.step({"r3": ([1], None)})
     with pytest.raises(ServeError, match="put the base back"):
         mixed.runner.step({"r3": ([1], None), "r4": ([1], "a")})
+
+
+def test_where_mixing_cannot_begin_nobody_is_watched():
+    torch.manual_seed(0)
+    model = Model()
+    runner = Runner(model)
+    watched = [runner, *(m.quant_method for m in model.modules() if hasattr(m, "quant_method"))]
+    model.fc.use_fused_embedding = True
+
+    def fails(tokens):
+        raise RuntimeError("no such batch")
+
+    runner._dummy_run = fails
+    before = [dict(vars(each)) for each in (*watched, model.fc)]
+    with pytest.raises(RuntimeError, match="no such batch"):
+        MixedBatches(runner, WorkerAdapters(model, torch.float32))
+    assert [vars(each) for each in (*watched, model.fc)] == before
 
 
 def test_a_layer_that_is_left_out_is_noticed(worker):

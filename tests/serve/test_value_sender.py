@@ -20,8 +20,8 @@ from shira.delta import SparseDelta
 from shira.errors import AdapterError, ConfigError, ServeError, UnknownAdapterError
 from shira.ops.patch import Exchange
 from shira.serve.messages import Processes
+from shira.serve.route import Route
 from shira.serve.value_sender import FixedSupport, HTTPClient, ValueSender, Wire
-from shira.serve.worker import Route
 from shira.support import Support
 from tests.interrupts import at_every_point
 

@@ -30,8 +30,9 @@ from shira.errors import (
 from shira.masks import random_support
 from shira.ops.patch import Exchange, same_bits
 from shira.serve.messages import Processes
+from shira.serve.route import Route
 from shira.serve.value_sender import FixedSupport
-from shira.serve.worker import Route, WorkerAdapters
+from shira.serve.worker import WorkerAdapters
 from shira.support import Support
 from tests.interrupts import at_every_point
 

@@ -352,6 +352,22 @@ def test_only_those_that_enter_are_tuned_on_all_targets(everything: runs.Done) -
     assert all(run.size == "small" for run in tuning if run.target not in SCREEN)
 
 
+def test_rates_tried_after_the_screen_do_not_change_who_entered(everything: runs.Done) -> None:
+    before = entered(everything, CPU, "small")
+    assert before is not None
+    against = ("lora", best_exponent("lora"))
+    for method in protocol.SPARSE:
+        if at_equal_gain(everything, CPU, method, "small", *SCREEN, against) is None:
+            break  # no rate of the screen has less than that gain
+    assert method not in before
+    low = min(screened(everything, CPU, method)[0]) - 1
+    (run,) = tuning_runs(CPU, method, "small", low, SCREEN)
+    made = store.Done(run, {**fake(run), "target": 4.4, "source": 3.0})  # which would be the best
+    later = {**everything, run.key: made}
+    assert at_equal_gain(later, CPU, method, "small", *SCREEN, against) is not None
+    assert entered(later, CPU, "small") == before
+
+
 def test_strengths_give_a_curve_to_compare_on(everything: runs.Done) -> None:
     from studies.lm import tables
 
@@ -465,7 +481,7 @@ def test_of_an_incomplete_screen_no_figure_is_shown(everything: runs.Done) -> No
     )
     (one,) = tuning_runs(CPU, "magnitude", "small", min(protocol.GRIDS["magnitude"]), SCREEN)
     done = {key: entry for key, entry in everything.items() if key != one.key}
-    assert "| magnitude | 4 | - | - | - | - | - |" in tables.screen(done, CPU)
+    assert "| magnitude | 3 | - | - | - | - | - |" in tables.screen(done, CPU)
     # nor is LoRA's gain known before its own screen is complete
     (one,) = tuning_runs(CPU, "lora", "small", min(protocol.GRIDS["lora"]), SCREEN)
     done = {key: entry for key, entry in everything.items() if key != one.key}

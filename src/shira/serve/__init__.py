@@ -9,7 +9,8 @@ In a worker::
     loading         an adapter, placed and compared with the base
     beside          a load that goes on in a thread while the engine computes
     holding         which of a worker's adapters are in memory, within a bound
-    worker          a worker's adapters, what is active, new values for them
+    worker          a worker's adapters, and what is active
+    route           new values for an adapter, from a ``value_sender``
     mixed           several adapters in one batch, each added to the rows of its own requests
     vllm            the extension of vLLM's workers; ``vllm_transfer`` takes new values in
 

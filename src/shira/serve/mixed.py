@@ -25,6 +25,7 @@ model runner (made and tested for 0.32) what is called below, and imports nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -98,8 +99,7 @@ class MixedBatches:
     def __init__(self, runner: Any, adapters: WorkerAdapters) -> None:
         self.runner, self.adapters = runner, adapters
         self.resident: Scales = _BASE
-        self.retired: set[str] = set()
-        """Names that were unloaded: requests that still have them were cancelled."""
+        self._retired: set[str] = set()  # names: requests that still have them were cancelled
         self.steps = {"resident": 0, "riding": 0, "switches": 0}
         self._riders: dict[Scales, Rider] = {}
         self._ridden: set[str] = set()  # requests
@@ -110,9 +110,11 @@ class MixedBatches:
         self._called: set[nn.Module] = set()
         self._probing: dict[tuple[nn.Module, str], set[tuple[str, int]]] | None = None
         self._stage = "layers"
-        self._watch()
         self._users = self._find_users()
-        self._heads, self._good = self._probe()
+        with ExitStack() as unwatch:  # if the run that finds out who is called fails
+            self._watch(unwatch)
+            self._heads, self._good = self._probe()
+            unwatch.pop_all()
 
     def why_not(self, scales: Mapping[str, float]) -> str:
         """Return why adapters cannot ride, or an empty text: a weight that others compute with."""
@@ -130,6 +132,11 @@ class MixedBatches:
         """Put back what is resident; whoever changes or reads adapters does so first."""
         self._layers = self._logits = None
         self._reside(_BASE)
+
+    def retire(self, name: str) -> None:
+        """Let go of an adapter that was unloaded."""
+        self._retired.add(name)
+        self._forget_riders()
 
     def begin(self, counts: Sequence[int]) -> None:
         """Learn what the next forward computes: of each request in the batch, how many tokens."""
@@ -171,7 +178,7 @@ class MixedBatches:
         if not extra or KEY not in extra:
             return _BASE
         scales = scales_of(extra[KEY])
-        if not self.retired.isdisjoint(name for name in scales if not self.adapters.knows(name)):
+        if not self._retired.isdisjoint(name for name in scales if not self.adapters.knows(name)):
             return _BASE
         return tuple(scales.items())
 
@@ -197,12 +204,7 @@ class MixedBatches:
             return kept
         if why := self.why_not(dict(scales)):
             raise ServeError(f"{why}: it is served by switching only")
-        held = {id(each) for each in self.adapters.adapters.values()}
-        self._riders = {
-            key: rider
-            for key, rider in self._riders.items()
-            if all(id(each) in held for each in rider.made_of)
-        }
+        self._forget_riders()
         layers = {}
         # Made in a step, in which torch would take the tensors for passing ones.
         with torch.inference_mode(False), torch.no_grad():
@@ -216,9 +218,26 @@ class MixedBatches:
         self._riders[scales] = Rider(made_of, layers)
         return self._riders[scales]
 
+    def _forget_riders(self) -> None:
+        """Drop those that were made of adapters that are no longer held."""
+        held = {id(each) for each in self.adapters.adapters.values()}
+        self._riders = {
+            key: rider
+            for key, rider in self._riders.items()
+            if all(id(each) in held for each in rider.made_of)
+        }
+
     # --- how vLLM is watched ---------------------------------------------------------------------
 
-    def _watch(self) -> None:
+    def _watch(self, unwatch: ExitStack) -> None:
+        """Put calls of our own around vLLM's; ``unwatch`` takes them away again."""
+
+        def put(where: Any, name: str, value: Any) -> None:
+            own = vars(where)
+            unwatch.callback(own.update, {name: own[name]} if name in own else {})
+            unwatch.callback(own.pop, name)
+            setattr(where, name, value)
+
         runner = self.runner
         prepare, forward = runner._prepare_inputs, runner._model_forward
         prompt_logprobs = runner._get_prompt_logprobs_dict
@@ -259,15 +278,16 @@ class MixedBatches:
             runner.num_prompt_logprobs, self._logits = asked, logits
             return scored
 
-        runner._prepare_inputs, runner._model_forward = prepared, forwarded
-        runner._get_prompt_logprobs_dict = prompts_scored
+        put(runner, "_prepare_inputs", prepared)
+        put(runner, "_model_forward", forwarded)
+        put(runner, "_get_prompt_logprobs_dict", prompts_scored)
         for layer in runner.get_model().modules():
             method: Any = getattr(layer, "quant_method", None)
             for kind in _PLAIN.get(type(method).__name__, ()):
                 if kind not in vars(method):  # some layers share one
-                    setattr(method, kind, self._wrapped(kind, getattr(method, kind)))
+                    put(method, kind, self._wrapped(kind, getattr(method, kind)))
             if getattr(layer, "use_fused_embedding", False):  # which would not ask its method
-                layer.use_fused_embedding = False
+                put(layer, "use_fused_embedding", False)
 
     def _wrapped(self, kind: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def computed(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,7 +13,7 @@ values can never land elsewhere; they travel over a process group of their own (
 ``client`` has the four methods of vLLM's ``VLLMWeightSyncClient``: `LLMClient` for ``vllm.LLM`` in
 this process, `HTTPClient` for a server. The engine is started with ``worker_extension_cls`` of
 `shira.serve.vllm` and ``weight_transfer_config={"backend": "shira"}``, and holds the adapter
-already. The worker's side is `shira.serve.worker.Route`. Imports no engine.
+already. The worker's side is `shira.serve.route.Route`. Imports no engine.
 """
 
 from __future__ import annotations

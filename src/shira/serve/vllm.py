@@ -151,7 +151,7 @@ class ShiraWorkerExtension:
         def forget(adapters: WorkerAdapters) -> None:
             adapters.unload(name)
             if adapters in MIXED:
-                MIXED[adapters].retired.add(name)
+                MIXED[adapters].retire(name)
 
         return self._shira_do("shira_unload", forget)
 

@@ -23,8 +23,8 @@ from vllm.distributed.weight_transfer.base import (
 
 from shira.adapter import Adapter
 from shira.errors import ServeError
+from shira.serve.route import Route
 from shira.serve.value_sender import Wire
-from shira.serve.worker import Route
 
 BACKEND = "shira"
 _DTYPES = {"float32", "bfloat16", "float16", "float64"}

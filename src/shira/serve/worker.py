@@ -19,7 +19,6 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from torch import Tensor
 from shira.adapter import Adapter
 from shira.checkpoints.conversion import Part, Place, as_it_is
 from shira.checkpoints.entries import read_entries
-from shira.delta import SparseDelta
 from shira.errors import (
     AdapterError,
     ServeError,
@@ -44,14 +42,12 @@ from shira.serve.loading import (
     Piece,
     StoredValues,
     entry_at,
-    in_order,
     load,
     load_again,
     nbytes_of,
 )
 from shira.serve.messages import Processes, Weights, agree, gather, named, slept, state_of, wanted
 from shira.serve.placement import Model, Placement, Storage, storage_keys, storages_of, trace
-from shira.serve.value_sender import FixedSupport, check_finite
 from shira.store.header import FLOATS
 from shira.support import Support
 from shira.switch.weights import (
@@ -60,7 +56,6 @@ from shira.switch.weights import (
     Plan,
     State,
     combined,
-    make_patch,
 )
 
 _CHUNK = 2**24  # entries hashed at a time
@@ -314,6 +309,22 @@ class WorkerAdapters:
         """Raise what `activate` would raise, and change nothing."""
         self._agreed(wanted(weights, scale))
 
+    def exchange(self, name: str, after: LoadedAdapter) -> None:
+        """Hold other values for an adapter, in the weights too if it is active, or change nothing.
+
+        Errors are those of `activate`.
+        """
+        nbytes = max(gather(self.processes, nbytes_of(after.entries)))
+        before, there = self.adapters[name], self._weights.state
+        try:
+            self.adapters[name] = after._replace(nbytes=nbytes)
+            if name in self.active:
+                self.activate(self.active)
+        except BaseException:
+            if self._weights.state is there:
+                self.adapters[name] = before
+            raise
+
     def patches(self, scales: Mapping[str, float]) -> Plan[Storage]:
         """Return what these adapters, each times its scale, put into each weight; none is written.
 
@@ -495,105 +506,3 @@ def _pieces(
 def _state_of(adapters: Mapping[str, LoadedAdapter], scales: Mapping[str, float]) -> State[Storage]:
     members = [(name, scale, adapters[name].entries) for name, scale in scales.items()]
     return State(tuple(scales.items()), combined(members))
-
-
-class Route:
-    """The way of new values for an adapter to one worker's storages; the positions stay.
-
-    Made once: for each storage, which of the k values go there, in the order in which the worker
-    keeps them. An update switches the weights as any activation does, from the originals that were
-    kept, so that nothing drifts however many updates there are.
-
-    Args:
-        worker: The worker's adapters.
-        name: Of the one that is updated; it is loaded already.
-        read: Reads an adapter with its positions, as `WorkerAdapters.load`.
-        digest: Of the sender's positions, which must be those that are read and those that the
-            worker keeps (else `AdapterError`); see `FixedSupport.digest`.
-    """
-
-    def __init__(
-        self,
-        worker: WorkerAdapters,
-        name: str,
-        read: Callable[[], Mapping[str, SparseDelta]],
-        digest: str,
-    ) -> None:
-        self.worker, self.name = worker, name
-        self.nnz = 0
-        self._key = digest.encode()[:64]
-        loaded = worker.require(name)
-        self._order = agree(worker.processes, lambda: self._ordered(loaded, read(), digest))
-        """The worker's offsets in each storage, and which of the k values go there."""
-        worker.pin(name)  # its file has other values than those that come
-
-    def update(self, values: Tensor) -> None:
-        """Exchange the adapter's ``(k,)`` values, in the weights too if it is active, or nothing.
-
-        Errors are those of `WorkerAdapters.activate`, and `AdapterError` if there are not k of
-        them, or one is not finite.
-        """
-        worker = self.worker
-        loaded = worker.require(self.name)
-        after = agree(worker.processes, lambda: self._exchanged(loaded, values))
-        nbytes = gather(worker.processes, nbytes_of(after.entries))
-        after = after._replace(nbytes=max(nbytes))
-        before, there = worker.adapters[self.name], worker._weights.state
-        try:
-            worker.adapters[self.name] = after
-            if self.name in worker.active:
-                worker.activate(worker.active)
-        except BaseException:
-            if worker._weights.state is there:
-                worker.adapters[self.name] = before
-            raise
-
-    def _ordered(
-        self, loaded: LoadedAdapter, adapter: Mapping[str, SparseDelta], digest: str
-    ) -> dict[Storage, tuple[Tensor, Tensor]]:
-        fixed = FixedSupport.of(adapter)
-        if fixed.digest != digest:
-            raise AdapterError(
-                f"the sender's positions of adapter {self.name!r} have the hash {digest}, those "
-                f"at the path {fixed.digest}: save the adapter that is trained"
-            )
-        self.nnz = fixed.nnz
-        counts = accumulate((support.nnz for support in fixed.supports.values()), initial=0)
-        first = dict(zip(fixed.supports, counts, strict=False))
-        pieces = {name: self.worker.locate(name, each) for name, each in fixed.supports.items()}
-        order = {}
-        for storage, parts, positions, by in in_order(pieces):
-            entry = loaded.entries.get(storage)
-            if entry is None or not torch.equal(positions, entry.patch.offsets.cpu().long()):
-                break
-            entries = torch.cat([piece.entries + first[name] for name, piece in parts])
-            order[storage] = entry.patch.offsets, entries[by]
-        else:
-            if order.keys() == loaded.entries.keys() and fixed.nnz == loaded.nnz:
-                return order
-        raise AdapterError(
-            f"adapter {self.name!r} was loaded with other positions than those at the path"
-        )
-
-    def _exchanged(self, loaded: LoadedAdapter, values: Tensor) -> LoadedAdapter:
-        """Return the adapter with other values; nothing is written."""
-        if values.shape != (self.nnz,) or not values.is_floating_point():
-            raise AdapterError(
-                f"adapter {self.name!r} has {self.nnz} values, not "
-                f"{tuple(values.shape)} of {values.dtype}"
-            )
-        check_finite(values, f"adapter {self.name!r} that were sent")
-        entries = {}
-        for storage, entry in loaded.entries.items():
-            old = entry.patch
-            offsets, order = self._order.get(storage, (None, None))
-            if old.offsets is not offsets:
-                raise AdapterError(
-                    f"adapter {self.name!r} was loaded anew since the positions were agreed on"
-                )
-            new = values[order].to(storage.weight.device)
-            patch = make_patch(old.offsets, old.originals, new)
-            entries[storage] = entry._replace(values=new, patch=patch)
-        raw = values.detach().contiguous().view(torch.uint8).numpy().data
-        digest = hashlib.blake2b(raw, digest_size=16, key=self._key).hexdigest()
-        return loaded._replace(entries=entries, digest=digest)
