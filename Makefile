@@ -8,7 +8,7 @@
 #   make test-lowest     the tuner's tests on the lowest versions that are supported (.venv-lowest)
 #   make test-wheel      the wheel in a fresh environment, as pip install makes it (.venv-wheel)
 #   make test-quantized  quantized bases, with bitsandbytes and torchao (installs 150 MB)
-#   make test-triton     the Triton kernel in Triton's interpreter (installs 1 GB of Triton)
+#   make test-triton     the Triton kernels in Triton's interpreter (installs 1 GB of Triton)
 #   make test-peft       PEFT's own tests, pointed at our classes (not in `check`)
 #   make test-vllm       serving on vLLM, in an environment of its own (.venv-vllm)
 #   make docs            the site, strictly, into build/site
@@ -117,7 +117,8 @@ $(TRITON_STAMP): $(STAMP) constraints-triton.txt
 	@touch $@
 
 test-triton: $(TRITON_STAMP)
-	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/ops/gradient/test_triton.py
+	PYTHONPATH=$(CURDIR)/$(TRITON) $(BIN)/python -m pytest -q $(PYTEST_ARGS) \
+		tests/ops/gradient/test_triton.py tests/ops/test_mixed_batch_triton.py
 
 # PEFT's tests are in its source distribution alone: that of the version that is installed.
 $(PEFT_STAMP): $(STAMP)

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from benchmarks import environment, gpu, gpu_answers, gpu_contenders, mixed_batch, report
 from benchmarks.gpu_contenders import BLOCK_SIZE, SEED, TARGETS, Shape
 from benchmarks.timing import Laps, interleave, ratios, summary
+from shira.ops import use_backend
+from shira.ops.gradient.triton import available
 
 NAME = "gpu_adapters"
 
@@ -252,8 +254,12 @@ def _mixed(case: str, settings: Settings, device: str) -> tuple[dict[str, Any], 
     exact = replace(settings, dtype="float32", mixed_layers=2)
     models = _mixed_models(exact, adapters, tokens, device, ["shira"])
     inputs = _embedded(samples, tokens, exact, device)
+    triton, _ = available(device, getattr(torch, settings.dtype))
     with gpu_answers.without_tf32():
-        answers = mixed_batch.check_answers(models["shira"], inputs, names)
+        answers: dict[str, Any] = mixed_batch.check_answers(models["shira"], inputs, names)
+        if triton:
+            with use_backend("triton"):
+                answers["triton"] = mixed_batch.check_answers(models["shira"], inputs, names)
     del models
     models = _mixed_models(settings, adapters, tokens, device, ["base", "shira", "PEFT LoRA"])
     inputs = _embedded(samples, tokens, settings, device)
@@ -263,7 +269,13 @@ def _mixed(case: str, settings: Settings, device: str) -> tuple[dict[str, Any], 
         with torch.no_grad():
             models[name](inputs_embeds=inputs, **options)
 
-    runs = {name: partial(forward, name) for name in models}
+    def with_triton() -> None:
+        with use_backend("triton"):
+            forward("shira")
+
+    runs: dict[str, Callable[[], None]] = {name: partial(forward, name) for name in models}
+    if triton:
+        runs["shira, triton"] = with_triton
     return answers, _seconds(runs, "base", settings.repeats, device)
 
 

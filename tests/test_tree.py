@@ -69,7 +69,7 @@ CORE = [
 ]
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "shira"}
 # Files of the core that import an optional package, and are themselves imported on use only.
-ON_USE = {"ops.gradient.triton_kernel": {"triton"}}
+ON_USE = {name: {"triton"} for name in ("ops.gradient.triton_kernel", "ops.mixed_batch_triton")}
 
 
 def files():

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -53,6 +56,37 @@ def dense(left, right, indices):
     return reference.weight_gradient(left, right, flat)
 
 
+def batch(shape, counts, density, dtype, kind, transposed=False, extra=3):
+    """A mixed batch, rows in random order: what `ops.add_products` takes; ``extra`` of no group."""
+    fan_in, fan_out = shape if transposed else shape[::-1]
+    tokens = sum(counts) + extra
+    k = round(shape[0] * shape[1] * density)
+    return (
+        torch.randn(tokens, fan_out).to(dtype),
+        torch.randn(tokens, fan_in).to(dtype),
+        torch.randperm(tokens)[: sum(counts)],
+        counts,
+        [torch.randn(k).to(kind) for _ in counts],
+        [random_indices(shape, k, seed=i) for i in range(len(counts))],
+        shape,
+    )
+
+
+def check_against_the_reference(case, got, transposed, roundings=1):
+    """Within the rounding of the sum and one of the result; rows of no group bit for bit."""
+    result, x, rows, counts, deltas, indices, shape = case
+    sums, size = result.double(), result.double().abs()
+    for at, delta, index in zip(rows.split(counts), deltas, indices, strict=True):
+        args = index, shape, transposed
+        sums[at] += reference.sparse_product(x[at].double(), delta.double(), *args)
+        size[at] += reference.sparse_product(x[at].double().abs(), delta.double().abs(), *args)
+    unit = roundings * torch.finfo(result.dtype).eps / 2
+    assert ((got.double() - sums).abs() <= unit * sums.abs() + 64 * 2**-24 * size + 1e-7).all()
+    rest = torch.ones(len(x), dtype=torch.bool)
+    rest[rows] = False
+    assert torch.equal(got[rest], result[rest])
+
+
 def supported():
     best = native.load().library.instruction_set
     order = ["base", "avx2", "avx512"]
@@ -73,6 +107,22 @@ def kernels_of(instruction_set):
         except building.BuildError as error:
             pytest.skip(str(error))
         return native.Kernels(ctypes.CDLL(str(library)), instruction_set)
+
+
+def compile_for_gpus(script, folder):
+    """Run a script that compiles Triton's kernels, for which no GPU is needed."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={
+            **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TRITON_CACHE_DIR": str(folder),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "compiled", done.stderr
 
 
 class torch_threads:

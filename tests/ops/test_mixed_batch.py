@@ -12,28 +12,19 @@ from shira import ops
 from shira.errors import AdapterError, SupportError
 from shira.ops import native, plan
 
-from . import reference
-from .cases import kernels_of, needs_kernels, random_indices, torch_threads, values
+from .cases import (
+    batch,
+    check_against_the_reference,
+    kernels_of,
+    needs_kernels,
+    random_indices,
+    torch_threads,
+    values,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SETS = ["base", "avx2", "avx512"]
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def batch(shape, counts, density, dtype, kind, transposed=False, extra=3):
-    """Result, x, rows, counts, deltas, indices, shape: rows in random order, some of no group."""
-    fan_in, fan_out = shape if transposed else shape[::-1]
-    tokens = sum(counts) + extra
-    k = round(shape[0] * shape[1] * density)
-    return (
-        torch.randn(tokens, fan_out).to(dtype),
-        torch.randn(tokens, fan_in).to(dtype),
-        torch.randperm(tokens)[: sum(counts)],
-        counts,
-        [torch.randn(k).to(kind) for _ in counts],
-        [random_indices(shape, k, seed=i) for i in range(len(counts))],
-        shape,
-    )
 
 
 def with_kernels(kernels, case, transposed=False):
@@ -43,21 +34,6 @@ def with_kernels(kernels, case, transposed=False):
     result = result.clone()
     assert kernels.add_products(result, x, rows, counts, places, deltas, shape, transposed) == -1
     return result
-
-
-def check_against_the_reference(case, got, transposed):
-    """Within the rounding of the sum and one of the result; rows of no group bit for bit."""
-    result, x, rows, counts, deltas, indices, shape = case
-    sums, size = result.double(), result.double().abs()
-    for at, delta, index in zip(rows.split(counts), deltas, indices, strict=True):
-        args = index, shape, transposed
-        sums[at] += reference.sparse_product(x[at].double(), delta.double(), *args)
-        size[at] += reference.sparse_product(x[at].double().abs(), delta.double().abs(), *args)
-    unit = torch.finfo(result.dtype).eps / 2
-    assert ((got.double() - sums).abs() <= unit * sums.abs() + 64 * 2**-24 * size + 1e-7).all()
-    rest = torch.ones(len(x), dtype=torch.bool)
-    rest[rows] = False
-    assert torch.equal(got[rest], result[rest])
 
 
 @needs_kernels

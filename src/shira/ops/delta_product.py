@@ -42,10 +42,10 @@ def _sparse_product(
     plan = plan_for([indices], (rows, cols), (cols, 1))
     with no_autocast(x):
         if transposed:
-            crow, col, order = plan.memo("columns", _columns, plan)
+            crow, col, order = columns_of(plan)
             values, size = delta.index_select(0, order), (cols, rows)
         else:
-            (crow, _, col), values, size = _rows(plan), delta, (rows, cols)
+            (crow, _, col), values, size = rows_of(plan), delta, (rows, cols)
         silence_csr_warning()
         matrix = torch.sparse_csr_tensor(crow, col, values.to(wide), size, check_invariants=False)
         result: Tensor = torch.mm(matrix, x.to(wide).t()).t()  # (out, tokens), seen turned
@@ -127,7 +127,7 @@ def looked_up(ids: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
         ([0], [1])
     """
     plan = plan_for([indices], tuple(shape), (shape[1], 1))
-    crow, _, col = _rows(plan)
+    crow, _, col = rows_of(plan)
     first = crow.index_select(0, ids).long()
     count = crow.index_select(0, ids + 1).long() - first  # (tokens,)
     token = torch.repeat_interleave(count)  # (hits,): 0 0 0 1 2 2 ...
@@ -187,13 +187,17 @@ def _backward_of_sampled(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _sampled_product.register_autograd(_backward_of_sampled, setup_context=_setup_sampled)
 
 
-def _rows(plan: Plan) -> Pattern:
+def rows_of(plan: Plan) -> Pattern:
     """Return the plan's pattern, kept: making it takes about as long as a product of few tokens."""
     return plan.kept or plan.memo("pattern", plan.pattern)
 
 
+def columns_of(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the transposed matrix' compressed rows and each of its entries' place here, kept."""
+    return plan.memo("columns", _columns, plan)
+
+
 def _columns(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the compressed rows of the transposed matrix, and each of its entries' place here."""
     _, row, col = plan.pattern()
     order = torch.argsort(col, stable=True)
     crow, _, col = pattern_of(torch.stack((col, row)).index_select(1, order), plan.shape[1])

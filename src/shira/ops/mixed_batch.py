@@ -19,6 +19,7 @@ from torch import Tensor
 from shira.errors import AdapterError, SupportError
 from shira.ops import native
 from shira.ops.delta_product import sparse_product
+from shira.ops.gradient import asked_for, triton
 from shira.ops.plan import places_of, plan_for
 from shira.ops.product import runs_eagerly
 
@@ -38,10 +39,12 @@ def add_products(
 ) -> Tensor:
     """Add ``x dW^T`` to rows of a product, each group of rows with a dW of its own.
 
-    One call of a compiled kernel for all groups, where there is one (``native/deltas.c``); else,
-    and where autograd watches, `sparse_product` for each. Either way a row's sum is rounded once,
-    to the dtype of the result, and rows of no group keep their bits. The kernel's bits of a row do
-    not depend on the other rows nor on the number of threads.
+    One call of a kernel for all groups: on the CPU where there is a compiled one
+    (``native/deltas.c``), on a GPU if ``SHIRA_BACKEND`` or `use_backend` asks for ``triton``
+    (``mixed_batch_triton.py``, not measured on a GPU); else, and where autograd watches,
+    `sparse_product` for each. Either way a row's sum is rounded once, to the dtype of the result,
+    and rows of no group keep their bits. The compiled kernel's bits of a row do not depend on the
+    other rows nor on the number of threads.
 
     Args:
         result: ``(tokens, out)``, written to.
@@ -79,13 +82,19 @@ def add_products(
     fits = (result.shape[1], x.shape[1]) == (shape[::-1] if transposed else shape)
     fits = fits and len(result) == len(x) and sum(counts) == len(rows)  # else torch says so
     fits = fits and len(counts) == len(deltas) and not (counts and min(counts) < 0)
-    if kernels and places and fits and _can_add(result, x, rows, deltas, shape):
+    fits = fits and _can_add(result, x, rows, deltas)
+    if fits and asked_for() == "triton" and _triton_can(x, deltas):
+        from shira.ops import mixed_batch_triton
+
+        _check(rows, len(result))
+        args = result, x, rows, counts, deltas, indices, shape, transposed
+        return mixed_batch_triton.add_products(*args)
+    if fits and kernels and places and x.is_cpu and max(shape) <= _LARGEST:
         bad = kernels.add_products(result, x, rows, counts, places, deltas, shape, transposed)
         if bad >= 0:
             raise _unusable(int(rows[bad]), len(result))
         return result
-    if rows.is_cpu and runs_eagerly(rows):
-        _check(rows, len(result))
+    _check(rows, len(result))
     parts = torch.split(rows, [*counts])
     for at, delta, index in zip(parts, deltas, indices, strict=True):
         added = sparse_product(x.index_select(0, at), delta, index, shape, transposed=transposed)
@@ -95,34 +104,38 @@ def add_products(
     return result
 
 
-def _can_add(
-    result: Tensor, x: Tensor, rows: Tensor, deltas: Sequence[Tensor], shape: tuple[int, int]
-) -> bool:
-    """Return whether the compiled kernel can: operands of its kinds, and nobody watches."""
+def _can_add(result: Tensor, x: Tensor, rows: Tensor, deltas: Sequence[Tensor]) -> bool:
+    """Return whether a kernel can: operands of its kinds on one device, and nobody watches."""
     if not runs_eagerly(result, x, rows, *deltas):
         return False
     if result.dtype != x.dtype or result.dtype not in native.KINDS:
         return False
     if rows.dtype != torch.int64 or not rows.is_contiguous():
         return False
-    if result.stride(1) != 1 or max(shape) > _LARGEST:
-        return False
-    if not (result.is_cpu and x.is_cpu and rows.is_cpu):
+    if result.stride(1) != 1 or not (result.device == x.device == rows.device):
         return False
     watched = torch.is_grad_enabled()
     if watched and (result.requires_grad or x.requires_grad):
         return False
     for delta in deltas:
-        if not delta.is_cpu or delta.dtype not in native.KINDS or not delta.is_contiguous():
+        if delta.device != x.device or delta.dtype not in native.KINDS:
             return False
         # memory that was let go, as FSDP does, has no address
-        if (watched and delta.requires_grad) or not (delta.data_ptr() or not delta.numel()):
+        if not delta.is_contiguous() or not (delta.data_ptr() or not delta.numel()):
+            return False
+        if watched and delta.requires_grad:
             return False
     return True
 
 
+def _triton_can(x: Tensor, deltas: Sequence[Tensor]) -> bool:
+    return triton.available(x.device, x.dtype)[0] and len({delta.dtype for delta in deltas}) == 1
+
+
 def _check(rows: Tensor, tokens: int) -> None:
-    """Refuse rows as the kernel does."""
+    """Refuse rows as the compiled kernel does, if they are on the CPU and there."""
+    if not rows.is_cpu or not runs_eagerly(rows):
+        return
     outside = rows[(rows < 0) | (rows >= tokens)]
     named, times = torch.unique(rows, return_counts=True)
     for bad in (*outside[:1], *named[times > 1][:1]):

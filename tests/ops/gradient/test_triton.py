@@ -7,9 +7,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -179,18 +176,7 @@ print("compiled")
 @needs_triton
 def test_compiles_for_gpus_with_tensor_cores_and_asynchronous_copies(tmp_path):
     """No GPU is needed to compile for one; 99 KiB is what small GPUs give a block."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={
-            **{key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "TRITON_CACHE_DIR": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    cases.compile_for_gpus(COMPILE, tmp_path)
 
 
 @pytest.mark.gpu

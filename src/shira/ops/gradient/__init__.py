@@ -78,7 +78,7 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan) -> Tensor:
     wide = accumulation_dtype(left.dtype, right.dtype)
     if not plan.nnz or not left.shape[0]:
         return torch.zeros(plan.nnz, dtype=wide, device=left.device)
-    backend = plan.memo((_told(), left.dtype), _backend_for, left, plan)
+    backend = plan.memo((asked_for(), left.dtype), _backend_for, left, plan)
     return backend.compute(left, right, plan, wide)
 
 
@@ -102,7 +102,7 @@ def choose(
         Choice(name='tiles', why='the support fills square tiles')
     """
     case = torch.device(device).type, dtype, tiled
-    told = _told()
+    told = asked_for()
     if told:
         reason = BACKENDS[_known(told)].refusal(*case)
         if reason is not None:
@@ -139,7 +139,8 @@ _forced: ContextVar[str | None] = ContextVar("shira_backend", default=None)
 def use_backend(name: str) -> Iterator[None]:
     """Take this backend of the weight gradient within the context, in this thread or task.
 
-    A backward pass runs in threads of its own on accelerators, which see ``SHIRA_BACKEND`` alone.
+    With ``triton``, `add_products` too takes its Triton kernel where that can. A backward pass
+    runs in threads of its own on accelerators, which see ``SHIRA_BACKEND`` alone.
 
     Raises:
         ConfigError: If there is no backend of this name.
@@ -156,7 +157,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _told() -> str | None:
+def asked_for() -> str | None:
+    """Return the backend that ``SHIRA_BACKEND`` or `use_backend` names."""
     return _forced.get() or os.environ.get("SHIRA_BACKEND")
 
 
