@@ -7,7 +7,8 @@ machine, taking turns::
     base     vLLM without adapters: every request wants the base
     lora     vLLM's LoRA: adapters of a batch side by side, extra products for each token
     shira    the endpoint plugin: one adapter in the weights at a time, requests take turns
-    mixing   the same with SHIRA_MIXING=on: one alone is in the weights, several ride on top
+    mixing   the same with SHIRA_MIXING=on: one alone is in the weights, several ride on top; and
+             SHIRA_PACKED=on: what the base computes is vLLM's packed product
 
 Loads, all with the same requests in flight at once: ``one`` (all want one adapter), ``runs`` (the
 adapters one after the other), ``mixed`` (every request wants a random one of the four). Besides:
@@ -16,10 +17,10 @@ seconds of a switch on the idle server, and of loading an adapter.
 Checked: every answer of base, shira and mixing is what transformers generates with that adapter
 merged; of lora it is counted how many are what the same server answers to that request alone.
 
-Not comparable: on a CPU vLLM packs linear weights for its kernels and the plugin keeps them plain,
-so `shira` with all requests for the base (``base`` load) is given too; and a random LoRA answers
-something else than a random SHiRA, only the work is alike. Needs vLLM: run it in the environment of
-``make test-vllm``.
+On a CPU vLLM packs linear weights for its kernels and the plugin keeps them plain unless told to
+have both, so `shira` and `mixing` with all requests for the base (``base`` load) are given too. Not
+comparable: a random LoRA answers something else than a random SHiRA, only the work is alike. Needs
+vLLM: run it in the environment of ``make test-vllm``.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _start(root: Path, settings: Settings, stack: ExitStack) -> dict[str, str]:
             "SHIRA_PATIENCE": str(settings.patience),
         },
     }
-    more["mixing"] = {**more["shira"], "SHIRA_MIXING": "on"}
+    more["mixing"] = {**more["shira"], "SHIRA_MIXING": "on", "SHIRA_PACKED": "on"}
     started, urls = {}, {}
     for kind in extra:
         port = server.free_port()
@@ -271,7 +272,10 @@ def _rounds(
     settings: Settings,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Every server with every load in turn; the first round warms up."""
+    """Every server with every load in turn, each after some untimed requests of the same load.
+
+    The first round warms up.
+    """
     whole: dict[str, list[float]] = {f"{kind}/{load}": [] for kind, load in _RUNS}
     latency: dict[str, list[float]] = {name: [] for name in whole}
     others = dict.fromkeys(whole, 0)
@@ -280,6 +284,10 @@ def _rounds(
         first = turn % len(_RUNS)
         for kind, load in _RUNS[first:] + _RUNS[:first]:
             wanted = _wanted(load, settings.requests)
+            awake = wanted[
+                : settings.in_flight
+            ]  # a server that was idle has to come back to memory
+            asyncio.run(_under_load(urls[kind], awake, prompts, settings))
             seconds, each, answers = asyncio.run(_under_load(urls[kind], wanted, prompts, settings))
             for i, (model, tokens) in enumerate(zip(wanted, answers, strict=True)):
                 if tokens == right[kind][model][i % len(prompts)]:
@@ -342,8 +350,8 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
             "which vLLM's own pause sleeps 20. Loading one "
             f"adapter: shira {1e3 * results['load_seconds']['shira']['median']:.0f} ms, "
             f"lora {1e3 * results['load_seconds']['lora']['median']:.0f} ms.",
-            "shira's server keeps linear weights plain where vLLM packs them on a CPU: compare "
-            "'shira, base' with 'base, base' for what that costs.",
+            "On a CPU vLLM packs linear weights; shira's server keeps them plain, and that of "
+            "mixing (SHIRA_PACKED=on) both: compare the loads 'base'.",
         ],
     )
     for name, row in results["loads"].items():

@@ -11,10 +11,9 @@ answers of the others for those of the next call. It returns a plain dict, ``{"o
 "shira_load", "rank": 0, ...}``, or ``{"ok": False, "method": "shira_load", "rank": 0, "error":
 "WrongBaseError", "message": "..."}`` on all ranks, and then nothing has changed on any.
 
-On a CPU vLLM packs the weights of linear layers and experts for its kernels, and drops or bypasses
-the plain ones. Importing this module there, which a worker does before it loads its model, keeps
-them plain: products are torch's own, those of experts one expert after the other. Runs inside vLLM
-(made and tested for 0.32); sits above ``worker``.
+Importing this module on a CPU, which a worker does before it loads its model, has vLLM compute with
+the weights themselves there: see `shira.serve.vllm_cpu`. Runs inside vLLM (made and tested for
+0.32); sits above ``worker``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ import torch
 from torch import nn
 from vllm.distributed import parallel_state
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from shira.adapter import Adapter
 from shira.checkpoints import Checkpoint, locate, open_checkpoint, without_tied
@@ -42,6 +40,7 @@ from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import Processes, Weights, agree, gather, located, wanted
 from shira.serve.mixed import MixedBatches
 from shira.serve.placement import Placement
+from shira.serve.vllm_cpu import pack_again, packs_apart, writing
 from shira.serve.worker import WorkerAdapters, by_places
 
 __all__ = ["ShiraWorkerExtension"]
@@ -52,7 +51,6 @@ MIXED: WeakKeyDictionary[WorkerAdapters, MixedBatches] = WeakKeyDictionary()
 
 _NOT_BOTH = "batches are mixed from adapters in memory: max_adapter_memory goes with switching only"
 _logger = init_logger(f"vllm.{__name__}")
-_linear: Any = nn.functional.linear
 
 
 class ShiraWorkerExtension:
@@ -217,9 +215,14 @@ class ShiraWorkerExtension:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
         return self._shira_do("shira_sleep", lambda adapters: adapters.sleep(level))
 
-    def shira_rebase(self, check: bool = True) -> dict[str, Any]:
+    def shira_rebase(self: Any, check: bool = True) -> dict[str, Any]:
         """Apply what was active to weights that were loaded anew; see `WorkerAdapters.rebase`."""
-        return self._shira_do("shira_rebase", lambda adapters: adapters.rebase(check=check))
+
+        def rebase(adapters: WorkerAdapters) -> None:
+            pack_again(self.get_model())
+            adapters.rebase(check=check)
+
+        return self._shira_do("shira_rebase", rebase)  # type: ignore[no-any-return]
 
     def _shira_do(
         self: Any,
@@ -261,6 +264,7 @@ class ShiraWorkerExtension:
                 lambda name, placements: _refuse(model, name, placements),
                 **by_places(places, compare=compare),
                 beside=_EngineProcesses(self.rank, apart=True),
+                writing=writing,
             )
         return ADAPTERS[model]
 
@@ -387,8 +391,7 @@ def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> N
     keys = {placement.storage.key for placement in placements}
     for module in model.modules():
         weight = module._parameters.get("weight")
-        packed = getattr(module, "cpu_linear", _linear) is not _linear
-        if packed and weight is not None and storage_key(weight) in keys:
+        if packs_apart(module) and weight is not None and storage_key(weight) in keys:
             raise PlacementError(
                 f"vLLM computes with a packed copy of {name!r} on this CPU: load "
                 "shira.serve.vllm as the worker extension, before the model"
@@ -415,79 +418,3 @@ def _refuse(model: nn.Module, name: str, placements: tuple[Placement, ...]) -> N
                 f"prefill_context_parallel_size={parallel.pcp_size}): spread them with "
                 "tensor_parallel_size alone, with or without enable_expert_parallel"
             )
-
-
-def _keep_plain_cpu_weights() -> None:
-    """Let vLLM's CPU backend multiply with the weights themselves."""
-    from vllm.model_executor.layers import utils
-
-    def plain(layer: nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = _linear
-
-    if not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
-        raise ServeError("this release of vLLM packs CPU weights in a way that shira does not know")
-    utils.dispatch_cpu_unquantized_gemm = plain
-
-
-def _keep_plain_cpu_experts() -> None:
-    """Have vLLM's CPU backend multiply with the experts' weights themselves, of one after another.
-
-    Experts with clamped activations, whose halves it interleaves before it packs them (GPT-OSS),
-    are left to it, and their adapters are refused.
-    """
-    from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-
-    kind: Any = cpu_moe.CPUUnquantizedExperts
-    pack, packed = kind.process_weights_after_loading, kind.apply
-
-    def keep(self: Any, layer: nn.Module) -> None:
-        self._shira_plain = str(self.moe_config.activation.value) != "swigluoai"
-        if not self._shira_plain:
-            pack(self, layer)
-
-    def apply(
-        self: Any,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        *rest: Any,
-        apply_router_weight_on_input: bool = False,
-        **named: Any,
-    ) -> None:
-        if not self._shira_plain:
-            given = (w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map)
-            named["apply_router_weight_on_input"] = apply_router_weight_on_input
-            packed(self, output, hidden_states, *given, *rest, **named)
-            return
-        ids = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()]
-        total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
-        for expert in torch.unique(ids).tolist():
-            if expert < 0:  # on another rank
-                continue
-            token, choice = (ids == expert).nonzero(as_tuple=True)
-            biases = (
-                bias if bias is None else bias[expert] for bias in (self.w1_bias, self.w2_bias)
-            )
-            first, second = biases
-            both = _linear(hidden_states[token], w1[expert], first)
-            active = both.new_empty(len(both), both.shape[-1] // 2)
-            apply_moe_activation(activation, active, both)
-            result = _linear(active, w2[expert], second).float()
-            if not apply_router_weight_on_input:
-                result *= topk_weights[token, choice, None]
-            total.index_add_(0, token, result)
-        output.copy_(total)
-
-    kind.process_weights_after_loading, kind.apply = keep, apply
-
-
-if current_platform.is_cpu():
-    _keep_plain_cpu_weights()
-    _keep_plain_cpu_experts()

@@ -12,6 +12,7 @@ variables:
   not given: see `shira.serve.holding`;
 - ``SHIRA_MIXING``: ``on`` lets requests for different adapters run in one batch (see
   `shira.serve.mixed`); ``off`` if not given: they take turns;
+- ``SHIRA_PACKED``: read by the workers, see `shira.serve.vllm_cpu`;
 - ``SHIRA_BODY_LIMIT``: the largest body of a request to the model in bytes, 16 MiB if not given;
 - ``SHIRA_JOURNAL``: the file from which a server that is started again has its adapters;
 - ``SHIRA_READY``: a file that is made when they are there; ``shira serve`` looks for it.

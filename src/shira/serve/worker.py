@@ -18,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ from shira.switch.weights import (
     combined,
 )
 
+Writing: TypeAlias = Callable[
+    [Collection[Storage], Callable[[], Collection[Storage]]], AbstractContextManager[None]
+]
+
 _CHUNK = 2**24  # entries hashed at a time
 
 
@@ -93,6 +97,8 @@ class WorkerAdapters:
             rule in the one of that name; experts, for one, lie in a tensor each.
         beside: The same processes, for a thread of each to talk beside the engine's steps; without
             them nothing else may gather between `begin_load` and `end_load`.
+        writing: Entered around each write, with the weights that are written to and a function
+            that returns those which do not hold the base afterwards.
     """
 
     def __init__(
@@ -104,12 +110,14 @@ class WorkerAdapters:
         stored: StoredValues | None = None,
         split: Callable[[str, Support], list[Part]] | None = None,
         beside: Processes | None = None,
+        writing: Writing = lambda touched, changed: nullcontext(),
     ) -> None:
         self.model, self.dtype = model, dtype
         self.processes = processes or Processes()
         self.refuse, self.stored = refuse, stored
         self.split = split or (lambda name, each: as_it_is(name, each.shape).split(each.indices))
         self.beside = beside or self.processes
+        self.writing = writing
         self.holding = Holding()
         self.discarded = False
         self._base_changes = 0
@@ -464,7 +472,12 @@ class WorkerAdapters:
                 torch.accelerator.current_stream().synchronize()  # what is read has been read
 
     def _write(self, after: State[Storage]) -> None:
-        with self._switching:
+        touched = {*self._weights.state.plan, *after.plan}
+
+        def changed() -> Collection[Storage]:
+            return touched if self._weights.unfinished else self._weights.state.plan
+
+        with self._switching, self.writing(touched, changed):
             self._weights.exchange(
                 after, check=False, together=lambda write: agree(self.processes, write)
             )

@@ -8,6 +8,7 @@ import socket
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from shira.errors import PlacementError
 from shira.serve.export import to_vllm_patches
 from shira.serve.placement import trace
 from shira.serve.worker import WorkerAdapters, by_places
+from shira.support import Support
 from tests.serve.engine import placing
 from tests.serve.engine.zoo import make_adapter, merged, save_merged, save_model, weights_of
 
@@ -239,3 +241,64 @@ def test_adapters_by_the_names_of_the_module(kind, changes, mapped, tmp_path, al
     placing.same(model, expected)
     held.activate({})
     placing.same(model, original)
+
+
+def test_a_packed_copy_is_computed_with_while_the_weight_holds_the_base(monkeypatch):
+    from shira.serve import vllm_cpu
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(vllm_cpu, "_packing", True)
+    model = torch.nn.Module()
+    model.requires_grad_(False)
+    model.layer = layer = torch.nn.Linear(64, 96).requires_grad_(False)
+    model.load_weights = lambda weights: [
+        model.get_parameter(name).data.copy_(weight) for name, weight in weights
+    ]
+    vllm_cpu._dispatch(layer, True)
+    x, before = torch.randn(16, 64), layer.weight.clone()
+
+    def product():
+        """What is computed, and whether with the packed copy."""
+        called = []
+        packed = layer.cpu_linear.product
+        with monkeypatch.context() as patch:
+            patch.setattr(layer.cpu_linear, "product", lambda *a: called.append(1) or packed(*a))
+            return layer.cpu_linear(x, layer.weight, layer.bias), bool(called)
+
+    def is_of_the_weight(got):
+        return torch.allclose(got, torch.nn.functional.linear(x, layer.weight, layer.bias), 1e-4)
+
+    base, packed = product()
+    assert packed
+    assert is_of_the_weight(base)
+    held = WorkerAdapters(model, torch.float32, writing=vllm_cpu.writing)
+    support = Support.from_unsorted((96, 64), torch.arange(0, 6000, 50))
+    delta = SparseDelta(support, torch.randn(support.nnz))
+    held.load("a", lambda: Adapter({"layer.weight": delta}))
+    for _ in range(2):
+        held.activate("a")
+        got, packed = product()
+        assert not packed
+        assert is_of_the_weight(got)
+        assert not torch.allclose(got, base, 1e-4)
+        held.activate({})
+        assert torch.equal(layer.weight, before)
+        got, packed = product()
+        assert packed
+        assert torch.equal(got, base)
+    with monkeypatch.context() as patch:  # a write that fails
+        patch.setattr(held._weights, "exchange", mock.Mock(side_effect=OSError("no")))
+        with pytest.raises(OSError, match="no"):
+            held.activate("a")
+    assert product()[1]
+    layer.weight.copy_(before * 2)  # by somebody else
+    got, packed = product()
+    assert not packed
+    assert is_of_the_weight(got)
+    vllm_cpu.pack_again(model)
+    got, packed = product()
+    assert packed
+    assert is_of_the_weight(got)
+    held.rebase(check=False)
+    assert product()[1]
+    assert not vllm_cpu.packs_apart(layer)
