@@ -48,7 +48,7 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
             "interpolated between two neighbouring rates.",
             tables.screen(done, arm),
         ]
-        name = f"study-lm-{arm.device}.svg"
+        name = f"study-lm-{arm.device}-{arm.dtype}.svg"
         if frontier(done, arm, docs / name):
             parts.append(f"![Loss added to the source over that of the target]({name})")
             files.append(name)
