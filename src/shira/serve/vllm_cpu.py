@@ -9,7 +9,8 @@ for few tokens in float32.
 With ``SHIRA_PACKED=on`` a linear layer keeps vLLM's packed copy beside its weight, twice the
 memory, and computes with that as long as the weight holds the base: what the base answers has plain
 vLLM's speed and bits, and so has the base's product below adapters that ride (`shira.serve.mixed`).
-Runs inside vLLM (made and tested for 0.32).
+Compiled models compute with the weights themselves: start the engine with ``--enforce-eager``. Runs
+inside vLLM (made and tested for 0.32).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class PackedBase:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute ``x weight^T + bias``."""
-        if self.changed or weight is not self.weight or not self.is_current():
+        # a graph would hold on to the way that was taken when it was made
+        holds_base = not torch.compiler.is_compiling() and not self.changed
+        if not holds_base or weight is not self.weight or not self.is_current():
             return _linear(x, weight, bias)  # type: ignore[no-any-return]
         return self.product(x, weight, bias)
 

@@ -271,6 +271,8 @@ def test_a_packed_copy_is_computed_with_while_the_weight_holds_the_base(monkeypa
     base, packed = product()
     assert packed
     assert is_of_the_weight(base)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        assert not product()[1]
     held = WorkerAdapters(model, torch.float32, writing=vllm_cpu.writing)
     support = Support.from_unsorted((96, 64), torch.arange(0, 6000, 50))
     delta = SparseDelta(support, torch.randn(support.nnz))
