@@ -284,10 +284,8 @@ def _rounds(
         first = turn % len(_RUNS)
         for kind, load in _RUNS[first:] + _RUNS[:first]:
             wanted = _wanted(load, settings.requests)
-            awake = wanted[
-                : settings.in_flight
-            ]  # a server that was idle has to come back to memory
-            asyncio.run(_under_load(urls[kind], awake, prompts, settings))
+            first_ones = wanted[: settings.in_flight]  # an idle server is slow to begin
+            asyncio.run(_under_load(urls[kind], first_ones, prompts, settings))
             seconds, each, answers = asyncio.run(_under_load(urls[kind], wanted, prompts, settings))
             for i, (model, tokens) in enumerate(zip(wanted, answers, strict=True)):
                 if tokens == right[kind][model][i % len(prompts)]:

@@ -112,13 +112,14 @@ def _can_add(result: Tensor, x: Tensor, rows: Tensor, deltas: Sequence[Tensor]) 
         return False
     if rows.dtype != torch.int64 or not rows.is_contiguous():
         return False
-    if result.stride(1) != 1 or not (result.device == x.device == rows.device):
+    device = x.device
+    if result.stride(1) != 1 or not (result.device == rows.device == device):
         return False
     watched = torch.is_grad_enabled()
     if watched and (result.requires_grad or x.requires_grad):
         return False
     for delta in deltas:
-        if delta.device != x.device or delta.dtype not in native.KINDS:
+        if delta.device != device or delta.dtype not in native.KINDS:
             return False
         # memory that was let go, as FSDP does, has no address
         if not delta.is_contiguous() or not (delta.data_ptr() or not delta.numel()):
