@@ -18,7 +18,7 @@ from shira import ops
 from .cases import batch, check_against_the_reference, compile_for_gpus
 
 pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
-from shira.ops import mixed_batch_triton
+from shira.ops import mixed_batch_triton, native
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +31,7 @@ def by_triton(case, transposed, calls=1):
     lists = [[each.to(DEVICE) for each in some] for some in (deltas, indices)]
     launch = mixed_batch_triton.add_products
     with (
+        mock.patch.object(native, "load", return_value=native.Loaded(None, "Triton is tested")),
         mock.patch.object(mixed_batch_triton, "add_products", side_effect=launch) as called,
         ops.use_backend("triton"),
     ):

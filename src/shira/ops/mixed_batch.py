@@ -83,18 +83,17 @@ def add_products(
     fits = fits and len(result) == len(x) and sum(counts) == len(rows)  # else torch says so
     fits = fits and len(counts) == len(deltas) and not (counts and min(counts) < 0)
     fits = fits and _can_add(result, x, rows, deltas)
-    if fits and asked_for() == "triton" and _triton_can(x, deltas):
-        from shira.ops import mixed_batch_triton
-
-        _check(rows, len(result))
-        args = result, x, rows, counts, deltas, indices, shape, transposed
-        return mixed_batch_triton.add_products(*args)
     if fits and kernels and places and x.is_cpu and max(shape) <= _LARGEST:
         bad = kernels.add_products(result, x, rows, counts, places, deltas, shape, transposed)
         if bad >= 0:
             raise _unusable(int(rows[bad]), len(result))
         return result
     _check(rows, len(result))
+    if fits and asked_for() == "triton" and _triton_can(x, deltas):
+        from shira.ops import mixed_batch_triton
+
+        args = result, x, rows, counts, deltas, indices, shape, transposed
+        return mixed_batch_triton.add_products(*args)
     parts = torch.split(rows, [*counts])
     for at, delta, index in zip(parts, deltas, indices, strict=True):
         added = sparse_product(x.index_select(0, at), delta, index, shape, transposed=transposed)

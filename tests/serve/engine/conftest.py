@@ -22,6 +22,10 @@ else:  # vLLM reads its settings when it is imported
         VLLM_DO_NOT_TRACK="1",
         HF_HUB_OFFLINE="1",
     )
+    import zmq
+
+    # A context that is collected waits for its sockets: for ever, if an engine has died.
+    zmq.Context.__del__ = lambda self: None
 
 
 @pytest.fixture(scope="session", autouse=True)
