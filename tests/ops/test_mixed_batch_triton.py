@@ -18,7 +18,7 @@ from shira import ops
 from .cases import batch, check_against_the_reference, compile_for_gpus
 
 pytest.importorskip("triton", reason="Triton is not installed: make test-triton")
-from shira.ops import mixed_batch_triton, native
+from shira.ops import mixed_batch, mixed_batch_triton, native
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +74,13 @@ def test_what_the_kernel_cannot_do_is_done_without_it():
     deltas[0].requires_grad_()
     watched = (result, x, rows, counts, deltas, *rest)
     check_against_the_reference(watched, by_triton(watched, False, calls=0).detach(), False)
+
+
+def test_positions_that_lie_elsewhere_are_not_read_by_address():
+    x, delta, index = torch.ones(1, 2), torch.ones(1), torch.zeros(2, 1, dtype=torch.int32)
+    here = [each.to(DEVICE) for each in (x, delta, index)]
+    assert mixed_batch._triton_can(here[0], [here[1]], [here[2]])
+    assert not mixed_batch._triton_can(here[0], [here[1]], [index.to("meta")])
 
 
 def test_nobody_and_nothing():

@@ -89,7 +89,7 @@ def add_products(
             raise _unusable(int(rows[bad]), len(result))
         return result
     _check(rows, len(result))
-    if fits and asked_for() == "triton" and _triton_can(x, deltas):
+    if fits and asked_for() == "triton" and _triton_can(x, deltas, indices):
         from shira.ops import mixed_batch_triton
 
         args = result, x, rows, counts, deltas, indices, shape, transposed
@@ -128,8 +128,11 @@ def _can_add(result: Tensor, x: Tensor, rows: Tensor, deltas: Sequence[Tensor]) 
     return True
 
 
-def _triton_can(x: Tensor, deltas: Sequence[Tensor]) -> bool:
-    return triton.available(x.device, x.dtype)[0] and len({delta.dtype for delta in deltas}) == 1
+def _triton_can(x: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
+    """Return whether the Triton kernel can, of what `_can_add` takes; it reads by address."""
+    alike = len({delta.dtype for delta in deltas}) == 1
+    here = all(index.device == x.device for index in indices)
+    return alike and here and triton.available(x.device, x.dtype)[0]
 
 
 def _check(rows: Tensor, tokens: int) -> None:

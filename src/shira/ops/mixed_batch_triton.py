@@ -76,16 +76,17 @@ def add_products(
         (delta.data_ptr(), *map(Tensor.data_ptr, pattern))
         for delta, pattern in zip(deltas, patterns, strict=True)
     ]
-    _add_entries[(triton.cdiv(fan_out, tile.rows), tiles.shape[1])](
-        *(x, result, rows, tiles, _on_device(tuple(numbers), x.device)),
-        *(tiles.shape[1], fan_out, *x.stride(), result.stride(0)),
-        VALUES=_KINDS[deltas[0].dtype],
-        ORDERED=transposed,
-        TOKENS=tile.tokens,
-        ROWS=tile.rows,
-        ENTRIES=tile.entries,
-        num_warps=tile.warps,
-    )
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches there
+        _add_entries[(triton.cdiv(fan_out, tile.rows), tiles.shape[1])](
+            *(x, result, rows, tiles, _on_device(tuple(numbers), x.device)),
+            *(tiles.shape[1], fan_out, *x.stride(), result.stride(0)),
+            VALUES=_KINDS[deltas[0].dtype],
+            ORDERED=transposed,
+            TOKENS=tile.tokens,
+            ROWS=tile.rows,
+            ENTRIES=tile.entries,
+            num_warps=tile.warps,
+        )
     return result
 
 

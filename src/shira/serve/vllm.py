@@ -219,7 +219,7 @@ class ShiraWorkerExtension:
         """Apply what was active to weights that were loaded anew; see `WorkerAdapters.rebase`."""
 
         def rebase(adapters: WorkerAdapters) -> None:
-            pack_again(self.get_model())
+            agree(adapters.processes, lambda: pack_again(self.get_model()))
             adapters.rebase(check=check)
 
         return self._shira_do("shira_rebase", rebase)  # type: ignore[no-any-return]

@@ -3,8 +3,8 @@
 
 By itself it packs the weights of linear layers and experts for its kernels, and drops or bypasses
 the plain ones. Importing this module, before a model is loaded, keeps them plain: products are
-torch's own, those of experts one expert after the other. vLLM's are faster: a fifth to two thirds
-for few tokens in float32.
+torch's own, those of experts one expert after the other. vLLM's are the faster ones: for 16 tokens
+in float32 torch's took 1.3 to 1.8 times as long.
 
 With ``SHIRA_PACKED=on`` a linear layer keeps vLLM's packed copy beside its weight, twice the
 memory, and computes with that as long as the weight holds the base: what the base answers has plain

@@ -112,16 +112,17 @@ def triton_weight_gradient(
     tiles = plan.memo(tile, make_tile_lists, plan, tile)
     tf32 = left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     sizes = tokens, *plan.shape, *left.stride(), *right.stride()
-    sampled_tile[(tiles.row.numel(),)](
-        *(left, right, out, *tiles[:5], *sizes),
-        TILE_ROWS=tile.rows,
-        TILE_COLS=tile.cols,
-        TILE_TOKENS=tile.tokens,
-        ENTRIES=min(1024, max(16, 1 << (tiles.most - 1).bit_length())),
-        PRECISION="tf32" if tf32 else "ieee",
-        WIDEN=interpreted(),
-        num_warps=tile.warps,
-    )
+    with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]  # Triton launches there
+        sampled_tile[(tiles.row.numel(),)](
+            *(left, right, out, *tiles[:5], *sizes),
+            TILE_ROWS=tile.rows,
+            TILE_COLS=tile.cols,
+            TILE_TOKENS=tile.tokens,
+            ENTRIES=min(1024, max(16, 1 << (tiles.most - 1).bit_length())),
+            PRECISION="tf32" if tf32 else "ieee",
+            WIDEN=interpreted(),
+            num_warps=tile.warps,
+        )
     return out.to(wide)
 
 
