@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule by which every study chooses a rate: a grid, and beyond it where the best is at an edge.
 
-Rates are exponents, whole numbers: each study says what they stand for.
+Rates are exponents, a whole step apart: each study says what they stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+E = TypeVar("E", int, float)
 
 
 def explore(
-    grid: Iterable[int], beyond: int, loss: Callable[[int], float | None]
-) -> tuple[list[int], int | None]:
+    grid: Iterable[E], beyond: int, loss: Callable[[E], float | None]
+) -> tuple[list[E], E | None]:
     """Return the exponents to try, and the best of them: lowest loss, the lower one of equals.
 
     Args:
@@ -26,7 +29,7 @@ def explore(
     low, high = min(grid), max(grid)
     first, last = low, high
     while True:
-        tried = list(range(first, last + 1))
+        tried = [first + step for step in range(round(last - first) + 1)]
         losses = {exponent: loss(exponent) for exponent in tried}
         known = {e: value for e, value in losses.items() if value is not None}
         if len(known) < len(tried):

@@ -55,10 +55,11 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
         parts += [
             "**Tuned rates**: one seed, validation text.",
             tables.tuning(done, arm),
-            "**Finals**: test text, five seeds, 95 % intervals.",
+            "**Finals**: test text, the seeds made by all methods of a size, 95 % intervals.",
             tables.finals(done, arm),
             "**Paired with the best low-rank method**, mean of the targets, 95 % intervals over "
-            "the seeds.",
+            f"the seeds. What is added to the source's loss: with both scaled to {GAIN:.0%} of the "
+            "low-rank method's gain; and with that one scaled down to the other's target loss.",
             tables.paired(done, arm),
         ]
     fill(docs / PAGE, parts)

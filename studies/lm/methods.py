@@ -30,12 +30,13 @@ class Adapted:
     """A model with a method in it.
 
     `groups` are what is trained, with its ``factor`` of the rate; `renewed` says that positions are
-    to be chosen anew.
+    to be chosen anew, `factored` that second moments are those of rows and columns.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     renewed: bool = False
+    factored: bool = False
 
     @property
     def trained(self) -> int:
@@ -51,7 +52,7 @@ def adapt(base: nn.Module, run: Run, batches: Batches) -> Adapted:
         run: method, size and seed.
         batches: gives the batches that masks are chosen on, where they are by gradients.
     """
-    mask, _, extra = run.method.partition("+")
+    mask, *extras = run.method.split("+")
     if run.method == "full":
         model = base
         for name, parameter in base.named_parameters():
@@ -61,14 +62,16 @@ def adapt(base: nn.Module, run: Run, batches: Batches) -> Adapted:
     elif mask == "peft-shira":
         model = _peft_shira(base, run)
     else:
-        model = _shira(base, run, mask, extra == "global", batches)
+        model = _shira(base, run, mask, "global" in extras, batches)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if extra != "relative":
-        return Adapted(model, [_group(trained.values(), 1.0)], extra == "renewed")
+    how = {"renewed": "renewed" in extras, "factored": "factored" in extras}
+    if "relative" not in extras:
+        return Adapted(model, [_group(trained.values(), 1.0)], **how)
     sizes = {name: float(_weight_of(model, name).std()) for name in trained}
     count = sum(p.numel() for p in trained.values())
     mean = sum(sizes[name] * p.numel() for name, p in trained.items()) / count
-    return Adapted(model, [_group([p], sizes[name] / mean) for name, p in trained.items()])
+    groups = [_group([p], sizes[name] / mean) for name, p in trained.items()]
+    return Adapted(model, groups, **how)
 
 
 def _group(parameters: Any, factor: float) -> dict[str, Any]:

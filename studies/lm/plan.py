@@ -2,9 +2,9 @@
 """Which runs are missing, in which order, given those that were made. A pure function of them.
 
 The look; then the screen: every method on the first tuning target at the first size. Those that
-enter are tuned on all tuning targets, and the best of them go through the finals, seed by seed;
-these are then tuned on the first target at the next size, and go through its finals. The rate of a
-method and size is that of the lowest mean validation loss on the tuning seed.
+enter are tuned on all tuning targets, the best of them on the first target at the next size; then
+come the finals, seed by seed. The rate of a method and size is that of the lowest
+mean validation loss on the tuning seed.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def plan(done: Done, arm: Arm) -> Plan:
         for method in methods
     ]
     wanted, unknown = list(looked), 0
+    finals: list[Run] = []
     for method in METHODS:
         for exponent in screened(done, arm, method)[0]:
             wanted += tuning_runs(arm, method, FIRST, exponent, SCREEN)
@@ -78,11 +79,13 @@ def plan(done: Done, arm: Arm) -> Plan:
         for method in entered(done, arm, size) or ():
             for exponent in tuned(done, arm, method, size)[0]:
                 wanted += tuning_runs(arm, method, size, exponent)
+    for size in SIZES:
         chosen = finalists(done, arm, size)
         if chosen is None:
             unknown += (len(FINAL_LOW_RANK) + sum(BEST)) * len(TARGETS) * len(FINAL_SEEDS)
         else:
-            wanted += final_runs(done, arm, size, chosen)
+            finals += final_runs(done, arm, size, chosen)
+    wanted += sorted(finals, key=lambda run: run.seed)
     runs = list({run.key: run for run in wanted if run.key not in done}.values())
     first = {run.key for run in looked}
     return Plan(
@@ -99,12 +102,12 @@ def targets_at(size: str) -> tuple[str, ...]:
     return TUNING_TARGETS if size == FIRST else SCREEN
 
 
-def screened(done: Done, arm: Arm, method: str) -> tuple[list[int], int | None]:
+def screened(done: Done, arm: Arm, method: str) -> tuple[list[float], float | None]:
     """The exponents to try on the screen, and the best; None while a run is missing."""
     return _explore(done, arm, method, FIRST, GRIDS[method], SCREEN)
 
 
-def tuned(done: Done, arm: Arm, method: str, size: str) -> tuple[list[int], int | None]:
+def tuned(done: Done, arm: Arm, method: str, size: str) -> tuple[list[float], float | None]:
     """The exponents to try for a method and size, and the best; none while not known.
 
     To begin with those around the best of the screen, or at a later size of the first size.
@@ -112,13 +115,13 @@ def tuned(done: Done, arm: Arm, method: str, size: str) -> tuple[list[int], int 
     _, start = screened(done, arm, method) if size == FIRST else tuned(done, arm, method, FIRST)
     if start is None:
         return [], None
-    return _explore(done, arm, method, size, range(start - 1, start + 2), targets_at(size))
+    return _explore(done, arm, method, size, (start - 1, start, start + 1), targets_at(size))
 
 
 def _explore(
-    done: Done, arm: Arm, method: str, size: str, grid: Iterable[int], targets: Sequence[str]
-) -> tuple[list[int], int | None]:
-    def loss(exponent: int) -> float | None:
+    done: Done, arm: Arm, method: str, size: str, grid: Iterable[float], targets: Sequence[str]
+) -> tuple[list[float], float | None]:
+    def loss(exponent: float) -> float | None:
         runs = tuning_runs(arm, method, size, exponent, targets)
         if any(run.key not in done for run in runs):
             return None
@@ -132,7 +135,7 @@ def _mean_loss(done: Done, runs: Iterable[Run]) -> float:
 
 
 def tuning_runs(
-    arm: Arm, method: str, size: str, exponent: int, targets: Sequence[str] | None = None
+    arm: Arm, method: str, size: str, exponent: float, targets: Sequence[str] | None = None
 ) -> list[Run]:
     """The tuning runs of a method, size and rate, one for each of the targets."""
     return [
@@ -141,12 +144,14 @@ def tuning_runs(
     ]
 
 
-def final_runs(done: Done, arm: Arm, size: str, methods: Iterable[str]) -> list[Run]:
+def final_runs(
+    done: Done, arm: Arm, size: str, methods: Iterable[str], seeds: Sequence[int] = FINAL_SEEDS
+) -> list[Run]:
     """The final runs of a size's tuned methods, made or not, in order."""
     rates = {method: tuned(done, arm, method, size)[1] for method in methods}
     return [
         arm.run("final", target, method, size, exponent, seed)
-        for seed in FINAL_SEEDS
+        for seed in seeds
         for target in TARGETS
         for method, exponent in rates.items()
         if exponent is not None
@@ -187,10 +192,10 @@ def _best_of_ours(
     done: Done,
     arm: Arm,
     size: str,
-    best: Mapping[str, int | None],
+    best: Mapping[str, float | None],
     targets: Sequence[str],
     counts: tuple[int, int],
-    seen: Mapping[str, Sequence[int]] | None = None,
+    seen: Mapping[str, Sequence[float]] | None = None,
 ) -> list[str] | None:
     """So many of ours by target loss, and so many more by what they add to the source's.
 
@@ -234,8 +239,8 @@ def at_equal_gain(
     method: str,
     size: str,
     target: str,
-    reference: tuple[str, int],
-    exponents: Sequence[int] | None = None,
+    reference: tuple[str, float],
+    exponents: Sequence[float] | None = None,
 ) -> float | None:
     """What a method has added to the source's loss at equal gain, on the tuning seed.
 
@@ -247,7 +252,7 @@ def at_equal_gain(
     points = curve(done, arm, method, size, target)
     if exponents is not None:
         points = {exponent: points[exponent] for exponent in exponents if exponent in points}
-    return added_at(done, goal, points)
+    return added_at(level_of(done, goal), points, done[goal.key].result["source_before"])
 
 
 def curve(done: Done, arm: Arm, method: str, size: str, target: str) -> dict[float, Point]:
@@ -260,19 +265,23 @@ def curve(done: Done, arm: Arm, method: str, size: str, target: str) -> dict[flo
     }
 
 
-def added_at(done: Done, reference: Run, curve: Mapping[float, Point]) -> float | None:
-    """What a curve adds to the source where it has `GAIN` of the reference's gain.
+def level_of(done: Done, reference: Run) -> float:
+    """The target loss at `GAIN` of the reference's gain."""
+    before = float(done[reference.key].result["target_before"])
+    return before - GAIN * (before - point(done, reference)[0])
+
+
+def added_at(level: float, curve: Mapping[float, Point], source_before: float) -> float | None:
+    """What a curve adds to the source's loss where it has this target loss.
 
     Over rates or strengths: interpolated between the two neighbours around it, the lowest such;
     None without them.
     """
-    base = done[reference.key].result
-    level = base["target_before"] - GAIN * (base["target_before"] - point(done, reference)[0])
     for lower, higher in pairwise(sorted(curve)):
         (before, one), (after, two) = curve[lower], curve[higher]
         if before >= level >= after and math.isfinite(before) and before > after:
             added = one + (before - level) / (before - after) * (two - one)
-            return added - float(base["source_before"])
+            return added - source_before
     return None
 
 

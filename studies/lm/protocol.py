@@ -41,22 +41,28 @@ SPARSE = (
     "magnitude+relative",
     "random+renewed",
     "principal+renewed",
+    "random+relative+factored",
+    "principal+factored",
+    "magnitude+relative+factored",
+    "principal+relative+factored",
 )
 """Ours: a mask, and what is done beside it. ``principal`` and ``gallop``: see `studies.lm.scores`.
 
 ``+global``: one threshold for all layers on scores divided by their layer's mean, rounded to whole
 ranks. ``+relative``: each weight's rate in proportion to its standard deviation. ``+renewed``:
-positions chosen anew during training, see `studies.lm.renew`.
+positions chosen anew during training, see `studies.lm.renew`. ``+factored``: Adam's second moments
+by rows and columns, see `studies.lm.factored`.
 """
 METHODS = ("full", *LOW_RANK, "peft-shira", *SPARSE)
 UNSIZED = ("full",)
 
-GRIDS = {
+GRIDS: dict[str, tuple[float, ...]] = {
     "full": (-12, -11, -10),
     **dict.fromkeys(("lora", "dora"), (-9, -8, -7, -6)),
     "rslora": (-10, -9, -8, -7),
     **dict.fromkeys(("peft-shira", *SPARSE), (-8, -7, -6, -5)),
     **dict.fromkeys(("grad", "gallop", "grad+global"), (-10, -9, -8, -7)),
+    **dict.fromkeys((m for m in SPARSE if m.endswith("+factored")), (-8.5, -7.5, -6.5, -5.5)),
 }
 """Rates to begin with, in thirds of a decade: e stands for 10 ** (e / 3)."""
 
@@ -129,7 +135,7 @@ class Run:
     target: str
     method: str
     size: str | None
-    rate_exponent: int
+    rate_exponent: float
     seed: int
     device: str
     dtype: str
@@ -171,7 +177,7 @@ class Arm:
     dtype: str
 
     def run(
-        self, stage: str, target: str, method: str, size: str | None, exponent: int, seed: int
+        self, stage: str, target: str, method: str, size: str | None, exponent: float, seed: int
     ) -> Run:
         """A run of this arm."""
         sizes = {**vars(DEVICES[self.device]), "dtype": self.dtype}
@@ -183,7 +189,7 @@ def arm_of(device: str, dtype: str | None = None) -> Arm:
     return Arm(device, dtype or DEVICES[device].dtype)
 
 
-def rate_of(exponent: int) -> float:
+def rate_of(exponent: float) -> float:
     """The learning rate of an exponent, to three digits."""
     return float(f"{10 ** (exponent / 3):.3g}")
 

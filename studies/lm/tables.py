@@ -7,7 +7,7 @@ Losses are in nats a token. Intervals are of 95 %, Student's, over the final see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 
 from studies.lm.plan import (
@@ -18,7 +18,9 @@ from studies.lm.plan import (
     best_low_rank,
     curve,
     entered,
+    final_runs,
     finalists,
+    level_of,
     point,
     screened,
     tuned,
@@ -120,111 +122,107 @@ def tuning(done: Done, arm: Arm) -> str:
 
 def finals(done: Done, arm: Arm) -> str:
     """Test losses at the chosen rates: mean and interval over the seeds; the mean over targets."""
-    columns = ["method", "size", *TARGETS, "mean", "added to the source", "accuracy"]
+    columns = ["method", "size", "seeds", *TARGETS, "mean", "added to the source", "accuracy"]
     rows = []
     for size in SIZES:
-        for method in finalists(done, arm, size) or ():
-            of_targets = [final_figures(done, arm, method, size, t, _target) for t in TARGETS]
-            added = [final_figures(done, arm, method, size, t, _added) for t in TARGETS]
-            hits = final_figures(done, arm, method, size, CHOICES, _accuracy)
-            cells_ = [NOT_YET if values is None else spread(values) for values in of_targets]
-            cells_ += [over_targets(values) for values in (of_targets, added)]
-            cells_.append(NOT_YET if hits is None else spread(hits, digits=1))
-            rows.append([method, size, *cells_])
+        for method, by_seed in complete(done, arm, size).items():
+            losses = [[point(done, run)[0] for run in runs] for runs in by_seed]
+            added = [[_added(done, run) for run in runs] for runs in by_seed]
+            hits = [_accuracy(done, runs[TARGETS.index(CHOICES)]) for runs in by_seed]
+            cells_ = [spread([seed[i] for seed in losses]) for i in range(len(TARGETS))]
+            cells_ += [spread([mean(seed) for seed in values]) for values in (losses, added)]
+            rows.append([method, size, f"{len(by_seed)}", *cells_, spread(hits, digits=1)])
     return _table(columns, rows)
 
 
 def paired(done: Done, arm: Arm) -> str:
-    """Each of ours against the best low-rank method of its size: pairs of one target and seed.
+    """Each method against the best low-rank one of its size: pairs of one target and seed.
 
-    The difference of the target losses at the chosen rates; what is added to the source's loss at
-    equal gain, its difference, and its share of what the low-rank method adds.
+    The difference of the target losses at the chosen rates; then twice what is added to the
+    source's loss, as a difference and as a share of what the low-rank method adds: with both at
+    `GAIN` of the low-rank one's gain, and with that one scaled down to the other's target loss.
     """
-    columns = ["method", "size", "against", "target", "source at equal gain", "the share"]
+    columns = ["method", "size", "seeds", "against", "target"]
+    columns += ["source at equal gain", "the share", "source at its own loss", "the share"]
     rows = []
     for size in SIZES:
-        reference = best_low_rank(done, arm, size)
-        for method in finalists(done, arm, size) or ():
+        reference, by_method = best_low_rank(done, arm, size), complete(done, arm, size)
+        for method, by_seed in by_method.items():
             if reference is None or method == reference:
                 continue
-            cells_ = [NOT_YET] * 3
-            ours = [final_figures(done, arm, method, size, t, _target) for t in TARGETS]
-            theirs = [final_figures(done, arm, reference, size, t, _target) for t in TARGETS]
-            if (difference := _differences(ours, theirs)) is not None:
-                cells_[0] = spread(difference, sign="+")
-            ours = [_at_equal_gain(done, arm, method, size, t, reference) for t in TARGETS]
-            theirs = [_at_equal_gain(done, arm, reference, size, t, reference) for t in TARGETS]
-            if (difference := _differences(ours, theirs)) is not None:
-                cells_[1] = spread(difference, sign="+")
-                sums = [sum(sum(v) for v in values if v is not None) for values in (ours, theirs)]
-                cells_[2] = _share(*sums)
-            rows.append([method, size, reference, *cells_])
+            pairs = [
+                list(zip(*seed, strict=True))
+                for seed in zip(by_seed, by_method[reference], strict=True)
+            ]
+            cells_ = []
+            for figure in (_losses, _at_equal_gain, _at_own_loss):
+                both = [[figure(done, *pair) for pair in seed] for seed in pairs]
+                known = [[each for each in seed if each is not None] for seed in both]
+                if sum(map(len, known)) < sum(map(len, both)):
+                    cells_ += [NOT_YET, NOT_YET]
+                    continue
+                cells_.append(spread([mean(o - t for o, t in seed) for seed in known], sign="+"))
+                ours, theirs = (sum(each[i] for seed in known for each in seed) for i in (0, 1))
+                cells_.append(_share(ours, theirs))
+            del cells_[1]  # the share of the losses
+            rows.append([method, size, f"{len(pairs)}", reference, *cells_])
     return _table(columns, rows)
 
 
-def final_figures(
-    done: Done,
-    arm: Arm,
-    method: str,
-    size: str,
-    target: str,
-    figure: Callable[[Done, Run], float],
-) -> list[float] | None:
-    """A figure of each final seed at the chosen rate; None while a run is missing."""
-    exponent = tuned(done, arm, method, size)[1]
-    if exponent is None:
-        return None
-    runs = [arm.run("final", target, method, size, exponent, seed) for seed in FINAL_SEEDS]
-    if any(run.key not in done for run in runs):
-        return None
-    return [figure(done, run) for run in runs]
-
-
-def over_targets(of_targets: Sequence[Sequence[float] | None]) -> str:
-    """The mean over all targets, and its interval over the seeds."""
-    values = [each for each in of_targets if each is not None]
-    if len(values) < len(of_targets):
-        return NOT_YET
-    return spread([mean(seed) for seed in zip(*values, strict=True)])
+def complete(done: Done, arm: Arm, size: str) -> dict[str, list[list[Run]]]:
+    """The final runs of a size by method, seed and target: of the seeds that all methods made."""
+    methods = finalists(done, arm, size) or ()
+    found: dict[str, list[list[Run]]] = {method: [] for method in methods}
+    for seed in FINAL_SEEDS:
+        of_seed = {method: final_runs(done, arm, size, [method], [seed]) for method in methods}
+        if all(run.key in done for runs in of_seed.values() for run in runs):
+            for method, runs in of_seed.items():
+                found[method].append(runs)
+    return found
 
 
 def spread(values: Sequence[float], *, sign: str = "", digits: int = 3) -> str:
-    """Mean and 95 % interval."""
+    """Mean and 95 % interval; no interval of a single value."""
+    if not values:
+        return NOT_YET
     if not all(map(math.isfinite, values)):
         return "lost"
+    if len(values) == 1:
+        return f"{values[0]:{sign}.{digits}f}"
     half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
     return f"{mean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-def _at_equal_gain(
-    done: Done, arm: Arm, method: str, size: str, target: str, reference: str
-) -> list[float] | None:
-    """What is added to the source's test loss, seed by seed; None where one cannot be told."""
-    best, of_reference = (tuned(done, arm, each, size)[1] for each in (method, reference))
-    if best is None or of_reference is None:
-        return None
-    found = []
-    for seed in FINAL_SEEDS:
-        goal = arm.run("final", target, reference, size, of_reference, seed)
-        run = arm.run("final", target, method, size, best, seed)
-        if goal.key not in done or run.key not in done:
-            return None
-        added = added_at(done, goal, strengths(done, run))
-        if added is None:
-            return None
-        found.append(added)
-    return found
+Both = tuple[float, float]
+"""A figure of a run, and of the low-rank one of its target and seed."""
 
 
-def _differences(
-    ours: Sequence[Sequence[float] | None], theirs: Sequence[Sequence[float] | None]
-) -> list[float] | None:
-    """Seed by seed the mean over the targets of the difference; None while one is missing."""
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if len(pairs) < len(ours):
-        return None
-    by_target = [[x - y for x, y in zip(a, b, strict=True)] for a, b in pairs]
-    return [mean(seed) for seed in zip(*by_target, strict=True)]
+def _losses(done: Done, run: Run, reference: Run) -> Both:
+    return point(done, run)[0], point(done, reference)[0]
+
+
+def _at_equal_gain(done: Done, run: Run, reference: Run) -> Both | None:
+    """What both add to the source's loss, scaled; None where it cannot be told."""
+    level = level_of(done, reference)
+    ours, theirs = (_added_at(done, each, level) for each in (run, reference))
+    return None if ours is None or theirs is None else (ours, theirs)
+
+
+def _at_own_loss(done: Done, run: Run, reference: Run) -> Both | None:
+    """What a run adds to the source's loss, and the reference scaled down to its target loss.
+
+    Where the reference does not come so low, at its lowest.
+    """
+    theirs = _added_at(done, reference, max(point(done, run)[0], _lowest(done, reference)))
+    return None if theirs is None else (_added(done, run), theirs)
+
+
+def _added_at(done: Done, run: Run, level: float) -> float | None:
+    return added_at(level, strengths(done, run), done[run.key].result["source_before"])
+
+
+def _lowest(done: Done, run: Run) -> float:
+    return min(target for target, _ in strengths(done, run).values())
 
 
 def strengths(done: Done, run: Run) -> dict[float, Point]:
@@ -236,10 +234,6 @@ def strengths(done: Done, run: Run) -> dict[float, Point]:
         **{strength: (t, s) for strength, (t, s) in curve.items() if t is not None is not s},
         1.0: point(done, run),
     }
-
-
-def _target(done: Done, run: Run) -> float:
-    return point(done, run)[0]
 
 
 def _added(done: Done, run: Run) -> float:

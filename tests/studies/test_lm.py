@@ -29,6 +29,7 @@ from studies.lm.plan import (
     entered,
     final_runs,
     finalists,
+    level_of,
     plan,
     screened,
     tuning_runs,
@@ -110,7 +111,10 @@ def test_the_base_is_as_it_was_after_every_method(data: Path, folder: Path) -> N
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["full", "dora", "peft-shira", "random", "principal+renewed"])
+@pytest.mark.parametrize(
+    "method",
+    ["full", "dora", "peft-shira", "random", "principal+renewed", "random+relative+factored"],
+)
 def test_runs_in_bfloat16_learn_too(data: Path, folder: Path, method: str) -> None:
     run = replace(tiny_run(method), steps=10, dtype="bfloat16")
     run = replace(run, rate_exponent=-7 if method == "full" else -5)
@@ -179,6 +183,42 @@ def test_the_loss_of_an_answer_is_that_of_its_own_tokens(data: Path, folder: Pat
     assert result["target"] == pytest.approx(
         sum(loss for loss, right in zip(found, rows.right, strict=True) if right) / 12, abs=1e-5
     )
+
+
+class TestFactored:
+    def test_second_moments_are_those_of_rows_and_columns(self) -> None:
+        from studies.lm.factored import FactoredAdamW
+
+        torch.manual_seed(0)
+        places = torch.randperm(60)[:25].sort().values
+        rows, columns = places // 10, places % 10
+        values = torch.nn.Parameter(torch.zeros(25))
+        optimizer = FactoredAdamW([values], {values: (rows, columns)}, lr=0.1)
+        first, expected = torch.zeros(25), torch.zeros(25)
+        of_row, of_column, mean = torch.zeros(6), torch.zeros(10), 0.0
+        for step in range(1, 6):
+            values.grad = torch.randn(25)
+            square = values.grad**2
+            first = 0.9 * first + 0.1 * values.grad
+            for moment, at in ((of_row, rows), (of_column, columns)):
+                for i in set(at.tolist()):
+                    moment[i] = 0.999 * moment[i] + 0.001 * square[at == i].mean()
+            mean = 0.999 * mean + 0.001 * square.mean()
+            second = of_row[rows] * of_column[columns] / mean / (1 - 0.999**step)
+            expected -= 0.1 * first / (1 - 0.9**step) / second.sqrt()
+            optimizer.step()
+            torch.testing.assert_close(values.detach(), expected)
+
+    def test_of_a_single_entry_it_is_adamw(self) -> None:
+        from studies.lm.factored import FactoredAdamW
+
+        values = torch.nn.Parameter(torch.zeros(1))
+        at = torch.zeros(1, dtype=torch.int64)
+        optimizer = FactoredAdamW([values], {values: (at, at)}, lr=0.1)
+        for gradient in (3.0, 3.0):  # of one entry rows, columns and mean are its own: AdamW
+            values.grad = torch.tensor([gradient])
+            optimizer.step()
+        torch.testing.assert_close(values.detach(), torch.tensor([-0.2]))
 
 
 class TestRenewal:
@@ -378,7 +418,7 @@ def test_strengths_give_a_curve_to_compare_on(everything: runs.Done) -> None:
     # a line from the base: at 85 % of lora's gain it adds as much as its share of its own gain
     reference = final_runs(everything, CPU, "small", ["lora"])[0]
     goal, own = (6.0 - losses(each)[0] for each in (reference, run))
-    added = added_at(everything, reference, curve)
+    added = added_at(level_of(everything, reference), curve, 4.0)
     assert added == pytest.approx((losses(run)[1] - 4) * 0.85 * goal / own)
 
 
@@ -459,15 +499,21 @@ def test_what_is_packed_is_put_together_again(
     assert (two / bases.GGUF).stat().st_size == len(content) - 1000
 
 
-def test_tables_fill_only_when_all_runs_are_there(everything: runs.Done) -> None:
+def test_tables_show_the_seeds_that_all_methods_made(everything: runs.Done) -> None:
     from studies.lm import tables
 
     whole = tables.finals(everything, CPU)
-    assert "| block | small | 4.053" in whole
+    assert "| block | small | 5 | 4.053 ± " in whole
+    last = [e.run for e in everything.values() if (e.run.stage, e.run.seed) == ("final", 3)][-1]
+    without = {key: entry for key, entry in everything.items() if key != last.key}
+    assert f"| block | {last.size} | 4 | 4.053 ± " in tables.finals(without, CPU)
     assert "-0.0" not in tables.paired({}, CPU)
     nothing = [tables.finals({}, CPU), tables.paired({}, CPU), tables.tuning({}, CPU)]
     assert "±" not in "".join(nothing)
-    assert "| block | small | lora | +0.010" in tables.paired(everything, CPU)
+    # lora has 4.043 and adds 2: scaled to 4.053 it adds 2 * 1.947 / 1.957, block adds 2
+    row = next(r for r in tables.paired(everything, CPU).splitlines() if "| block | small " in r)
+    assert row.startswith("| block | small | 5 | lora | +0.010 ± 0.000 | ")
+    assert row.endswith(" | +0.010 ± 0.000 | 1.01 |")
 
 
 def test_of_an_incomplete_screen_no_figure_is_shown(everything: runs.Done) -> None:
