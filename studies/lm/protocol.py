@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared, and all that is held equal. Whoever changes it raises `PROTOCOL`."""
+"""What is compared, and all that is held equal.
+
+Whoever changes a method or what is held equal raises `PROTOCOL`; a method may be added without.
+"""
 
 from __future__ import annotations
 
