@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shira.support import Support
     from shira.switch import Switch
     from shira.tuner import (
+        FactoredAdamW,
         PeftModel,
         ShiraConfig,
         ShiraLayer,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Adapter": "shira.adapter",
+    "FactoredAdamW": "shira.tuner",
     "PeftModel": "shira.tuner",
     "ShiraConfig": "shira.tuner",
     "ShiraError": "shira.errors",
@@ -60,6 +62,7 @@ _MODULES = (
 
 __all__ = [
     "Adapter",
+    "FactoredAdamW",
     "PeftModel",
     "ShiraConfig",
     "ShiraError",

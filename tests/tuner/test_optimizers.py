@@ -8,6 +8,7 @@ own, which a dense model scatters into its weights.
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from transformers import Adafactor, Trainer, TrainingArguments
 
-from shira import ShiraConfig, get_peft_model
+from shira import FactoredAdamW, ShiraConfig, get_peft_model
+from shira.errors import ConfigError
 
 from .models import base_weights, llama, randomize, same_weights
 
@@ -72,6 +74,10 @@ class Plain(nn.Module):
             weight = base.weight.detach().flatten().index_add(0, at, value).view_as(base.weight)
             x = torch.tanh(F.linear(x, weight, base.bias))
         return self.net.c(x)
+
+
+def layers(model):
+    return [m for m in model.modules() if hasattr(m, "shira_weight")]
 
 
 def values_of(model):
@@ -329,3 +335,180 @@ def test_the_whole_step_is_compiled(backend):
     exact = train(adapted(), OPTIMIZERS["AdamW, foreach"], before=clip)
     assert furthest(found, exact) <= 1e-4 * moved(exact)
     assert same_weights(before, base_weights(model))
+
+
+class TestFactoredAdamW:
+    """Against a slow reference in dense matrices."""
+
+    @staticmethod
+    def reference(model, gradients, lr, betas=(0.9, 0.999), eps=1e-8, decay=0.0):
+        """Values by layer after steps with these gradients, one entry at a time."""
+        found = []
+        for layer, given in zip(layers(model), gradients, strict=True):
+            rows, columns = layer.support("default").coordinates().tolist()
+            values = layer.shira_weight["default"].detach().clone()
+            m, n = layer.weight_shape
+            first, of_row, of_column, mean = torch.zeros(len(values)), [0.0] * m, [0.0] * n, 0.0
+            for step, gradient in enumerate(given, start=1):
+                first = betas[0] * first + (1 - betas[0]) * gradient
+                square = (gradient**2).tolist()
+                for moments, at in ((of_row, rows), (of_column, columns)):
+                    here = {}
+                    for i, value in zip(at, square, strict=True):
+                        here.setdefault(i, []).append(value)
+                    for i, found_here in here.items():
+                        now = sum(found_here) / len(found_here)
+                        moments[i] = betas[1] * moments[i] + (1 - betas[1]) * now
+                mean = betas[1] * mean + (1 - betas[1]) * sum(square) / len(square)
+                second = [
+                    of_row[i] * of_column[j] / mean for i, j in zip(rows, columns, strict=True)
+                ]
+                root = (torch.tensor(second) / (1 - betas[1] ** step)).sqrt() + eps
+                values = values - lr * decay * values
+                values = values - lr * first / (1 - betas[0] ** step) / root
+            found.append(values)
+        return found
+
+    @pytest.mark.parametrize("options", [{}, {"decay": 0.1}, {"betas": (0.5, 0.9), "eps": 1e-3}])
+    def test_it_does_what_the_reference_does(self, options):
+        model = adapted()
+        torch.manual_seed(0)
+        gradients = [torch.randn(4, len(v)) * 10 ** torch.randn(len(v)) for v in values_of(model)]
+        expected = self.reference(model, gradients, 0.01, **options)
+        if "decay" in options:
+            options = {"weight_decay": options["decay"]}
+        optimizer = FactoredAdamW(model, lr=0.01, by_weight=False, **options)
+        for step in range(4):
+            for values, given in zip(values_of(model), gradients, strict=True):
+                values.grad = given[step]
+            optimizer.step()
+        for values, wanted in zip(values_of(model), expected, strict=True):
+            torch.testing.assert_close(values.detach(), wanted)
+
+    def test_rates_are_in_proportion_to_the_deviations_of_the_weights(self):
+        model = adapted(modules_to_save=["c"])
+        a, b = layers(model)
+        with torch.no_grad():
+            b.get_base_layer().weight.mul_(3)
+        optimizer = FactoredAdamW(model, lr=1e-2)
+        deviations = [layer.get_base_layer().weight.std(correction=0) for layer in (a, b)]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates[1] / rates[0] == pytest.approx(float(deviations[1] / deviations[0]))
+        counts = [len(v) for v in values_of(model)]
+        mean = (rates[0] * counts[0] + rates[1] * counts[1]) / sum(counts)
+        assert mean == pytest.approx(1e-2)
+        assert rates[2] == 1e-2  # modules_to_save
+        merged = adapted()
+        with torch.no_grad():
+            layers(merged)[1].get_base_layer().weight.mul_(3)
+        merged.merge_adapter()  # the base's weights count, not what is in them
+        assert [g["lr"] for g in FactoredAdamW(merged, lr=1e-2).param_groups] == rates[:2]
+
+    def test_what_has_no_positions_is_stepped_as_by_adamw(self):
+        ours, theirs = (adapted(modules_to_save=["c"]) for _ in range(2))
+        one = FactoredAdamW(ours, lr=1e-2, weight_decay=0.1, by_weight=False)
+        two = torch.optim.AdamW(
+            [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+        )
+        for step in range(3):
+            torch.manual_seed(step)
+            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+                if p.requires_grad:
+                    p.grad = torch.randn_like(p)
+                    q.grad = p.grad.clone()
+            one.step(), two.step()
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            if p.requires_grad and "shira_weight" not in name:
+                torch.testing.assert_close(p, q)
+
+    def test_it_goes_on_from_its_state_to_the_bit(self, tmp_path):
+        def steps(model, optimizer, numbers):
+            for step in numbers:
+                loss_of(model, step).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        whole = adapted(modules_to_save=["c"])
+        steps(whole, FactoredAdamW(whole, lr=1e-2), range(4))
+        first = adapted(modules_to_save=["c"])
+        optimizer = FactoredAdamW(first, lr=1e-2)
+        steps(first, optimizer, range(2))
+        torch.save((first.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+        second = adapted(modules_to_save=["c"])
+        state, of_optimizer = torch.load(tmp_path / "state.pt")
+        second.load_state_dict(state)
+        again = FactoredAdamW(second, lr=1e-2)
+        again.load_state_dict(of_optimizer)
+        steps(second, again, range(2, 4))
+        for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_trainer_takes_it_with_its_own_schedule(self, tmp_path):
+        model = get_peft_model(llama(), ShiraConfig(r=4, random_seed=0))
+        before = base_weights(model)
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(64).view(4, 16)]
+        options = {
+            "max_steps": 8,
+            "per_device_train_batch_size": 4,
+            "report_to": [],
+            "use_cpu": True,
+        }
+        options |= {"disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+        optimizer = FactoredAdamW(model, lr=3e-2)
+        first = [group["lr"] for group in optimizer.param_groups]
+        arguments = TrainingArguments(str(tmp_path), **options)
+        trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+        trainer.train()
+        losses = [float(told["loss"]) for told in trainer.state.log_history if "loss" in told]
+        assert losses[-1] < losses[0]
+        assert len(set(first)) > 1
+        assert all(group["lr"] == 0 for group in optimizer.param_groups)
+        assert same_weights(before, base_weights(model))
+
+    def test_few_entries(self):
+        model = adapted(target_modules=["a"], density=1 / (32 * 256))
+        (values,) = values_of(model)
+        assert len(values) == 1
+        start = values.detach().clone()
+        optimizer = FactoredAdamW(model, lr=0.1)
+        for _ in range(2):  # of one entry row, column and mean are the same: AdamW
+            values.grad = torch.tensor([3.0])
+            optimizer.step()
+        torch.testing.assert_close(values.detach(), start - 0.2)
+        values.grad = torch.zeros(1)
+        optimizer.step()
+        assert values.isfinite().all()
+
+    def test_the_scale_of_gradients_does_not_matter(self):
+        moved = []
+        for scale in (1.0, 2.0**-40, 2.0**40):
+            model = adapted()
+            optimizer = FactoredAdamW(model, lr=1e-2, eps=0.0)
+            torch.manual_seed(0)
+            for values in values_of(model):
+                values.grad = torch.randn(len(values)) * scale
+            optimizer.step()
+            moved.append([v.detach().clone() for v in values_of(model)])
+        for other in moved[1:]:
+            for a, b in zip(moved[0], other, strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_what_it_refuses(self):
+        model = adapted()
+        optimizer = FactoredAdamW(model)
+        values, *_ = optimizer.param_groups[0]["params"]
+        optimizer.param_groups[0]["params"] = [nn.Parameter(values.detach())]
+        with pytest.raises(ConfigError, match="FSDP2"):
+            optimizer.step()
+        for options in (
+            {"lr": -1.0},
+            {"betas": (0.9, 1.0)},
+            {"eps": math.nan},
+            {"weight_decay": -1},
+        ):
+            with pytest.raises(ConfigError, match=next(iter(options)).split("s")[0]):
+                FactoredAdamW(model, **options)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        with pytest.raises(ConfigError, match="no trainable parameters"):
+            FactoredAdamW(model)

@@ -48,6 +48,7 @@ from shira.tuner.loading import check_file, check_loaded, named_for_loading, wei
 from shira.tuner.masking import calibrate
 from shira.tuner.mixed_batch import BASE
 from shira.tuner.model import ShiraModel
+from shira.tuner.optimizer import FactoredAdamW
 from shira.tuner.rollback import as_it_was
 from shira.tuner.saving import layers_of
 
@@ -309,6 +310,7 @@ register()
 sys.modules[f"{__name__}.ranks"] = ranks
 
 __all__ = [
+    "FactoredAdamW",
     "PeftModel",
     "ShiraConfig",
     "ShiraLayer",

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FactoredAdamW`: AdamW whose second moments are those of rows and columns of the weights.
+
+The gradient of a single entry is noisy. Divided by its own second moment, as in Adam, every entry
+moves about as far, also those whose gradient says nothing. Here an entry's second moment is
+estimated from those of its row and of its column over the trained entries, as Adafactor does for
+whole matrices (arXiv 1804.04235, section 3): what rows and columns differ in is evened out, what
+entries of one row and column differ in is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shira.errors import ConfigError, TargetError
+from shira.tuner.base_layer import base_of, pristine, readable
+from shira.tuner.layer import ShiraLayer
+from shira.tuner.quantized import unpacked
+from shira.tuner.saving import layers_of
+
+
+class FactoredAdamW(torch.optim.Optimizer):
+    """AdamW for the values of SHiRA adapters, second moments by rows and columns.
+
+    For a weight of m rows and n columns the state is one first moment for each of its k trained
+    entries and ``m + n`` second moments. Other trainable parameters, such as those of
+    ``modules_to_save``, are stepped as by ``torch.optim.AdamW``.
+
+    Args:
+        model: A PEFT model. Its trainable parameters are optimized, in a group for each weight.
+        lr: The learning rate; if `by_weight`, the mean of the entries' rates.
+        betas: Decay rates of the first and second moments.
+        eps: Added to the square root of second moments.
+        weight_decay: Decoupled weight decay, which pulls deltas towards zero, the base model.
+        by_weight: Give the entries of each weight a rate in proportion to the weight's standard
+            deviation. It is read once, now; schedulers scale the rates of all groups.
+
+    Raises:
+        ConfigError: If the model trains nothing, or a number is out of range; in `step`, if the
+            values are in parts (FSDP2, DeepSpeed).
+        TargetError: If `by_weight`, and the values of a weight cannot be read.
+
+    Example:
+        >>> optimizer = shira.FactoredAdamW(model, lr=5e-3)
+        >>> trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 5e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        by_weight: bool = True,
+    ) -> None:
+        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        for name, value, top in (
+            *((name, value, math.inf) for name, value in numbers.items()),
+            *((f"betas[{i}]", beta, 1) for i, beta in enumerate(betas)),
+        ):
+            if not 0 <= value < top:
+                raise ConfigError(f"{name} must be at least 0 and below {top}, not {value}")
+        self._coordinates: dict[Tensor, Tensor] = {}
+        deviations: dict[Tensor, float] = {}
+        for layer in layers_of(model).values():
+            for adapter, values in layer.shira_weight.items():
+                if values.requires_grad:
+                    self._coordinates[values] = layer.shira_indices[adapter].int()
+                    deviations[values] = _deviation(layer) if by_weight else 1.0
+        entries = sum(map(Tensor.numel, deviations))
+        mean = sum(values.numel() * deviations[values] for values in deviations) / max(1, entries)
+        groups: list[dict[str, Any]] = [
+            {"params": [values], "lr": lr * deviation / mean if mean else lr, "factored": True}
+            for values, deviation in deviations.items()
+        ]
+        others = [p for p in model.parameters() if p.requires_grad and p not in deviations]
+        if others:
+            groups.append({"params": others})
+        if not groups:
+            raise ConfigError("the model has no trainable parameters: is its adapter active?")
+        super().__init__(groups, {"betas": betas, "factored": False} | numbers)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step, as ``torch.optim.AdamW`` does; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["factored"] and parameter not in self._coordinates:
+                    raise ConfigError(
+                        "the values of an adapter are not those of which the optimizer was made, "
+                        "as under FSDP2 and DeepSpeed, which keep a part on each process. "
+                        "FactoredAdamW needs them whole: train with torch.optim.AdamW or under DDP"
+                    )
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        one, two = group["betas"]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        first = state["exp_avg"].lerp_(gradient, 1 - one)
+        root = self._second(parameter, gradient.square(), state, two).sqrt_()
+        root.div_((1 - two ** state["step"]).sqrt_()).add_(group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(
+            root.reciprocal_().mul_(first).mul_(group["lr"] / (1 - one ** state["step"]))
+        )
+
+    def _second(
+        self, parameter: Tensor, square: Tensor, state: dict[str, Any], two: float
+    ) -> Tensor:
+        """Take in squared gradients; the second moments of the entries, a tensor of its own."""
+        coordinates = self._coordinates.get(parameter)
+        if coordinates is None:
+            if "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            second: Tensor = state["exp_avg_sq"].lerp_(square, 1 - two)
+            return second.clone()
+        if coordinates.device != parameter.device:
+            coordinates = self._coordinates[parameter] = coordinates.to(parameter.device)
+        if "mean_sq" not in state:
+            state["mean_sq"] = parameter.new_zeros(())
+        mean = state["mean_sq"].lerp_(square.mean(), 1 - two)
+        second = torch.ones_like(square)
+        for name, at in zip(("row_sq", "column_sq"), coordinates, strict=True):
+            if name not in state:
+                state[name] = parameter.new_zeros(int(at.max()) + 1 if len(at) else 0)
+            sums, counts = (torch.zeros_like(state[name]) for _ in range(2))
+            sums.index_add_(0, at, square)
+            counts.index_add_(0, at, torch.ones_like(square)).clamp_(min=1)
+            state[name].lerp_(sums.div_(counts), 1 - two)
+            second.mul_(state[name].index_select(0, at))
+            if name == "row_sq":  # before the product: of small gradients that would be zero
+                second.div_(mean.clamp(min=torch.finfo(mean.dtype).tiny))
+        return second
+
+
+def _deviation(layer: ShiraLayer) -> float:
+    """Return the standard deviation of the base's weight."""
+    base = pristine(layer)
+    with readable(base_of(base)):
+        weight = unpacked(base)
+        if weight is None:
+            raise TargetError(
+                f"{layer.weight_name}: by_weight needs the weight's values, but they are quantized "
+                "in a way that cannot be unpacked; pass by_weight=False"
+            )
+        return float(weight.detach().float().std(correction=0))
