@@ -4,7 +4,7 @@
 The look; then the screen: every method on the first tuning target at the first size. Those that
 enter are tuned on all tuning targets, the best of them on the first target at the next size; then
 come the finals, seed by seed. The rate of a method and size is that of the lowest
-mean validation loss on the tuning seed.
+validation loss on the tuning seed: the mean over the targets, each as a share of the base's.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _explore(
 
 
 def _mean_loss(done: Done, runs: Iterable[Run]) -> float:
-    return mean(point(done, run)[0] for run in runs)
+    """Each run's loss on its target as a share of the base's, so that they weigh alike."""
+    return mean(point(done, run)[0] / done[run.key].result["target_before"] for run in runs)
 
 
 def tuning_runs(
@@ -223,7 +224,7 @@ def _best_of_ours(
 
 
 def best_low_rank(done: Done, arm: Arm, size: str) -> str | None:
-    """The low-rank method of lowest mean validation loss on the targets; None while not known."""
+    """The low-rank method of lowest validation loss on the targets; None while not known."""
     losses = {}
     for method in LOW_RANK:
         exponent = tuned(done, arm, method, size)[1]
