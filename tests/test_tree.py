@@ -195,6 +195,7 @@ def test_a_name_of_the_tuner_loads_peft():
 def test_public_names():
     assert shira.__all__ == [
         "Adapter",
+        "FactoredAdamW",
         "PeftModel",
         "ShiraConfig",
         "ShiraError",

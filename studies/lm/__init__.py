@@ -8,7 +8,6 @@ The protocol is described in ``docs/study-lm.md``::
     data.py       texts and questions as rows of token ids
     scores.py     masks that are not built in
     renew.py      positions chosen anew during training
-    factored.py   AdamW whose second moments are those of rows and columns
     methods.py    the base model with each method in it, at equal trained parameters
     train.py      one run: adapt, train, measure
     runs.py       results/*.jsonl: one run a line, only ever appended to

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from studies.lm.protocol import BLOCK_SIZE, LOW_RANK, Run
 from studies.lm.scores import by_gradient, global_ranks, gradients, principal
@@ -30,13 +31,13 @@ class Adapted:
     """A model with a method in it.
 
     `groups` are what is trained, with its ``factor`` of the rate; `renewed` says that positions are
-    to be chosen anew, `factored` that second moments are those of rows and columns.
+    to be chosen anew; `optimizer` is that of the method, if it is not AdamW.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     renewed: bool = False
-    factored: bool = False
+    optimizer: Optimizer | None = None
 
     @property
     def trained(self) -> int:
@@ -63,26 +64,18 @@ def adapt(base: nn.Module, run: Run, batches: Batches) -> Adapted:
         model = _peft_shira(base, run)
     else:
         model = _shira(base, run, mask, "global" in extras, batches)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    how = {"renewed": "renewed" in extras, "factored": "factored" in extras}
-    if "relative" not in extras:
-        return Adapted(model, [_group(trained.values(), 1.0)], **how)
-    sizes = {name: float(_weight_of(model, name).std()) for name in trained}
-    count = sum(p.numel() for p in trained.values())
-    mean = sum(sizes[name] * p.numel() for name, p in trained.items()) / count
-    groups = [_group([p], sizes[name] / mean) for name, p in trained.items()]
-    return Adapted(model, groups, **how)
+    if "relative" in extras or "factored" in extras:
+        from shira import FactoredAdamW
+
+        optimizer = FactoredAdamW(model, lr=1.0, by_weight="relative" in extras)
+        groups = [_group(group["params"], group["lr"]) for group in optimizer.param_groups]
+        return Adapted(model, groups, optimizer=optimizer if "factored" in extras else None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Adapted(model, [_group(trained, 1.0)], "renewed" in extras)
 
 
 def _group(parameters: Any, factor: float) -> dict[str, Any]:
     return {"params": list(parameters), "factor": factor}
-
-
-def _weight_of(model: nn.Module, name: str) -> Tensor:
-    """The base weight that the values of this name belong to."""
-    layer: Any = model.get_submodule(name.split(".shira_weight.")[0])
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
 
 
 def _low_rank(base: nn.Module, run: Run) -> nn.Module:

@@ -212,15 +212,18 @@ def _best_of_ours(
     reference = min((m for m in LOW_RANK if m in losses), key=losses.__getitem__)
     ranked = sorted((m for m in losses if m in SPARSE), key=losses.__getitem__)
 
-    def source(method: str) -> float:
+    def added(method: str, target: str) -> float:
         goal, exponents = (reference, rates[reference]), None if seen is None else seen[method]
-        found = [
-            at_equal_gain(done, arm, method, size, target, goal, exponents) for target in targets
-        ]
-        return mean(math.inf if value is None else value for value in found)
+        found = at_equal_gain(done, arm, method, size, target, goal, exponents)
+        return math.inf if found is None else found
 
     by_target, by_source = counts
-    return [*ranked[:by_target], *sorted(ranked[by_target:], key=source)[:by_source]]
+    others = ranked[by_target:]
+    by_target_and_method = [{m: added(m, target) for m in others} for target in targets]
+    # a target on which it can be told of nobody says nothing
+    told = [each for each in by_target_and_method if any(map(math.isfinite, each.values()))]
+    sums = {method: sum(each[method] for each in told) for method in others}
+    return [*ranked[:by_target], *sorted(others, key=sums.__getitem__)[:by_source]]
 
 
 def best_low_rank(done: Done, arm: Arm, size: str) -> str | None:

@@ -54,7 +54,7 @@ SPARSE = (
 ``+global``: one threshold for all layers on scores divided by their layer's mean, rounded to whole
 ranks. ``+relative``: each weight's rate in proportion to its standard deviation. ``+renewed``:
 positions chosen anew during training, see `studies.lm.renew`. ``+factored``: Adam's second moments
-by rows and columns, see `studies.lm.factored`.
+by rows and columns, see `shira.FactoredAdamW`.
 """
 METHODS = ("full", *LOW_RANK, "peft-shira", *SPARSE)
 UNSIZED = ("full",)

@@ -23,7 +23,6 @@ from torch.nn.functional import cross_entropy, pad
 
 from studies.lm import base as bases
 from studies.lm import data as texts
-from studies.lm.factored import FactoredAdamW, positions_of
 from studies.lm.methods import ADAPTER, Adapted, adapt
 from studies.lm.protocol import (
     CALIBRATION_BATCHES,
@@ -123,10 +122,12 @@ class Training:
         ]
         self.warmup = max(1, run.steps // 10)
         self.optimizer: torch.optim.Optimizer
-        if adapted.renewed:
+        if adapted.optimizer is not None:
+            self.optimizer = adapted.optimizer
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate
+        elif adapted.renewed:
             self.optimizer = EntryAdamW(groups, warmup_steps=self.warmup)
-        elif adapted.factored:
-            self.optimizer = FactoredAdamW(groups, positions_of(self.model, ADAPTER))
         else:
             self.optimizer = torch.optim.AdamW(
                 groups, weight_decay=0.0, fused=on_gpu or None, capturable=on_gpu

@@ -185,42 +185,6 @@ def test_the_loss_of_an_answer_is_that_of_its_own_tokens(data: Path, folder: Pat
     )
 
 
-class TestFactored:
-    def test_second_moments_are_those_of_rows_and_columns(self) -> None:
-        from studies.lm.factored import FactoredAdamW
-
-        torch.manual_seed(0)
-        places = torch.randperm(60)[:25].sort().values
-        rows, columns = places // 10, places % 10
-        values = torch.nn.Parameter(torch.zeros(25))
-        optimizer = FactoredAdamW([values], {values: (rows, columns)}, lr=0.1)
-        first, expected = torch.zeros(25), torch.zeros(25)
-        of_row, of_column, mean = torch.zeros(6), torch.zeros(10), 0.0
-        for step in range(1, 6):
-            values.grad = torch.randn(25)
-            square = values.grad**2
-            first = 0.9 * first + 0.1 * values.grad
-            for moment, at in ((of_row, rows), (of_column, columns)):
-                for i in set(at.tolist()):
-                    moment[i] = 0.999 * moment[i] + 0.001 * square[at == i].mean()
-            mean = 0.999 * mean + 0.001 * square.mean()
-            second = of_row[rows] * of_column[columns] / mean / (1 - 0.999**step)
-            expected -= 0.1 * first / (1 - 0.9**step) / second.sqrt()
-            optimizer.step()
-            torch.testing.assert_close(values.detach(), expected)
-
-    def test_of_a_single_entry_it_is_adamw(self) -> None:
-        from studies.lm.factored import FactoredAdamW
-
-        values = torch.nn.Parameter(torch.zeros(1))
-        at = torch.zeros(1, dtype=torch.int64)
-        optimizer = FactoredAdamW([values], {values: (at, at)}, lr=0.1)
-        for gradient in (3.0, 3.0):  # of one entry rows, columns and mean are its own: AdamW
-            values.grad = torch.tensor([gradient])
-            optimizer.step()
-        torch.testing.assert_close(values.detach(), torch.tensor([-0.2]))
-
-
 class TestRenewal:
     def adapted(self, folder: Path) -> Any:
         from shira import ShiraConfig, get_peft_model
