@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,12 @@ class FactoredAdamW(torch.optim.Optimizer):
         ):
             if not 0 <= value < top:
                 raise ConfigError(f"{name} must be at least 0 and below {top}, not {value}")
-        self._coordinates: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, _Places] = {}
         deviations: dict[Tensor, float] = {}
         for layer in layers_of(model).values():
             for adapter, values in layer.shira_weight.items():
                 if values.requires_grad:
-                    self._coordinates[values] = layer.shira_indices[adapter].int()
+                    self._places[values] = _Places.of(layer.shira_indices[adapter])
                     deviations[values] = _deviation(layer) if by_weight else 1.0
         entries = sum(map(Tensor.numel, deviations))
         mean = sum(values.numel() * deviations[values] for values in deviations) / max(1, entries)
@@ -89,14 +89,14 @@ class FactoredAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Make one step, as ``torch.optim.AdamW`` does; returns the closure's loss, if any."""
+        """Make a step; return the loss of the closure, if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if group["factored"] and parameter not in self._coordinates:
+                if group["factored"] and parameter not in self._places:
                     raise ConfigError(
                         "the values of an adapter are not those of which the optimizer was made, "
                         "as under FSDP2 and DeepSpeed, which keep a part on each process. "
@@ -124,30 +124,44 @@ class FactoredAdamW(torch.optim.Optimizer):
     def _second(
         self, parameter: Tensor, square: Tensor, state: dict[str, Any], two: float
     ) -> Tensor:
-        """Take in squared gradients; the second moments of the entries, a tensor of its own."""
-        coordinates = self._coordinates.get(parameter)
-        if coordinates is None:
+        """Take in squared gradients; return the second moments of the entries, a new tensor."""
+        places = self._places.get(parameter)
+        if places is None:
             if "exp_avg_sq" not in state:
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             second: Tensor = state["exp_avg_sq"].lerp_(square, 1 - two)
             return second.clone()
-        if coordinates.device != parameter.device:
-            coordinates = self._coordinates[parameter] = coordinates.to(parameter.device)
+        if places.at.device != parameter.device:
+            places = self._places[parameter] = places.to(parameter.device)
         if "mean_sq" not in state:
             state["mean_sq"] = parameter.new_zeros(())
+            state["row_sq"], state["column_sq"] = map(torch.zeros_like, places.counts)
         mean = state["mean_sq"].lerp_(square.mean(), 1 - two)
         second = torch.ones_like(square)
-        for name, at in zip(("row_sq", "column_sq"), coordinates, strict=True):
-            if name not in state:
-                state[name] = parameter.new_zeros(int(at.max()) + 1 if len(at) else 0)
-            sums, counts = (torch.zeros_like(state[name]) for _ in range(2))
-            sums.index_add_(0, at, square)
-            counts.index_add_(0, at, torch.ones_like(square)).clamp_(min=1)
-            state[name].lerp_(sums.div_(counts), 1 - two)
+        for name, at, count in zip(("row_sq", "column_sq"), *places, strict=True):
+            sums = torch.zeros_like(count).index_add_(0, at, square)
+            state[name].lerp_(sums.div_(count), 1 - two)
             second.mul_(state[name].index_select(0, at))
             if name == "row_sq":  # before the product: of small gradients that would be zero
                 second.div_(mean.clamp(min=torch.finfo(mean.dtype).tiny))
         return second
+
+
+class _Places(NamedTuple):
+    """The rows and columns of the trained entries of a weight."""
+
+    at: Tensor
+    """``(2, k)``, int32."""
+    counts: tuple[Tensor, ...]
+    """The number of entries in each row, and in each column; at least 1."""
+
+    @classmethod
+    def of(cls, coordinates: Tensor) -> _Places:
+        at = coordinates.int()
+        return cls(at, tuple(torch.bincount(of).clamp_(min=1).float() for of in at))
+
+    def to(self, device: torch.device) -> _Places:
+        return _Places(self.at.to(device), tuple(count.to(device) for count in self.counts))
 
 
 def _deviation(layer: ShiraLayer) -> float:
