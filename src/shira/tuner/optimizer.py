@@ -46,8 +46,11 @@ class FactoredAdamW(torch.optim.Optimizer):
         TargetError: If `by_weight`, and the values of a weight cannot be read.
 
     Example:
-        >>> optimizer = shira.FactoredAdamW(model, lr=5e-3)
-        >>> trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(base, ShiraConfig(r=1, target_modules=["0"]))
+        >>> optimizer = FactoredAdamW(model, lr=5e-3)
+        >>> model(torch.ones(2, 8)).sum().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
