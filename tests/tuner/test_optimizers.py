@@ -20,6 +20,7 @@ from transformers import Adafactor, Trainer, TrainingArguments
 
 from shira import FactoredAdamW, ShiraConfig, get_peft_model
 from shira.errors import ConfigError
+from shira.tuner.optimizer import RELATIVE_STEP
 
 from .models import base_weights, llama, randomize, same_weights
 
@@ -403,6 +404,35 @@ class TestFactoredAdamW:
             layers(merged)[1].get_base_layer().weight.mul_(3)
         merged.merge_adapter()  # the base's weights count, not what is in them
         assert [g["lr"] for g in FactoredAdamW(merged, lr=1e-2).param_groups] == rates[:2]
+
+    @pytest.mark.parametrize("by_weight", [True, False])
+    def test_at_the_default_rate_a_step_is_a_share_of_the_weights_norm(self, by_weight):
+        for density in (0.05, 0.4):
+            model = adapted(density=density, modules_to_save=["c"])
+            weights = [layer.get_base_layer().weight for layer in layers(model)]
+            with torch.no_grad():
+                weights[1].mul_(3)
+            optimizer = FactoredAdamW(model, by_weight=by_weight)
+            start = [v.detach().clone() for v in values_of(model)]
+            for values in values_of(model):  # of one magnitude: each entry moves by its rate
+                values.grad = torch.ones(len(values))
+            optimizer.step()
+            moved = sum(
+                float((a - b).norm() ** 2) for a, b in zip(start, values_of(model), strict=True)
+            )
+            norm = sum(weight.numel() * float(weight.var(correction=0)) for weight in weights)
+            assert (moved / norm) ** 0.5 == pytest.approx(RELATIVE_STEP, rel=1e-4)
+            assert optimizer.param_groups[-1]["lr"] == 1e-3
+
+    def test_weights_of_zeros_are_trained_too(self):
+        model = adapted()
+        first, second = (layer.get_base_layer().weight for layer in layers(model))
+        with torch.no_grad():
+            first.zero_()
+        assert all(group["lr"] > 0 for group in FactoredAdamW(model).param_groups)
+        with torch.no_grad():
+            second.zero_()
+        assert [group["lr"] for group in FactoredAdamW(model).param_groups] == [1e-3] * 2
 
     def test_what_has_no_positions_is_stepped_as_by_adamw(self):
         ours, theirs = (adapted(modules_to_save=["c"]) for _ in range(2))

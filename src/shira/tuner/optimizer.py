@@ -11,7 +11,7 @@ entries of one row and column differ in is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,12 @@ from shira.tuner.layer import ShiraLayer
 from shira.tuner.quantized import unpacked
 from shira.tuner.saving import layers_of
 
+RELATIVE_STEP = 0.0036
+"""The norm of a step over that of the weights, at the default learning rate.
+
+The best rates of the language model's study, at 1.1 and 4.6 % of the entries (docs/study-lm.md)."""
+_OTHERS_RATE = 1e-3
+
 
 class FactoredAdamW(torch.optim.Optimizer):
     """AdamW for the values of SHiRA adapters, second moments by rows and columns.
@@ -33,22 +39,24 @@ class FactoredAdamW(torch.optim.Optimizer):
 
     Args:
         model: A PEFT model. Its trainable parameters are optimized, in a group for each weight.
-        lr: The learning rate; if `by_weight`, the mean of the entries' rates.
+        lr: The learning rate; if `by_weight`, the mean of the entries' rates. None: that at which a
+            step moves the adapted weights by `RELATIVE_STEP` of their norm; 1e-3 for other
+            parameters.
         betas: Decay rates of the first and second moments.
         eps: Added to the square root of second moments.
         weight_decay: Decoupled weight decay, which pulls deltas towards zero, the base model.
         by_weight: Give the entries of each weight a rate in proportion to the weight's standard
-            deviation. It is read once, now; schedulers scale the rates of all groups.
+            deviation; it is read once, now. Schedulers scale the rates of all groups.
 
     Raises:
         ConfigError: If the model trains nothing, or a number is out of range; in `step`, if the
             values are in parts (FSDP2, DeepSpeed).
-        TargetError: If `by_weight`, and the values of a weight cannot be read.
+        TargetError: If the values of a weight cannot be read, for `by_weight` or the default rate.
 
     Example:
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> model = get_peft_model(base, ShiraConfig(r=1, target_modules=["0"]))
-        >>> optimizer = FactoredAdamW(model, lr=5e-3)
+        >>> optimizer = FactoredAdamW(model)
         >>> model(torch.ones(2, 8)).sum().backward()
         >>> optimizer.step()
     """
@@ -56,14 +64,18 @@ class FactoredAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 5e-3,
+        lr: float | None = None,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         by_weight: bool = True,
     ) -> None:
-        numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        numbers = {
+            "lr": _OTHERS_RATE if lr is None else lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         for name, value, top in (
             *((name, value, math.inf) for name, value in numbers.items()),
             *((f"betas[{i}]", beta, 1) for i, beta in enumerate(betas)),
@@ -71,19 +83,17 @@ class FactoredAdamW(torch.optim.Optimizer):
             if not 0 <= value < top:
                 raise ConfigError(f"{name} must be at least 0 and below {top}, not {value}")
         self._places: dict[Tensor, _Places] = {}
-        deviations: dict[Tensor, float] = {}
+        layers: dict[Tensor, ShiraLayer] = {}
         for layer in layers_of(model).values():
             for adapter, values in layer.shira_weight.items():
                 if values.requires_grad:
                     self._places[values] = _Places.of(layer.shira_indices[adapter])
-                    deviations[values] = _deviation(layer) if by_weight else 1.0
-        entries = sum(map(Tensor.numel, deviations))
-        mean = sum(values.numel() * deviations[values] for values in deviations) / max(1, entries)
+                    layers[values] = layer
         groups: list[dict[str, Any]] = [
-            {"params": [values], "lr": lr * deviation / mean if mean else lr, "factored": True}
-            for values, deviation in deviations.items()
+            {"params": [values], "lr": rate, "factored": True}
+            for values, rate in _rates(layers, lr, by_weight).items()
         ]
-        others = [p for p in model.parameters() if p.requires_grad and p not in deviations]
+        others = [p for p in model.parameters() if p.requires_grad and p not in layers]
         if others:
             groups.append({"params": others})
         if not groups:
@@ -167,6 +177,29 @@ class _Places(NamedTuple):
         return _Places(self.at.to(device), tuple(count.to(device) for count in self.counts))
 
 
+def _rates(
+    layers: Mapping[Tensor, ShiraLayer], lr: float | None, by_weight: bool
+) -> dict[Tensor, float]:
+    """Return the learning rate of each adapter's values in a layer."""
+    if not layers or (lr is not None and not by_weight):
+        return dict.fromkeys(layers, _OTHERS_RATE if lr is None else lr)
+    of_layer = {layer: _deviation(layer) for layer in {*layers.values()}}
+    entries = sum(map(Tensor.numel, layers))
+    mean = sum(values.numel() * of_layer[layer] for values, layer in layers.items()) / entries
+    # a weight that is all zeros is taken for one of the mean deviation
+    factors = {
+        values: (of_layer[layer] or mean) / mean if by_weight and mean else 1.0
+        for values, layer in layers.items()
+    }
+    if lr is None:
+        norm = math.hypot(
+            *(d * math.prod(layer.weight_shape) ** 0.5 for layer, d in of_layer.items())
+        )
+        step = math.hypot(*(values.numel() ** 0.5 * factor for values, factor in factors.items()))
+        lr = RELATIVE_STEP * norm / step if norm else _OTHERS_RATE
+    return {values: lr * factor for values, factor in factors.items()}
+
+
 def _deviation(layer: ShiraLayer) -> float:
     """Return the standard deviation of the base's weight."""
     base = pristine(layer)
@@ -174,7 +207,7 @@ def _deviation(layer: ShiraLayer) -> float:
         weight = unpacked(base)
         if weight is None:
             raise TargetError(
-                f"{layer.weight_name}: by_weight needs the weight's values, but they are quantized "
-                "in a way that cannot be unpacked; pass by_weight=False"
+                f"{layer.weight_name}: rates go by the weight's values, but they are quantized in "
+                "a way that cannot be unpacked; pass lr=... and by_weight=False"
             )
         return float(weight.detach().float().std(correction=0))
