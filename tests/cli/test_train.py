@@ -98,7 +98,9 @@ def test_the_model_card(shira, classify, workshop, tmp_path, monkeypatch):
         assert words in card
 
 
-def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "factored"])
+def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path, optimizer):
+    write = [*write, "--optimizer", optimizer]
     assert shira(*write, "--max-steps", 6, "--save-steps", 3).status == 0
     out = tmp_path / "out"
     assert not list(out.rglob("tokenizer*"))  # in no checkpoint either: it would be most of it
@@ -116,11 +118,25 @@ def test_resuming_gives_what_an_unbroken_run_gives(shira, write, tmp_path):
     assert json.loads((out / "metrics.json").read_text())["steps"] == 6
     assert resumed == unbroken
 
-    for more in (["--density", 0.1], ["--seed", 7], ["--mask-type", "struct"]):
+    other = ["--optimizer", {"adamw": "factored", "factored": "adamw"}[optimizer]]
+    for more in (["--density", 0.1], ["--seed", 7], ["--mask-type", "struct"], other):
         answer = shira(*write, "--max-steps", 6, "--resume", "last", *more)
         assert answer.status == 2
         assert f"checkpoint-6 was made with {more[0]}" in answer.err.splitlines()[-1]
     assert Adapter.load(out) == unbroken
+
+
+def test_the_rate_of_the_factored_optimizer_goes_by_the_weights(shira, write, tmp_path):
+    write = write[: write.index("--learning-rate")] + write[write.index("--output") :]
+    steps = ["--max-steps", 8, "--logging-steps", 1, "--scheduler", "constant", "--warmup", 0]
+    assert shira(*write, *steps, "--optimizer", "factored").status == 0
+    history = json.loads((tmp_path / "out" / "metrics.json").read_text())["history"]
+    rates = {line["learning_rate"] for line in history if "learning_rate" in line}
+    assert len(rates) == 1
+    assert rates != {1e-3}
+    answer = shira(*write, *steps, "--optimizer", "factorized", "--overwrite")
+    assert answer.status == 2
+    assert "Did you mean 'factored'" in answer.err
 
 
 def test_a_run_that_ends_in_no_number_writes_no_adapter(shira, write, tmp_path):

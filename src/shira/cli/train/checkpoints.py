@@ -28,6 +28,7 @@ RECORD = "shira_train.json"
 _FIXED = (
     *("task", "data", "eval_fraction", "text_column", "label_column", "max_length", "seed"),
     *("target_modules", "modules_to_save", "r", "density", "mask_type", "mask_seed", "mask_slot"),
+    "optimizer",
 )
 _SHOWN = {"data": "training data (a hash)", "processes": "processes"}
 # These change nothing that is trained. Of all others a difference is told.
@@ -128,6 +129,7 @@ def check_same(checkpoint: Path, record: Mapping[str, Any]) -> None:
         before = None
     if not isinstance(before, dict):
         raise ConfigError(f"{path}: no record of settings; remove it to go on without")
+    before = {"optimizer": "adamw", **before}  # the only one there was
     changed = {
         name: f"{_SHOWN.get(name) or flag(name)} {before.get(name)!r:.60}, now {value!r:.60}"
         for name, value in record.items()

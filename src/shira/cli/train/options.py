@@ -33,6 +33,7 @@ TASKS = {
 }
 DEFAULT_DENSITY = 0.02
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "factored")
 GROUPS = {  # of the help, by the first option of each
     "model": "Model",
     "train_file": "Data",
@@ -82,7 +83,12 @@ class TrainOptions:
     mask_slot: int = _option(0, "Random masks of one seed in two slots never overlap.")
     calibration_samples: int = _option(64, "Rows used to calibrate grad and snip masks.")
 
-    learning_rate: float = _option(1e-3, "About five times the rate of a LoRA.")
+    learning_rate: float | None = _option(
+        None, "Default 1e-3, about five times a LoRA's; with factored by the weights' norm."
+    )
+    optimizer: str = _option(
+        "adamw", "adamw, or factored: second moments by rows and columns (FactoredAdamW)."
+    )
     epochs: float = _option(3.0, "Passes over the training data.")
     max_steps: int | None = _option(None, "Optimizer steps, whatever the epochs.")
     batch_size: int = _option(8, "Batch size per device.")
@@ -210,6 +216,7 @@ def _check(options: TrainOptions) -> None:
             raise ConfigError(f"{flag(name)} is needed, here or in the file of --config")
     one_of("--task", options.task or "", TASKS)
     one_of("--dtype", options.dtype, DTYPES)
+    one_of("--optimizer", options.optimizer, OPTIMIZERS)
     if options.r is not None and options.density is not None:
         raise ConfigError("--r and --density are two ways to give one budget: give one of them")
     if options.eval_file is not None and options.eval_fraction is not None:

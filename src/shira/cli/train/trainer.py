@@ -31,7 +31,7 @@ from shira.errors import ConfigError, ShiraError
 
 _SPEEDS = ("runtime", "_per_second", "_preparation_time")
 _NAMED_ALIKE = (  # options of transformers' and ours
-    *("learning_rate", "weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
+    *("weight_decay", "max_grad_norm", "gradient_accumulation_steps", "bf16"),
     *("seed", "logging_steps", "eval_steps", "save_total_limit"),
 )
 _SCHEDULERS = (  # of transformers', those that need no further argument
@@ -128,6 +128,11 @@ def make_trainer(
 ) -> CheckedTrainer:
     """Return what trains the model's trainable parameters on the data, and evaluates it."""
     set_warmup(arguments, options, rows=len(data.train))
+    if options.optimizer == "factored":
+        from shira import FactoredAdamW
+
+        optimizer = FactoredAdamW(model, options.learning_rate, weight_decay=options.weight_decay)
+        more.setdefault("optimizers", (optimizer, None))
     return CheckedTrainer(
         model=model,
         args=arguments,
@@ -189,6 +194,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.eval_batch_size or options.batch_size,
         "data_seed": options.seed,
+        "learning_rate": options.learning_rate or 1e-3,
         "eval_strategy": ("steps" if options.eval_steps else "epoch") if evaluates else "no",
         "save_strategy": "steps" if options.save_steps else "epoch",
         "save_steps": options.save_steps or 500,
