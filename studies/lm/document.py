@@ -58,8 +58,8 @@ def rebuild(docs: Path = DOCS, results: Path = STUDY.results) -> list[str]:
             "**Finals**: test text, the seeds made by all methods of a size, 95 % intervals.",
             tables.finals(done, arm),
             "**Paired with the best low-rank method**, mean of the targets, 95 % intervals over "
-            f"the seeds. What is added to the source's loss: with both scaled to {GAIN:.0%} of the "
-            "low-rank method's gain; and with that one scaled down to the other's target loss.",
+            "the seeds. What a method adds to the source's loss more than the low-rank one, both "
+            "scaled to a share of the low-rank one's gain.",
             tables.paired(done, arm),
         ]
     fill(docs / PAGE, parts)

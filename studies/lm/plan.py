@@ -269,10 +269,10 @@ def curve(done: Done, arm: Arm, method: str, size: str, target: str) -> dict[flo
     }
 
 
-def level_of(done: Done, reference: Run) -> float:
-    """The target loss at `GAIN` of the reference's gain."""
+def level_of(done: Done, reference: Run, share: float = GAIN) -> float:
+    """The target loss at a share of the reference's gain."""
     before = float(done[reference.key].result["target_before"])
-    return before - GAIN * (before - point(done, reference)[0])
+    return before - share * (before - point(done, reference)[0])
 
 
 def added_at(level: float, curve: Mapping[float, Point], source_before: float) -> float | None:

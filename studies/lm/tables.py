@@ -42,6 +42,9 @@ from studies.lm.protocol import (
 from studies.lm.runs import Done
 from studies.page import NOT_YET, markdown
 
+GAINS = (0.75, GAIN, 0.9)
+"""Shares of the best low-rank method's gain at which the source is compared in the finals."""
+
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
 
@@ -138,12 +141,11 @@ def finals(done: Done, arm: Arm) -> str:
 def paired(done: Done, arm: Arm) -> str:
     """Each method against the best low-rank one of its size: pairs of one target and seed.
 
-    The difference of the target losses at the chosen rates; then twice what is added to the
-    source's loss, as a difference and as a share of what the low-rank method adds: with both at
-    `GAIN` of the low-rank one's gain, and with that one scaled down to the other's target loss.
+    The difference of the target losses at the chosen rates, and of what is added to the source's
+    loss where both are scaled to a share of the low-rank one's gain.
     """
     columns = ["method", "size", "seeds", "against", "target"]
-    columns += ["source at equal gain", "the share", "source at its own loss", "the share"]
+    columns += [f"source at {share:.0%} of the gain" for share in GAINS]
     rows = []
     for size in SIZES:
         reference, by_method = best_low_rank(done, arm, size), complete(done, arm, size)
@@ -154,17 +156,13 @@ def paired(done: Done, arm: Arm) -> str:
                 list(zip(*seed, strict=True))
                 for seed in zip(by_seed, by_method[reference], strict=True)
             ]
-            cells_ = []
-            for figure in (_losses, _at_equal_gain, _at_own_loss):
-                both = [[figure(done, *pair) for pair in seed] for seed in pairs]
-                known = [[each for each in seed if each is not None] for seed in both]
-                if sum(map(len, known)) < sum(map(len, both)):
-                    cells_ += [NOT_YET, NOT_YET]
-                    continue
-                cells_.append(spread([mean(o - t for o, t in seed) for seed in known], sign="+"))
-                ours, theirs = (sum(each[i] for seed in known for each in seed) for i in (0, 1))
-                cells_.append(_share(ours, theirs))
-            del cells_[1]  # the share of the losses
+            losses = [mean(point(done, o)[0] - point(done, t)[0] for o, t in p) for p in pairs]
+            cells_ = [spread(losses, sign="+")]
+            for share in GAINS:
+                added = [[_added_at_gain(done, *pair, share) for pair in seed] for seed in pairs]
+                known = [[each for each in seed if each is not None] for seed in added]
+                whole = sum(map(len, known)) == sum(map(len, added))
+                cells_.append(spread([*map(mean, known)], sign="+") if whole else NOT_YET)
             rows.append([method, size, f"{len(pairs)}", reference, *cells_])
     return _table(columns, rows)
 
@@ -193,36 +191,17 @@ def spread(values: Sequence[float], *, sign: str = "", digits: int = 3) -> str:
     return f"{mean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-Both = tuple[float, float]
-"""A figure of a run, and of the low-rank one of its target and seed."""
+def _added_at_gain(done: Done, run: Run, reference: Run, share: float) -> float | None:
+    """What a run adds to the source's loss more than the reference, at a share of its gain.
 
-
-def _losses(done: Done, run: Run, reference: Run) -> Both:
-    return point(done, run)[0], point(done, reference)[0]
-
-
-def _at_equal_gain(done: Done, run: Run, reference: Run) -> Both | None:
-    """What both add to the source's loss, scaled; None where it cannot be told."""
-    level = level_of(done, reference)
-    ours, theirs = (_added_at(done, each, level) for each in (run, reference))
-    return None if ours is None or theirs is None else (ours, theirs)
-
-
-def _at_own_loss(done: Done, run: Run, reference: Run) -> Both | None:
-    """What a run adds to the source's loss, and the reference scaled down to its target loss.
-
-    Where the reference does not come so low, at its lowest.
+    None where one of them does not come so far.
     """
-    theirs = _added_at(done, reference, max(point(done, run)[0], _lowest(done, reference)))
-    return None if theirs is None else (_added(done, run), theirs)
-
-
-def _added_at(done: Done, run: Run, level: float) -> float | None:
-    return added_at(level, strengths(done, run), done[run.key].result["source_before"])
-
-
-def _lowest(done: Done, run: Run) -> float:
-    return min(target for target, _ in strengths(done, run).values())
+    level = level_of(done, reference, share)
+    ours, theirs = (
+        added_at(level, strengths(done, each), done[each.key].result["source_before"])
+        for each in (run, reference)
+    )
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def strengths(done: Done, run: Run) -> dict[float, Point]:
