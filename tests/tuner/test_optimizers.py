@@ -418,7 +418,8 @@ class TestFactoredAdamW:
                 values.grad = torch.ones(len(values))
             optimizer.step()
             moved = sum(
-                float((a - b).norm() ** 2) for a, b in zip(start, values_of(model), strict=True)
+                float((a - b).detach().norm() ** 2)
+                for a, b in zip(start, values_of(model), strict=True)
             )
             norm = sum(weight.numel() * float(weight.var(correction=0)) for weight in weights)
             assert (moved / norm) ** 0.5 == pytest.approx(RELATIVE_STEP, rel=1e-4)
@@ -451,27 +452,43 @@ class TestFactoredAdamW:
             if p.requires_grad and "shira_weight" not in name:
                 torch.testing.assert_close(p, q)
 
-    def test_it_goes_on_from_its_state_to_the_bit(self, tmp_path):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_goes_on_from_its_state_to_the_bit(self, tmp_path, dtype):
+        def make():
+            model = adapted(modules_to_save=["c"])
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+            return model, FactoredAdamW(model, lr=1e-2)
+
         def steps(model, optimizer, numbers):
             for step in numbers:
-                loss_of(model, step).backward()
+                torch.manual_seed(step)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.randn(parameter.shape).to(dtype)
                 optimizer.step()
-                optimizer.zero_grad()
 
-        whole = adapted(modules_to_save=["c"])
-        steps(whole, FactoredAdamW(whole, lr=1e-2), range(4))
-        first = adapted(modules_to_save=["c"])
-        optimizer = FactoredAdamW(first, lr=1e-2)
+        whole, optimizer = make()
+        start = [p.detach().clone() for p in whole.parameters()]
+        steps(whole, optimizer, range(4))
+        first, optimizer = make()
         steps(first, optimizer, range(2))
         torch.save((first.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
-        second = adapted(modules_to_save=["c"])
+        second, again = make()
         state, of_optimizer = torch.load(tmp_path / "state.pt")
         second.load_state_dict(state)
-        again = FactoredAdamW(second, lr=1e-2)
         again.load_state_dict(of_optimizer)
         steps(second, again, range(2, 4))
-        for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        trained = [p.requires_grad for p in whole.parameters()]
+        for a, b, before, moved in zip(
+            whole.parameters(), second.parameters(), start, trained, strict=True
+        ):
             assert torch.equal(a, b)
+            assert torch.equal(a, before) != moved
+        assert all(
+            s["row_sq"].dtype == torch.float32 for s in again.state.values() if "row_sq" in s
+        )
 
     def test_a_trainer_takes_it_with_its_own_schedule(self, tmp_path):
         model = get_peft_model(llama(), ShiraConfig(r=4, random_seed=0))

@@ -28,14 +28,15 @@ RELATIVE_STEP = 0.0036
 
 The best rates of the language model's study, at 1.1 and 4.6 % of the entries (docs/study-lm.md)."""
 _OTHERS_RATE = 1e-3
+_SECOND = {"exp_avg_sq", "mean_sq", "row_sq", "column_sq"}
 
 
 class FactoredAdamW(torch.optim.Optimizer):
     """AdamW for the values of SHiRA adapters, second moments by rows and columns.
 
     For a weight of m rows and n columns the state is one first moment for each of its k trained
-    entries and ``m + n`` second moments. Other trainable parameters, such as those of
-    ``modules_to_save``, are stepped as by ``torch.optim.AdamW``.
+    entries and ``m + n`` second moments, which are float32. Other trainable parameters, such as
+    those of ``modules_to_save``, are stepped as by ``torch.optim.AdamW``.
 
     Args:
         model: A PEFT model. Its trainable parameters are optimized, in a group for each weight.
@@ -119,6 +120,17 @@ class FactoredAdamW(torch.optim.Optimizer):
                     self._move(parameter, parameter.grad, group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as ``torch.optim.Optimizer`` does, second moments in float32."""
+        super().load_state_dict(state_dict)
+        saved = [
+            state_dict["state"].get(i) for g in state_dict["param_groups"] for i in g["params"]
+        ]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, kept in zip(parameters, saved, strict=True):
+            for name in _SECOND.intersection(kept or ()):  # torch casts to the parameter's dtype
+                self.state[parameter][name] = kept[name].to(parameter.device, copy=True)
+
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         one, two = group["betas"]
         state = self.state[parameter]
@@ -127,7 +139,7 @@ class FactoredAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
         state["step"] += 1
         first = state["exp_avg"].lerp_(gradient, 1 - one)
-        root = self._second(parameter, gradient.square(), state, two).sqrt_()
+        root = self._second(parameter, gradient.float().square(), state, two).sqrt_()
         root.div_((1 - two ** state["step"]).sqrt_()).add_(group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(
@@ -141,13 +153,13 @@ class FactoredAdamW(torch.optim.Optimizer):
         places = self._places.get(parameter)
         if places is None:
             if "exp_avg_sq" not in state:
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(square)
             second: Tensor = state["exp_avg_sq"].lerp_(square, 1 - two)
             return second.clone()
         if places.at.device != parameter.device:
             places = self._places[parameter] = places.to(parameter.device)
         if "mean_sq" not in state:
-            state["mean_sq"] = parameter.new_zeros(())
+            state["mean_sq"] = square.new_zeros(())
             state["row_sq"], state["column_sq"] = map(torch.zeros_like, places.counts)
         mean = state["mean_sq"].lerp_(square.mean(), 1 - two)
         second = torch.ones_like(square)
