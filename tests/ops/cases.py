@@ -42,7 +42,7 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Relative to the size of the whole, as the error of a sum of products of numbers near 1 is."""
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}.get(dtype, 5e-3)
     wide_a, wide_b = a.double(), b.double()
-    floor = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-30)  # terms that cancel
+    floor = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 1e-30)  # terms that cancel
     return bool((wide_a - wide_b).norm() <= tolerance * wide_b.norm() + floor)
 
 
