@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from shira.errors import ConfigError, TargetError
+from shira.store.names import is_partitioned, is_sharded
+from shira.support import matrix_shape
 from shira.tuner.base_layer import base_of, pristine, readable
 from shira.tuner.layer import ShiraLayer
+from shira.tuner.layers import Convolution
 from shira.tuner.quantized import unpacked
 from shira.tuner.saving import layers_of
 
@@ -28,6 +31,10 @@ RELATIVE_STEP = 0.0036
 
 The best rates of the language model's study, at 1.1 and 4.6 % of the entries (docs/study-lm.md)."""
 _OTHERS_RATE = 1e-3
+_IN_PARTS = (
+    "FactoredAdamW needs whole values, and FSDP2 and DeepSpeed keep a part on each process. Train "
+    "with torch.optim.AdamW, or under DDP"
+)
 _SECOND = {"exp_avg_sq", "mean_sq", "row_sq", "column_sq"}
 
 
@@ -87,9 +94,12 @@ class FactoredAdamW(torch.optim.Optimizer):
         layers: dict[Tensor, ShiraLayer] = {}
         for layer in layers_of(model).values():
             for adapter, values in layer.shira_weight.items():
-                if values.requires_grad:
-                    self._places[values] = _Places.of(layer.shira_indices[adapter])
-                    layers[values] = layer
+                if not values.requires_grad:
+                    continue
+                if is_partitioned(values) or is_sharded(values):
+                    raise ConfigError(f"{layer.weight_name}, adapter {adapter!r}: {_IN_PARTS}")
+                self._places[values] = _Places.of(layer, adapter)
+                layers[values] = layer
         groups: list[dict[str, Any]] = [
             {"params": [values], "lr": rate, "factored": True}
             for values, rate in _rates(layers, lr, by_weight).items()
@@ -112,9 +122,8 @@ class FactoredAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if group["factored"] and parameter not in self._places:
                     raise ConfigError(
-                        "the values of an adapter are not those of which the optimizer was made, "
-                        "as under FSDP2 and DeepSpeed, which keep a part on each process. "
-                        "FactoredAdamW needs them whole: train with torch.optim.AdamW or under DDP"
+                        "the values of an adapter are others than when the optimizer was made: "
+                        f"{_IN_PARTS}"
                     )
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
@@ -181,8 +190,11 @@ class _Places(NamedTuple):
     """The number of entries in each row, and in each column; at least 1."""
 
     @classmethod
-    def of(cls, coordinates: Tensor) -> _Places:
-        at = coordinates.int()
+    def of(cls, layer: ShiraLayer, adapter: str) -> _Places:
+        """Take a convolution's weight for ``[out, in * kernel]``, a stack of matrices for one."""
+        support, shape = layer.support(adapter), layer.weight_shape
+        columns = matrix_shape(shape)[1] if isinstance(layer, Convolution) else shape[-1]
+        at = torch.stack([support.indices // columns, support.indices % columns]).int()
         return cls(at, tuple(torch.bincount(of).clamp_(min=1).float() for of in at))
 
     def to(self, device: torch.device) -> _Places:
@@ -197,7 +209,8 @@ def _rates(
         return dict.fromkeys(layers, _OTHERS_RATE if lr is None else lr)
     of_layer = {layer: _deviation(layer) for layer in {*layers.values()}}
     entries = sum(map(Tensor.numel, layers))
-    mean = sum(values.numel() * of_layer[layer] for values, layer in layers.items()) / entries
+    sizes = (values.numel() * of_layer[layer] for values, layer in layers.items())
+    mean = sum(sizes) / max(1, entries)
     # a weight that is all zeros is taken for one of the mean deviation
     factors = {
         values: (of_layer[layer] or mean) / mean if by_weight and mean else 1.0
@@ -208,7 +221,7 @@ def _rates(
             *(d * math.prod(layer.weight_shape) ** 0.5 for layer, d in of_layer.items())
         )
         step = math.hypot(*(values.numel() ** 0.5 * factor for values, factor in factors.items()))
-        lr = RELATIVE_STEP * norm / step if norm else _OTHERS_RATE
+        lr = RELATIVE_STEP * norm / step if norm and step else _OTHERS_RATE
     return {values: lr * factor for values, factor in factors.items()}
 
 
@@ -222,4 +235,7 @@ def _deviation(layer: ShiraLayer) -> float:
                 f"{layer.weight_name}: rates go by the weight's values, but they are quantized in "
                 "a way that cannot be unpacked; pass lr=... and by_weight=False"
             )
-        return float(weight.detach().float().std(correction=0))
+        # without a copy in float32
+        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+        mean = float(weight.mean(dtype=torch.float32))
+        return math.sqrt(max(0.0, norm**2 / max(1, weight.numel()) - mean**2))
