@@ -124,16 +124,28 @@ def tuning(done: Done, arm: Arm) -> str:
 
 
 def finals(done: Done, arm: Arm) -> str:
-    """Test losses at the chosen rates: mean and interval over the seeds; the mean over targets."""
-    columns = ["method", "size", "seeds", *TARGETS, "mean", "added to the source", "accuracy"]
+    """Test losses at the chosen rates: mean and interval over the seeds; the mean over targets.
+
+    What is added to the source's loss stands there twice: at the chosen rate, and scaled to `GAIN`
+    of what the best low-rank method gains.
+    """
+    columns = ["method", "size", "seeds", *TARGETS, "mean", "added to the source"]
+    columns += [f"added at {GAIN:.0%} of the gain", "accuracy"]
     rows = []
     for size in SIZES:
-        for method, by_seed in complete(done, arm, size).items():
+        reference, by_method = best_low_rank(done, arm, size), complete(done, arm, size)
+        for method, by_seed in by_method.items():
             losses = [[point(done, run)[0] for run in runs] for runs in by_seed]
             added = [[_added(done, run) for run in runs] for runs in by_seed]
             hits = [_accuracy(done, runs[TARGETS.index(CHOICES)]) for runs in by_seed]
             cells_ = [spread([seed[i] for seed in losses]) for i in range(len(TARGETS))]
             cells_ += [spread([mean(seed) for seed in values]) for values in (losses, added)]
+            if reference is None:
+                cells_.append(NOT_YET)
+            else:
+                pairs = _pairs(by_seed, by_method[reference])
+                scaled = [[_added_at_gain(done, *pair, GAIN) for pair in seed] for seed in pairs]
+                cells_.append(_over_targets(scaled))
             rows.append([method, size, f"{len(by_seed)}", *cells_, spread(hits, digits=1)])
     return _table(columns, rows)
 
@@ -152,17 +164,12 @@ def paired(done: Done, arm: Arm) -> str:
         for method, by_seed in by_method.items():
             if reference is None or method == reference:
                 continue
-            pairs = [
-                list(zip(*seed, strict=True))
-                for seed in zip(by_seed, by_method[reference], strict=True)
-            ]
+            pairs = _pairs(by_seed, by_method[reference])
             losses = [mean(point(done, o)[0] - point(done, t)[0] for o, t in p) for p in pairs]
             cells_ = [spread(losses, sign="+")]
             for share in GAINS:
-                added = [[_added_at_gain(done, *pair, share) for pair in seed] for seed in pairs]
-                known = [[each for each in seed if each is not None] for seed in added]
-                whole = sum(map(len, known)) == sum(map(len, added))
-                cells_.append(spread([*map(mean, known)], sign="+") if whole else NOT_YET)
+                more = [[_more_at_gain(done, *pair, share) for pair in seed] for seed in pairs]
+                cells_.append(_over_targets(more, sign="+"))
             rows.append([method, size, f"{len(pairs)}", reference, *cells_])
     return _table(columns, rows)
 
@@ -191,17 +198,34 @@ def spread(values: Sequence[float], *, sign: str = "", digits: int = 3) -> str:
     return f"{mean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-def _added_at_gain(done: Done, run: Run, reference: Run, share: float) -> float | None:
-    """What a run adds to the source's loss more than the reference, at a share of its gain.
+Seeds = Sequence[Sequence[Run]]
+"""Final runs by seed and target."""
 
-    None where one of them does not come so far.
-    """
-    level = level_of(done, reference, share)
-    ours, theirs = (
-        added_at(level, strengths(done, each), done[each.key].result["source_before"])
-        for each in (run, reference)
-    )
+
+def _pairs(ours: Seeds, theirs: Seeds) -> list[list[tuple[Run, Run]]]:
+    return [list(zip(*seed, strict=True)) for seed in zip(ours, theirs, strict=True)]
+
+
+def _over_targets(seeds: Sequence[Sequence[float | None]], *, sign: str = "") -> str:
+    """The mean over the targets, and its interval over the seeds, if all are known."""
+    known = [[value for value in seed if value is not None] for seed in seeds]
+    whole = all(len(some) == len(every) for some, every in zip(known, seeds, strict=True))
+    return spread([*map(mean, known)], sign=sign) if whole else NOT_YET
+
+
+def _more_at_gain(done: Done, run: Run, reference: Run, share: float) -> float | None:
+    """What a run adds to the source's loss more than the reference, at a share of its gain."""
+    ours, theirs = (_added_at_gain(done, each, reference, share) for each in (run, reference))
     return None if ours is None or theirs is None else ours - theirs
+
+
+def _added_at_gain(done: Done, run: Run, reference: Run, share: float) -> float | None:
+    """What a run, scaled to a share of the reference's gain, adds to the source's loss.
+
+    None where it does not come so far.
+    """
+    before = done[run.key].result["source_before"]
+    return added_at(level_of(done, reference, share), strengths(done, run), before)
 
 
 def strengths(done: Done, run: Run) -> dict[float, Point]:

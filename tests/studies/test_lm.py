@@ -479,6 +479,9 @@ def test_tables_show_the_seeds_that_all_methods_made(everything: runs.Done) -> N
     more = [share * 2 * (1.957 / 1.947 - 1) for share in tables.GAINS]
     cells = [f"{value:+.3f} ± 0.000" for value in (0.01, *more)]
     assert row == f"| block | small | 5 | lora | {' | '.join(cells)} |"
+    row = next(r for r in whole.splitlines() if "| block | small " in r)
+    added = protocol.GAIN * 2 * 1.957 / 1.947
+    assert f" | 2.000 ± 0.000 | {added:.3f} ± 0.000 | " in row
 
 
 def test_of_an_incomplete_screen_no_figure_is_shown(everything: runs.Done) -> None:
