@@ -32,6 +32,7 @@ TASKS = {
     "causal-lm": Task("CAUSAL_LM", "AutoModelForCausalLM", "text-generation"),
 }
 DEFAULT_DENSITY = 0.02
+DEFAULT_LEARNING_RATE = 1e-3
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "factored")
 GROUPS = {  # of the help, by the first option of each
@@ -118,11 +119,16 @@ class TrainOptions:
     overwrite: bool = _option(False, "Replace an adapter that is in --output already.")
 
     def filled(self) -> TrainOptions:
-        """Return the options with what is taken for budget, mask seed and targets not given."""
+        """Return the options with what is taken for budget, rate, seed and targets not given.
+
+        The rate stays None with `FactoredAdamW`, which takes it from the weights.
+        """
         no_budget = self.r is None and self.density is None
+        no_rate = self.learning_rate is None and self.optimizer == "adamw"
         return dataclasses.replace(
             self,
             density=DEFAULT_DENSITY if no_budget else self.density,
+            learning_rate=DEFAULT_LEARNING_RATE if no_rate else self.learning_rate,
             mask_seed=self.seed if self.mask_seed is None else self.mask_seed,
             target_modules=self.target_modules or "all-linear",
         )

@@ -58,7 +58,7 @@ def write_outputs(
     write_json(output / "metrics.json", figures)
     job = {
         name: value
-        for name, value in asdict(options).items()
+        for name, value in asdict(options.filled()).items()
         if value is not None and name not in ("resume", "overwrite")  # which are of this run
     }
     write_atomically(output / "train.yaml", yaml.safe_dump(job, sort_keys=False).encode())

@@ -25,7 +25,7 @@ from transformers import (
 from shira.cli.options import one_of
 from shira.cli.progress import Steps
 from shira.cli.train.data import Data, collator
-from shira.cli.train.options import TrainOptions
+from shira.cli.train.options import DEFAULT_LEARNING_RATE, TrainOptions
 from shira.cli.train.outputs import Result
 from shira.errors import ConfigError, ShiraError
 
@@ -194,7 +194,7 @@ def training_arguments(options: TrainOptions, folder: Path, **more: Any) -> Any:
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.eval_batch_size or options.batch_size,
         "data_seed": options.seed,
-        "learning_rate": options.learning_rate or 1e-3,
+        "learning_rate": options.learning_rate or DEFAULT_LEARNING_RATE,
         "eval_strategy": ("steps" if options.eval_steps else "epoch") if evaluates else "no",
         "save_strategy": "steps" if options.save_steps else "epoch",
         "save_steps": options.save_steps or 500,
