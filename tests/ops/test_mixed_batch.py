@@ -32,7 +32,8 @@ def with_kernels(kernels, case, transposed=False):
     plans = [ops.make_plan([index], shape, (shape[1], 1)) for index in indices]
     places = native.Places([plan.gaps for plan in plans])
     result = result.clone()
-    assert kernels.add_products(result, x, rows, counts, places, deltas, shape, transposed) == -1
+    groups = native.Batch(places, deltas, counts)
+    assert kernels.add_products(result, x, rows, groups, shape, transposed) == -1
     return result
 
 
@@ -182,11 +183,11 @@ def test_the_kernel_tells_rows_that_it_cannot_use_and_writes_nothing(instruction
         result, x, rows, counts, deltas, indices, shape = case
         plans = [ops.make_plan([index], shape, (shape[1], 1)) for index in indices]
         places, got = native.Places([plan.gaps for plan in plans]), result.clone()
+        groups = native.Batch(places, deltas, counts)
         for at, row in ((0, -1), (12, len(x)), (5, 2**62), (7, -(2**62)), (12, int(rows[0]))):
             wrong = rows.clone()
             wrong[at] = row
-            rest = counts, places, deltas, shape, transposed
-            assert kernels.add_products(got, x, wrong, *rest) == at
+            assert kernels.add_products(got, x, wrong, groups, shape, transposed) == at
             assert torch.equal(got, result)
 
 

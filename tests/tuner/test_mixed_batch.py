@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,9 +112,9 @@ def test_one_call_of_the_kernel_for_each_layer_and_the_same_rows_for_all(monkeyp
     seen = []
     original = native.Kernels.add_products
 
-    def add_products(self, y, x, rows, counts, *rest):
-        seen.append((rows, counts))
-        return original(self, y, x, rows, counts, *rest)
+    def add_products(self, y, x, rows, groups, *rest):
+        seen.append((rows, groups.shares[2 * groups.size :].tolist()))
+        return original(self, y, x, rows, groups, *rest)
 
     monkeypatch.setattr(native.Kernels, "add_products", add_products)
     with torch.no_grad():
@@ -314,6 +318,7 @@ def another_dtype_and_back(layer):
     another_scale(layer)
 
 
+@pytest.mark.parametrize("names", [NAMES, Samples(NAMES)], ids=["names", "the same batch"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -331,15 +336,15 @@ def another_dtype_and_back(layer):
         another_dtype_and_back,
     ],
 )
-def test_whatever_is_changed_counts_from_the_next_call_on(change):
+def test_whatever_is_changed_counts_from_the_next_call_on(change, names):
     """What a layer keeps of where its adapters are never leads to what they were before."""
     layer = adapted(mlp(), ["lin0"]).base_model.model.lin0
     x = torch.randn(6, 8)
     with torch.no_grad():
         for _ in range(2):
-            before = layer(x, adapter_names=NAMES)
+            before = layer(x, adapter_names=names)
         change(layer)
-        after = layer(x, adapter_names=NAMES)
+        after = layer(x, adapter_names=names)
         torch.testing.assert_close(after[1:], before[1:], rtol=1e-2, atol=1e-2)
         assert not torch.equal(after[0], before[0])
         rows, cols = layer.shira_indices["de"]
@@ -347,6 +352,38 @@ def test_whatever_is_changed_counts_from_the_next_call_on(change):
         weight[rows.long(), cols.long()] += layer._delta("de").float()
         want = F.linear(x[0], weight, layer.get_base_layer().bias)
     torch.testing.assert_close(after[0], want)
+
+
+@needs_kernels
+def test_a_batch_of_the_same_names_finds_what_the_one_before_found():
+    model = adapted(mlp(), ["lin0", "lin1"])
+    tuner, x = model.base_model, torch.randn(6, 8)
+    layers = [tuner.model.lin0, tuner.model.lin1]
+
+    def found():
+        (samples,) = tuner._latest_samples
+        return [rows.groups[layer] for layer in layers for rows in samples._rows.values()
+                if layer in rows.groups]  # fmt: skip
+
+    with torch.inference_mode():
+        want = model(x, adapter_names=NAMES)
+        first = found()
+        assert len(first) == 2
+        assert torch.equal(model(x, adapter_names=NAMES), want)
+        assert [*map(id, found())] == [*map(id, first)]
+    # what was made in inference mode is not in the way of gradients
+    x.requires_grad_()
+    model(x, adapter_names=NAMES).sum().backward()
+    assert x.grad is not None
+    other = copy.deepcopy(model)
+    assert not any(samples._rows for samples in other.base_model._latest_samples)
+    with torch.no_grad():
+        assert torch.equal(other(x, adapter_names=NAMES), want)
+    kept = weakref.ref(layers[0].shira_weight["de"])
+    del first
+    model.delete_adapter("de")
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_layer_in_a_mixed_batch_takes_few_steps():

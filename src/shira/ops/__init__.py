@@ -17,13 +17,14 @@ from shira.ops.functional import (
     value_gradients,
 )
 from shira.ops.gradient import Choice, choose, set_scratch_bytes, use_backend, weight_gradient
-from shira.ops.mixed_batch import add_products
+from shira.ops.mixed_batch import DeltaGroups, add_products
 from shira.ops.plan import Plan, make_plan, plan_for
 from shira.ops.resident import resident
 from shira.ops.stack import grouped, pieces_of
 
 __all__ = [
     "Choice",
+    "DeltaGroups",
     "Plan",
     "add_products",
     "adapted_weight",

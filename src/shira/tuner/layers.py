@@ -62,11 +62,22 @@ class Linear(ShiraLayer):
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
     def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
-        deltas, indices = self._in_use(adapters)
-        x, shape = x.reshape(-1, x.shape[-1]), matrix_shape(self.weight_shape)
-        return ops.add_products(
-            result, x, *rows, deltas, indices, shape, transposed=self.fan_in_fan_out
-        )
+        groups = rows.groups.get(self)
+        if groups is None or torch.is_grad_enabled() or not self._are_as_before(adapters, groups):
+            deltas, indices = self._in_use(adapters)
+            shape, transposed = matrix_shape(self.weight_shape), self.fan_in_fan_out
+            groups = ops.DeltaGroups(rows.counts, deltas, indices, shape, transposed=transposed)
+            if all(isinstance(delta, nn.Parameter) for delta in deltas):  # scaled ones are copies
+                rows.groups[self] = groups
+        return groups.add(result, x.reshape(-1, x.shape[-1]), rows.order)
+
+    def _are_as_before(self, adapters: Sequence[str], groups: ops.DeltaGroups) -> bool:
+        values, positions = self._modules["shira_weight"], self._modules["shira_indices"]
+        if {*map(self.scaling.get, adapters)} != {1.0}:
+            return False
+        deltas = [*map(values._parameters.get, adapters)]  # type: ignore[union-attr]
+        indices = [*map(positions._buffers.get, adapters)]  # type: ignore[union-attr]
+        return groups.unchanged(deltas, indices)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

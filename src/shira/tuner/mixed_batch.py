@@ -20,11 +20,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from shira.errors import AdapterError, MergeError, UnknownAdapterError, did_you_mean
+from shira.ops import DeltaGroups
 from shira.ops.plain import transforming
+from shira.ops.product import runs_eagerly
 from shira.tuner.base_layer import Way, inputs_of, weight_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
+_KEPT = 16  # rows of a batch that are kept, by the adapters that a layer has and by tokens
 
 
 class Rows(NamedTuple):
@@ -34,10 +37,29 @@ class Rows(NamedTuple):
     """int64: those of the first adapter, of the second, and so on."""
     counts: list[int]
     """The number that each has."""
+    groups: dict[nn.Module, DeltaGroups]
+    """By layer, its adapters for these rows: where their entries and values are."""
 
 
 class Samples(tuple[str, ...]):
-    """The adapter's name of each sample, grouped once for all layers of a forward pass."""
+    """The adapter's name of each sample, grouped once for all layers of a forward pass.
+
+    The model keeps the latest for the next forward pass of the same names, as in generation.
+    """
+
+    @classmethod
+    def of(cls, model: Any, names: Iterable[str]) -> Samples:
+        """Return those of the model's last forward pass, if they are the same; else new ones."""
+        samples = cls(names)
+        for latest in model._latest_samples:
+            if latest == samples:
+                return latest  # type: ignore[no-any-return]
+        # two, for an encoder has others than the beams of its decoder
+        model._latest_samples = (samples, *model._latest_samples[:1])
+        return samples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Samples, (tuple(self),)  # a copy of the model has other layers
 
     @cached_property
     def groups(self) -> dict[str, list[int]]:
@@ -50,12 +72,18 @@ class Samples(tuple[str, ...]):
     def rows(self, adapters: Sequence[str], tokens: int, device: torch.device) -> Rows:
         """Return where some adapters' tokens are in a batch of so many for each sample."""
         key = (*adapters, tokens, device)
-        if key not in self._rows:
-            groups = [self.groups[name] for name in adapters]
+        if key in self._rows:
+            return self._rows[key]
+        groups = [self.groups[name] for name in adapters]
+        with torch.inference_mode(False):  # they may be for a later call with gradients
             at = torch.tensor([sample for group in groups for sample in group], device=device)
-            rows = (at.unsqueeze(1) * tokens + torch.arange(tokens, device=device)).view(-1)
-            self._rows[key] = Rows(rows, [len(group) * tokens for group in groups])
-        return self._rows[key]
+            order = (at.unsqueeze(1) * tokens + torch.arange(tokens, device=device)).view(-1)
+        rows = Rows(order, [len(group) * tokens for group in groups], {})
+        if runs_eagerly(order):
+            if len(self._rows) == _KEPT:
+                self._rows.clear()
+            self._rows[key] = rows
+        return rows
 
     @cached_property
     def _rows(self) -> dict[Any, Rows]:
@@ -85,9 +113,10 @@ def adapter_names_in_effect(
                 f"{did_you_mean(name, known)} Known are {', '.join(sorted(known - {BASE}))}, and "
                 f"{BASE!r} for the base model."
             )
-    once = Samples(adapter_names)
+    once = Samples.of(model, adapter_names)
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-    repeated = Samples(name for name in once for _ in range(beams)) if beams > 1 else once
+    names = (name for name in once for _ in range(beams))
+    repeated = Samples.of(model, names) if beams > 1 else once
     in_encoder = set(_encoder_modules(model))
     for layer in layers:
         if not layer.disable_adapters:

@@ -43,7 +43,7 @@ from shira.tuner.layers import layer_class_of
 from shira.tuner.loading import check_state_dict, named_for_loading, read_incoming
 from shira.tuner.masking import support_of_layer
 from shira.tuner.matching import Matched, Target, matched_parameters, owners_of
-from shira.tuner.mixed_batch import BASE, adapter_names_in_effect
+from shira.tuner.mixed_batch import BASE, Samples, adapter_names_in_effect
 from shira.tuner.parameter import ParameterLayer, wrapper_of
 from shira.tuner.quantized import backend_of
 from shira.tuner.rollback import as_it_was, merges_of
@@ -95,6 +95,7 @@ class ShiraModel(BaseTuner):
             raise
         self.training = model.training
         self._repacks = False  # the last merge was to pack quantized weights again
+        self._latest_samples: tuple[Samples, ...] = ()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -551,6 +552,7 @@ class ShiraModel(BaseTuner):
         """
         with as_it_was(self):
             super().delete_adapter(adapter_name)
+        self._latest_samples = ()  # which keep its values
         if not self.peft_config:
             self.peft_config = self.model.peft_config = _Configs()
 

@@ -81,6 +81,21 @@ class Places:
             self.table.extend((*memory, nnz))
 
 
+class Batch:
+    """Groups of rows, each with its entries and their values, as `Kernels.add_products` takes them.
+
+    Values are ``(k,)`` each, in a dtype of `KINDS`, contiguous; counts are numbers of rows.
+    """
+
+    __slots__ = "places", "shares", "size", "width"
+
+    def __init__(self, places: Places, values: Sequence[Tensor], counts: Sequence[int]) -> None:
+        kinds = [KINDS[value.dtype] for value in values]
+        self.places, self.size = places, len(kinds)
+        self.shares = array("q", [*map(Tensor.data_ptr, values), *kinds, *counts])
+        self.width = sum([1 if count == 1 else count + _WIDER for count in counts])
+
+
 class Loaded(NamedTuple):
     """The library, or why there is none."""
 
@@ -144,29 +159,26 @@ class Kernels:
         return out
 
     def add_products(
-        self, y: Tensor, x: Tensor, rows: Tensor, counts: Sequence[int], places: Places,
-        deltas: Sequence[Tensor], shape: tuple[int, int], transposed: bool,
+        self, y: Tensor, x: Tensor, rows: Tensor, batch: Batch, shape: tuple[int, int],
+        transposed: bool,
     ) -> int:  # fmt: skip
         """Add ``x dW^T`` to rows of y in place, rounded once, each group of rows with its own dW.
 
         ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`; rows int64, contiguous,
-        those of one group after the other, ``counts`` of each. Deltas are ``(k,)`` in a dtype of
-        `KINDS`, contiguous; dW is ``(out, in)``, or ``(in, out)`` if transposed.
+        those of one group of the batch after the other; dW is ``(out, in)``, or ``(in, out)`` if
+        transposed.
 
         Returns -1; or which of the rows is out of range or named before, and nothing was done.
         """
         x = _rows_contiguous(x)
-        threads, (ins, out) = _threads(places.entries), shape if transposed else shape[::-1]
-        width = sum([1 if count == 1 else count + _WIDER for count in counts])
-        tokens = len(y)
-        room = (ins + 1) * max(_WIDEST, min(width, _ROOM // (ins + 1))) + tokens // 32
+        places, (ins, out) = batch.places, shape if transposed else shape[::-1]
+        threads, tokens = _threads(places.entries), len(y)
+        room = (ins + 1) * max(_WIDEST, min(batch.width, _ROOM // (ins + 1))) + tokens // 32
         size = room + threads * self._deltas_scratch(out, transposed)
         scratch = x.new_empty(size, dtype=torch.float32)
-        kinds = [KINDS[delta.dtype] for delta in deltas]
-        shares = array("q", [*map(Tensor.data_ptr, deltas), *kinds, *counts])
         return self._call["deltas"](  # type: ignore[no-any-return]
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), KINDS[x.dtype], tokens,
-            places.table.buffer_info()[0], shares.buffer_info()[0], len(kinds),
+            places.table.buffer_info()[0], batch.shares.buffer_info()[0], batch.size,
             rows.data_ptr(), len(rows), *shape, transposed, scratch.data_ptr(), room, threads,
         )  # fmt: skip
 

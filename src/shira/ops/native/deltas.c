@@ -8,8 +8,9 @@
 // sums stay in registers, four of them for every fourth entry, and rows are added to y some at a
 // time, rounded once. With a dW stored (in, out) the sums of a whole tile are kept in scratch.
 //
-// Threads take blocks of gaps, the rows that begin in each, as they come to them. No sum is shared,
-// and its order depends on the positions alone: neither threads nor other tokens change its bits.
+// Threads take blocks of gaps, the rows that begin in each, as they come to them: first those of the
+// tokens whose x they have transposed themselves, which is in their own cache. No sum is shared, and
+// its order depends on the positions alone: neither threads nor other tokens change its bits.
 #define AT_ONCE 512
 #include "walk.h"
 
@@ -364,7 +365,7 @@ int64_t NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_s
     job whole = {x, y, order, places, shares, x_stride, y_stride, rows, cols, ins, outs,
                  kind, transposed, groups};
     const job *j = &whole;
-    int64_t apart = NAME(shira_deltas_scratch)(outs, transposed), taken = 0;
+    int64_t apart = NAME(shira_deltas_scratch)(outs, transposed), taken[threads];
     int64_t pieces = (ins + PIECE - 1) / PIECE;
 #pragma omp parallel num_threads(threads)
     {
@@ -379,7 +380,7 @@ int64_t NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_s
                 more = next_tile(j, &past);
             }
             // Their x, transposed.
-            if (!me) taken = 0;
+            taken[me] = 0;
             tile t = first;
             int64_t end = share(tiles * pieces, me + 1, all), at = 0, into = 0;
             for (int64_t p = share(tiles * pieces, me, all); p < end; p++) {
@@ -389,13 +390,16 @@ int64_t NAME(shira_deltas)(const void *x, int64_t x_stride, void *y, int64_t y_s
                 if (to == ins) memset(scratch + into + ins * t.width, 0, 4 * t.width);
             }
 #pragma omp barrier
-            t = first, at = into = 0;
-            for (;;) {
-                int64_t part = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
-                if (part >= parts) break;
-                for (; at + t.blocks <= part; next_tile(j, &t))
-                    at += t.blocks, into += (ins + 1) * t.width;
-                multiply(j, &t, part - at, scratch + into, sums);
+            // Each begins where its own x is, and helps the others when that is done.
+            for (int k = 0; k < all; k++) {
+                int whose = (me + k) % all;
+                int64_t from = share(parts, whose, all), to = share(parts, whose + 1, all), part;
+                t = first, at = into = 0;
+                while ((part = from + __atomic_fetch_add(taken + whose, 1, __ATOMIC_RELAXED)) < to) {
+                    for (; at + t.blocks <= part; next_tile(j, &t))
+                        at += t.blocks, into += (ins + 1) * t.width;
+                    multiply(j, &t, part - at, scratch + into, sums);
+                }
             }
 #pragma omp barrier
         }
