@@ -151,6 +151,19 @@ def test_a_checkpoint_of_an_earlier_run_is_not_the_last(tmp_path):
     assert find_checkpoint(tmp_path, "last").name == "checkpoint-5"
 
 
+def test_a_record_holds_the_rate_that_is_taken(tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    options = TrainOptions(task="causal-lm", train_file=str(tmp_path / "train.csv"))
+    record = record_of(options, processes=1)
+    assert record["learning_rate"] == 1e-3
+    assert record_of(replace(options, optimizer="factored"), processes=1)["learning_rate"] is None
+    # of before there was a choice of optimizers
+    del record["optimizer"]
+    (tmp_path / "shira_train.json").write_text(json.dumps(record))
+    check_same(tmp_path, record_of(options, processes=1))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / "shira_train.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="no record of settings"):
