@@ -355,7 +355,8 @@ def test_sleep_level_two_reloads_before_all_is_awake(llm):
     llm.log.clear()
     client.sleep(1)
     client.wake_up()
-    assert "reload_weights" not in llm.log
+    awake = ["wake ['weights']", "shira_wake", "wake None"]
+    assert llm.log[:5] == ["shira_sleep", "sleep 1", *awake]
 
 
 def test_two_clients_know_of_each_other(llm):

@@ -296,6 +296,7 @@ def test_an_engine_falls_asleep_when_nothing_reads_its_weights_any_more(bounded)
     bounded.call(lambda held: held.sleep(1))
     assert all(bounded.call(lambda held: held.load_ready()))
     bounded.call(lambda held: held.end_load())
+    bounded.call(lambda held: held.wake())
     bounded.right({"e": 1.0})
 
 

@@ -509,6 +509,26 @@ def test_weights_that_something_else_wrote(cluster):
 # --- sleep ---------------------------------------------------------------------------------------
 
 
+def test_weights_that_may_be_freed_are_not_touched(cluster):
+    active = [t.clone() for _, _, t in cluster.tensors()]
+    cluster.call(lambda held: held.sleep(1))
+    cluster.call(lambda held: held.sleep(0))  # no more than a pause
+    for step in [
+        lambda held: held.activate({}),
+        lambda held: held.check({"a": 1.0}),
+        lambda held: held.load("b", lambda: adapter_for(cluster.base, 2)),
+        lambda held: held.begin_load("b", lambda: adapter_for(cluster.base, 2)),
+    ]:
+        with pytest.raises(ServeError, match="asleep"):
+            cluster.call(step)
+    assert all(torch.equal(a, b) for a, (_, _, b) in zip(active, cluster.tensors(), strict=True))
+    cluster.call(lambda held: held.wake())
+    cluster.activate({})
+    cluster.expect(cluster.base)
+    cluster.call(lambda held: held.sleep(0))
+    cluster.activate({"a": 1.0})
+
+
 def test_discarded_weights_are_loaded_anew_and_what_was_active_applied(cluster):
     active = [t for _, _, t in cluster.tensors()]
     cluster.call(lambda held: held.sleep(2))

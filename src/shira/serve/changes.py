@@ -64,7 +64,7 @@ class Shared:
     lock: Any  # held while anything is changed
     # Requests of the asynchronous clients share it, a switch is alone.
     gate: AdapterScheduler = field(default_factory=lambda: AdapterScheduler(_no_switch))
-    discarded: bool = False  # the engine sleeps without its weights
+    asleep: int = 0  # the level at which the engine sleeps; 0 too if it is awake
     stale: bool = False  # its caches may hold answers of other weights: no request may run
     # The workers' last answers.
     reports: list[dict[str, Any]] = field(default_factory=lambda: [{"active": {}, "state": "base"}])
@@ -204,8 +204,8 @@ class Changes(Generic[Done, Report, Reports]):
         """Let the engine sleep. Loaded adapters and what is active survive both levels.
 
         At level 1 vLLM keeps the weights, with what is active in them; at level 2 it drops them,
-        and `wake_up` loads the base anew and applies what was active. Requests are as in
-        `activate`.
+        and `wake_up` loads the base anew and applies what was active. From level 1 on nothing is
+        loaded or switched until then. Requests are as in `activate`.
         """
         return self._do(self._sleep, level)
 
@@ -357,15 +357,18 @@ class Changes(Generic[Done, Report, Reports]):
         level = slept(level)
         async with self._alone():
             await self._call("shira_sleep", level)
-            self._shared.discarded = level >= 2
+            self._shared.asleep = max(self._shared.asleep, level)
             sleep = partial(self._engine.sleep, level=level, **self._sleep_mode)
             await self._ask("sleep", sleep)
 
     async def _wake_up(self) -> None:
-        if self._shared.discarded:
+        if self._shared.asleep:  # the weights first, before any request runs
             await self._ask("wake_up", partial(self._engine.wake_up, tags=["weights"]))
+        if self._shared.asleep >= 2:
             reload = partial(self._engine.collective_rpc, "reload_weights")
             await self._ask("reload_weights", reload)
             await self._call("shira_rebase")
-            self._shared.discarded = False
+        elif self._shared.asleep:
+            await self._call("shira_wake")
+        self._shared.asleep = 0
         await self._ask("wake_up", self._engine.wake_up)

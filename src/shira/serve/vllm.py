@@ -215,6 +215,10 @@ class ShiraWorkerExtension:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
         return self._shira_do("shira_sleep", lambda adapters: adapters.sleep(level))
 
+    def shira_wake(self) -> dict[str, Any]:
+        """Tell that the engine is awake, its weights in their memory again."""
+        return self._shira_do("shira_wake", lambda adapters: adapters.wake())
+
     def shira_rebase(self: Any, check: bool = True) -> dict[str, Any]:
         """Apply what was active to weights that were loaded anew; see `WorkerAdapters.rebase`."""
 

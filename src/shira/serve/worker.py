@@ -4,7 +4,10 @@
 The life of the weights::
 
     base --activate--> active --activate--> active --activate none--> base
-                         | sleep (at level 2 the engine drops the weights)
+                         | sleep
+                         v
+                       asleep --wake--> active
+                         | (at level 2 the engine drops the weights)
                          v
                      discarded --rebase (the base was loaded anew)--> active
 
@@ -119,7 +122,7 @@ class WorkerAdapters:
         self.beside = beside or self.processes
         self.writing = writing
         self.holding = Holding()
-        self.discarded = False
+        self.discarded = self.asleep = False
         self._base_changes = 0
         self._switching = threading.RLock()  # held while weights are written, or read in a thread
         self._beside: Beside[Any, Any, LoadedAdapter] | None = None
@@ -215,7 +218,7 @@ class WorkerAdapters:
         loaded = beside.result()
 
         def check_now() -> None:
-            self._check_awake()
+            self._check_whole()
             if base_changes != self._base_changes:
                 raise ServeError(
                     f"the engine's weights were loaded anew while adapter {name!r} was being "
@@ -344,14 +347,20 @@ class WorkerAdapters:
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights.
 
-        A load that is under way reads them to its end first.
+        A load that is under way reads them to its end first. From level 1 on their memory may be
+        freed: until `wake`, or after level 2 `rebase`, they are neither read nor written.
         """
         if self._beside is not None:
             with suppress(Exception):  # `end_load` raises it
                 self._beside.result()
-        if slept(level) >= 2:
+        self.asleep |= slept(level) >= 1
+        if level >= 2:
             self.discarded = True
             self._base_changes += 1
+
+    def wake(self) -> None:
+        """Note that the engine's weights are in their memory again."""
+        self.asleep = False
 
     def rebase(self, *, check: bool = True) -> None:
         """Apply what was active to the base's weights, loaded anew into the same memory.
@@ -364,7 +373,7 @@ class WorkerAdapters:
             for name, each in self.holding.on_disk.items():
                 self.holding.on_disk[name] = each._replace(base=None)
         self._weights.forget()
-        self.discarded = False
+        self.discarded = self.asleep = False
         self._base_changes += 1
         self._write(after)
 
@@ -483,6 +492,14 @@ class WorkerAdapters:
             )
 
     def _check_awake(self) -> None:
+        self._check_whole()
+        if self.asleep:
+            raise ServeError(
+                "the engine is asleep, and the memory of its weights may be freed: wake it up, and "
+                "call shira_wake on all workers, as the client's wake_up does"
+            )
+
+    def _check_whole(self) -> None:
         if self._weights.unfinished:
             raise ServeError(
                 "the weights could not be put back after a failed switch: restart the engine, or "

@@ -257,6 +257,8 @@ def test_sleeping_and_waking(base_active, zoo, llm):
     client, base = base_active, checksums(llm)
     client.activate(zoo.states["both"])
     client.sleep(level=1)
+    with pytest.raises(ServeError, match="asleep"):
+        client.activate("a")
     client.wake_up()
     check(llm, zoo, "both")
     client.sleep(level=2)
