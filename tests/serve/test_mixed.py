@@ -34,6 +34,40 @@ class UnquantizedLinearMethod:
         return F.linear(x, layer.weight, bias)
 
 
+class UnquantizedFusedMoEMethod:
+    """vLLM's call by keywords, on two experts, of which each row has one; overwrites x."""
+
+    def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
+        if shared_experts is not None:
+            shared_experts(shared_experts_input)
+        each = torch.einsum("ti,eoi->teo", x, layer.w13_weight).relu()
+        each = torch.einsum("teo,eio->tei", each, layer.w2_weight)
+        return x.copy_(each[torch.arange(len(x)), topk_ids] * topk_weights[:, None])
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant_method = UnquantizedFusedMoEMethod()
+        for name, shape in (("w13_weight", (2, 8, DIM)), ("w2_weight", (2, DIM, 8))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+        self.shared = 0  # rows
+
+    def forward(self, x):
+        self.shared = 0
+        return self.quant_method.apply(
+            layer=self,
+            x=x,
+            topk_weights=x[:, 0].sigmoid(),
+            topk_ids=(x[:, 1] > 0).long(),
+            shared_experts=self.count,
+            shared_experts_input=x,
+        )
+
+    def count(self, x):
+        self.shared += len(x)
+
+
 class Layer(nn.Module):
     def __init__(self, shape, method):
         super().__init__()
@@ -42,7 +76,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A tied embedding, a linear layer, a norm, and a layer that its method never hears of."""
+    """A tied embedding, a linear layer, experts, a norm, and a layer its method never hears of."""
 
     def __init__(self):
         super().__init__()
@@ -50,6 +84,7 @@ class Model(nn.Module):
         self.fc = Layer((DIM, DIM), UnquantizedLinearMethod)
         self.hidden = Layer((DIM, DIM), UnquantizedLinearMethod)
         self.norm = nn.LayerNorm(DIM)
+        self.experts = Experts()
 
     def load_weights(self, weights):
         parameters = dict(self.named_parameters())
@@ -58,7 +93,8 @@ class Model(nn.Module):
 
     def forward(self, ids):
         x = self.embed.quant_method.embedding(self.embed, ids)
-        return self.norm(self.fc.quant_method.apply(self.fc, x) @ self.hidden.weight.T)
+        x = self.norm(self.fc.quant_method.apply(self.fc, x) @ self.hidden.weight.T)
+        return x + self.experts(x.clone())
 
     def compute_logits(self, x):
         return self.embed.quant_method.apply(self.embed, x)
@@ -117,11 +153,15 @@ class Runner:
         self.requests.clear()
 
 
+EXPERTS = ("experts.w13_weight", "experts.w2_weight")
+SHAPES = {"embed.weight": (IDS, DIM), EXPERTS[0]: (2, 8, DIM), EXPERTS[1]: (2, DIM, 8)}
+
+
 def adapter(seed, names=("embed.weight", "fc.weight")):
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for name in names:
-        shape = (IDS, DIM) if name == "embed.weight" else (DIM, DIM)
+        shape = SHAPES.get(name, (DIM, DIM))
         support = random_support(shape, 9 + seed, seed=seed, name=name)
         deltas[name] = SparseDelta(support, torch.randn(support.nnz, generator=generator))
     return Adapter(deltas)
@@ -135,6 +175,7 @@ def worker():
     held.load("a", lambda: adapter(1))
     held.load("b", lambda: adapter(2))
     held.load("c", lambda: adapter(3, ("fc.weight",)))
+    held.load("experts", lambda: adapter(5, ("fc.weight", *EXPERTS)))
     held.load("hidden", lambda: adapter(4, ("hidden.weight",)))
     return held, MixedBatches(Runner(model), held)
 
@@ -145,6 +186,8 @@ BATCH = {
     "r3": ([3, 4], ["a", 0.5, "b", -1.5]),
     "r4": ([1, 2, 9, 10], "c"),
     "r5": ([5, 5], "a"),
+    "r6": ([8, 3, 2], "experts"),
+    "r7": ([8, 6], ["experts", 0.5, "a", 2.0]),
 }
 
 
@@ -214,7 +257,7 @@ def test_new_values_and_names_that_go(worker):
     held.unload("c")
     held.load("c", lambda: adapter(7, ("fc.weight",)))
     check(mixed, BATCH, alone(mixed, BATCH))
-    assert len(mixed._riders) == 3
+    assert len(mixed._riders) == 5
     held.unload("c")
     with pytest.raises(UnknownAdapterError, match="'c'"):
         mixed.runner.step(BATCH)
@@ -235,6 +278,49 @@ def test_what_cannot_ride(worker):
     mixed.runner.step({"r3": ([1], None)})
     with pytest.raises(ServeError, match="put the base back"):
         mixed.runner.step({"r3": ([1], None), "r4": ([1], "a")})
+
+
+def test_experts_hold_an_adapter_for_its_rows_alone(worker, monkeypatch):
+    _, mixed = worker
+    experts = mixed.runner.model.experts
+    base = [weight.clone() for weight in experts.parameters()]
+
+    def as_before():
+        return all(map(torch.equal, experts.parameters(), base))
+
+    check(mixed, BATCH, alone(mixed, BATCH))
+    assert as_before()
+    mixed.runner.step(BATCH)
+    assert experts.shared == sum(len(ids) for ids, _ in BATCH.values())  # once for all rows
+    seen = []
+
+    def relu(x):
+        seen.append(as_before())
+        if len(seen) == 3:
+            raise RuntimeError("out of memory")
+        return x.clamp(min=0)
+
+    monkeypatch.setattr(torch.Tensor, "relu", relu)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mixed.runner.step(BATCH)
+    assert seen == [True, False, False]
+    assert as_before()
+
+
+def test_experts_that_are_computed_otherwise_cannot_ride():
+    class Pair(UnquantizedFusedMoEMethod):
+        def apply(self, layer, x, **given):
+            return super().apply(layer, x, **given), None
+
+    Pair.__name__ = "UnquantizedFusedMoEMethod"
+    torch.manual_seed(0)
+    model = Model()
+    model.experts.quant_method = Pair()
+    call = model.experts.forward
+    model.experts.forward = lambda x: call(x)[0]
+    held = WorkerAdapters(model, torch.float32)
+    held.load("experts", lambda: adapter(5, ("fc.weight", *EXPERTS)))
+    assert "'experts.w13_weight'" in MixedBatches(Runner(model), held).why_not({"experts": 1.0})
 
 
 def test_where_mixing_cannot_begin_nobody_is_watched():

@@ -7,6 +7,8 @@ which rows of the batch are whose, and an adapted layer adds to these rows what 
 changes, on top of the base's product (`shira.ops.add_products`): the adapter *rides*. What is added
 is the merged weight less the base's, as the weights' dtype rounds them, so that the answer is the
 merged model's but for the order of summation. A looked-up embedding has the merged table's bits.
+Experts, which a kernel computes all at once, hold an adapter for as long as its rows are computed
+with them, after those of the base.
 
 One adapter at a time may be *resident* instead, in the weights, at no cost a token. Each worker
 chooses alike, from what runs::
@@ -38,8 +40,10 @@ from shira.errors import ServeError, listed
 from shira.ops.gaps import pack
 from shira.serve.loading import LoadedAdapter
 from shira.serve.messages import KEY, scales_of
+from shira.serve.placement import Storage
 from shira.serve.worker import WorkerAdapters
 from shira.support import Support
+from shira.switch.weights import Plan
 
 CALM = 8
 """Steps of one adapter alone after which it becomes resident, if its requests have ridden."""
@@ -51,7 +55,9 @@ _BASE: Scales = ()
 _PLAIN = {
     "UnquantizedLinearMethod": ("apply",),
     "UnquantizedEmbeddingMethod": ("apply", "embedding"),
+    "UnquantizedFusedMoEMethod": ("apply",),
 }
+_OF_EXPERTS = ("w13_weight", "w2_weight")
 _PROBE = 7, 3  # tokens and rows of logits of the run that finds out who is called
 
 
@@ -67,7 +73,7 @@ class Rider(NamedTuple):
     """An adapter, or several with their scales, as they ride: O(k)."""
 
     made_of: tuple[LoadedAdapter, ...]
-    layers: Mapping[nn.Module, Entries]
+    layers: Mapping[nn.Module, Entries | Plan[Storage]]  # patches, if it has experts
 
 
 class Groups:
@@ -77,7 +83,7 @@ class Groups:
         self.count, self.riders, self.rows = count, riders, rows
         self._of: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
 
-    def on(self, layer: nn.Module) -> tuple[list[Entries], Tensor, list[int]] | None:
+    def on(self, layer: nn.Module) -> tuple[list[Any], Tensor, list[int]] | None:
         """Return the entries of those who change a layer, their rows, and how many each has."""
         which = tuple(i for i, rider in enumerate(self.riders) if layer in rider.layers)
         if not which:
@@ -121,10 +127,11 @@ class MixedBatches:
         for name in scales:
             for storage in self.adapters.require(name).entries:
                 for path, layer, parameter in self._users[storage.key]:
-                    if layer not in self._good or parameter != "weight":
+                    weights = _OF_EXPERTS if _has_experts(layer) else ("weight",)
+                    if layer not in self._good or parameter not in weights:
                         return (
                             f"adapter {name!r} changes {path!r}, with which vLLM does not compute "
-                            "as a plain linear layer of one row a token"
+                            "as a plain linear layer, or plain experts, of one row a token"
                         )
         return ""
 
@@ -205,16 +212,21 @@ class MixedBatches:
         if why := self.why_not(dict(scales)):
             raise ServeError(f"{why}: it is served by switching only")
         self._forget_riders()
-        layers = {}
+        layers: dict[nn.Module, Any] = {}
         # Made in a step, in which torch would take the tensors for passing ones.
         with torch.inference_mode(False), torch.no_grad():
             for storage, patch in self.adapters.patches(dict(scales)).items():
+                users = [layer for _, layer, _ in self._users[storage.key]]
+                if _has_experts(users[0]):
+                    for layer in users:
+                        layers.setdefault(layer, {})[storage] = patch
+                    continue
                 wide = accumulation_dtype(patch.originals.dtype)
                 delta = patch.replacement.to(wide) - patch.originals.to(wide)
-                shape = _weight(self._users[storage.key][0][1]).shape
+                shape = _weight(users[0]).shape
                 support = Support._trusted(tuple(shape), patch.offsets.long())
                 entries = Entries(pack(support.coordinates(), shape), delta, patch.replacement)
-                layers.update({layer: entries for _, layer, _ in self._users[storage.key]})
+                layers.update(dict.fromkeys(users, entries))
         self._riders[scales] = Rider(made_of, layers)
         return self._riders[scales]
 
@@ -291,23 +303,34 @@ class MixedBatches:
 
     def _wrapped(self, kind: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def computed(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            result = compute(layer, x, *args, **kwargs)
             groups = self._now
+            # experts may overwrite their input
+            before = x.clone() if groups is not None and _has_experts(layer) else x
+            result = compute(layer, x, *args, **kwargs)
             if groups is None:
                 if self._probing is not None:
                     rows = len(x) if x.dim() == (1 if kind == "embedding" else 2) else -1
+                    if not isinstance(result, Tensor) or len(result) != len(x):
+                        rows = -1
                     self._probing.setdefault((layer, kind), set()).add((self._stage, rows))
                     return result
                 if self._logits is None or kind != "apply" or layer not in self._heads:
                     return result
                 groups = self._logits
-            return self._on_top(layer, kind, groups, x, result)
+
+            def again(at: Tensor) -> Tensor:  # experts, for these rows
+                topk = {name: kwargs[name][at] for name in ("topk_weights", "topk_ids")}
+                rest = {"shared_experts": None, "shared_experts_input": None}
+                return compute(layer, before[at], **topk, **rest)
+
+            return self._on_top(layer, kind, groups, x, result, again)
 
         return computed
 
     def _on_top(
-        self, layer: nn.Module, kind: str, groups: Groups, x: Tensor, result: Tensor
-    ) -> Tensor:
+        self, layer: nn.Module, kind: str, groups: Groups, x: Tensor, result: Tensor,
+        again: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         if groups.count < 0:  # all rows are of one
             everything = [torch.arange(len(x), device=x.device) for _ in groups.riders]
             groups = Groups(len(x), groups.riders, everything)
@@ -318,6 +341,11 @@ class MixedBatches:
         entries, rows, counts = found
         if len(x) < groups.count or (layer in self._heads and len(x) != groups.count):
             raise ServeError(f"a layer computes {len(x)} rows in a step of {groups.count}")
+        if _has_experts(layer):
+            for plan, at in zip(entries, torch.split(rows, counts), strict=True):
+                with self.adapters.inside(plan):
+                    result[at] = again(at)
+            return result
         rows_of, columns = _weight(layer).shape
         if kind == "embedding":
             for each, at in zip(entries, torch.split(rows, counts), strict=True):
@@ -364,7 +392,12 @@ def _plain(
         for (layer, kind), seen in calls.items()
         if any((kind, stage, rows) not in right for stage, rows in seen)
     }
-    return {layer for layer, _ in calls if layer not in wrong and _whole(_weight(layer))}
+    plain = {layer for layer, _ in calls if layer not in wrong}
+    return {layer for layer in plain if _has_experts(layer) or _whole(_weight(layer))}
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    return type(getattr(layer, "quant_method", None)).__name__ == "UnquantizedFusedMoEMethod"
 
 
 def _weight(layer: nn.Module) -> Tensor:

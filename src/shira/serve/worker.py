@@ -37,7 +37,7 @@ from shira.errors import (
     SwitchError,
     WrongBaseError,
 )
-from shira.ops.patch import same_bits
+from shira.ops.patch import Exchange, Exchanges, same_bits
 from shira.serve.beside import Beside
 from shira.serve.holding import Holding, Source
 from shira.serve.loading import (
@@ -343,6 +343,21 @@ class WorkerAdapters:
         """
         self._bring_back(scales)
         return _state_of(self.adapters, scales).plan
+
+    @contextmanager
+    def inside(self, plan: Plan[Storage]) -> Iterator[None]:
+        """Have `patches` in weights that hold the base, while something is computed with them."""
+        writes = Exchanges(
+            Exchange(storage.weight, None, patch, check=False) for storage, patch in plan.items()
+        )
+        with self._switching:
+            try:
+                writes.run()
+                yield
+            finally:
+                writes.roll_back()
+                if self._beside is not None and torch.accelerator.is_available():
+                    torch.accelerator.current_stream().synchronize()  # before a thread reads them
 
     def sleep(self, level: int) -> None:
         """Note that the engine is going to sleep; at level 2 it drops the weights.
