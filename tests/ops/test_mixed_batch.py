@@ -192,6 +192,24 @@ def test_the_kernel_tells_rows_that_it_cannot_use_and_writes_nothing(instruction
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tokens_in_several_dimensions(compiled, transposed, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda: native.Loaded(None, "none"))
+    torch.manual_seed(0)
+    case = batch((40, 50), [5, 2, 3], 0.2, torch.float32, torch.float32, transposed)
+    result, x, rows, counts, deltas, indices, shape = case
+    groups = ops.DeltaGroups(counts, deltas, indices, shape, transposed=transposed)
+    want = groups.add(result.clone(), x, rows)
+    tokens = len(x)
+    once, one = result.clone().view(1, tokens, -1), x.view(1, tokens, -1)
+    assert torch.equal(groups.add(once, one, rows)[0], want)
+    assert torch.equal(once[0], want)  # in place
+    apart = torch.stack((result, result), 1)[:, :1]  # of strides
+    assert torch.equal(groups.add(apart, x.unsqueeze(1), rows)[:, 0], want)
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
 @pytest.mark.parametrize(
     ("row", "why"), [(-1, "out of range"), (9, "out of range"), (2, "named twice")]
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from shira import ShiraConfig, get_peft_model
-from shira.errors import AdapterError, TargetError
+from shira.errors import AdapterError, SupportError, TargetError
 from shira.ops import native
 from shira.tuner.layers import Linear
 from shira.tuner.mixed_batch import Samples
@@ -22,6 +22,7 @@ from .test_steps import calls
 
 IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
 NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
+THE_SAME = Samples(NAMES)  # names that one call leaves for the next
 
 
 needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
@@ -288,6 +289,34 @@ def values_at_the_address_of_others(layer):
     parameter.data = memory.view(-1, 2)[:, 0] if len(memory) % 2 == 0 else memory[::2]
 
 
+def at_the_same_address(layer, values):
+    """Let values lie there, twice as many as there are, and be called with once."""
+    parameter = layer.shira_weight["de"]
+    memory = torch.cat([parameter.data * 3, parameter.data * 5])
+    parameter.data = memory[: parameter.numel()]
+    layer(torch.randn(6, 8), adapter_names=THE_SAME)
+    parameter.data = values(memory)[: parameter.numel()]
+
+
+def of_another_dtype_at_the_same_address(layer):
+    def values(memory):
+        return memory.view(torch.bfloat16).copy_(torch.linspace(1, 2, 2 * len(memory)))
+
+    at_the_same_address(layer, values)
+
+
+def in_strides_at_the_same_address(layer):
+    at_the_same_address(layer, lambda memory: memory[::2])
+
+
+def positions_in_place(layer):  # one entry a place before
+    gaps = layer.shira_indices._buffers["de"]
+    assert gaps.dtype == torch.uint8
+    at = int(gaps[:-1].nonzero()[0])
+    gaps[at] -= 1
+    gaps[at + 1] += 1
+
+
 def another_parameter(layer):
     layer.shira_weight["de"] = torch.nn.Parameter(torch.randn_like(layer.shira_weight["de"]))
 
@@ -318,7 +347,7 @@ def another_dtype_and_back(layer):
     another_scale(layer)
 
 
-@pytest.mark.parametrize("names", [NAMES, Samples(NAMES)], ids=["names", "the same batch"])
+@pytest.mark.parametrize("names", [NAMES, THE_SAME], ids=["names", "the same batch"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -328,6 +357,9 @@ def another_dtype_and_back(layer):
         values_of_another_dtype,
         values_in_strides,
         values_at_the_address_of_others,
+        of_another_dtype_at_the_same_address,
+        in_strides_at_the_same_address,
+        positions_in_place,
         another_parameter,
         a_state_dict_assigned,
         other_positions,
@@ -352,6 +384,16 @@ def test_whatever_is_changed_counts_from_the_next_call_on(change, names):
         weight[rows.long(), cols.long()] += layer._delta("de").float()
         want = F.linear(x[0], weight, layer.get_base_layer().bias)
     torch.testing.assert_close(after[0], want)
+
+
+@needs_kernels
+def test_positions_that_became_unusable_are_refused_in_the_next_call():
+    layer = adapted(mlp(), ["lin0"]).base_model.model.lin0
+    with torch.no_grad():
+        layer(torch.randn(6, 8), adapter_names=THE_SAME)
+        layer.shira_indices._buffers["de"][0] = 254
+        with pytest.raises(SupportError, match="out of range"):
+            layer(torch.randn(6, 8), adapter_names=THE_SAME)
 
 
 @needs_kernels

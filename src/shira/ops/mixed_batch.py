@@ -13,6 +13,7 @@ stays in the CPU's caches, and finding it again takes a quarter of the time of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -129,17 +130,26 @@ class DeltaGroups:
         return bool(_state_of(deltas, indices) == self._state)
 
     def add(self, result: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """Add the groups' products in place, as `add_products` does, and return the result."""
-        fits = (result.shape[1], x.shape[1]) == (self._outs, self._ins)
-        fits = fits and len(result) == len(x) and len(rows) == self._tokens  # else torch says so
+        """Add the groups' products in place, as `add_products` does, and return the result.
+
+        ``result`` and ``x`` may have more dimensions than two, their tokens in all but the last.
+        """
+        if result.dim() != 2 and not (result.is_contiguous() and x.is_contiguous()):
+            flat = result.reshape(-1, result.shape[-1]), x.reshape(-1, x.shape[-1])
+            return self.add(*flat, rows).view(result.shape)
+        fits = result.shape[:-1] == x.shape[:-1] and len(rows) == self._tokens  # else torch says so
+        fits = fits and (result.shape[-1], x.shape[-1]) == (self._outs, self._ins)
         fits = fits and self._can_add(result, x, rows)
         if fits and self._batch is not None:
             kernels = native.load().library
             assert kernels is not None
             bad = kernels.add_products(result, x, rows, self._batch, self._shape, self._transposed)
             if bad >= 0:
-                raise _unusable(int(rows[bad]), len(result))
+                raise _unusable(int(rows[bad]), math.prod(result.shape[:-1]))
             return result
+        if result.dim() != 2:
+            flat = result.view(-1, result.shape[-1]), x.view(-1, x.shape[-1])
+            return self.add(*flat, rows).view(result.shape)
         _check(rows, len(result))
         deltas, indices, counts = self._deltas, self._indices, self._counts
         if fits and asked_for() == "triton" and _triton_can(x, deltas, indices):
@@ -162,9 +172,12 @@ class DeltaGroups:
             return False
         if result.dtype != x.dtype or result.dtype not in native.KINDS:
             return False
-        if rows.dtype != torch.int64 or not rows.is_contiguous() or result.stride(1) != 1:
+        if rows.dtype != torch.int64 or not rows.is_contiguous() or result.stride(-1) != 1:
             return False
-        if len({t.device for t in (result, x, rows, *self._deltas[:1])}) > 1:
+        if self._batch is not None:
+            if not (result.is_cpu and x.is_cpu and rows.is_cpu):
+                return False
+        elif len({t.device for t in (result, x, rows, *self._deltas[:1])}) > 1:
             return False
         if not torch.is_grad_enabled():
             return True

@@ -69,7 +69,7 @@ class Linear(ShiraLayer):
             groups = ops.DeltaGroups(rows.counts, deltas, indices, shape, transposed=transposed)
             if all(isinstance(delta, nn.Parameter) for delta in deltas):  # scaled ones are copies
                 rows.groups[self] = groups
-        return groups.add(result, x.reshape(-1, x.shape[-1]), rows.order)
+        return groups.add(result, x, rows.order)
 
     def _are_as_before(self, adapters: Sequence[str], groups: ops.DeltaGroups) -> bool:
         values, positions = self._modules["shira_weight"], self._modules["shira_indices"]
@@ -171,11 +171,12 @@ class Embedding(ShiraLayer):
         return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
 
     def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
-        ids = x.reshape(-1)
+        shape, ids = result.shape, x.reshape(-1)
+        result = result.reshape(-1, shape[-1])
         for adapter, at in zip(adapters, rows.order.split(rows.counts), strict=True):
             part = self._replaced(adapter, ids.index_select(0, at), result.index_select(0, at))
             result = result.index_copy_(0, at, part)
-        return result
+        return result.view(shape)
 
     def _replaced(self, adapter: str, ids: Tensor, result: Tensor) -> Tensor:
         """Return what the base looked up, ``(tokens, dim)``, with an adapter's entries in it."""

@@ -8,6 +8,7 @@ be, calls its forward for each group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -206,12 +207,11 @@ def _on_top_of_base(layer: Any, x: Tensor, samples: Samples, adapters: list[str]
     x = layer._cast_input(x, weight_of(layer))
     result: Tensor = layer._base_forward(x)
     result = result.clone() if result.requires_grad else result  # autograd has seen it
-    flat = result.reshape(-1, result.shape[-1])
-    tokens, rest = divmod(len(flat), len(samples))
+    tokens, rest = divmod(math.prod(result.shape[:-1]), len(samples))
     if rest:
         raise _cannot_be_split(layer, "was given an input without a row for each sample")
     rows = samples.rows(adapters, tokens, x.device)
-    return layer._on_top(adapters, rows, x, flat).view(result.shape)  # type: ignore[no-any-return]
+    return layer._on_top(adapters, rows, x, result)  # type: ignore[no-any-return]
 
 
 def _group_by_group(layer: Any, x: Tensor, samples: Samples, adapters: list[str]) -> Tensor:

@@ -10,7 +10,9 @@ for `Kernels.touch`: the least that `Kernels.swap` could do, to compare.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import threading
 from array import array
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -34,6 +36,7 @@ _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 _SHORT = 8192  # entries below which one thread is faster than waking others
 _WIDEST, _WIDER = 64, 15  # of deltas.c: tokens at a time, and how many may be added to a group's
 _ROOM = 2**22  # floats of transposed input at a time
+_KEPT = 2**19  # floats of scratch that a thread keeps
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "deltas_scratch": (_L, [_L, _I]),
@@ -121,6 +124,7 @@ class Kernels:
         self._entries_scratch = lru_cache(1024)(self._call["entries_scratch"])
         self._tiles_scratch = lru_cache(1024)(self._call["tiles_scratch"])
         self._deltas_scratch = lru_cache(1024)(self._call["deltas_scratch"])
+        self._kept = threading.local()
 
     def entries(self, left: Tensor, right: Tensor, crow: Tensor, col: Tensor) -> Tensor:
         """Compute ``(left^T right)`` at a compressed row pattern's entries: float32 ``(k,)``.
@@ -164,23 +168,34 @@ class Kernels:
     ) -> int:  # fmt: skip
         """Add ``x dW^T`` to rows of y in place, rounded once, each group of rows with its own dW.
 
-        ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`; rows int64, contiguous,
-        those of one group of the batch after the other; dW is ``(out, in)``, or ``(in, out)`` if
-        transposed.
+        ``(tokens, out)`` and ``(tokens, in)`` in one dtype of `KINDS`, contiguous ones of any
+        number of dimensions; rows int64, contiguous, those of one group of the batch after the
+        other; dW is ``(out, in)``, or ``(in, out)`` if transposed.
 
         Returns -1; or which of the rows is out of range or named before, and nothing was done.
         """
-        x = _rows_contiguous(x)
         places, (ins, out) = batch.places, shape if transposed else shape[::-1]
-        threads, tokens = _threads(places.entries), len(y)
+        if not x.is_contiguous():
+            x = _rows_contiguous(x)
+        threads, tokens = _threads(places.entries), math.prod(y.shape[:-1])
         room = (ins + 1) * max(_WIDEST, min(batch.width, _ROOM // (ins + 1))) + tokens // 32
         size = room + threads * self._deltas_scratch(out, transposed)
-        scratch = x.new_empty(size, dtype=torch.float32)
+        scratch = self._scratch_of(size)
         return self._call["deltas"](  # type: ignore[no-any-return]
-            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), KINDS[x.dtype], tokens,
+            x.data_ptr(), ins if x.is_contiguous() else x.stride(0),
+            y.data_ptr(), out if y.is_contiguous() else y.stride(0), KINDS[x.dtype], tokens,
             places.table.buffer_info()[0], batch.shares.buffer_info()[0], batch.size,
             rows.data_ptr(), len(rows), *shape, transposed, scratch.data_ptr(), room, threads,
         )  # fmt: skip
+
+    def _scratch_of(self, size: int) -> Tensor:
+        """Return so many floats, kept for the thread's next call where they are few."""
+        kept: Tensor | None = getattr(self._kept, "scratch", None)
+        if kept is None or kept.numel() < size:
+            kept = torch.empty(size, dtype=torch.float32, device="cpu")
+            if size <= _KEPT:
+                self._kept.scratch = kept
+        return kept
 
     def coordinates(
         self, gaps: Gaps, shape: tuple[int, int], rows: bool
