@@ -28,7 +28,7 @@ from shira.tuner.base_layer import Way, inputs_of, weight_of
 
 BASE = "__base__"
 """In ``adapter_names``: this sample goes through the base model."""
-_KEPT = 16  # rows of a batch that are kept, by the adapters that a layer has and by tokens
+_KEPT = 4  # rows of a batch that are kept, by the adapters that a layer has and by tokens
 
 
 class Rows(NamedTuple):
