@@ -518,6 +518,7 @@ def test_weights_that_may_be_freed_are_not_touched(cluster):
         lambda held: held.check({"a": 1.0}),
         lambda held: held.load("b", lambda: adapter_for(cluster.base, 2)),
         lambda held: held.begin_load("b", lambda: adapter_for(cluster.base, 2)),
+        lambda held: held.fingerprint(),
     ]:
         with pytest.raises(ServeError, match="asleep"):
             cluster.call(step)

@@ -305,7 +305,8 @@ class MixedBatches:
         def computed(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             groups = self._now
             # experts may overwrite their input
-            before = x.clone() if groups is not None and _has_experts(layer) else x
+            riding = groups is not None and _has_experts(layer) and groups.on(layer) is not None
+            before = x.clone() if riding else x
             result = compute(layer, x, *args, **kwargs)
             if groups is None:
                 if self._probing is not None:

@@ -394,6 +394,7 @@ class WorkerAdapters:
 
     def fingerprint(self) -> dict[str, str]:
         """Return hashes of all weights of this process: ``base``, whatever is active, and as is."""
+        self._check_awake()
         base, now = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
         for storage in storages_of(self.model).values():
             patch = self._weights.state.plan.get(storage)
@@ -449,6 +450,7 @@ class WorkerAdapters:
                 self.holding.bring_back(name, self._read_again(name))
 
     def _read_again(self, name: str) -> LoadedAdapter:
+        agree(self.processes, self._check_awake)
         before, (read, path) = self.holding.on_disk[name], self.holding.sources[name]
         self._follow_memory()
         with self._naming(name, path):
