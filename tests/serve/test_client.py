@@ -47,7 +47,7 @@ class Ranks:
         if method == "shira_end_load":
             args = self.begun
         if method == "shira_why_not":
-            more = {"why": ""}
+            more = {"why_not": ""}
         if method in ("shira_load", "shira_end_load"):
             content = self.files.get(args[1], args[1])
             if isinstance(content, str):

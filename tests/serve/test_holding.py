@@ -378,3 +378,52 @@ def test_an_interrupt_anywhere_leaves_the_adapters_that_there_were(tmp_path):
 def test_a_limit_that_is_none(limit):
     with pytest.raises(ConfigError, match="max_adapter_memory is a number of bytes"):
         checked_limit(limit)
+
+
+# --- adapters that requests in flight ride on ----------------------------------------------------
+
+
+def ride(bounded, names):
+    for held in bounded.held:
+        held.holding.riding = list(names)
+
+
+def test_what_requests_ride_on_is_never_dropped(bounded):
+    assert bounded.in_memory() == "cd"
+    ride(bounded, "cd")
+    for weights in ({"a": 1.0}, {"c": 1.0, "b": 1.0}):
+        with pytest.raises(AdapterError, match="'b'|'a' cannot be brought back .* requests in fl"):
+            bounded.activate(weights)
+    bounded.adapters["e"] = bounded.adapters["a"]
+    bounded.adapters["e"].save(bounded.path("e"))
+    bounded.load("e")  # known, and on disk at once
+    with pytest.raises(ConfigError, match="'c', 'd'.*requests end"):
+        bounded.limit(bounded.each)
+    assert bounded.in_memory() == "cd"
+    ride(bounded, "d")
+    bounded.right({"a": 1.0})
+    assert bounded.in_memory() == "da"
+    bounded.right({})
+    ride(bounded, "db")  # b is about to come
+    with pytest.raises(ConfigError, match="'b', 'd'"):
+        bounded.limit(bounded.each)
+    bounded.limit(2 * bounded.each)
+    assert bounded.in_memory() == "d"
+
+
+def test_a_step_needs_no_room(bounded):
+    """Beyond the bound on all ranks alike; what is over is dropped when others need room."""
+    ride(bounded, "cd")
+    bounded.call(lambda held: held.require("a", beyond=True))
+    for held in bounded.held:
+        assert list(held.adapters) == ["c", "d", "a"]
+        assert held.holding.nbytes > held.holding.limit
+    bounded.activate({"a": 1.0})  # needs no room either
+    bounded.activate({})
+    ride(bounded, "d")
+    bounded.right({"b": 1.0})
+    assert bounded.in_memory() == "db"
+    bounded.path("a").unlink()
+    with pytest.raises(AdapterError, match="'a' was dropped from memory"):
+        bounded.call(lambda held: held.require("a", beyond=True))
+    assert bounded.in_memory() == "db"

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from shira.masks import random_support
 from shira.serve.messages import KEY, carried, scales_of
 from shira.serve.mixed import CALM, MixedBatches
 from shira.serve.worker import WorkerAdapters
+from tests.serve.test_worker import Shared, Threads
 
 IDS, DIM = 11, 6
 
@@ -358,3 +362,99 @@ def test_what_requests_bring_along():
     for wrong in (["a"], [], 3, ["a", "b"], [1.0, "a"]):
         with pytest.raises(AdapterError):
             scales_of(wrong)
+
+
+# --- with a bound on memory ----------------------------------------------------------------------
+
+
+class Bounded:
+    """Ranks that each hold all of the model; adapters in files, of which two or so fit."""
+
+    def __init__(self, folder, ranks):
+        self.folder, self.pool = folder, ThreadPoolExecutor(ranks)
+        shared = Shared(ranks)
+        self.mixed = []
+        for rank in range(ranks):
+            torch.manual_seed(0)
+            model = Model()
+            held = WorkerAdapters(model, torch.float32, Threads(rank, shared))
+            self.mixed.append((held, Runner(model)))
+        for seed, name in enumerate("abcd", 1):
+            path = folder / f"{name}.safetensors"
+            adapter(seed, ("fc.weight",)).save(path)
+            self.call(lambda held, _, name=name, path=path: held.load(
+                name, functools.partial(Adapter.load, path), path=str(path)))  # fmt: skip
+        self.mixed = [(held, MixedBatches(runner, held)) for held, runner in self.mixed]
+        self.expected = self.call(lambda _, mixed: alone(mixed, self.batch))[0]
+        self.limit = 2 * max(each.nbytes for each in self.mixed[0][0].adapters.values())
+        self.call(lambda held, _: held.limit(self.limit))
+
+    batch = {f"r{i}": ([i, i + 1], name) for i, name in enumerate([None, ["a", 0.5], *"abcd"])}
+
+    def call(self, step):
+        futures = [self.pool.submit(step, *each) for each in self.mixed]
+        errors = [future.exception(timeout=20) for future in futures]
+        if errors[0] is not None:
+            assert all(type(error) is type(errors[0]) for error in errors)
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def step(self, *names):
+        batch = {each: self.batch[each] for each in names}
+        self.call(lambda _, mixed: check(mixed, batch, self.expected))
+
+    def in_memory(self):
+        (names,) = {"".join(held.adapters) for held, _ in self.mixed}
+        return names
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_on_disk_rides_beyond_the_bound_and_nothing_is_dropped_for_it(tmp_path, ranks):
+    bounded = Bounded(tmp_path, ranks)
+    assert bounded.in_memory() == "cd"
+    bounded.step("r4", "r0")
+    bounded.step("r4", "r1", "r2", "r0")
+    assert bounded.in_memory() == "dca"
+    bounded.step(*bounded.batch)
+    assert bounded.in_memory() == "abcd"
+    bounded.call(lambda held, mixed: (mixed.settle(), mixed.runner.finish()))
+    bounded.call(lambda held, mixed: held.limit(bounded.limit))
+    assert bounded.in_memory() == "cd"
+    bounded.step("r0")
+    bounded.call(lambda held, mixed: mixed.runner.finish())
+    bounded.step("r3")  # alone it is resident
+    assert {mixed.resident for _, mixed in bounded.mixed} == {(("b", 1.0),)}
+    assert bounded.in_memory() == "cdb"
+
+
+def test_a_rider_whose_file_is_gone_is_not_answered_by_the_base(tmp_path):
+    bounded = Bounded(tmp_path, 2)
+    (tmp_path / "a.safetensors").unlink()
+    for names in (["r2"], ["r1"], ["r2", "r4"]):
+        with pytest.raises(AdapterError, match="'a' was dropped from memory"):
+            bounded.step(*names)
+        bounded.call(lambda _, mixed: mixed.runner.finish())
+    bounded.step("r4", "r5")
+
+
+def test_riders_are_let_go_with_their_adapters(tmp_path):
+    bounded = Bounded(tmp_path, 1)
+    ((held, mixed),) = bounded.mixed
+    bounded.step("r4", "r5", "r0")
+    made = {
+        scales: weakref.ref(entries.delta)
+        for scales, rider in mixed._riders.items()
+        for entries in rider.layers.values()
+    }
+    assert {scales[0][0] for scales in made} == {"c", "d"}
+    mixed.runner.finish()
+    mixed.settle()
+    held.holding.riding = ["d"]
+    held.require("a")  # as when a request comes
+    assert bounded.in_memory() == "da"
+    assert {scales[0][0]: ref() is None for scales, ref in made.items()} == {"c": True, "d": False}
+    bounded.step("r5", "r2", "r0")
+    mixed.runner.finish()
+    mixed.settle()
+    held.unload("d")
+    assert made[(("d", 1.0),)]() is None

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
-from shira.errors import ConfigError, ServeError, UnknownAdapterError, did_you_mean
+from shira.errors import (
+    AdapterError,
+    ConfigError,
+    ServeError,
+    UnknownAdapterError,
+    did_you_mean,
+    listed,
+)
 from shira.serve.journal import Kept, Record, restore
 from shira.serve.messages import (
     Carried,
@@ -32,6 +39,7 @@ from shira.serve.messages import (
     slept,
     wanted,
 )
+from shira.serve.riders import Riders
 from shira.serve.scheduler import AdapterScheduler
 
 # Of a method: what it returns, or what is awaited for that.
@@ -71,8 +79,9 @@ class Shared:
     kept: dict[str, Kept] = field(default_factory=dict)  # loaded through the clients, by name
     loading: bool = False  # beside the engine's steps
     mixing: bool = False  # requests may carry adapters of their own
-    # Scales by name of what is known to be able to ride.
-    riding: set[tuple[tuple[str, float], ...]] = field(default_factory=set)
+    # Why adapters with their scales cannot ride, as far as it is known; empty if they can.
+    why_not: dict[tuple[tuple[str, float], ...], str] = field(default_factory=dict)
+    riders: Riders = field(default_factory=Riders)
 
 
 async def _no_switch(adapter: Any) -> None:
@@ -147,13 +156,14 @@ class Changes(Generic[Done, Report, Reports]):
         """Bound the memory of each worker that adapters take; see `shira.serve.holding`.
 
         Beyond it the least recently used are left to their files, which are read again at the next
-        use, and must still be there and be what they were.
+        use, and must still be there and be what they were. A request that brings adapters along
+        waits until there is room for them beside those that others in flight ride on.
 
         Args:
             max_adapter_memory: Bytes; None: as many as there are.
 
         Raises:
-            ConfigError: If it is no such number, or too little for what is active.
+            ConfigError: If it is no such number, or too little for what is in use.
         """
         return self._do(self._limit, max_adapter_memory)
 
@@ -251,21 +261,60 @@ class Changes(Generic[Done, Report, Reports]):
 
         await restore(replace(record, combinations={}), do)
 
-    def _waiting(self, *before: Any) -> tuple[Any, ...]:
-        """Return arguments that end with who is waited for, if anybody is."""
-        return (*before, list(waiting)) if (waiting := self.waiting()) else ()
+    def _kept(self, *before: Any) -> tuple[Any, ...]:
+        """Return arguments that end with who is waited for and who is ridden on, if anybody is."""
+        riders = self._shared.riders
+        told = [list(dict.fromkeys([*self.waiting(), *riders.in_line])), list(riders.on_board)]
+        while told and not told[-1]:
+            told.pop()
+        return (*before, *told) if told else ()
+
+    def _room_for(self, names: Collection[str]) -> bool:
+        """Return whether adapters can be in memory beside those in use.
+
+        `AdapterError` if they cannot, whatever requests end.
+        """
+        now = self._shared.reports[0]
+        limit = now.get("limit")
+        if limit is None:
+            return True
+        sizes, kept = {**now["on_disk"], **now["in_memory"]}, {*now["active"], *now["pinned"]}
+
+        def nbytes(of: Iterable[str]) -> int:
+            return sum(sizes.get(name, 0) for name in of)
+
+        if nbytes({*names, *kept}) > limit:
+            beside = f" beside the {nbytes(kept)} of {listed(sorted(kept))}, in use" if kept else ""
+            raise AdapterError(
+                f"adapters {listed(names)} take {nbytes(names)} bytes in a worker{beside}, and "
+                f"max_adapter_memory is {limit}: ask for fewer of them together, or raise it"
+            )
+        return bool(nbytes({*names, *kept, *self._shared.riders.on_board}) <= limit)
 
     async def _load(self, name: str, path: str, compare: bool = True) -> dict[str, Any]:
         path = located(path)
         said = await self._load_by(named(name), path, bool(compare))
         self._shared.kept[name] = Kept(path, said["digest"])
+        if "why_not" in said:
+            self._shared.why_not[((name, 1.0),)] = said["why_not"]
         return said
 
-    async def _load_by(self, name: str, path: str, compare: bool) -> dict[str, Any]:
-        return (await self._call("shira_load", name, path, compare, *self._waiting()))[0]
+    async def _load_by(self, name: str, path: str | None, compare: bool) -> dict[str, Any]:
+        """Load an adapter; without a path bring one back from disk."""
+        if path is not None:
+            return (await self._call("shira_load", name, path, compare, *self._kept()))[0]
+        await self._call("shira_begin_load", name, None, compare)
+        return (await self._call("shira_end_load", *self._kept()))[0]
 
     async def _bring_back(self, names: Iterable[str]) -> None:
-        """Have adapters in memory before the engine is paused for them, if it can go on."""
+        """Have adapters in memory."""
+        for name in names:
+            if name in self._on_disk:
+                await self._load_by(name, None, True)
+
+    @property
+    def _on_disk(self) -> Mapping[str, int]:
+        return self._shared.reports[0].get("on_disk", {})  # type: ignore[no-any-return]
 
     async def _unload(self, name: str) -> None:
         if self._shared.mixing:
@@ -274,7 +323,8 @@ class Changes(Generic[Done, Report, Reports]):
         else:
             await self._call("shira_unload", named(name))
         self._shared.kept.pop(name, None)
-        self._shared.riding = {each for each in self._shared.riding if name not in dict(each)}
+        known = self._shared.why_not
+        self._shared.why_not = {each: why for each, why in known.items() if name not in dict(each)}
 
     async def _mix(self) -> dict[str, Any]:
         said = (await self._call("shira_mix"))[0]
@@ -283,26 +333,38 @@ class Changes(Generic[Done, Report, Reports]):
 
     async def _why_not(self, weights: Weights) -> str:
         scales = wanted(weights)
-        if not self._shared.mixing:
-            raise ServeError("batches are not mixed: make the client with mixing=True")
-        if tuple(scales.items()) in self._shared.riding or not scales:
-            return ""
-        why = str((await self._call("shira_why_not", scales))[0]["why"])
-        if not why:
-            self._shared.riding.add(tuple(scales.items()))
-        return why
+        self._check_mixing()
+        which = tuple(scales.items())
+        if scales and which not in self._shared.why_not:
+            await self._bring_back(scales)
+            said = (await self._call("shira_why_not", scales, *self._kept()))[0]
+            self._shared.why_not[which] = str(said["why_not"])
+        return self._shared.why_not.get(which, "")
 
     async def _carry(self, weights: Weights) -> Carried | None:
         """Return what requests for adapters bring along; None for the base."""
         scales, kept = wanted(weights), self._shared.kept
+        self._check_can_ride(scales)
+        await self._bring_back(scales)
+        await self._why_not(scales)
+        self._check_can_ride(scales)  # and are still there
+        return carried(scales, {name: kept[name].digest for name in scales}) if scales else None
+
+    def _check_mixing(self) -> None:
+        if not self._shared.mixing:
+            raise ServeError("batches are not mixed: make the client with mixing=True")
+
+    def _check_can_ride(self, scales: Mapping[str, float]) -> None:
+        """Refuse adapters of which it is known here that requests cannot bring them along."""
+        self._check_mixing()
+        kept = self._shared.kept
         for name in scales:
             if name not in kept:
                 raise UnknownAdapterError(
                     f"no adapter {name!r} was loaded by a client.{did_you_mean(name, kept)}"
                 )
-        if why := await self._why_not(scales):
+        if why := self._shared.why_not.get(tuple(scales.items())):
             raise ServeError(f"{why}: activate it instead")
-        return carried(scales, {name: kept[name].digest for name in scales}) if scales else None
 
     def _check_base(self) -> None:
         if self.active:
@@ -311,23 +373,28 @@ class Changes(Generic[Done, Report, Reports]):
             )
 
     async def _limit(self, max_adapter_memory: int | None) -> None:
-        await self._call("shira_limit", max_adapter_memory)
+        await self._call("shira_limit", max_adapter_memory, *self._kept())
+        self._shared.riders.look_again()
 
     async def _list(self) -> dict[str, Any]:
         return (await self._call("shira_list"))[0]
 
-    async def _check(self, weights: Weights, scale: float) -> None:
-        await self._call("shira_check", wanted(weights, scale))
-
-    async def _activate(self, weights: Weights, scale: float = 1.0) -> None:
+    async def _check(self, weights: Weights, scale: float = 1.0) -> None:
         which = wanted(weights, scale)
         await self._bring_back(which)
+        await self._call("shira_check", which, *self._kept(1.0))
+
+    async def _activate(self, weights: Weights, scale: float = 1.0) -> None:
+        which, riders = wanted(weights, scale), self._shared.riders
+        if which.keys() & self._on_disk.keys() and self._room_for(which) and not riders.in_line:
+            with riders.aboard(which):  # before the engine is paused; otherwise then
+                await self._bring_back(which)
         async with self._alone(pause=True):
             await self._switch(which)
 
     async def _switch(self, weights: Mapping[str, float]) -> None:
         self._shared.stale = False
-        said = (await self._call("shira_activate", weights, *self._waiting(1.0)))[0]
+        said = (await self._call("shira_activate", weights, *self._kept(1.0)))[0]
         if self.cache == "salt":
             return
         self._shared.stale = True  # until they are dropped, or what was active is so again

@@ -15,6 +15,7 @@ import threading
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -22,14 +23,21 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, wait
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from functools import partial
 from typing import Any, ClassVar
 
 from shira.errors import ConfigError, ServeError
 from shira.serve import changes
 from shira.serve.changes import Cache, Change, Changes, EngineGoneError
-from shira.serve.messages import Carried, Weights, salted
+from shira.serve.messages import Carried, Weights, salted, wanted
 
 _LOOK_AT_LOAD = 0.002, 0.05  # seconds between two looks at a load: at first, and at most
 
@@ -89,13 +97,15 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
         """Call ``llm.generate`` under the present state, in salt mode with its salt on prompts.
 
         With ``adapters``, if batches are mixed: the adapters of all prompts, or a list with one
-        item for each; None is the base. Each answer is its own adapter's.
+        item for each; None is the base. Each answer is its own adapter's. All of them are in memory
+        together.
 
         Raises:
+            AdapterError: If they do not fit together into what `limit` allows; nothing has run.
             UnknownAdapterError: If one was not loaded by a client.
             ServeError: If one cannot ride, or something is active, or batches are not mixed.
         """
-        with self._lock:
+        with self._lock, ExitStack() as stack:
             if adapters is None and self.cache != "salt":
                 return self.llm.generate(prompts, sampling_params, *args, **kwargs)
             each = [prompts] if isinstance(prompts, (str, Mapping)) else [*prompts]
@@ -103,14 +113,21 @@ class Client(Changes[None, dict[str, Any], Sequence[dict[str, Any]]]):
                 self._check_base()
                 given = sampling_params or self.llm.get_default_sampling_params()
                 parameters = [given] * len(each) if not isinstance(given, Sequence) else [*given]
-                one = isinstance(adapters, (str, Mapping))
-                brought = [adapters] * len(each) if one else [*adapters]
+                brought: list[Weights] = (
+                    [adapters] * len(each) if isinstance(adapters, (str, Mapping)) else [*adapters]
+                )
                 if not len(each) == len(parameters) == len(brought):
                     raise ConfigError(
                         f"{len(each)} prompts need as many adapters and sampling parameters, not "
                         f"{len(brought)} and {len(parameters)}"
                     )
-                carried = [self._do(self._carry, each) for each in brought]
+                scales = [wanted(weights) for weights in brought]
+                for terms in scales:
+                    self._check_can_ride(terms)
+                names = list(dict.fromkeys(name for terms in scales for name in terms))
+                self._room_for(names)
+                stack.enter_context(self._shared.riders.aboard(names))
+                carried = [self._do(self._carry, terms) for terms in scales]
                 for i, own in enumerate(carried):
                     if own is not None:
                         each[i], parameters[i] = own.by(each[i], parameters[i])
@@ -199,14 +216,43 @@ class AsyncClient(
 
     async def why_not(self, weights: Weights) -> str:
         """Return why requests cannot bring these adapters along; empty if they can."""
-        return str(await self._do(self._why_not, weights))
+        self._check_mixing()
+        scales = wanted(weights)
+        known = self._shared.why_not.get(tuple(scales.items()))
+        return str(await self._in_memory(self._why_not, scales)) if known is None else known
+
+    async def check(self, weights: Weights, scale: float = 1.0) -> None:
+        """Raise what `activate` would raise, once there is room; nothing changes."""
+        await self._in_memory(self._check, wanted(weights, scale))
 
     async def carry(self, weights: Weights) -> Carried | None:
         """Return what requests bring along to be answered by adapters of their own.
 
-        None for the base. Errors are those of `Client.generate`; but something may be active now.
+        None for the base. Errors are those of `riding`, which keeps them in memory, too.
         """
-        return await self._do(self._carry, weights)  # type: ignore[no-any-return]
+        async with self.riding(weights) as own:
+            return own
+
+    @asynccontextmanager
+    async def riding(self, weights: Weights) -> AsyncIterator[Carried | None]:
+        """Keep adapters in memory inside the context, for a request that brings them along.
+
+        Gives what it brings; None for the base. Waits first until there is room for them beside
+        those of other requests, behind those who wait already; requests for the base need not wait.
+        `generate` does so by itself; others end the request in the engine before they leave.
+
+        Raises:
+            AdapterError: If there is not enough room, whatever requests end; if one cannot be read
+                again.
+            UnknownAdapterError: If one was not loaded by a client.
+            ServeError: If one cannot ride, or batches are not mixed.
+        """
+        if not (scales := wanted(weights)):
+            yield None
+            return
+        self._check_can_ride(scales)
+        async with self._aboard(scales):
+            yield await self._do(self._carry, scales)
 
     @asynccontextmanager
     async def using(self, weights: Weights, scale: float = 1.0) -> AsyncIterator[None]:
@@ -229,19 +275,38 @@ class AsyncClient(
     ) -> AsyncIterator[Any]:
         """Run ``engine.generate`` under the state at its start; a switch waits for its end.
 
-        With ``adapter`` as `Client.generate` does with one prompt.
+        With ``adapter`` as `Client.generate` does with one prompt, but that it waits for room; see
+        `riding`.
         """
         async with self._gate.using(None):
-            own = None
             if adapter is not None:
                 self._check_base()
-                own = await self.carry(adapter)
-            if own is not None:
-                prompt, sampling_params = own.by(prompt, sampling_params)
-            elif self.cache == "salt":
-                prompt = salted(prompt, self.salt)
-            async for output in self.engine.generate(prompt, sampling_params, request_id, **kwargs):
-                yield output
+            async with self.riding(adapter) as own:
+                if own is not None:
+                    prompt, sampling_params = own.by(prompt, sampling_params)
+                elif self.cache == "salt":
+                    prompt = salted(prompt, self.salt)
+                outputs = self.engine.generate(prompt, sampling_params, request_id, **kwargs)
+                async with aclosing(outputs):  # a request that was given up is out of the engine
+                    async for output in outputs:
+                        yield output
+
+    @asynccontextmanager
+    async def _aboard(self, names: Collection[str]) -> AsyncIterator[None]:
+        riders = self._shared.riders
+        with ExitStack() as stack:
+            async with riders.first(names):
+                while True:
+                    async with self._lock:  # nothing is dropped meanwhile
+                        if self._room_for(names):
+                            stack.enter_context(riders.aboard(names))
+                            break
+                    await riders.change()
+            yield
+
+    async def _in_memory(self, change: Change, scales: Mapping[str, float]) -> Any:
+        async with self._gate.using(None), self._aboard(scales):
+            return await self._do(change, scales)
 
     async def _load_by(self, name: str, path: str | None, compare: bool) -> dict[str, Any]:
         """Load in a thread of each worker; requests go on, and so do other changes."""
@@ -254,7 +319,7 @@ class AsyncClient(
             while not all(each["ready"] for each in await self._call("shira_load_ready")):
                 await self._give_way(wait)
                 wait = min(2 * wait, longest)
-            return (await self._call("shira_end_load", *self._waiting()))[0]
+            return (await self._call("shira_end_load", *self._kept()))[0]
         finally:
             self._shared.loading = False
 
@@ -268,8 +333,11 @@ class AsyncClient(
 
     async def _bring_back(self, names: Iterable[str]) -> None:
         for name in names:
-            if name in self._shared.reports[0].get("on_disk", ()):
-                await self._load_by(name, None, True)
+            while name in self._on_disk:
+                if self._shared.loading:  # perhaps it
+                    await self._give_way(_LOOK_AT_LOAD[0])
+                else:
+                    await self._load_by(name, None, True)
 
     async def _do(self, change: Change, *arguments: Any) -> Any:  # type: ignore[override]
         async def locked() -> Any:
@@ -280,7 +348,14 @@ class AsyncClient(
 
     @asynccontextmanager
     async def _alone(self, *, pause: bool = False) -> AsyncIterator[None]:
-        async with self._gate.alone(), self._paused() if pause else nullcontext():
+        async with AsyncExitStack() as stack:
+            self._lock.release()  # who has to end first may need it
+            try:
+                await stack.enter_async_context(self._gate.alone())
+            finally:
+                await self._lock.acquire()
+            if pause:
+                await stack.enter_async_context(self._paused())
             yield
 
     @asynccontextmanager

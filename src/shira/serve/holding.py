@@ -8,10 +8,11 @@
                  +------ the next use reads the file again --------------+
 
 What is on disk is known by its hash, so that the file of before is used again, or none. What is in
-use is never dropped: what is active, what is pinned, what is being switched to. An adapter of k
-entries takes `nbytes_of` bytes: k times an offset (int32; int64 in a storage of more than 2^31
-entries), a value in the file's dtype, and two entries in the weight's dtype (the base's and the
-adapter's): 12 bytes an entry for float32 values on bfloat16 weights, 16 on float32 weights.
+use is never dropped: what is active, what is pinned, what requests in flight ride on (see
+`shira.serve.mixed`), what is being switched to. An adapter of k entries takes `nbytes_of` bytes:
+k times an offset (int32; int64 in a storage of more than 2^31 entries), a value in the file's
+dtype, and two entries in the weight's dtype (the base's and the adapter's): 12 bytes an entry for
+float32 values on bfloat16 weights, 16 on float32 weights.
 
 Decisions follow from what all processes know alike, so that all drop the same.
 """
@@ -54,8 +55,17 @@ class Holding:
         """Of all of them."""
         self.waiting: Collection[str] = ()
         """Adapters that requests wait for: they are dropped last."""
+        self.riding: Collection[str] = ()
+        """Adapters that requests in flight bring along: they are in use."""
+        self.let_go: Callable[[], object] = lambda: None
+        """Called when adapters have left memory, to let go of what was made of them."""
         self._pins: Counter[str] = Counter()
         self.limit = checked_limit(limit)
+
+    @property
+    def pinned(self) -> list[str]:
+        """The adapters that are kept in memory by `pin`."""
+        return list(self._pins)
 
     @property
     def nbytes(self) -> int:
@@ -82,12 +92,15 @@ class Holding:
     def set_limit(self, limit: int | None, active: Iterable[str]) -> None:
         """Take another limit, and drop what is too much; `ConfigError` if that is in use."""
         before, self.limit = self.limit, checked_limit(limit)
-        dropped = self._room(0, {*active, *self._pins})
+        used = self._used(active)
+        coming = sum(self.on_disk[name].nbytes for name in used & self.on_disk.keys())
+        dropped = self._room(coming, used)
         if dropped is None:
             self.limit = before
             raise ConfigError(
                 f"max_adapter_memory={limit} is too little for the adapters in use "
-                f"({listed(sorted({*active, *self._pins}))}): deactivate them first"
+                f"({listed(sorted(used))}): deactivate them first, and let requests end that ride "
+                "on them"
             )
         self.drop(dropped)
 
@@ -101,7 +114,7 @@ class Holding:
                 f"adapter {name!r} takes {loaded.nbytes} bytes in a worker, more than "
                 f"max_adapter_memory={self.limit} allows for all of them"
             )
-        dropped = self._room(loaded.nbytes, {*active, *self._pins})
+        dropped = self._room(loaded.nbytes, self._used(active))
         self.sources[name] = source
         if dropped is None:
             self.on_disk[name] = loaded.without_entries()
@@ -114,15 +127,19 @@ class Holding:
 
         `AdapterError` if what is in use leaves too little.
         """
-        nbytes = sum(self.on_disk[name].nbytes for name in coming if name not in self.in_memory)
-        used = {*active, *self._pins, *coming}
+        missing = [name for name in coming if name not in self.in_memory]
+        if not missing:
+            return
+        nbytes = sum(self.on_disk[name].nbytes for name in missing)
+        used = {*self._used(active), *coming}
         dropped = self._room(nbytes, used)
         if dropped is None:
             held = sum(each.nbytes for name, each in self.in_memory.items() if name in used)
             raise AdapterError(
                 f"{listed(coming)} cannot be brought back from disk: {nbytes} bytes are needed "
                 f"beside the {held} of the adapters in use, and max_adapter_memory is "
-                f"{self.limit}: it must hold those that are active and those that come"
+                f"{self.limit}: it must hold those that are active, those that requests in flight "
+                "ride on, and those that come"
             )
         self.drop(dropped)
 
@@ -136,6 +153,7 @@ class Holding:
         for name in names:
             self.on_disk[name] = self.in_memory[name].without_entries()
             del self.in_memory[name]
+        self.let_go()
 
     def forget(self, name: str) -> None:
         """Know an adapter no longer."""
@@ -143,6 +161,7 @@ class Holding:
         self.on_disk.pop(name, None)
         self._pins.pop(name, None)
         self.sources.pop(name, None)
+        self.let_go()
 
     def pin(self, name: str) -> None:
         """Keep an adapter in memory until it is unpinned as often, or unloaded."""
@@ -154,6 +173,9 @@ class Holding:
             self._pins[name] -= 1
         else:
             del self._pins[name]
+
+    def _used(self, active: Iterable[str]) -> set[str]:
+        return {*active, *self._pins, *self.riding}
 
     def _room(self, nbytes: int, used: Collection[str]) -> list[str] | None:
         """Return what to drop so that there is room; None if what is in use leaves too little."""

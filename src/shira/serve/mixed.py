@@ -20,8 +20,14 @@ chooses alike, from what runs::
     another adapter, or the base, is wanted too:
                                        the base is put back, and all adapters ride
 
-So the base never rides: its rows have the base's bits whatever is beside them. Knows of vLLM's
-model runner (made and tested for 0.32) what is called below, and imports nothing of it.
+So the base never rides: its rows have the base's bits whatever is beside them. With a bound on
+memory (`shira.serve.holding`) the clients see to it that an adapter is in memory before a request
+that rides on it is handed on, and until it has ended. One that is on disk nevertheless, as for a
+request that came past the clients, is read again for the step, beyond the bound if there is no
+room. What is made of an adapter for riding is let go when the adapter leaves memory.
+
+Knows of vLLM's model runner (made and tested for 0.32) what is called below, and imports nothing of
+it.
 """
 
 from __future__ import annotations
@@ -121,18 +127,23 @@ class MixedBatches:
             self._watch(unwatch)
             self._heads, self._good = self._probe()
             unwatch.pop_all()
+        adapters.holding.let_go = self._forget_riders
 
     def why_not(self, scales: Mapping[str, float]) -> str:
         """Return why adapters cannot ride, or an empty text: a weight that others compute with."""
-        for name in scales:
-            for storage in self.adapters.require(name).entries:
-                for path, layer, parameter in self._users[storage.key]:
-                    weights = _OF_EXPERTS if _has_experts(layer) else ("weight",)
-                    if layer not in self._good or parameter not in weights:
-                        return (
-                            f"adapter {name!r} changes {path!r}, with which vLLM does not compute "
-                            "as a plain linear layer, or plain experts, of one row a token"
-                        )
+        found = (self.why_not_this(name, self.adapters.require(name)) for name in scales)
+        return next(filter(None, found), "")
+
+    def why_not_this(self, name: str, loaded: LoadedAdapter) -> str:
+        """Return what `why_not` does, of an adapter with its entries."""
+        for storage in loaded.entries:
+            for path, layer, parameter in self._users[storage.key]:
+                weights = _OF_EXPERTS if _has_experts(layer) else ("weight",)
+                if layer not in self._good or parameter not in weights:
+                    return (
+                        f"adapter {name!r} changes {path!r}, with which vLLM does not compute "
+                        "as a plain linear layer, or plain experts, of one row a token"
+                    )
         return ""
 
     def settle(self) -> None:
@@ -141,9 +152,8 @@ class MixedBatches:
         self._reside(_BASE)
 
     def retire(self, name: str) -> None:
-        """Let go of an adapter that was unloaded."""
+        """Take requests that still have an unloaded adapter for cancelled ones."""
         self._retired.add(name)
-        self._forget_riders()
 
     def begin(self, counts: Sequence[int]) -> None:
         """Learn what the next forward computes: of each request in the batch, how many tokens."""
@@ -199,13 +209,20 @@ class MixedBatches:
     def _reside(self, scales: Scales) -> None:
         if scales == self.resident:
             return
+        self._in_memory(scales)
         with torch.inference_mode(False), torch.no_grad():
             self.adapters.activate(dict(scales))
         self.resident = scales
         self.steps["switches"] += 1
 
+    def _in_memory(self, scales: Scales) -> tuple[LoadedAdapter, ...]:
+        """Return adapters that a step needs; nothing is dropped in a step."""
+        # Made in a step, in which torch would take the tensors for passing ones.
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(self.adapters.require(name, beyond=True) for name, _ in scales)
+
     def _rider(self, scales: Scales) -> Rider:
-        made_of = tuple(self.adapters.require(name) for name, _ in scales)
+        made_of = self._in_memory(scales)
         kept = self._riders.get(scales)
         if kept is not None and all(a is b for a, b in zip(kept.made_of, made_of, strict=True)):
             return kept
@@ -213,7 +230,6 @@ class MixedBatches:
             raise ServeError(f"{why}: it is served by switching only")
         self._forget_riders()
         layers: dict[nn.Module, Any] = {}
-        # Made in a step, in which torch would take the tensors for passing ones.
         with torch.inference_mode(False), torch.no_grad():
             for storage, patch in self.adapters.patches(dict(scales)).items():
                 users = [layer for _, layer, _ in self._users[storage.key]]

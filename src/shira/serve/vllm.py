@@ -49,7 +49,6 @@ ADAPTERS: WeakKeyDictionary[nn.Module, WorkerAdapters] = WeakKeyDictionary()
 """The adapters of each model of this worker, for `shira.serve.vllm_transfer`."""
 MIXED: WeakKeyDictionary[WorkerAdapters, MixedBatches] = WeakKeyDictionary()
 
-_NOT_BOTH = "batches are mixed from adapters in memory: max_adapter_memory goes with switching only"
 _logger = init_logger(f"vllm.{__name__}")
 
 
@@ -57,7 +56,12 @@ class ShiraWorkerExtension:
     """The methods that a vLLM worker gains; each is called on all workers of an engine alike."""
 
     def shira_load(
-        self, name: str, path: str, compare: bool = True, waiting: Collection[str] = ()
+        self,
+        name: str,
+        path: str,
+        compare: bool = True,
+        waiting: Collection[str] = (),
+        riding: Collection[str] = (),
     ) -> dict[str, Any]:
         """Hold the adapter at a path under a name. Nothing that is served changes.
 
@@ -66,18 +70,23 @@ class ShiraWorkerExtension:
             path: Of a file or folder that every worker can read.
             compare: False if the weights are no longer those of the checkpoint on disk.
             waiting: Adapters that requests wait for; see `shira_limit`.
+            riding: Adapters that requests in flight bring along; see `shira_limit`.
 
         Returns:
             ``digest`` of the whole adapter, ``nnz``, ``nnz_here`` (on this rank), ``parameters``,
             ``checked`` (how many of them are known to be those of the adapter's base), ``nbytes``
-            (memory on the rank that holds most of it).
+            (memory on the rank that holds most of it); if batches are mixed, ``why_not`` as
+            `shira_why_not` says it.
         """
 
         def load(adapters: WorkerAdapters) -> dict[str, Any]:
-            adapters.holding.waiting = waiting
-            return self._shira_load(adapters, name, path, compare)
+            with self._shira_unquantized():
+                source = located(path)
+                read = self._shira_reader(source)
+                loaded = adapters.load(name, read, path=source, compare=compare)
+                return _described(adapters, name, loaded)
 
-        return self._shira_do("shira_load", load)
+        return self._shira_do("shira_load", load, kept=(waiting, riding))
 
     def shira_begin_load(self, name: str, path: str | None, compare: bool = True) -> dict[str, Any]:
         """Begin what `shira_load` does, in a thread beside the engine's steps.
@@ -101,18 +110,23 @@ class ShiraWorkerExtension:
         step = "shira_load_ready"
         return self._shira_do(step, lambda adapters: {"ready": adapters.load_ready()}, settle=False)
 
-    def shira_end_load(self, waiting: Collection[str] = ()) -> dict[str, Any]:
-        """Hold what was loaded; returns as `shira_load`, which see."""
+    def shira_end_load(
+        self, waiting: Collection[str] = (), riding: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Hold what was loaded; arguments and what is returned are those of `shira_load`."""
 
         def end(adapters: WorkerAdapters) -> dict[str, Any]:
-            adapters.holding.waiting = waiting
             with self._shira_unquantized():
-                return _described(adapters.end_load())
+                return _described(adapters, *adapters.end_load())
 
-        return self._shira_do("shira_end_load", end, settle=False)
+        return self._shira_do("shira_end_load", end, kept=(waiting, riding))
 
     def shira_activate(
-        self: Any, weights: Weights, scale: float = 1.0, waiting: Collection[str] = ()
+        self: Any,
+        weights: Weights,
+        scale: float = 1.0,
+        waiting: Collection[str] = (),
+        riding: Collection[str] = (),
     ) -> dict[str, Any]:
         """Make adapters active in place of those that are.
 
@@ -120,6 +134,7 @@ class ShiraWorkerExtension:
             weights: A name, ``{name: scale, ...}``, or None for the base.
             scale: With a single name, its factor.
             waiting: Adapters that requests wait for; see `shira_limit`.
+            riding: Adapters that requests in flight bring along; see `shira_limit`.
 
         Returns:
             ``active`` as ``{name: scale}``, and so ``previous``; ``state``: a hash of what is
@@ -128,16 +143,26 @@ class ShiraWorkerExtension:
 
         def switch(adapters: WorkerAdapters) -> dict[str, Any]:
             self.synchronize_device()  # steps in flight still read the weights
-            adapters.holding.waiting = waiting
             previous = adapters.active
             adapters.activate(weights, scale)
             return {"previous": previous}
 
-        return self._shira_do("shira_activate", switch)  # type: ignore[no-any-return]
+        kept = waiting, riding
+        return self._shira_do("shira_activate", switch, kept=kept)  # type: ignore[no-any-return]
 
-    def shira_check(self, weights: Weights, scale: float = 1.0) -> dict[str, Any]:
+    def shira_check(
+        self,
+        weights: Weights,
+        scale: float = 1.0,
+        waiting: Collection[str] = (),
+        riding: Collection[str] = (),
+    ) -> dict[str, Any]:
         """Fail as `shira_activate` would with the same arguments; nothing changes."""
-        return self._shira_do("shira_check", lambda adapters: adapters.check(weights, scale))
+
+        def check(adapters: WorkerAdapters) -> None:
+            adapters.check(weights, scale)
+
+        return self._shira_do("shira_check", check, kept=(waiting, riding))
 
     def shira_deactivate(self) -> dict[str, Any]:
         """Put the base back, bit for bit; returns as `shira_activate`."""
@@ -153,19 +178,24 @@ class ShiraWorkerExtension:
 
         return self._shira_do("shira_unload", forget)
 
-    def shira_limit(self, max_adapter_memory: int | None) -> dict[str, Any]:
+    def shira_limit(
+        self,
+        max_adapter_memory: int | None,
+        waiting: Collection[str] = (),
+        riding: Collection[str] = (),
+    ) -> dict[str, Any]:
         """Bound the bytes of each worker that adapters take; None: as many as there are.
 
         Beyond them the least recently used are dropped, of those that no request waits for first,
-        and their files are read again at the next use; see `shira.serve.holding`.
+        and their files are read again at the next use; see `shira.serve.holding`. Every method that
+        may drop adapters hears ``waiting``, and ``riding``: of requests in flight that bring their
+        adapters along, which are never dropped.
         """
 
         def limit(adapters: WorkerAdapters) -> None:
-            if max_adapter_memory is not None and adapters in MIXED:
-                raise ServeError(_NOT_BOTH)
             adapters.limit(max_adapter_memory)
 
-        return self._shira_do("shira_limit", limit)
+        return self._shira_do("shira_limit", limit, kept=(waiting, riding))
 
     def shira_list(self) -> dict[str, Any]:
         """Return ``adapters`` as ``{name: what shira_load said}``, and ``discarded``."""
@@ -173,7 +203,7 @@ class ShiraWorkerExtension:
         def listed(adapters: WorkerAdapters) -> dict[str, Any]:
             held = adapters.holding
             names = [name for name in held.sources if name in held]  # in the order of loading
-            known = {name: _described(held.known(name)) for name in names}
+            known = {name: _facts(held.known(name)) for name in names}
             return {"adapters": known, "discarded": adapters.discarded}
 
         return self._shira_do("shira_list", listed)
@@ -191,25 +221,25 @@ class ShiraWorkerExtension:
 
         def mix(adapters: WorkerAdapters) -> dict[str, Any]:
             if adapters not in MIXED:
-                if adapters.holding.limit is not None:
-                    raise ServeError(_NOT_BOTH)
                 agree(adapters.processes, lambda: _check_can_mix(self))
                 MIXED[adapters] = MixedBatches(self.model_runner, adapters)
             return {"steps": dict(MIXED[adapters].steps)}
 
         return self._shira_do("shira_mix", mix)  # type: ignore[no-any-return]
 
-    def shira_why_not(self, weights: Weights) -> dict[str, Any]:
-        """Return ``why`` adapters cannot ride in mixed batches; empty if they can on all ranks."""
+    def shira_why_not(
+        self, weights: Weights, waiting: Collection[str] = (), riding: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Return ``why_not``: why adapters cannot ride; empty if they can on all ranks."""
 
         def why(adapters: WorkerAdapters) -> dict[str, Any]:
             if adapters not in MIXED:
                 raise ServeError("batches are not mixed in this engine: see shira_mix")
             adapters.check(weights)  # an entry that is not finite must not end a step
             found = gather(adapters.processes, MIXED[adapters].why_not(wanted(weights)))
-            return {"why": next(filter(None, found), "")}
+            return {"why_not": next(filter(None, found), "")}
 
-        return self._shira_do("shira_why_not", why)
+        return self._shira_do("shira_why_not", why, kept=(waiting, riding))
 
     def shira_sleep(self, level: int) -> dict[str, Any]:
         """Tell that the engine is going to sleep; at level 2 it drops the weights."""
@@ -234,6 +264,7 @@ class ShiraWorkerExtension:
         step: Callable[[WorkerAdapters], Mapping[str, Any] | None],
         *,
         settle: bool = True,
+        kept: tuple[Collection[str], Collection[str]] | None = None,
     ) -> dict[str, Any]:
         which = {"method": method, "rank": self.rank}
         try:
@@ -241,12 +272,21 @@ class ShiraWorkerExtension:
             with torch.no_grad():
                 if settle and adapters in MIXED:
                     MIXED[adapters].settle()
+                held = adapters.holding
+                if kept is not None:
+                    held.waiting, held.riding = kept
                 said = step(adapters) or {}
             self.synchronize_device()
             now = {"active": adapters.active, "state": adapters.state}
             if adapters in MIXED and MIXED[adapters].resident:  # which nobody made active
                 now = {"active": {}, "state": "base"}
-            return {"ok": True, **which, **now, "on_disk": [*adapters.holding.on_disk], **said}
+            now |= {
+                "limit": held.limit,
+                "in_memory": {name: each.nbytes for name, each in held.in_memory.items()},
+                "on_disk": {name: each.nbytes for name, each in held.on_disk.items()},
+                "pinned": held.pinned,
+            }
+            return {"ok": True, **which, **now, **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))
             _logger.debug("%s", shown(traceback.format_exc(), lines=True))
@@ -271,14 +311,6 @@ class ShiraWorkerExtension:
                 writing=writing,
             )
         return ADAPTERS[model]
-
-    def _shira_load(
-        self: Any, adapters: WorkerAdapters, name: str, path: str, compare: bool
-    ) -> dict[str, Any]:
-        path = located(path)
-        with self._shira_unquantized():
-            read = self._shira_reader(path)
-            return _described(adapters.load(name, read, path=path, compare=compare))
 
     def _shira_reader(self: Any, path: str) -> Callable[[], Adapter]:
         source: Checkpoint | None = self._shira_source
@@ -367,7 +399,16 @@ def _check_can_mix(worker: Any) -> None:
             raise ServeError(f"this engine cannot mix adapters in a batch: {reason}")
 
 
-def _described(loaded: LoadedAdapter) -> dict[str, Any]:
+def _described(adapters: WorkerAdapters, name: str, loaded: LoadedAdapter) -> dict[str, Any]:
+    """Return what `shira_load` says; of what is on disk already, too."""
+    said = _facts(loaded)
+    if adapters in MIXED:
+        found = gather(adapters.processes, MIXED[adapters].why_not_this(name, loaded))
+        said["why_not"] = next(filter(None, found), "")
+    return said
+
+
+def _facts(loaded: LoadedAdapter) -> dict[str, Any]:
     names = ("digest", "nnz", "nnz_here", "parameters", "checked", "nbytes")
     return {name: getattr(loaded, name) for name in names}
 

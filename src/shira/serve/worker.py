@@ -209,8 +209,11 @@ class WorkerAdapters:
         """Go on with the load that was begun, for milliseconds; return if `end_load` is due."""
         return self._beside is None or self._beside.step()
 
-    def end_load(self) -> LoadedAdapter:
-        """Hold the adapter whose loading was begun; errors are those of `load` and `require`."""
+    def end_load(self) -> tuple[str, LoadedAdapter]:
+        """Hold the adapter whose loading was begun, and return it with its name.
+
+        Errors are those of `load` and `require`.
+        """
         if self._beside is None:
             raise ServeError("no load was begun")
         name, source, before, base_changes = self._to_take
@@ -233,7 +236,7 @@ class WorkerAdapters:
         elif self.holding.on_disk.get(name) is before and name not in self.adapters:
             self.holding.make_room([name], self.active)
             self.holding.bring_back(name, loaded)
-        return loaded
+        return name, loaded
 
     def _begun(
         self,
@@ -268,15 +271,15 @@ class WorkerAdapters:
 
         return Beside(read, keys, find, place)
 
-    def require(self, name: str) -> LoadedAdapter:
+    def require(self, name: str, *, beyond: bool = False) -> LoadedAdapter:
         """Return the adapter of a name, in memory; `UnknownAdapterError` if there is none.
 
         One that was dropped is read again, so that all processes call this in the same order.
         `AdapterError` if its file is not there any more, or not what it was, or if what is in use
         leaves no room for it; `SwitchError` if the base has changed below it. Nothing has changed
-        then.
+        then. Going ``beyond`` the bound it needs no room, and nothing is dropped for it.
         """
-        self._bring_back([name])
+        self._bring_back([name], beyond)
         return self.holding.use(name)
 
     def knows(self, name: str) -> bool:
@@ -441,10 +444,11 @@ class WorkerAdapters:
             ) from None
         return after
 
-    def _bring_back(self, names: Collection[str]) -> None:
+    def _bring_back(self, names: Collection[str], beyond: bool = False) -> None:
         """Have adapters in memory, those on disk read again."""
         agree(self.processes, lambda: [self.holding.known(name) for name in names])
-        self.holding.make_room(names, self.active)
+        if not beyond:
+            self.holding.make_room(names, self.active)
         for name in names:
             if name not in self.adapters:
                 self.holding.bring_back(name, self._read_again(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from shira.errors import AdapterError, FileFormatError, ServeError, UnknownAdapterError
@@ -57,8 +58,9 @@ class MixingEngine(FakeEngine):
     async def why_not(self, weights):
         return "it is odd" if any(self.held[name] == "german" for name in weights) else ""
 
-    async def carry(self, weights):
-        return carried(weights, {name: self.held[name] for name in weights})
+    @asynccontextmanager
+    async def riding(self, weights):
+        yield carried(weights, {name: self.held[name] for name in weights})
 
 
 class FakeServer:

@@ -19,8 +19,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,7 +54,7 @@ class Served(NamedTuple):
     weights: Mapping[str, float]  # scale by name of loaded adapters
     path: str | None  # as the client put it; None for several adapters together
     report: Mapping[str, Any]  # the engine's
-    carried: Carried | None = None  # what its requests bring along, if batches are mixed
+    rides: bool = False  # batches are mixed, and its requests bring it along
     why_not: str = ""  # if they are and it cannot ride
 
 
@@ -62,7 +62,8 @@ class AdapterService:
     """The adapters that a server knows, and with a journal knows again after a restart.
 
     Args:
-        engine: Holds them; only its ``load``, ``unload``, ``check`` and ``activate`` are called.
+        engine: Holds them; only its ``load``, ``unload``, ``check`` and ``activate`` are called,
+            and with mixing its ``why_not`` and ``riding``.
         folder: Clients' paths lie below it; None: nothing can be loaded over HTTP.
         base_models: Names under which the base is served; the first is its own.
         patience: Of the scheduler.
@@ -117,19 +118,42 @@ class AdapterService:
         raise self._unknown(model, f"The model `{said:.300}` does not exist.{hint}")
 
     @contextmanager
-    def riding(self, name: str | None) -> Iterator[Carried | None]:
+    def riding(self, name: str | None) -> Iterator[Mapping[str, float] | None]:
         """Keep what a request brings along from being unloaded; None if it waits for its turn."""
         served = None if name is None else self.served[name]
-        if served is None or served.carried is None:
+        if served is None or not served.rides:
             yield None
             return
         names = {str(name), *served.weights}
         self._running.update(names)
         try:
-            yield served.carried
+            yield served.weights
         finally:
             self._running.subtract(names)
             self._ended.set()
+
+    @asynccontextmanager
+    async def carrying(
+        self, weights: Mapping[str, float], *, unless: asyncio.Future[Any]
+    ) -> AsyncIterator[Carried | None]:
+        """Have what a request brings along in memory; None if ``unless`` is done sooner.
+
+        For use inside `riding`, and inside the base's turn.
+        """
+        async with AsyncExitStack() as stack:
+            riding = stack.enter_async_context(self.engine.riding(weights))
+            entering = asyncio.ensure_future(riding)
+            try:
+                await asyncio.wait({entering, unless}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not entering.done():
+                    entering.cancel()
+                    await asyncio.wait({entering})
+            try:
+                carried = None if entering.cancelled() else entering.result()
+            except ShiraError as error:  # such as a file that cannot be read again
+                raise self._told(error) from error
+            yield carried
 
     async def load(
         self, name: object, path: object = None, adapters: object = None
@@ -200,8 +224,7 @@ class AdapterService:
         if not self.mixing:
             return served
         why_not = await self.engine.why_not(served.weights)
-        carried = None if why_not else await self.engine.carry(served.weights)
-        return served._replace(carried=carried, why_not=why_not)
+        return served._replace(rides=not why_not, why_not=why_not)
 
     async def unload(self, name: object) -> dict[str, Any]:
         """Serve a name no longer: running requests end first, queued ones are refused.
@@ -225,7 +248,7 @@ class AdapterService:
             if users:
                 raise NameTakenError(f"{name!r} is part of {', '.join(users)}: unload those first")
             described = self._described(str(name))
-            if served.carried is not None:
+            if served.rides:
                 await self._forget_riding(str(name), served)
                 return described
             async with self.scheduler.alone():
@@ -260,8 +283,8 @@ class AdapterService:
         """
         adapter = self.resolve(name)
         began, switches = time.perf_counter(), self.scheduler.switches
-        with self.riding(adapter) as carried:
-            turn = adapter if carried is None else None
+        with self.riding(adapter) as weights:
+            turn = adapter if weights is None else None
         async with self.scheduler.using(turn):
             switched = self.scheduler.switches != switches
             said = {
@@ -442,7 +465,7 @@ class AdapterService:
 
     def _described(self, name: str) -> dict[str, Any]:
         served = self.served[name]
-        mixing = {"rides": served.carried is not None, "why_not": served.why_not or None}
+        mixing = {"rides": served.rides, "why_not": served.why_not or None}
         return {
             "id": name,
             "object": "adapter",

@@ -122,7 +122,7 @@ class Turns:
         try:
             request = await _timely(size, _parsed, data)
             adapter = service.resolve(request.get("model"))
-            carried = stack.enter_context(service.riding(adapter))
+            weights = stack.enter_context(service.riding(adapter))
             if request.get("background"):  # whatever a lenient parser takes for true
                 raise AdapterError(
                     '"background": true is not possible with adapters in the weights: its answer '
@@ -139,9 +139,15 @@ class Turns:
             return scope, _replay(data, receive)
         gone = asyncio.ensure_future(receive())  # nothing but the end of the connection may come
         stack.callback(gone.cancel)
-        turn = adapter if carried is None else None  # of the base, on which it rides
+        turn = adapter if weights is None else None  # of the base, on which it rides
         if not await stack.enter_async_context(service.scheduler.using(turn, unless=gone)):
             return None
+        carried = None
+        if weights is not None:
+            brought = service.carrying(weights, unless=gone)
+            carried = await stack.enter_async_context(brought)
+            if carried is None:
+                return None
         stack.callback(answering.reset, answering.set(adapter))
         stack.callback(carrying.reset, carrying.set(carried))
         return scope, _replay(data, receive, gone)
