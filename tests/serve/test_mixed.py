@@ -371,9 +371,9 @@ class Bounded:
     """Ranks that each hold all of the model; adapters in files, of which two or so fit."""
 
     def __init__(self, folder, ranks):
-        self.folder, self.pool = folder, ThreadPoolExecutor(ranks)
-        shared = Shared(ranks)
-        self.mixed = []
+        self.pool, self.mixed, shared = ThreadPoolExecutor(ranks), [], Shared(ranks)
+        wanted = [None, ["a", 0.5], *"abcd"]
+        self.batch = {f"r{i}": ([i, i + 1], value) for i, value in enumerate(wanted)}
         for rank in range(ranks):
             torch.manual_seed(0)
             model = Model()
@@ -388,8 +388,6 @@ class Bounded:
         self.expected = self.call(lambda _, mixed: alone(mixed, self.batch))[0]
         self.limit = 2 * max(each.nbytes for each in self.mixed[0][0].adapters.values())
         self.call(lambda held, _: held.limit(self.limit))
-
-    batch = {f"r{i}": ([i, i + 1], name) for i, name in enumerate([None, ["a", 0.5], *"abcd"])}
 
     def call(self, step):
         futures = [self.pool.submit(step, *each) for each in self.mixed]
