@@ -14,7 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from shira.errors import AdapterError, RestoreError, ServeError, UnknownAdapterError
 from shira.serve.client import AsyncClient
-from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS, TOKENS
+from tests.serve.engine.zoo import ENGINE, EXTENSION, PROMPTS, TOKENS, make_adapter
 
 pytestmark = pytest.mark.vllm
 numbers = itertools.count()
@@ -302,6 +302,62 @@ def test_requests_that_bring_their_adapter_and_some_that_give_up(loop, engine, c
             await anext(mixing.generate("x", params, f"r{next(numbers)}", adapter="b"))
         assert await mixing.carry("b")
         await mixing.deactivate()
+        assert await answers(engine) == expected(zoo, "base")
+
+    loop.run_until_complete(steps())
+
+
+def test_a_bound_on_memory_and_requests_that_bring_their_adapters(
+    loop, engine, client, zoo, tmp_path
+):
+    """Two of four adapters fit; requests for all of them at once, of which some give up."""
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, detokenize=False, ignore_eos=True)
+    states = {name: {name: 1.0} for name in "abcd"} | {"both": zoo.states["both"], "base": {}}
+    drawn = random.Random(0)
+
+    async def one(mixing, state, which, right):
+        prompt, brought = {"prompt_token_ids": PROMPTS[which]}, states[state] or None
+        async for output in mixing.generate(prompt, params, f"r{next(numbers)}", adapter=brought):
+            last = output
+        assert list(last.outputs[0].token_ids) == right[state][which]
+
+    async def looks(mixing, limit):
+        while True:
+            said = await mixing.list()
+            assert sum(said["in_memory"].values()) <= limit
+            assert len(said["in_memory"]) + len(said["on_disk"]) == 4
+            await asyncio.sleep(0.02)
+
+    async def steps():
+        mixing, right = await AsyncClient.of(engine, mixing=True), {}
+        for seed, name in ((3, "c"), (4, "d")):
+            make_adapter(zoo.weights, seed).save(tmp_path / name, format="peft")
+            await mixing.load(name, str(tmp_path / name))
+        for state, weights in states.items():
+            await mixing.activate(weights)
+            right[state] = await answers(engine)
+        nbytes = [each["nbytes"] for each in (await mixing.list())["adapters"].values()]
+        limit = 2 * max(nbytes) + max(nbytes) // 4  # parts of ranks differ
+        await mixing.limit(limit)
+        before = (await mixing.mix())["steps"]["riding"]
+        looking = asyncio.ensure_future(looks(mixing, limit))
+        asking = []
+        for i in range(60):
+            state = drawn.choice([*states])
+            asking.append(asyncio.ensure_future(one(mixing, state, i % 3, right)))
+            await asyncio.sleep(drawn.choice([0, 0.01]))
+            if i % 9 == 8:
+                asking[-2].cancel()
+        for outcome in await asyncio.gather(*asking, return_exceptions=True):
+            assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
+        assert not looking.done()
+        looking.cancel()
+        assert (await mixing.mix())["steps"]["riding"] > before
+        with pytest.raises(AdapterError, match="ask for fewer"):
+            await anext(mixing.generate("x", params, "r", adapter=dict.fromkeys("abc", 1.0)))
+        await mixing.limit(None)
+        for name in "cd":
+            await mixing.unload(name)
         assert await answers(engine) == expected(zoo, "base")
 
     loop.run_until_complete(steps())
