@@ -332,6 +332,43 @@ def test_a_request_that_is_given_up_leaves_no_trace():
     on_site(test)
 
 
+def test_an_answer_that_is_not_read_to_its_end():
+    async def test(site):
+        stream = site.client.generate("x", Parameters(), "r1", adapter="c")
+        assert await anext(stream) == "c"
+        await stream.aclose()
+        assert site.engine.log == ["r1"]
+        assert site.engine.running == {}
+
+    on_site(test)
+
+
+def test_nothing_goes_before_those_in_line():
+    """What they need is dropped last; a switch takes no room ahead of them."""
+
+    async def test(site):
+        await site.client.limit(3 * SIZE)
+        await site.client.load("e", "/e")
+        site.ask("r1", "a")
+        await site.settle()
+        site.ask("r2", dict.fromkeys("bcd", 1.0))
+        await site.settle()
+        assert list(site.workers.holding.in_memory) == ["d", "e", "a"]
+        await site.client.load("f", "/f")
+        assert list(site.workers.holding.in_memory) == ["d", "a", "f"]
+        site.workers.calls.clear()
+        switching = asyncio.ensure_future(site.client.activate("e"))
+        await site.settle()
+        assert site.workers.calls == []
+        await site.end("r1")
+        assert site.engine.running.keys() == {"r2"}
+        await site.end("r2")
+        await switching
+        await site.client.deactivate()
+
+    on_site(test)
+
+
 def test_who_can_never_have_room_is_told_and_nobody_waits_behind_him():
     async def test(site):
         site.ask("r1", "a")

@@ -17,6 +17,7 @@ In a worker::
 In a client or trainer, with ``messages`` between them and the workers::
 
     client                  drives the adapters of an engine, by the steps of ``changes``
+    riders                  who is in flight with which adapters, and who waits for room
     journal, supervisor     give a new engine what a lost one held; start a server again
     value_sender            new values at the same positions
     export                  patches of vLLM's own

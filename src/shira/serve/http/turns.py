@@ -4,7 +4,8 @@
 The ``model`` field of the JSON body names the adapter, as with vLLM's LoRA. A request waits for its
 turn before the server sees it, and counts as running until its response has been sent, streams
 included. Where batches are mixed, it brings its adapter along (`carrying`), and the turn is the
-base's. The server sees the base's name in its place: to it there is one model.
+base's; then it waits until the adapter is in memory (`AsyncClient.riding`). The server sees the
+base's name in its place: to it there is one model.
 
 Every POST takes part except those that run no model (`IDLE_PATHS`), so that no way to the engine
 is open on which an answer could come from the wrong weights. What would go on after its response is
