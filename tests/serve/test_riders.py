@@ -36,13 +36,10 @@ class Workers:
         try:
             said = getattr(self, method.removeprefix("shira_"))(*args) or {}
         except ShiraError as error:
-            return [{"ok": False, "method": method, "rank": 0, "error": type(error).__name__,
-                     "message": str(error)}]  # fmt: skip
+            told = {"error": type(error).__name__, "message": str(error)}
+            return [{"ok": False, "method": method, "rank": 0, **told, **held.report()}]
         assert held.limit is None or held.nbytes <= held.limit
-        state = {"active": dict(self.active), "state": str(self.active), "limit": held.limit,
-                 "in_memory": {name: each.nbytes for name, each in held.in_memory.items()},
-                 "on_disk": {name: each.nbytes for name, each in held.on_disk.items()},
-                 "pinned": held.pinned}  # fmt: skip
+        state = {"active": dict(self.active), "state": str(self.active), **held.report()}
         return [{"ok": True, "method": method, "rank": 0, **state, **said}]
 
     def list(self):
@@ -82,9 +79,9 @@ class Workers:
 
     def bring_back(self, names):
         names = [name for name in names if self.holding.known(name)]
+        self.holding.make_room(names, self.active)
         if self.gone.intersection(names):
             raise AdapterError("its file is gone")
-        self.holding.make_room(names, self.active)
         for name in names:
             if name in self.holding.on_disk:
                 self.holding.bring_back(name, self.holding.on_disk[name])
@@ -400,6 +397,10 @@ def test_one_that_cannot_be_read_again_fails_alone():
             await site.tasks.pop("r1")
         await site.settle()
         assert site.on_board() == "b"
+        assert site.workers.holding.in_memory.keys() == {"d", "b"}
+        site.ask("r3", "c")  # which was dropped for the first
+        await site.settle()
+        assert site.on_board() == "bc"
         with pytest.raises(UnknownAdapterError):
             await anext(site.client.generate("x", Parameters(), "r", adapter="e"))
 

@@ -24,6 +24,7 @@ from shira.errors import (
     AdapterError,
     ConfigError,
     ServeError,
+    ShiraError,
     UnknownAdapterError,
     did_you_mean,
     listed,
@@ -89,6 +90,9 @@ async def _no_switch(adapter: Any) -> None:
 
 
 _ENGINES: weakref.WeakKeyDictionary[Any, Shared] = weakref.WeakKeyDictionary()
+
+
+_MEMORY = "limit", "in_memory", "on_disk", "pinned"  # of a report: see `Holding.report`
 
 
 class EngineGoneError(Exception):
@@ -252,7 +256,13 @@ class Changes(Generic[Done, Report, Reports]):
 
     async def _call(self, method: str, *args: Any) -> Sequence[dict[str, Any]]:
         answers = await self._ask(method, lambda: self._engine.collective_rpc(method, args=args))
-        self._shared.reports = checked(answers, method)
+        try:
+            self._shared.reports = checked(answers, method)
+        except ShiraError:  # adapters may have been dropped for it nevertheless
+            said = answers[0] if answers and isinstance(answers[0], Mapping) else {}
+            here = {key: said[key] for key in _MEMORY if key in said}
+            self._shared.reports = [{**each, **here} for each in self._shared.reports]
+            raise
         return self._shared.reports
 
     async def _restore(self, record: Record) -> None:
@@ -287,7 +297,8 @@ class Changes(Generic[Done, Report, Reports]):
             beside = f" beside the {nbytes(kept)} of {listed(sorted(kept))}, in use" if kept else ""
             raise AdapterError(
                 f"adapters {listed(names)} take {nbytes(names)} bytes in a worker{beside}, and "
-                f"max_adapter_memory is {limit}: ask for fewer of them together, or raise it"
+                f"max_adapter_memory is {limit}: ask for fewer of them together, raise it, or "
+                "deactivate what is active"
             )
         return bool(nbytes({*names, *kept, *self._shared.riders.on_board}) <= limit)
 

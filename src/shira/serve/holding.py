@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shira.adapter import Adapter
 from shira.errors import AdapterError, ConfigError, UnknownAdapterError, did_you_mean, listed
@@ -63,14 +63,22 @@ class Holding:
         self.limit = checked_limit(limit)
 
     @property
-    def pinned(self) -> list[str]:
-        """The adapters that are kept in memory by `pin`."""
-        return list(self._pins)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the adapters in memory."""
         return sum(each.nbytes for each in self.in_memory.values())
+
+    def report(self) -> dict[str, Any]:
+        """Return what clients need to know: ``limit``, bytes by name where they are, ``pinned``."""
+        in_memory, on_disk = (
+            {name: each.nbytes for name, each in where.items()}
+            for where in (self.in_memory, self.on_disk)
+        )
+        return {
+            "limit": self.limit,
+            "in_memory": in_memory,
+            "on_disk": on_disk,
+            "pinned": list(self._pins),
+        }
 
     def known(self, name: str) -> LoadedAdapter:
         """Return an adapter, perhaps without entries; `UnknownAdapterError` if there is none."""

@@ -267,12 +267,13 @@ class ShiraWorkerExtension:
         kept: tuple[Collection[str], Collection[str]] | None = None,
     ) -> dict[str, Any]:
         which = {"method": method, "rank": self.rank}
+        held = None
         try:
             adapters = self._shira_adapters()
+            held = adapters.holding
             with torch.no_grad():
                 if settle and adapters in MIXED:
                     MIXED[adapters].settle()
-                held = adapters.holding
                 if kept is not None:
                     held.waiting, held.riding = kept
                 said = step(adapters) or {}
@@ -280,17 +281,12 @@ class ShiraWorkerExtension:
             now = {"active": adapters.active, "state": adapters.state}
             if adapters in MIXED and MIXED[adapters].resident:  # which nobody made active
                 now = {"active": {}, "state": "base"}
-            now |= {
-                "limit": held.limit,
-                "in_memory": {name: each.nbytes for name, each in held.in_memory.items()},
-                "on_disk": {name: each.nbytes for name, each in held.on_disk.items()},
-                "pinned": held.pinned,
-            }
-            return {"ok": True, **which, **now, **said}
+            return {"ok": True, **which, **now, **held.report(), **said}
         except Exception as error:
             _logger.warning("%s: %s", type(error).__name__, shown(error))
             _logger.debug("%s", shown(traceback.format_exc(), lines=True))
-            return {"ok": False, **which, "error": type(error).__name__, "message": str(error)}
+            told = {"error": type(error).__name__, "message": str(error)}
+            return {"ok": False, **which, **told, **(held.report() if held else {})}
 
     def _shira_adapters(self: Any) -> WorkerAdapters:
         model = self.get_model()
