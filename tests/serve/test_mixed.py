@@ -435,6 +435,19 @@ def test_a_rider_whose_file_is_gone_is_not_answered_by_the_base(tmp_path):
     bounded.step("r4", "r5")
 
 
+def test_bytes_an_entry_of_a_rider(tmp_path):
+    """As the guide has them."""
+    bounded = Bounded(tmp_path, 1)
+    ((held, mixed),) = bounded.mixed
+    bounded.step("r0", "r1", "r5")
+    for ((name, scale),), rider in mixed._riders.items():
+        ((_, patch),) = held.adapters[name].entries.values()
+        (entries,) = rider.layers.values()
+        assert (entries.merged is patch.replacement) == (scale == 1.0)
+        assert entries.delta.nbytes == 4 * patch.nnz
+        assert entries.indices.nbytes <= 8 * patch.nnz
+
+
 def test_riders_are_let_go_with_their_adapters(tmp_path):
     bounded = Bounded(tmp_path, 1)
     ((held, mixed),) = bounded.mixed

@@ -4,7 +4,8 @@
 Meanwhile adapters are unloaded and loaded, under their own names and under each other's, and
 requests are given up. Every answer must be transformers' with that adapter merged, or a 404 while
 its name is gone. No part of the test run: ``python -m tests.serve.engine.load``, in the
-environment of ``make test-vllm``; a line of JSON says what was seen.
+environment of ``make test-vllm``; a line of JSON says what was seen. ``... load 1000 3`` has memory
+for three of the adapters.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import vllm_server as server
+from shira.adapter import Adapter
 from tests.serve.engine.guide import FLAGS
 from tests.serve.engine.zoo import (
     PROMPTS,
@@ -107,10 +109,11 @@ async def load(url: str, right: dict[str, list[list[int]]], requests: int) -> Co
     return seen
 
 
-def main(requests: int = 1000) -> None:
+def main(requests: int = 1000, fit: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         right = prepare(root)
+        nbytes = 16 * max(Adapter.load(root / "adapters" / name).nnz for name in list(right)[1:])
         port = server.free_port()
         command = ["vllm", "serve", str(root / "base"), "--served-model-name", "base"]
         command += ["--worker-extension-cls", "shira.serve.vllm.ShiraWorkerExtension"]
@@ -120,6 +123,7 @@ def main(requests: int = 1000) -> None:
             VLLM_PLUGINS="shira",
             SHIRA_ADAPTERS=str(root / "adapters"),
             SHIRA_MIXING="on",
+            **({"SHIRA_MAX_ADAPTER_MEMORY": str(fit * nbytes)} if fit else {}),
         )
         with server.running([*command, *FLAGS.split()], port, root / "log", env=env):
             began = time.perf_counter()
