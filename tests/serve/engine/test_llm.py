@@ -372,6 +372,19 @@ def test_a_name_that_is_given_to_another_adapter(mixing, zoo):
         mixing.generate(PROMPTS, GREEDY, adapters=["a", None, "name"])
 
 
+def test_a_bound_on_memory_and_calls_that_bring_adapters(mixing, zoo, llm):
+    nbytes = max(each["nbytes"] for each in mixing.list()["adapters"].values())
+    mixing.limit(nbytes + nbytes // 4)
+    for states in (["a", "base"], ["b", "base", "b"], ["half", "a"]):
+        mixed(mixing, zoo, states)
+        assert list(mixing.list()["in_memory"]) == ["b" if "b" in states else "a"]
+    with pytest.raises(AdapterError, match="'a', 'b' take .* ask for fewer of them together"):
+        mixed(mixing, zoo, ["a", "b"])
+    assert list(mixing.list()["in_memory"]) == ["a"]
+    mixing.limit(None)
+    mixed(mixing, zoo, ["a", "b", "both"])
+
+
 def test_what_cannot_ride_is_told_and_can_be_activated(mixing, zoo, llm, tmp_path):
     name = "model.layers.0.input_layernorm.weight"
     norm = SparseDelta(Support((128,), torch.arange(40)), torch.full((40,), 0.5))
