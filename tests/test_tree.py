@@ -264,6 +264,7 @@ TOPICS = {
     "measure": "extremes overlap rank",
     "ops": "packed",
     "serve": "docs restoring vllm_loading",
+    "serve/http": "bounded",
     "store": "stock_peft",
     "switch": "docs failures imports properties whole",
     "tuner": (

@@ -32,7 +32,7 @@ def extension(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "shira.serve.vllm", raising=False)
     module = importlib.import_module("shira.serve.vllm")
-    monkeypatch.setattr(module, "_described", lambda loaded: loaded)
+    monkeypatch.setattr(module, "_described", lambda adapters, name, loaded: loaded)
     yield module.ShiraWorkerExtension
     del sys.modules["shira.serve.vllm"]
 

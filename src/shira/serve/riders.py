@@ -24,9 +24,9 @@ class Riders:
 
     def __init__(self) -> None:
         self.on_board: Counter[str] = Counter()
-        """How many requests in flight ride on each adapter."""
+        """Numbers of requests in flight, by the adapter that they ride on."""
         self.in_line: Counter[str] = Counter()
-        """How many wait for each."""
+        """Numbers of those that wait, likewise."""
         self._first = asyncio.Lock()  # it is given in the order in which it was asked for
         self._changed = asyncio.Event()
 

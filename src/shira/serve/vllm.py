@@ -80,11 +80,7 @@ class ShiraWorkerExtension:
         """
 
         def load(adapters: WorkerAdapters) -> dict[str, Any]:
-            with self._shira_unquantized():
-                source = located(path)
-                read = self._shira_reader(source)
-                loaded = adapters.load(name, read, path=source, compare=compare)
-                return _described(adapters, name, loaded)
+            return self._shira_load(adapters, name, path, compare)
 
         return self._shira_do("shira_load", load, kept=(waiting, riding))
 
@@ -307,6 +303,14 @@ class ShiraWorkerExtension:
                 writing=writing,
             )
         return ADAPTERS[model]
+
+    def _shira_load(
+        self: Any, adapters: WorkerAdapters, name: str, path: str, compare: bool
+    ) -> dict[str, Any]:
+        path = located(path)
+        with self._shira_unquantized():
+            read = self._shira_reader(path)
+            return _described(adapters, name, adapters.load(name, read, path=path, compare=compare))
 
     def _shira_reader(self: Any, path: str) -> Callable[[], Adapter]:
         source: Checkpoint | None = self._shira_source

@@ -378,7 +378,7 @@ def test_a_bound_on_memory_and_calls_that_bring_adapters(mixing, zoo, llm):
     for states in (["a", "base"], ["b", "base", "b"], ["half", "a"]):
         mixed(mixing, zoo, states)
         assert list(mixing.list()["in_memory"]) == ["b" if "b" in states else "a"]
-    with pytest.raises(AdapterError, match="'a', 'b' take .* ask for fewer of them together"):
+    with pytest.raises(AdapterError, match=r"'a', 'b' take .* ask for fewer of them together"):
         mixed(mixing, zoo, ["a", "b"])
     assert list(mixing.list()["in_memory"]) == ["a"]
     mixing.limit(None)
