@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from shira import ShiraConfig, get_peft_model
 from shira.errors import AdapterError, SupportError, TargetError
 from shira.ops import native
+from shira.tuner.layer import ShiraLayer
 from shira.tuner.layers import Linear
-from shira.tuner.mixed_batch import Samples
+from shira.tuner.mixed_batch import adapter_names_in_effect
 
 from .models import EVERYTHING, everything, gpt2, llama, mlp, randomize
 from .test_steps import calls
 
 IDS = torch.randint(0, 11, (6, 4), generator=torch.Generator().manual_seed(0))
 NAMES = ["de", "en", "__base__", "en", "fr", "__base__"]
-THE_SAME = Samples(NAMES)  # names that one call leaves for the next
 
 
 needs_kernels = pytest.mark.skipif(native.load().library is None, reason=native.load().why)
@@ -38,7 +38,20 @@ def adapted(model, targets, **options):
     # fr is in the last layer only, so the others take its samples through the base
     model.add_adapter("fr", ShiraConfig(r=1, target_modules=[targets[-1]], random_seed=9))
     randomize(model)
+    for module in model.modules():
+        if isinstance(module, ShiraLayer):
+            module.tuner = (model.base_model,)  # not a submodule
     return model.eval()
+
+
+def by_itself(layer, x):
+    return layer(x, adapter_names=NAMES)
+
+
+def by_the_model(layer, x):
+    """As within a forward of the model, which leaves to the next what its layers find."""
+    with adapter_names_in_effect(*layer.tuner, NAMES, None):
+        return layer(x)
 
 
 def one_by_one(model, x, names):
@@ -280,21 +293,12 @@ def values_in_strides(layer):
     values.data = torch.stack((values * 3, values), 1)[:, 0]
 
 
-def values_at_the_address_of_others(layer):
-    parameter = layer.shira_weight["de"]
-    memory = torch.cat([parameter.data * 3, parameter.data * 5])
-    parameter.data = memory[: parameter.numel()]
-    layer(torch.randn(6, 8), adapter_names=NAMES)
-    parameter.data = memory[1::2][: parameter.numel()]
-    parameter.data = memory.view(-1, 2)[:, 0] if len(memory) % 2 == 0 else memory[::2]
-
-
 def at_the_same_address(layer, values):
     """Let values lie there, twice as many as there are, and be called with once."""
     parameter = layer.shira_weight["de"]
     memory = torch.cat([parameter.data * 3, parameter.data * 5])
     parameter.data = memory[: parameter.numel()]
-    layer(torch.randn(6, 8), adapter_names=THE_SAME)
+    by_the_model(layer, torch.randn(6, 8))
     parameter.data = values(memory)[: parameter.numel()]
 
 
@@ -347,7 +351,22 @@ def another_dtype_and_back(layer):
     another_scale(layer)
 
 
-@pytest.mark.parametrize("names", [NAMES, THE_SAME], ids=["names", "the same batch"])
+def values_elsewhere_during_the_forward(layer):
+    def move(module, args):
+        values = layer.shira_weight["de"]
+        if values.sum() < 1e6:
+            values.data = values.data + 1e6
+
+    layer.register_forward_pre_hook(move)
+
+
+def another_forward(layer):  # which has no product of ours
+    base, forward = layer.get_base_layer(), layer.get_base_layer().forward
+    values_in_place(layer)
+    base.forward = lambda x: forward(x)
+
+
+@pytest.mark.parametrize("call", [by_itself, by_the_model])
 @pytest.mark.parametrize(
     "change",
     [
@@ -356,7 +375,6 @@ def another_dtype_and_back(layer):
         values_elsewhere,
         values_of_another_dtype,
         values_in_strides,
-        values_at_the_address_of_others,
         of_another_dtype_at_the_same_address,
         in_strides_at_the_same_address,
         positions_in_place,
@@ -366,17 +384,19 @@ def another_dtype_and_back(layer):
         an_adapter_deleted_and_added_anew,
         another_scale,
         another_dtype_and_back,
+        values_elsewhere_during_the_forward,
+        another_forward,
     ],
 )
-def test_whatever_is_changed_counts_from_the_next_call_on(change, names):
+def test_whatever_is_changed_counts_from_the_next_call_on(change, call):
     """What a layer keeps of where its adapters are never leads to what they were before."""
     layer = adapted(mlp(), ["lin0"]).base_model.model.lin0
     x = torch.randn(6, 8)
     with torch.no_grad():
         for _ in range(2):
-            before = layer(x, adapter_names=names)
+            before = call(layer, x)
         change(layer)
-        after = layer(x, adapter_names=names)
+        after = call(layer, x)
         torch.testing.assert_close(after[1:], before[1:], rtol=1e-2, atol=1e-2)
         assert not torch.equal(after[0], before[0])
         rows, cols = layer.shira_indices["de"]
@@ -386,14 +406,26 @@ def test_whatever_is_changed_counts_from_the_next_call_on(change, names):
     torch.testing.assert_close(after[0], want)
 
 
+def test_an_adapter_that_comes_to_a_layer_counts_from_the_next_forward_on():
+    layer = adapted(mlp(), ["lin0", "lin1"]).base_model.model.lin0
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            before = by_the_model(layer, x)
+        layer.update_layer("fr", layer.support("en"), 2, ShiraConfig(r=2, init_weights=False))
+        after = by_the_model(layer, x)
+    same = torch.isclose(after, before).all(1)
+    assert same.tolist() == [name != "fr" for name in NAMES]
+
+
 @needs_kernels
 def test_positions_that_became_unusable_are_refused_in_the_next_call():
     layer = adapted(mlp(), ["lin0"]).base_model.model.lin0
     with torch.no_grad():
-        layer(torch.randn(6, 8), adapter_names=THE_SAME)
+        by_the_model(layer, torch.randn(6, 8))
         layer.shira_indices._buffers["de"][0] = 254
         with pytest.raises(SupportError, match="out of range"):
-            layer(torch.randn(6, 8), adapter_names=THE_SAME)
+            by_the_model(layer, torch.randn(6, 8))
 
 
 @needs_kernels
@@ -404,13 +436,11 @@ def test_a_batch_of_the_same_names_finds_what_the_one_before_found():
 
     def found():
         (samples,) = tuner._latest_samples
-        return [rows.groups[layer] for layer in layers for rows in samples._rows.values()
-                if layer in rows.groups]  # fmt: skip
+        return [samples.ready[layer] for layer in layers]
 
     with torch.inference_mode():
         want = model(x, adapter_names=NAMES)
         first = found()
-        assert len(first) == 2
         assert torch.equal(model(x, adapter_names=NAMES), want)
         assert [*map(id, found())] == [*map(id, first)]
     # what was made in inference mode is not in the way of gradients
@@ -418,7 +448,7 @@ def test_a_batch_of_the_same_names_finds_what_the_one_before_found():
     model(x, adapter_names=NAMES).sum().backward()
     assert x.grad is not None
     other = copy.deepcopy(model)
-    assert not any(samples._rows for samples in other.base_model._latest_samples)
+    assert not any(samples.ready for samples in other.base_model._latest_samples)
     with torch.no_grad():
         assert torch.equal(other(x, adapter_names=NAMES), want)
     kept = weakref.ref(layers[0].shira_weight["de"])
@@ -441,10 +471,10 @@ def test_a_layer_in_a_mixed_batch_takes_few_steps():
             else:
                 model.add_adapter(name, config)
         layer = model.eval().base_model.model.lin0
-        samples, x = Samples(names), torch.randn(adapters, 8)
-        with torch.no_grad():
-            layer(x, adapter_names=samples)
-            steps = calls(lambda layer=layer, x=x, s=samples: layer(x, adapter_names=s))
+        x = torch.randn(adapters, 8)
+        with torch.no_grad(), adapter_names_in_effect(model.base_model, names, None):
+            layer(x)
+            steps = calls(lambda layer=layer, x=x: layer(x))
         counted.append(len(steps))
         assert steps.count("__getattr__") == 2, steps  # torch's own, in nn.Linear.forward
     assert counted[0] <= 34, steps

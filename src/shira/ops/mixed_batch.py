@@ -85,7 +85,7 @@ def add_products(
 class DeltaGroups:
     """Groups of rows and their deltas, found and checked once for many calls of `add`.
 
-    Args and errors: see `add_products`. Before another call ask whether they are `unchanged`.
+    Args and errors: see `add_products`. Later calls may be made by `add_again`.
     """
 
     def __init__(
@@ -113,21 +113,34 @@ class DeltaGroups:
         self._batch: native.Batch | None = None
         if compiled and self._readable and places and deltas[0].is_cpu:
             self._batch = native.Batch(places, deltas, counts)
-        self._state: Any = None
         # of inference tensors torch does not count the writes
-        if self._batch and not any(index.is_inference() for index in indices):
-            self._which = [*map(type, deltas)], [*map(id, indices)]
-            self._state = _state_of(deltas, indices)
+        self.lasting = bool(self._batch) and not any(index.is_inference() for index in indices)
+        """Whether a compiled kernel may add them again while they are `the_same` and `in_place`."""
+        if self.lasting:
+            self._which = [*map(id, deltas)], [*map(id, indices)]
+            self._at = _memory_of(deltas), _written(indices)
 
-    def unchanged(self, deltas: Sequence[Any], indices: Sequence[Any]) -> bool:
-        """Return whether these are the groups' deltas and indices, and where they were.
+    def the_same(self, deltas: Sequence[Any], indices: Sequence[Any]) -> bool:
+        """Return whether these are the groups' own tensors, and the positions as they were."""
+        same = ([*map(id, deltas)], [*map(id, indices)]) == self._which
+        return same and bool(_written(indices) == self._at[1])
 
-        Values that were written to in place are unchanged: each product reads them. What no
-        compiled kernel takes counts as changed.
+    def in_place(self) -> bool:
+        """Return whether the values are where they were.
+
+        Those that were written to in place are: each product reads them.
         """
-        if self._state is None or ([*map(type, deltas)], [*map(id, indices)]) != self._which:
-            return False
-        return bool(_state_of(deltas, indices) == self._state)
+        return bool(_memory_of(self._deltas) == self._at[0])
+
+    def add_again(self, result: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        """Add as `add` does, to a result for an x of a shape and dtype and rows that it has taken.
+
+        The groups are `lasting`, and autograd and transforms are not at work.
+        """
+        as_before = result.dtype == x.dtype and result.shape[-1] == self._outs
+        if as_before and type(result) is Tensor and result.is_contiguous() and x.is_contiguous():
+            return self._add(result, x, rows)
+        return self.add(result, x, rows)
 
     def add(self, result: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """Add the groups' products in place, as `add_products` does, and return the result.
@@ -141,12 +154,7 @@ class DeltaGroups:
         fits = fits and (result.shape[-1], x.shape[-1]) == (self._outs, self._ins)
         fits = fits and self._can_add(result, x, rows)
         if fits and self._batch is not None:
-            kernels = native.load().library
-            assert kernels is not None
-            bad = kernels.add_products(result, x, rows, self._batch, self._shape, self._transposed)
-            if bad >= 0:
-                raise _unusable(int(rows[bad]), math.prod(result.shape[:-1]))
-            return result
+            return self._add(result, x, rows)
         if result.dim() != 2:
             flat = result.view(-1, result.shape[-1]), x.view(-1, x.shape[-1])
             return self.add(*flat, rows).view(result.shape)
@@ -164,6 +172,15 @@ class DeltaGroups:
             # in the wide dtype of `added`, rounded once
             total = (result.index_select(0, at) + added).to(result.dtype)
             result = result.index_copy_(0, at, total)
+        return result
+
+    def _add(self, result: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        kernels = native.load().library
+        assert kernels is not None
+        assert self._batch is not None
+        bad = kernels.add_products(result, x, rows, self._batch, self._shape, self._transposed)
+        if bad >= 0:
+            raise _unusable(int(rows[bad]), math.prod(result.shape[:-1]))
         return result
 
     def _can_add(self, result: Tensor, x: Tensor, rows: Tensor) -> bool:
@@ -187,16 +204,20 @@ class DeltaGroups:
 _dtype_of, _version_of = attrgetter("dtype"), attrgetter("_version")
 
 
-def _state_of(deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Any:
-    """Return all that a kernel is told of tensors, but for the values."""
+def _memory_of(deltas: Sequence[Tensor]) -> Any:
+    """Return all that a kernel is told of values."""
     return (
+        [*map(type, deltas)],
         [*map(Tensor.data_ptr, deltas)],
         [*map(_dtype_of, deltas)],
         [*map(Tensor.numel, deltas)],
         [*map(Tensor.is_contiguous, deltas)],
-        [*map(Tensor.data_ptr, indices)],
-        [*map(_version_of, indices)],
     )
+
+
+def _written(indices: Sequence[Tensor]) -> Any:
+    """Return what differs once positions were moved or written to."""
+    return [*map(Tensor.data_ptr, indices)], [*map(_version_of, indices)]
 
 
 def _are_readable(deltas: Sequence[Tensor]) -> bool:

@@ -676,7 +676,7 @@ class ShiraLayer(Shardable, BaseTunerLayer, nn.Module):
             )
         return x if cast is None else cast
 
-    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+    def _on_top(self, adapters: list[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
         """Put adapters on top of what the base layer returned, ``(..., out)``, each its rows."""
         raise NotImplementedError
 

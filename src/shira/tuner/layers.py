@@ -12,7 +12,6 @@ is then the merged table's look-up bit for bit; a linear layer rounds as `shira.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from shira import ops
 from shira.base import replacement
 from shira.support import matrix_shape
-from shira.tuner.base_layer import Way, members
+from shira.tuner.base_layer import Way, members, weight_of
 from shira.tuner.layer import ShiraLayer
-from shira.tuner.mixed_batch import Rows
+from shira.tuner.mixed_batch import Ready, Rows
 from shira.tuner.quantized import backend_of, can_unpack, quantized_linear
 
 
@@ -61,23 +60,29 @@ class Linear(ShiraLayer):
             return delta + self._base_forward(x)  # type: ignore[no-any-return]
         return ops.linear(x, weight, bias, deltas, indices, transposed=self.fan_in_fan_out)
 
-    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
-        groups = rows.groups.get(self)
-        if groups is None or torch.is_grad_enabled() or not self._are_as_before(adapters, groups):
-            deltas, indices = self._in_use(adapters)
-            shape, transposed = matrix_shape(self.weight_shape), self.fan_in_fan_out
-            groups = ops.DeltaGroups(rows.counts, deltas, indices, shape, transposed=transposed)
-            if all(isinstance(delta, nn.Parameter) for delta in deltas):  # scaled ones are copies
-                rows.groups[self] = groups
+    def _on_top(self, adapters: list[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        deltas, indices = self._in_use(adapters)
+        shape, transposed = matrix_shape(self.weight_shape), self.fan_in_fan_out
+        groups = ops.DeltaGroups(rows.counts, deltas, indices, shape, transposed=transposed)
+        ready = Ready(x.shape, x.dtype, adapters, rows, groups)
+        if groups.lasting and self._is_as_before(ready):
+            rows.ready[self] = ready
         return groups.add(result, x, rows.order)
 
-    def _are_as_before(self, adapters: Sequence[str], groups: ops.DeltaGroups) -> bool:
-        values, positions = self._modules["shira_weight"], self._modules["shira_indices"]
-        if {*map(self.scaling.get, adapters)} != {1.0}:
+    def _is_as_before(self, ready: Ready) -> bool:
+        """Return whether the layer would find the same now: `mixed_batch_forward` goes by it."""
+        base: Any = self._modules["base_layer"]
+        adapters = ready.adapters
+        if self._way(base) is not Way.DIRECT or weight_of(self).dtype != ready.dtype:
             return False
+        if max(ready.rows.counts) >= self.whole_product_from:
+            return False
+        if {*map(self.scaling.get, adapters)} != {1.0}:  # scaled values are copies
+            return False
+        values, positions = self._modules["shira_weight"], self._modules["shira_indices"]
         deltas = [*map(values._parameters.get, adapters)]  # type: ignore[union-attr]
         indices = [*map(positions._buffers.get, adapters)]  # type: ignore[union-attr]
-        return groups.unchanged(deltas, indices)
+        return ready.groups.the_same(deltas, indices)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -170,7 +175,7 @@ class Embedding(ShiraLayer):
         base: Any = self.get_base_layer()
         return ops.embedding(x, base.weight, deltas, indices, padding_idx=base.padding_idx)
 
-    def _on_top(self, adapters: Sequence[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+    def _on_top(self, adapters: list[str], rows: Rows, x: Tensor, result: Tensor) -> Tensor:
         shape, ids = result.shape, x.reshape(-1)
         result = result.reshape(-1, shape[-1])
         for adapter, at in zip(adapters, rows.order.split(rows.counts), strict=True):
