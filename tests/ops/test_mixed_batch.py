@@ -54,6 +54,34 @@ def test_add_products_in_one_call_equals_reference(instruction_set, data):
 
 
 @needs_kernels
+@pytest.mark.parametrize("instruction_set", SETS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_a_rows_bits_are_the_same_by_gaps_and_by_columns_and_at_any_width(instruction_set, data):
+    """In rows that are in several pieces of 512 entries, too, and in blocks of 2048."""
+    kernels = kernels_of(instruction_set)
+    shape = data.draw(st.sampled_from([(1, 50), (1, 30000), (40, 3), (17, 1000), (3, 2**16)]))
+    density = data.draw(st.sampled_from([0.0, 0.001, 0.1, 1.0]))
+    dtype, kind = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(KINDS))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    result, x, rows, _, (delta,), (index,), _ = batch(shape, [1], density, dtype, kind, False)
+    gaps = ops.make_plan([index], shape, (shape[1], 1)).gaps
+    columns = native.Places([gaps], {0: kernels.columns(gaps, shape)})
+    ones = native.Batch(native.Places([gaps]), [delta], [1])
+    want = result.clone()
+    assert kernels.add_products(want, x, rows, ones, shape, False) == -1
+    got = result.clone()
+    given = native.Batch(columns, [delta], [1])
+    assert kernels.add_products(got, x, rows, given, shape, False) == -1
+    assert torch.equal(got, want)
+    for width in (2, 7, 20, 70):
+        many = result[rows].repeat(width, 1), x[rows].repeat(width, 1), torch.arange(width)
+        groups = native.Batch(native.Places([gaps]), [delta], [width])
+        assert kernels.add_products(*many, groups, shape, False) == -1
+        assert torch.equal(many[0], want[rows].expand(width, -1))
+
+
+@needs_kernels
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_a_rows_bits_depend_on_no_other_row_and_no_thread(instruction_set, transposed, monkeypatch):
@@ -207,6 +235,23 @@ def test_tokens_in_several_dimensions(compiled, transposed, monkeypatch):
     assert torch.equal(once[0], want)  # in place
     apart = torch.stack((result, result), 1)[:, :1]  # of strides
     assert torch.equal(groups.add(apart, x.unsqueeze(1), rows)[:, 0], want)
+
+
+@needs_kernels
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(40, 50), (5, 2**16), (5, 2**16 + 1)])
+def test_groups_are_added_again_with_the_same_bits(shape, transposed):
+    case = batch(shape, [1, 3, 0, 1], 0.2, torch.float32, torch.float32, transposed)
+    result, x, rows, counts, deltas, indices, shape = case
+    groups = ops.DeltaGroups(counts, deltas, indices, shape, transposed=transposed)
+    assert groups.lasting
+    want = groups.add(result.clone(), x, rows)
+    for _ in range(3):
+        assert torch.equal(groups.add_again(result.clone(), x, rows), want)
+    deltas[0].mul_(2)  # values are read at each call
+    doubled = groups.add_again(result.clone(), x, rows)
+    assert torch.equal(doubled, groups.add(result.clone(), x, rows))
+    assert not torch.equal(doubled, want)
 
 
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])

@@ -48,6 +48,9 @@ class Workers:
     def mix(self):
         pass
 
+    def fingerprint(self):
+        return {"base": "of the base", "weights": str(self.active)}
+
     def told(self, waiting=(), riding=()):
         self.holding.waiting, self.holding.riding = waiting, riding
 
@@ -524,3 +527,11 @@ def test_counting():
     with riders.aboard("ab"), riders.aboard("a"):
         assert riders.on_board == {"a": 2, "b": 1}
     assert riders.on_board == {}
+
+
+def test_fingerprints_are_equal_while_the_weights_are_whatever_is_loaded(client):
+    before = client.fingerprint()
+    assert before[0]["base"] == "of the base"
+    client.load("e", "e")
+    client.limit(2 * SIZE)
+    assert client.fingerprint() == before

@@ -473,7 +473,8 @@ def test_a_layer_in_a_mixed_batch_takes_few_steps():
         layer = model.eval().base_model.model.lin0
         x = torch.randn(adapters, 8)
         with torch.no_grad(), adapter_names_in_effect(model.base_model, names, None):
-            layer(x)
+            for _ in range(3):  # the third finds all that the first two have found
+                layer(x)
             steps = calls(lambda layer=layer, x=x: layer(x))
         counted.append(len(steps))
         assert steps.count("__getattr__") == 2, steps  # torch's own, in nn.Linear.forward

@@ -274,9 +274,11 @@ def test_operations_on_adapters():
     b = logits(model)
     assert layer.shira_weight["b"].requires_grad
     assert not layer.shira_weight["default"].requires_grad
-    mixed = model(input_ids=IDS, adapter_names=["default", "b"]).logits
-    for row, whole in enumerate((a, b)):
-        torch.testing.assert_close(mixed[row], whole[row], rtol=1e-5, atol=1e-6)
+    for grad in (True, False, False):
+        with torch.set_grad_enabled(grad):
+            mixed = model(input_ids=IDS, adapter_names=["default", "b"]).logits
+        for row, whole in enumerate((a, b)):
+            torch.testing.assert_close(mixed[row], whole[row], rtol=1e-5, atol=1e-6)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tied_llama()))
     assert layer.shira_weight["b"].requires_grad

@@ -4,11 +4,13 @@
 A batch whose samples want different adapters is multiplied with the base weight once. What each
 adapter adds to its rows takes, on the CPU, one call of a compiled kernel for all (``deltas.c``),
 which reads an adapter's gaps and values once for 64 of its tokens: 5 bytes an entry in float32,
-about 1.2 ns on one core for a token and 8 ns for 64. Where in memory the entries are is kept for
+about 1.3 ns on one core for a token and 8 ns for 64. Where in memory the entries are is kept for
 each set of adapters, and holds as long as their plans do (`shira.ops.plan`). Where the values are
 is asked of the tensors at each call: they move when a model is moved, cast or loaded. `DeltaGroups`
 keeps all this for the next call with the same groups: between two products of a model none of it
-stays in the CPU's caches, and finding it again takes a quarter of the time of adding the deltas.
+stays in the CPU's caches, and finding it again takes a quarter of the time of adding the deltas. In
+later calls groups of one row have their columns at hand, 2 bytes an entry more while they are kept,
+which takes 0.9 ns an entry instead of 1.3.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from shira.ops.gradient import asked_for, triton
 from shira.ops.plan import places_of, plan_for
 from shira.ops.product import runs_eagerly
 
+_WIDEST_COLUMNS = 2**16
 _LARGEST = 2**24  # rows or columns that the kernel's 32-bit offsets reach
 
 
@@ -116,6 +119,7 @@ class DeltaGroups:
         # of inference tensors torch does not count the writes
         self.lasting = bool(self._batch) and not any(index.is_inference() for index in indices)
         """Whether a compiled kernel may add them again while they are `the_same` and `in_place`."""
+        self._again = False
         if self.lasting:
             self._which = [*map(id, deltas)], [*map(id, indices)]
             self._at = _memory_of(deltas), _written(indices)
@@ -137,10 +141,25 @@ class DeltaGroups:
 
         The groups are `lasting`, and autograd and transforms are not at work.
         """
+        if not self._again:
+            self._again = True
+            self._find_columns()
         as_before = result.dtype == x.dtype and result.shape[-1] == self._outs
         if as_before and type(result) is Tensor and result.is_contiguous() and x.is_contiguous():
             return self._add(result, x, rows)
         return self.add(result, x, rows)
+
+    def _find_columns(self) -> None:
+        """Find the columns of groups of one row, 2 bytes an entry: a third of the time goes there."""
+        kernels, before = native.load().library, self._batch
+        assert kernels is not None
+        assert before is not None
+        if self._transposed or self._shape[1] > _WIDEST_COLUMNS:
+            return
+        gaps, single = before.places.gaps, [i for i, n in enumerate(self._counts) if n == 1]
+        with torch.inference_mode(False):
+            columns = {i: kernels.columns(gaps[i], self._shape) for i in single}
+        self._batch = native.Batch(native.Places(gaps, columns), self._deltas, self._counts)
 
     def add(self, result: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """Add the groups' products in place, as `add_products` does, and return the result.

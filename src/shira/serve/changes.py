@@ -177,7 +177,7 @@ class Changes(Generic[Done, Report, Reports]):
 
     def fingerprint(self) -> Reports:
         """Return, for each rank, hashes of its weights: ``base``, and as they are."""
-        return self._do(self._call, "shira_fingerprint")
+        return self._do(self._fingerprint)
 
     def activate(self, weights: Weights, scale: float = 1.0) -> Done:
         """Make adapters active on all ranks, in place of those that are.
@@ -382,6 +382,11 @@ class Changes(Generic[Done, Report, Reports]):
             raise ServeError(
                 f"the weights hold {self.active}: deactivate() before requests bring adapters along"
             )
+
+    async def _fingerprint(self) -> Sequence[dict[str, Any]]:
+        said = await self._call("shira_fingerprint")
+        # what adapters take is not the weights', and equal weights have equal fingerprints
+        return [{key: each[key] for key in each if key not in _MEMORY} for each in said]
 
     async def _limit(self, max_adapter_memory: int | None) -> None:
         await self._call("shira_limit", max_adapter_memory, *self._kept())

@@ -79,9 +79,8 @@ class Linear(ShiraLayer):
             return False
         if {*map(self.scaling.get, adapters)} != {1.0}:  # scaled values are copies
             return False
-        values, positions = self._modules["shira_weight"], self._modules["shira_indices"]
-        deltas = [*map(values._parameters.get, adapters)]  # type: ignore[union-attr]
-        indices = [*map(positions._buffers.get, adapters)]  # type: ignore[union-attr]
+        deltas = [*map(self.shira_weight._parameters.get, adapters)]
+        indices = [*map(self.shira_indices._buffers.get, adapters)]
         return ready.groups.the_same(deltas, indices)
 
 

@@ -14,9 +14,10 @@ import math
 import os
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from shira.blocks import BlockLayout
 # Not imported from `build`: that is also a program, which should not be loaded before it runs.
 LIBRARY = Path(__file__).with_name("_native.so")
 
-VERSION = 11  # of the signatures below; see shira_native_version in cpu.c
+VERSION = 12  # of the signatures below; see shira_native_version in cpu.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of operands and weights; deltas and gradients are float32."""
 
@@ -69,18 +70,36 @@ class Gaps(NamedTuple):
     """The number of entries, k."""
 
 
+class Columns(NamedTuple):
+    """Entries of a matrix of at most 2^16 columns by where each row begins and by their columns."""
+
+    crow: Tensor
+    """int32 ``(rows + 1,)``, contiguous."""
+    col: Tensor
+    """uint16 ``(k,)``, contiguous."""
+
+
 class Places:
-    """The entries of several weights, as `Kernels.add_products` takes them."""
+    """The entries of several weights, as `Kernels.add_products` takes them.
 
-    __slots__ = "entries", "gaps", "sizes", "table"
+    By their gaps, or, where ``columns`` has them, by their columns: for groups of a single row, of
+    matrices that are not transposed.
+    """
 
-    def __init__(self, gaps: Sequence[Gaps]) -> None:
-        self.gaps = gaps  # they own the memory that the table leads to
+    __slots__ = "_owners", "entries", "gaps", "sizes", "table"
+
+    def __init__(
+        self, gaps: Sequence[Gaps], columns: Mapping[int, Columns] = MappingProxyType({})
+    ) -> None:
+        self.gaps, self._owners = gaps, columns  # of the memory that the table leads to
         self.sizes = [nnz for _, _, nnz in gaps]
         self.entries = sum(self.sizes)
         self.table = array("q")
-        for units, marks, nnz in gaps:
+        for i, (units, marks, nnz) in enumerate(gaps):
             memory = units.data_ptr(), units.itemsize, units.numel(), marks.data_ptr()
+            if i in columns:
+                crow, col = columns[i]
+                memory = col.data_ptr(), 0, nnz, crow.data_ptr()
             self.table.extend((*memory, nnz))
 
 
@@ -214,6 +233,11 @@ class Kernels:
             1 if k < _SHORT else torch.get_num_threads(),
         )  # fmt: skip
         return crow, row, col
+
+    def columns(self, gaps: Gaps, shape: tuple[int, int]) -> Columns:
+        """Return the entries of a matrix of at most 2^16 columns by their columns."""
+        crow, _, col = self.coordinates(gaps, shape, False)
+        return Columns(crow, col.to(torch.uint16))
 
     def encode_gaps(self, indices: Tensor, widest: int) -> Tensor:
         """Return the gaps of contiguous indices, as ``shira.ops.gaps.encode`` says.

@@ -5,8 +5,11 @@
 //
 // Tokens of a group go side by side, a tile of W at a time: x is transposed, so that an entry
 // multiplies one vector of W numbers. A tile's dW is read once, from its gaps (walk.h), a row's
-// sums stay in registers, four of them for every fourth entry, and rows are added to y some at a
-// time, rounded once. With a dW stored (in, out) the sums of a whole tile are kept in scratch.
+// sums stay in registers, four of them, each for every fourth entry of the row, and rows are added to y
+// some at a time, rounded once. With a dW stored (in, out) the sums of a whole tile are kept in scratch.
+//
+// Of a token alone that comes again, as in generation, the columns are given instead of the gaps, which
+// take longer to read than the products.
 //
 // Threads take blocks of gaps, the rows that begin in each, as they come to them: first those of the
 // tokens whose x they have transposed themselves, which is in their own cache. No sum is shared, and
@@ -25,7 +28,8 @@
 #define WIDEST 8
 #endif
 
-// Where an adapter's entries are, as shira/ops/native/__init__.py keeps it; addresses are numbers.
+// Where an adapter's entries are, as shira/ops/native/__init__.py keeps it; addresses are numbers. With
+// a unit size of 0 units are the columns, uint16, and marks where each row begins, int32, and the end.
 typedef struct {
     int64_t units, unit_size, count, marks, nnz;
 } entries;
@@ -206,7 +210,18 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
 #define CLEAR(SUM, TYPE, N)                                                              \
     UNROLL for (int k = 0; k < N; k++) SUM[0][k] = SUM[1][k] = SUM[2][k] = SUM[3][k] = (TYPE){0};
 
+// Let entries of the row that come after COUNT others go on with the sum that is theirs.
+#define TURN(TYPE, N, COUNT)                                                             \
+    for (int c = (int)((COUNT) & 3); c > 0; c--)                                         \
+        UNROLL for (int k = 0; k < N; k++) {                                             \
+            TYPE first = sum[0][k];                                                      \
+            sum[0][k] = sum[1][k], sum[1][k] = sum[2][k], sum[2][k] = sum[3][k];         \
+            sum[3][k] = first;                                                           \
+        }
+
 #define KEEP_SUMS(W, TYPE, N)                                                            \
+    TURN(TYPE, N, 4 - turned)                                                            \
+    turned = 0;                                                                          \
     UNROLL for (int k = 0; k < N; k++)                                                   \
         ((TYPE *)(sums + (row - kept) * W))[k] =                                         \
             (sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]);                           \
@@ -233,6 +248,7 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
         float room[AT_ONCE + 40];                                                        \
         int64_t e = place.entry, from, kept = row;                                       \
         int usual = usual_entries(g, j->rows);                                           \
+        int turned = 0;  /* how far the sums are, for a row that is in several pieces */  \
         TYPE sum[4][N]; /* (cleared by memset it would not stay in registers) */         \
         CLEAR(sum, TYPE, N)                                                              \
         EACH_PIECE {                                                                     \
@@ -243,6 +259,7 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
             while (i < n) {                                                              \
                 int64_t limit = begin + cols - from; /* not above 0: a wide gap */       \
                 const float *here = x + (from - begin) * W;                              \
+                int start = i;                                                           \
                 for (int m = 32; m == 32 && limit > 0;) {                                \
                     m = below(at + i, (uint32_t)limit);                                  \
                     int done = 0;                                                        \
@@ -265,7 +282,11 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
                     }                                                                    \
                     i += m - done;                                                       \
                 }                                                                        \
-                if (i == n) break; /* the row may go on */                               \
+                if (i == n) { /* the row may go on */                                    \
+                    TURN(TYPE, N, i - start)                                             \
+                    turned = (turned + i - start) & 3;                                   \
+                    break;                                                               \
+                }                                                                        \
                 KEEP_SUMS(W, TYPE, N)                                                    \
                 for (;;) {                                                               \
                     if (row - kept == ROWS) add(j, t, kept, ROWS, sums), kept = row;     \
@@ -280,6 +301,33 @@ static const eight_i32 first_eight = {0, 1, 2, 3, 4, 5, 6, 7};
     end:                                                                                 \
         if (row > kept) add(j, t, kept, row - kept, sums);                               \
     }
+
+// Part b of the rows, for one token whose columns are given.
+INLINE void by_columns_given(const job *j, const tile *t, int64_t b, const float *x, float *sums,
+                             const int kind) {
+    const uint16_t *col = (const void *)t->of.dw.units;
+    const int32_t *begin = (const void *)t->of.dw.marks;
+    const void *values = (const void *)t->of.values;
+    int64_t row = share(j->rows, b, t->blocks), last = share(j->rows, b + 1, t->blocks);
+#define PRODUCT(SUM, E) SUM += scalar_as(values, E, kind) * x[col[E]];
+    for (int n; row < last; row += n) {
+        n = last - row < ROWS ? (int)(last - row) : ROWS;
+        for (int r = 0; r < n; r++) {
+            int64_t e = begin[row + r], end = begin[row + r + 1];
+            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            for (; e + 4 <= end; e += 4) {
+                PRODUCT(s0, e) PRODUCT(s1, e + 1) PRODUCT(s2, e + 2) PRODUCT(s3, e + 3)
+            }
+            switch (end - e) {
+                case 3: PRODUCT(s2, e + 2) /* fall through */
+                case 2: PRODUCT(s1, e + 1) /* fall through */
+                case 1: PRODUCT(s0, e)
+            }
+            sums[r] = (s0 + s1) + (s2 + s3);
+        }
+        add(j, t, row, n, sums);
+    }
+}
 
 // All of a dW that is stored (in, out), for W tokens; sums (out, W).
 #define BY_COLUMNS(W, TYPE, N)                                                           \
@@ -325,6 +373,12 @@ EACH_WIDTH(BY_ROWS)
 EACH_WIDTH(BY_COLUMNS)
 
 static void multiply(const job *j, const tile *t, int64_t b, const float *x, float *sums) {
+    if (t->of.dw.unit_size == 0) {
+        if (t->of.kind == F32) by_columns_given(j, t, b, x, sums, F32);
+        else if (t->of.kind == BF16) by_columns_given(j, t, b, x, sums, BF16);
+        else by_columns_given(j, t, b, x, sums, F16);
+        return;
+    }
     switch (t->width) {
 #define CASE(W, TYPE, N)                                     \
     case W:                                                  \
