@@ -150,7 +150,7 @@ class DeltaGroups:
         return self.add(result, x, rows)
 
     def _find_columns(self) -> None:
-        """Find the columns of groups of one row, 2 bytes an entry: a third of the time goes there."""
+        """Have columns for groups of one row, 2 bytes an entry: a third of the time is for them."""
         kernels, before = native.load().library, self._batch
         assert kernels is not None
         assert before is not None
