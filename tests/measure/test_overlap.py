@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from shira import Adapter, SparseDelta, Support, overlap
 from shira.errors import AdapterError, WrongBaseError
 from shira.measure import numerical_rank
-from shira.measure.matrix import entries_of, zero_share
+from shira.measure.matrix import entries_of, largest_singular_value, zero_share
 from tests.adapters import SHAPES, adapters, delta, few, random_adapter, random_delta
 from tests.fusing.reference import dense
 
@@ -44,6 +45,13 @@ def test_by_hand():
     assert found.cosine == pytest.approx(-1 / math.sqrt(6 * 39))
     assert found.awom == w.awom
     assert found.awor.value == pytest.approx(1 - 5 / 20)
+
+
+def test_singular_values_that_are_nearly_equal_are_told_apart():
+    values = np.array([1.0, 1 - 6e-4, 0.3, 0.2])
+    for seed in range(300):
+        found = largest_singular_value(values.__mul__, values.__mul__, (4, 4), seed=seed)
+        assert found.value == pytest.approx(1, rel=1e-9)
 
 
 @few

@@ -42,6 +42,7 @@ Product: TypeAlias = Callable[[Floats], Floats]
 TOLERANCE = 1e-4
 """Relative error of a largest singular value at which to stop."""
 _STEPS = 300
+_FEWEST = 16  # in which values part that are so close that one may be taken for the other
 _NOTHING = 1e-13  # what vanishes beside a value
 
 EFFORT = 2**27
@@ -142,7 +143,7 @@ def largest_singular_value(
     """Find the spectral norm of a matrix M of some shape that can only be multiplied with vectors.
 
     ``product`` is ``M v``, float64 ``(n,)`` to ``(m,)``, ``transposed`` is ``M^T u``. It stops at a
-    relative error of ``tolerance``, or after so many steps.
+    relative error of ``tolerance``, after 16 steps at least, or after so many steps.
 
     Returns:
         The value, never too large but for rounding, and the residual: a singular value is certain
@@ -173,7 +174,7 @@ def largest_singular_value(
         value, residual = float(values[0]), float(above[step] * abs(vectors[-1, 0]))
         if above[step] <= _NOTHING * value or step + 1 == shape[1]:
             return Estimate(value)
-        if residual <= tolerance * value:
+        if residual <= tolerance * value and step + 1 >= _FEWEST:
             break
         v /= above[step]
     return Estimate(value, residual)

@@ -118,7 +118,7 @@ class DeltaGroups:
             self._batch = native.Batch(places, deltas, counts)
         # of inference tensors torch does not count the writes
         self.lasting = bool(self._batch) and not any(index.is_inference() for index in indices)
-        """Whether a compiled kernel may add them again while they are `the_same` and `in_place`."""
+        """True if a compiled kernel may add them again while they are `the_same` and `in_place`."""
         self._again = False
         if self.lasting:
             self._which = [*map(id, deltas)], [*map(id, indices)]

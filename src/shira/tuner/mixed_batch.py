@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """What a layer found in a forward pass, for the next of the same names.
+    """Findings of a layer in a forward pass, kept for the next of the same names.
 
     Between two products of a model nothing of a layer stays in the CPU's caches, and to find this
     again takes a quarter of the time of adding the entries. What depends on the layer is therefore
@@ -60,7 +60,7 @@ class Ready(NamedTuple):
     rows: Rows
     """Theirs."""
     groups: DeltaGroups
-    """Where the adapters' entries and values are."""
+    """The adapters' entries and values, as they lie."""
 
     def takes(self, x: Tensor) -> bool:
         """Return whether this is so for an input too."""

@@ -55,6 +55,8 @@ def _train(options: TrainOptions) -> None:
     for package in ("transformers", "peft", "accelerate", "datasets", "matplotlib"):
         with needed_for("training", "'shira[train]'"):
             __import__(package)
+    import torch
+
     from shira import PeftModel
     from shira.cli.train.trainer import fit, make_trainer, training_arguments, writing
 
@@ -88,7 +90,10 @@ def _train(options: TrainOptions) -> None:
             with suppress(OSError):  # with a checkpoint in it, it stays
                 folder.rmdir()
         raise
-    if not trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads abort a process that ends first
+    if not first:
         return
     with writing("the adapter", output):
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
