@@ -149,7 +149,9 @@ def _runs(
     return {
         REFERENCE: partial(_forward, models[REFERENCE], inputs, {}, None),
         "grouped": partial(_forward, models["shira"], inputs, mixed, ALWAYS),
-        "whole": partial(_forward, models["shira"], inputs, mixed, NEVER),
+        # in another order, so that what the model keeps of the last names is the others', as when
+        # it generates
+        "whole": partial(_forward, models["shira"], inputs, {"adapter_names": names[::-1]}, NEVER),
         "shira": partial(_forward, models["shira"], inputs, mixed, None),
         "peft-lora": partial(_forward, models["peft-lora"], inputs, mixed, None),
     }
