@@ -79,13 +79,14 @@ FAST := $(addprefix tests/test_,adapter.py base.py blocks.py delta.py doctests.p
 test-fast: $(STAMP)
 	$(PYTEST) -q -m 'not slow' $(PYTEST_ARGS) $(FAST)
 
-# The lowest versions that are supported. Interrupts and the order of our own writes are the same there.
+# The lowest versions that are supported.
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt $(NATIVE)
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install -qq -c constraints-lowest.txt -e '.[train]' pytest hypothesis
 	@touch $@
 
+# Without the tests of interrupts and of the order of our own writes, which no version changes.
 test-lowest: $(LOWEST_STAMP)
 	$(LOWEST)/bin/python -m pytest -q -m 'not slow' $(PYTEST_ARGS) \
 		$(addprefix --ignore=tests/,tuner/test_interrupts.py store/test_atomic.py switch/test_failures.py) \

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     """int64: those of the first adapter, of the second, and so on."""
     counts: list[int]
     """The number that each has."""
-    ready: dict[nn.Module, Ready]
+    ready: dict[Any, Ready]
     """Of their `Samples`."""
 
 
@@ -116,17 +116,16 @@ class Samples(tuple[str, ...]):
         return rows
 
     @cached_property
-    def ready(self) -> dict[nn.Module, Ready]:
-        """Return what layers found in the last forward pass."""
+    def ready(self) -> dict[Any, Ready]:
+        """Return what layers found in the last forward pass, by layer."""
         return {}
 
     def look_again(self) -> None:
         """Forget what layers found that is so no longer."""
         for layer, ready in [*self.ready.items()]:
-            here: Any = layer.scaling
-            adapters = [name for name in self.groups if name in here]
-            if adapters != ready.adapters or not layer._is_as_before(ready):  # type: ignore[operator]
-                del self.ready[layer]
+            adapters = [name for name in self.groups if name in layer.scaling]
+            if adapters != ready.adapters or not layer._is_as_before(ready):
+                self.ready.pop(layer, None)  # another thread may have seen it, too
 
     @cached_property
     def _rows(self) -> dict[Any, Rows]:
