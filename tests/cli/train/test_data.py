@@ -7,9 +7,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from shira import ShiraConfig, get_peft_model
 from shira.cli.train.data import collator, load_data, read_table
-from shira.cli.train.model import load_tokenizer
+from shira.cli.train.model import load_base, load_tokenizer
 from shira.cli.train.options import TrainOptions
 from shira.errors import ConfigError
 
@@ -208,11 +210,44 @@ def test_padding(workshop):
     tokenizer = load_tokenizer(TrainOptions(model=str(workshop / "bert")))
     assert tokenizer.pad_token_id == 0
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = {name: tensor.tolist() for name, tensor in collator(RUNNING, tokenizer)(rows).items()}
-    assert batch == {
+    pad = collator(RUNNING, tokenizer, Plain())
+    assert {name: tensor.tolist() for name, tensor in pad(rows).items()} == {
         "input_ids": [[1, 2, 3], [4, 0, 0]],
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "labels": [[1, 2, 3], [4, -100, -100]],
     }
-    batch = collator(OPTIONS, tokenizer)([{**row, "labels": 1} for row in rows])
+    batch = collator(OPTIONS, tokenizer, Plain())([{**row, "labels": 1} for row in rows])
     assert batch["labels"].tolist() == [1, 1]
+
+
+class Plain(torch.nn.Module):
+    """A model that knows of no logits to keep."""
+
+    def forward(self, input_ids, labels):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_logits_of_prompts_are_not_computed(workshop, adapted):
+    options = TrainOptions(model=str(workshop / "gpt2"), task="causal-lm")
+    tokenizer = load_tokenizer(options)
+    model = load_base(options, None, tokenizer.pad_token_id)
+    if adapted:
+        model = get_peft_model(model, ShiraConfig(r=2, target_modules="all-linear"))
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, -100, 4, 5]},
+        {"input_ids": [6, 7, 8, 9], "labels": [-100, -100, -100, 9]},
+    ]
+    short = collator(options, tokenizer, model)(rows)
+    assert short["logits_to_keep"] == 3
+    assert short["labels"].tolist() == [[-100, 4, 5], [-100, 9, -100]]
+    plain = collator(options, tokenizer, Plain())(rows)
+    assert "logits_to_keep" not in plain
+    model.eval()
+    results = []
+    for batch in (short, plain):
+        out = model(**batch)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append((out.logits[:, -3:], out.loss, *torch.autograd.grad(out.loss, trained)))
+        assert out.logits.shape[1] == batch["labels"].shape[1]
+    torch.testing.assert_close(*results)

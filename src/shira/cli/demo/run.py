@@ -130,17 +130,20 @@ def _train(
             for parameter, tensor in model.named_parameters():
                 tensor.requires_grad_(_in_head(parameter))
         named = [(n, tensor) for n, tensor in model.named_parameters() if tensor.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [tensor for n, tensor in named if _in_head(n) == head], "lr": rate}
-            for head, rate in ((True, task.head_learning_rate), (False, task.learning_rate))
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        more: dict[str, Any] = {}
+        if task.head_learning_rate:
+            groups = [
+                {"params": [tensor for n, tensor in named if _in_head(n) == head], "lr": rate}
+                for head, rate in ((True, task.head_learning_rate), (False, task.learning_rate))
+            ]
+            optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+            more["optimizers"] = (optimizer, None)
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(
                 options, Path(scratch), save_strategy="no", **_grouped_by_length()
             )
             given = (model, options, data, tokenizer, arguments)
-            trainer = make_trainer(*given, what=f"{name}: {how}", optimizers=(optimizer, None))
+            trainer = make_trainer(*given, what=f"{name}: {how}", **more)
             result = fit(trainer, total=total)
         if how == after:
             model.save_pretrained(folder)
@@ -151,7 +154,7 @@ def _train(
         runs[how] = {
             task.FIGURE: result.after[task.FIGURE],
             "trained": result.trained,
-            "trained_in_encoder": sum(tensor.numel() for tensor in groups[1]["params"]),
+            "trained_in_encoder": sum(tensor.numel() for n, tensor in named if not _in_head(n)),
             "total": total,
             "seconds": result.seconds,
             "file_bytes": (folder / WEIGHTS_NAME).stat().st_size if how == after else None,

@@ -33,9 +33,11 @@ class Task(ABC):
 
     seed: int = 42
     density: float = 0.02
+    mask_type: str = "random"
     steps: int = 150
     batch_size: int = 16
-    learning_rate: float = 5e-3
+    optimizer: str = "adamw"
+    learning_rate: float | None = 5e-3  # none: the optimizer's own
     head_learning_rate: float | None = None  # of a new head, where the base lacks one
     max_length: int = 48
     files_per_library: int = 400
@@ -88,7 +90,9 @@ class Task(ABC):
             dtype="float32",
             max_length=self.max_length,
             density=self.density,
-            mask_slot=slot,
+            mask_type=self.mask_type,
+            mask_slot=slot if self.mask_type == "random" else 0,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             max_steps=self.steps,
             batch_size=self.batch_size,

@@ -6,6 +6,7 @@ Files are read through ``datasets``, which keeps rows on disk: they may be large
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -227,10 +228,26 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value is None else str(value) for value in values]
 
 
-def collator(options: TrainOptions, tokenizer: Any) -> Any:
-    """Return what pads rows to the longest, and shows a Trainer no tokenizer to save each time."""
+def collator(options: TrainOptions, tokenizer: Any, model: Any) -> Any:
+    """Return what pads rows to the longest, and shows a Trainer no tokenizer to save each time.
+
+    Where the model can, it computes no logits for prompts that all rows begin with.
+    """
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if options.task == "text-classification":
         return partial(DataCollatorWithPadding(tokenizer))
-    return partial(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
+    return partial(_pad_running, pad, keeps)
+
+
+def _pad_running(pad: Any, keeps: bool, rows: Sequence[Mapping[str, Any]]) -> Any:
+    batch = pad(rows)
+    labels = batch["labels"]
+    before = int((labels != IGNORED).any(0).int().argmax()) - 1  # the first label's logits are here
+    if keeps and before > 0:
+        batch["labels"] = labels[:, before:]
+        batch["logits_to_keep"] = labels.shape[1] - before
+    return batch

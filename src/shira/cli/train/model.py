@@ -125,7 +125,8 @@ def adapt(
     if "gradient" in MASKS[options.mask_type].needs:
         rows = data.train.shuffle(seed=options.seed)
         rows = rows.select(range(min(options.calibration_samples, len(rows))))
-        loader = DataLoader(rows, options.batch_size, collate_fn=collator(options, tokenizer))
+        pad = collator(options, tokenizer, model)
+        loader = DataLoader(rows, options.batch_size, collate_fn=pad)
         batches = [batch.to(device) for batch in loader]
         config = calibrate(model.to(device), config, batches)
     return get_peft_model(model, config)

@@ -138,7 +138,7 @@ def make_trainer(
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=collator(options, tokenizer),
+        data_collator=collator(options, tokenizer, model),
         compute_metrics=None if data.labels is None else classification_figures,
         **more,
     )
