@@ -195,6 +195,7 @@ def _load_adapters(kind: str, url: str, root: Path) -> dict[str, float]:
 
 _RUNS = (
     ("base", "base"),
+    ("mixing", "base"),  # beside what it is compared with
     ("lora", "one"),
     ("lora", "runs"),
     ("lora", "mixed"),
@@ -202,7 +203,6 @@ _RUNS = (
     ("shira", "one"),
     ("shira", "runs"),
     ("shira", "mixed"),
-    ("mixing", "base"),
     ("mixing", "one"),
     ("mixing", "runs"),
     ("mixing", "mixed"),
@@ -281,7 +281,7 @@ def _rounds(
     others = dict.fromkeys(whole, 0)
     for turn in range(-1, settings.repeats):
         progress(f"serving: round {turn + 1} of {settings.repeats}")
-        first = turn % len(_RUNS)
+        first = 2 * turn % len(_RUNS)  # keeps pairs
         for kind, load in _RUNS[first:] + _RUNS[:first]:
             wanted = _wanted(load, settings.requests)
             first_ones = wanted[: settings.in_flight]  # an idle server is slow to begin
