@@ -229,9 +229,10 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def collator(options: TrainOptions, tokenizer: Any, model: Any) -> Any:
-    """Return what pads rows to the longest, and shows a Trainer no tokenizer to save each time.
+    """Return the function that pads rows to the longest; it shows a Trainer no tokenizer to save.
 
-    Where the model can, it computes no logits for prompts that all rows begin with.
+    For a language model whose forward takes ``logits_to_keep``, logits are computed from the first
+    label of the batch on.
     """
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
@@ -246,7 +247,7 @@ def collator(options: TrainOptions, tokenizer: Any, model: Any) -> Any:
 def _pad_running(pad: Any, keeps: bool, rows: Sequence[Mapping[str, Any]]) -> Any:
     batch = pad(rows)
     labels = batch["labels"]
-    before = int((labels != IGNORED).any(0).int().argmax()) - 1  # the first label's logits are here
+    before = int((labels != IGNORED).any(0).int().argmax()) - 1  # predicts the first label
     if keeps and before > 0:
         batch["labels"] = labels[:, before:]
         batch["logits_to_keep"] = labels.shape[1] - before
