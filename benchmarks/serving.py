@@ -281,7 +281,7 @@ def _rounds(
     others = dict.fromkeys(whole, 0)
     for turn in range(-1, settings.repeats):
         progress(f"serving: round {turn + 1} of {settings.repeats}")
-        first = 2 * turn % len(_RUNS)  # keeps pairs
+        first = 2 * turn % len(_RUNS)  # even: the first two stay side by side
         for kind, load in _RUNS[first:] + _RUNS[:first]:
             wanted = _wanted(load, settings.requests)
             first_ones = wanted[: settings.in_flight]  # an idle server is slow to begin

@@ -108,6 +108,7 @@ class Task(ABC):
         """Return the logits of each query, of its last token: float32 ``(queries, outputs)``."""
         model.eval()
         texts, made = self.queries(root, name), []
+        last = {"logits_to_keep": 1} if self.KIND == "causal-lm" else {}
         for start in track(range(0, len(texts), _BATCH), f"{name}: predicting {what}"):
             batch = tokenizer(
                 texts[start : start + _BATCH],
@@ -117,7 +118,7 @@ class Task(ABC):
                 max_length=self.max_length,
                 return_tensors="pt",
             )
-            logits = model(**batch).logits.float()
+            logits = model(**batch, **last).logits.float()
             made.append(logits if logits.dim() == 2 else logits[:, -1])
         return torch.cat(made)
 
